@@ -1,0 +1,110 @@
+"""Puts the base model into the workspace: from a local folder, from the hub at a pinned revision, or pretrained here.
+
+Reads:  base.path: a model folder (local), the clean rows (pretrain); the hub's cache or the hub itself (hub).
+Writes: data/base/: a Hugging Face model folder (safetensors only) and manifest.json.
+Params: base
+Fails:  an unsafe, incomplete or unknown model, a wrong revision (65, never retried); a hub that does not answer (75).
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tasks import process
+from tasks.checkpoints import checkpoint_folder
+from tasks.device import settle
+from tasks.errors import BadModel, Transient
+from tasks.models import MODEL_FILES, load_model, model_files
+from tasks.outputs import MANIFEST, read_manifest, whole_folder
+from tasks.params import HubBase, LocalBase, PretrainBase
+from tasks.pretraining import document, model_card, new_model, pack_blocks, pretrain, train_tokenizer
+from tasks.progress import Progress
+from tasks.records import ChatExample, TextExample
+from tasks.tables import read_records
+from tasks.templates import load_tokenizer
+
+
+def copy_model(source: Path, out: Path) -> None:
+    """Copies what temper uses of a model folder, after checking it; one with a manifest must agree with that."""
+    if (source / MANIFEST).is_file():
+        read_manifest(source)
+    for file in model_files(source):
+        shutil.copyfile(file, out / file.name)
+
+
+def fetch_model(params: HubBase) -> Path:
+    """The folder of a hub model at its pinned revision: from the local cache, or fetched unless HF_HUB_OFFLINE is set.
+
+    Raises:
+        BadModel: the hub has no such model or revision.
+        Transient: it is not cached and the hub does not answer.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    where = f"{params.id}@{params.revision}"
+    try:
+        return Path(snapshot_download(params.id, revision=params.revision, allow_patterns=list(MODEL_FILES)))
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise BadModel("the hub has no such model or revision", where=where, got=str(error).split("\n")[0]) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise Transient(
+            "is not in the local hub cache and cannot be fetched",
+            where=where,
+            got=str(error).split("\n")[0],
+            fix="check the network, or fetch it where there is one and copy the hub cache here",
+        ) from error
+
+
+def make_model(params: PretrainBase, out: Path, checkpoints: Path) -> None:
+    """Pretrains a model on the clean text and chat rows and writes it with its tokenizer and a model card."""
+    import torch
+
+    records = [
+        r for r in read_records(Path(params.path), ("text", "chat")) if isinstance(r, (TextExample, ChatExample))
+    ]
+    settle(params.seed)
+    documents = [document(records[i]) for i in torch.randperm(len(records)).tolist()]
+    tokenizer = train_tokenizer(documents[:50_000], params.vocabulary)
+    blocks = pack_blocks(tokenizer, documents, params.context_tokens)
+    model = new_model(params, tokenizer)
+    steps = -(-params.tokens // params.batch_tokens)
+    with Progress("pretrain", steps, "steps") as progress:
+        log = pretrain(model, blocks, params, checkpoints, progress)
+    tokenizer.save_pretrained(out)
+    model.to(torch.bfloat16).save_pretrained(out)  # type: ignore[arg-type]
+    (out / "README.md").write_text(model_card(params, log, model.num_parameters(), blocks.size))
+
+
+def main() -> None:
+    """The stage `base`."""
+    with process.stage(__doc__, "out", may_fetch=True) as stage:
+        params = stage.params.base
+        about: dict[str, Any] = params.model_dump()
+        with whole_folder(stage.path("out"), {"base": about}) as folder:
+            if isinstance(params, LocalBase):
+                copy_model(Path(params.path), folder)
+            elif isinstance(params, HubBase):
+                copy_model(fetch_model(params), folder)
+            else:
+                make_model(params, folder, checkpoint_folder(stage.workspace, stage.key))
+            tokenizer, model = load_tokenizer(folder), load_model(folder)
+            if len(tokenizer) > model.config.vocab_size:
+                raise BadModel(
+                    "its tokenizer has more tokens than it has embeddings",
+                    where=params.path,
+                    got=f"{len(tokenizer)} tokens",
+                    expected=f"at most {model.config.vocab_size}",
+                )
+        print(f"base: {model.num_parameters():,} parameters from {params.kind} {params.path}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

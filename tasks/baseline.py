@@ -1,0 +1,24 @@
+"""Evaluates the untouched base model, once: the yardstick of every method and of the gate.
+
+Reads:  data/base/, held-out chats of data/rendered/.
+Writes: data/reports/base/examples.parquet and metrics.json.
+Params: evaluate
+Fails:  no held-out rows (65, never retried).
+"""
+
+from __future__ import annotations
+
+from tasks import process
+from tasks.evaluate import evaluate_model
+
+
+def main() -> None:
+    """The stage `baseline`."""
+    with process.stage(__doc__, "model", "rendered", "out") as stage:
+        evaluate_model(
+            stage.path("model"), stage.path("rendered"), stage.path("out"), "base", None, stage.params.evaluate
+        )
+
+
+if __name__ == "__main__":
+    main()

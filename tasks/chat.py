@@ -1,0 +1,43 @@
+"""One reply to one conversation: the same prompt tokens that training and evaluation use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from tasks.records import Message
+from tasks.templates import decode, render_prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from tasks.models import Model
+
+
+class Reply(NamedTuple):
+    """What a model said; `stopped` tells whether it came to an end by itself."""
+
+    text: str
+    stopped: bool
+    prompt_tokens: int
+    tokens: int
+
+
+def answer(model: Model, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], max_tokens: int) -> Reply:
+    """The model's greedy reply to a conversation that ends with a user turn."""
+    import torch
+
+    ids = torch.tensor([render_prompt(tokenizer, messages)], device=model.device)
+    with torch.no_grad():
+        out: Tensor = model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    new = out[0, ids.shape[1] :].tolist()
+    stopped = tokenizer.eos_token_id in new
+    return Reply(decode(tokenizer, new), stopped, ids.shape[1], len(new))

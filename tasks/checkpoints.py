@@ -1,0 +1,96 @@
+"""Where a training can go on from: whole folders outside the stage's outputs, named by what the stage reads.
+
+A checkpoint holds the trained tensors, the optimizers, the random state and the log so far, so that a resumed
+training gives the same bits as one that was never stopped. One that is not whole, or was altered, is never used: the
+one before it is.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tasks.errors import BadData
+from tasks.outputs import as_json, read_manifest, whole_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+KEPT = 2
+
+
+class Checkpoint(NamedTuple):
+    """The state after `step` steps. `log` has one row per step."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    log: list[dict[str, Any]]
+
+
+def checkpoint_folder(workspace: Path, key: str) -> Path:
+    """Where the checkpoints of a stage with this content key are."""
+    return workspace / ".temper" / "checkpoints" / key
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> None:
+    """Writes a checkpoint whole, then removes all but the newest two."""
+    from safetensors.torch import save_file
+
+    with whole_folder(folder / f"step-{checkpoint.step:08d}") as draft:
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in checkpoint.tensors.items()}, draft / "state.safetensors"
+        )
+        (draft / "state.json").write_text(as_json({"step": checkpoint.step, "log": checkpoint.log}))
+    for old in sorted(folder.glob("step-*"))[:-KEPT]:
+        shutil.rmtree(old)
+
+
+def latest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that is whole and unaltered; says so when it has to pass one over."""
+    from safetensors.torch import load_file
+
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            read_manifest(path)
+        except BadData as error:
+            print(f"passing over a damaged checkpoint: {error}", flush=True)
+            continue
+        state = json.loads((path / "state.json").read_text())
+        return Checkpoint(state["step"], load_file(path / "state.safetensors"), state["log"])
+    return None
+
+
+def pack(parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+    """Parameters, optimizer states and the random state, as one flat mapping of tensors."""
+    import torch
+
+    tensors = {f"parameter/{name}": tensor for name, tensor in parameters.items()}
+    for number, optimizer in enumerate(optimizers):
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{number}/{index}/{name}": torch.as_tensor(value) for name, value in state.items()}
+    tensors["random/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random/cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def unpack(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> None:
+    """Puts back what `pack` took; the parameters and optimizers must be those of the same configuration."""
+    import torch
+
+    for name, tensor in parameters.items():
+        tensor.data.copy_(tensors[f"parameter/{name}"])
+    for number, optimizer in enumerate(optimizers):
+        states: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith(f"optimizer/{number}/"):
+                _, _, index, field = name.split("/")
+                states.setdefault(int(index), {})[field] = tensor
+        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+    torch.set_rng_state(tensors["random/cpu"])
+    if torch.cuda.is_available() and "random/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random/cuda"])

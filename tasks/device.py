@@ -1,0 +1,37 @@
+"""Which device and number format this machine computes with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+FAST_BF16 = ("amx_bf16", "avx512_bf16")
+"""CPU features with which bf16 matrix products are several times faster than fp32 ones (bench/LOG.md)."""
+
+
+def device() -> torch.device:
+    """The first GPU, or the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype() -> torch.dtype:
+    """bf16 where this machine is fast at it, else fp32; never fp16, which overflows."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    capabilities = torch.cpu.get_capabilities()
+    return torch.bfloat16 if any(capabilities.get(feature) for feature in FAST_BF16) else torch.float32
+
+
+def settle(seed: int) -> None:
+    """Seeds every generator and asks for kernels that give the same answer twice."""
+    import torch
+
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_flush_denormal(True)  # subnormal gradients slow CPU arithmetic many times over

@@ -1,0 +1,250 @@
+"""Lets a model answer the held-out rows and scores it, against the base model too.
+
+Reads:  data/models/METHOD/ (or data/base/ for the stage `baseline`), held-out chats of data/rendered/, the base's
+        answers.
+Writes: data/reports/METHOD/examples.parquet (one row per example) and metrics.json.
+Params: evaluate
+Fails:  no held-out rows (65, never retried).
+
+Greedy exact match runs through lm-eval; the loss per token is read off the model directly, because rows may have
+several scored turns, which no task form of lm-eval has.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tasks import process
+from tasks.adapted import load_packaged
+from tasks.device import settle
+from tasks.errors import BadData
+from tasks.models import Model, TokenRow, score_tokens
+from tasks.outputs import as_json, read_manifest, write_whole
+from tasks.params import Evaluate
+from tasks.progress import Progress
+from tasks.tables import read_rows, write_rows
+from tasks.templates import decode, load_tokenizer
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from transformers import PreTrainedTokenizerBase
+
+METRICS, EXAMPLES = "metrics.json", "examples.parquet"
+
+
+class Answer(NamedTuple):
+    """A model's answer to one row: `loss` is in nats per scored token, over `tokens` of them."""
+
+    id: str
+    family: str
+    prompt: str
+    target: str
+    answer: str
+    correct: bool
+    loss: float
+    tokens: int
+
+
+class Interval(NamedTuple):
+    """A mean with the bounds of its bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def examples_schema() -> pa.Schema:
+    """The columns of examples.parquet: the fields of `Answer`."""
+    import pyarrow as pa
+
+    types = {str: pa.string(), bool: pa.bool_(), float: pa.float64(), int: pa.int32()}
+    hints = {
+        "id": str,
+        "family": str,
+        "prompt": str,
+        "target": str,
+        "answer": str,
+        "correct": bool,
+        "loss": float,
+        "tokens": int,
+    }
+    return pa.schema([(name, types[hint]) for name, hint in hints.items()])
+
+
+def last_turn(row: Mapping[str, Any]) -> int:
+    """Where the last scored turn of a rendered chat begins: what stands before is the prompt that is answered."""
+    mask: list[bool] = row["mask"]
+    start = len(mask) - 1 - mask[::-1].index(True)
+    while start > 0 and mask[start - 1]:
+        start -= 1
+    return start
+
+
+def answer_rows(
+    model: Model, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], params: Evaluate
+) -> list[Answer]:
+    """Answers rendered chats greedily and scores them.
+
+    Raises:
+        BadData: a prompt does not tokenise to the tokens it was trained as.
+    """
+    prompts = [row["ids"][: last_turn(row)] for row in rows]
+    targets = [decode(tokenizer, row["ids"][len(prompt) :]) for row, prompt in zip(rows, prompts, strict=True)]
+    texts = [str(tokenizer.decode(ids)) for ids in prompts]
+    for row, ids, text in zip(rows, prompts, texts, strict=True):
+        if tokenizer(text, add_special_tokens=False)["input_ids"] != ids:
+            raise BadData(
+                "its prompt does not tokenise to the tokens that were trained on", where=row["id"], got=repr(text[:80])
+            )
+    answers = generate(model, tokenizer, texts, params)
+    losses = token_losses(model, rows, params.batch_rows)
+    return [
+        Answer(row["id"], row["family"], text, target, answer, answer == target, loss, sum(row["mask"]))
+        for row, text, target, answer, loss in zip(rows, texts, targets, answers, losses, strict=True)
+    ]
+
+
+def generate(model: Model, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], params: Evaluate) -> list[str]:
+    """Greedy continuations of rendered prompts, through lm-eval, without white space around them."""
+    import datasets
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    task = {
+        "task": "held_out",
+        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_dict({"prompt": list(prompts)})},
+        "test_split": "test",
+        "doc_to_text": lambda doc: doc["prompt"],
+        "doc_to_target": lambda doc: "",
+        "output_type": "generate_until",
+        "generation_kwargs": {
+            "until": [tokenizer.eos_token],
+            "max_gen_toks": params.max_new_tokens,
+            "do_sample": False,
+        },
+        "metric_list": [{"metric": "bypass"}],
+    }
+    with Progress("answer", len(prompts), "rows") as progress:
+
+        class Counted(HFLM):  # type: ignore[misc]  # lm-eval's class is untyped
+            def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
+                return super().generate_until(requests, disable_tqdm=True)
+
+            def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
+                answered = super()._model_generate(context, *args, **kwargs)
+                progress.step(by=len(context))
+                return answered
+
+        lm = Counted(
+            pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=params.batch_rows, add_bos_token=False
+        )
+        result = simple_evaluate(
+            model=lm, tasks=[task], task_manager=TaskManager(include_defaults=False), bootstrap_iters=0
+        )
+    samples = sorted(result["samples"]["held_out"], key=lambda sample: sample["doc_id"])
+    return [sample["filtered_resps"][0].strip() for sample in samples]
+
+
+def token_losses(model: Model, rows: Sequence[Mapping[str, Any]], batch_rows: int) -> list[float]:
+    """The mean negative log-likelihood of each row's scored tokens, in nats."""
+    import torch
+
+    losses: list[float] = []
+    with torch.no_grad(), Progress("score", len(rows), "rows") as progress:
+        for start in range(0, len(rows), batch_rows):
+            batch = [
+                TokenRow(row["ids"], row["mask"], row["prompt_tokens"]) for row in rows[start : start + batch_rows]
+            ]
+            losses += (-score_tokens(model, batch).row_means()).tolist()
+            progress.step(by=len(batch))
+    return losses
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def bootstrap(values: Sequence[float], params: Evaluate) -> Interval:
+    """The mean of some values with its percentile bootstrap interval (Efron 1979)."""
+    import numpy as np
+
+    sample = np.asarray(values, dtype=float)
+    draws = np.random.default_rng(params.seed).integers(0, len(sample), (params.bootstrap_samples, len(sample)))
+    tail = (1 - params.confidence) / 2
+    low, high = np.quantile(sample[draws].mean(axis=1), [tail, 1 - tail])
+    return Interval(float(sample.mean()), float(low), float(high))
+
+
+def metrics_of(
+    model: str, answers: Sequence[Answer], base: Sequence[Answer] | None, params: Evaluate
+) -> dict[str, Any]:
+    """What is reported of a model; `base` are the base model's answers to the same rows, for the paired gain."""
+    families = sorted({a.family for a in answers})
+    by_family = {f: [a for a in answers if a.family == f] for f in families}
+    metrics: dict[str, Any] = {
+        "model": model,
+        "rows": len(answers),
+        "exact_match": bootstrap([a.correct for a in answers], params)._asdict(),
+        "loss": mean_loss(answers),
+        "families": {
+            f: {"rows": len(rows), "exact_match": sum(a.correct for a in rows) / len(rows)}
+            for f, rows in by_family.items()
+        },
+    }
+    if base is not None:
+        before = {a.id: a.correct for a in base}
+        gains = [float(a.correct) - float(before[a.id]) for a in answers]
+        metrics["gain_over_base"] = bootstrap(gains, params)._asdict()
+        metrics["base"] = {"exact_match": sum(before.values()) / len(before), "loss": mean_loss(base)}
+    return metrics
+
+
+def mean_loss(answers: Sequence[Answer]) -> float:
+    """The loss per scored token over all answers, in nats."""
+    return sum(a.loss * a.tokens for a in answers) / sum(a.tokens for a in answers)
+
+
+def evaluate_model(
+    model_folder: Path, rendered: Path, out: Path, name: str, base: Path | None, params: Evaluate
+) -> None:
+    """Evaluates a model folder and writes its report."""
+    read_manifest(model_folder)
+    read_manifest(rendered)
+    path = rendered / "held_out" / "chat.parquet"
+    rows = read_rows(path)[: params.rows]
+    if not rows:
+        raise BadData("holds no rows to evaluate on", where=str(path), fix="raise render.held_out")
+    settle(params.seed)
+    answers = answer_rows(load_packaged(model_folder), load_tokenizer(model_folder), rows, params)
+    before = [Answer(**row) for row in read_rows(base)] if base else None
+    metrics = metrics_of(name, answers, before, params)
+    out.mkdir(parents=True, exist_ok=True)
+    write_rows(out / EXAMPLES, [answer._asdict() for answer in answers], examples_schema())
+    write_whole(out / METRICS, as_json(metrics))
+    exact = metrics["exact_match"]
+    print(
+        f"evaluate {name}: exact match {exact['mean']:.3f} [{exact['low']:.3f}, {exact['high']:.3f}], "
+        f"loss {metrics['loss']:.3f}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """The stage `evaluate@METHOD`."""
+    with process.stage(__doc__, "model", "rendered", "base", "out", item="method") as stage:
+        evaluate_model(
+            stage.path("model"),
+            stage.path("rendered"),
+            stage.path("out"),
+            stage.item,
+            stage.path("base"),
+            stage.params.evaluate,
+        )
+
+
+if __name__ == "__main__":
+    main()

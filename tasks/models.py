@@ -1,0 +1,247 @@
+"""Model folders: what may be in one, how it is loaded, and the log-probabilities that stages read off a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from tasks.device import compute_dtype, device
+from tasks.errors import BadModel
+from tasks.params import QloraAdapter
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "README.md",
+    "LICENSE*",
+)
+"""What belongs to a model folder; anything else in one is left behind."""
+
+Model: TypeAlias = "PreTrainedModel | PeftModel"
+"""A model with or without an adapter of PEFT's on it."""
+
+_WIDEST_GAP = 0.34
+"""Between neighbouring levels of NF4 (0.304) and FP4 (0.333), of the largest number of a block."""
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a Hugging Face model folder that temper uses, after checking that it is safe and whole.
+
+    Raises:
+        BadModel: it is no model folder, has only pickle weights, wants to run its own code, or a shard is missing.
+    """
+    config = folder / "config.json"
+    if not config.is_file():
+        raise BadModel(
+            "is not a model folder", where=str(folder), got="no config.json", fix="name a Hugging Face model folder"
+        )
+    for path in (config, folder / "tokenizer_config.json"):
+        _refuse_code(path)
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
+        if pickles:
+            raise BadModel(
+                "pickle weights are refused: loading them can run any code",
+                where=str(folder),
+                got=", ".join(pickles),
+                expected="*.safetensors",
+                fix="convert the weights to safetensors where you trust them",
+            )
+        raise BadModel("has no weights", where=str(folder), expected="*.safetensors")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        missing = sorted({shard for shard in _json(index)["weight_map"].values() if not (folder / shard).is_file()})
+        if missing:
+            raise BadModel(
+                "a shard named in the index is missing", where=str(folder), examples=missing, fix="fetch it again"
+            )
+    return sorted({p for pattern in MODEL_FILES for p in folder.glob(pattern) if p.is_file()})
+
+
+def _refuse_code(path: Path) -> None:
+    if not path.is_file():
+        return
+    asks = [key for key in _json(path) if key == "auto_map" or key.startswith("_attn_implementation")]
+    if asks:
+        raise BadModel(
+            "asks to run its own code; refused", where=str(path), got=", ".join(asks), fix="remove these keys"
+        )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadModel("is not valid JSON", where=str(path), got=str(error)) from error
+    if not isinstance(content, dict):
+        raise BadModel("is not a JSON object", where=str(path), got=type(content).__name__)
+    return content
+
+
+def load_model(folder: Path, quantized_for: QloraAdapter | None = None) -> PreTrainedModel:
+    """A causal language model from a folder, in this machine's compute dtype, ready to run.
+
+    Args:
+        folder: a Hugging Face model folder.
+        quantized_for: asks for the weights in the 4-bit form that this adapter is trained on.
+
+    Raises:
+        BadModel: the folder is unsafe, incomplete, or not of a known architecture.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    model_files(folder)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=compute_dtype(),
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            device_map={"": device()},
+            quantization_config=_quantization(quantized_for) if quantized_for else None,
+        )
+    except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
+        raise BadModel(
+            "does not load", where=str(folder), got=f"{type(error).__name__}: {error}".split("\n")[0]
+        ) from error
+    if quantized_for:
+        _keep_trainable(model)
+        _check_four_bit(model, quantized_for)
+    model.requires_grad_(False)
+    model.eval()
+    return model
+
+
+def _keep_trainable(model: PreTrainedModel) -> None:
+    """Stops bitsandbytes from repacking 4-bit weights at the first forward pass in eval mode.
+
+    On CPUs with AVX512-BF16 it does so for good, and the packed product has no gradient: a training that looks at its
+    held-out loss first would then learn next to nothing, with no more than a warning (bench/LOG.md).
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _check_four_bit(model: PreTrainedModel, adapter: QloraAdapter) -> None:
+    """Refuses widths whose 4-bit weights bitsandbytes reads back wrongly.
+
+    On CPUs with AVX-512, version 0.50.2 does so, silently, for widths that are multiples of 16 but not of 64 (688, say;
+    bench/LOG.md). What is read back of random numbers is compared with the widest gap between 4-bit levels.
+
+    Raises:
+        BadModel: the model has such a width on this machine.
+    """
+    import torch
+    from bitsandbytes import functional
+    from bitsandbytes.nn import Linear4bit
+
+    widths = {module.in_features for module in model.modules() if isinstance(module, Linear4bit)}
+    for width in sorted(widths):
+        weights = torch.randn(3 * 64, width, generator=torch.Generator().manual_seed(0)).to(model.device)
+        packed, state = functional.quantize_4bit(weights, quant_type=adapter.quantization)
+        off = (functional.dequantize_4bit(packed, state) - weights).abs() / weights.abs().max()
+        if off.max() > _WIDEST_GAP:
+            raise BadModel(
+                f"bitsandbytes reads 4-bit weights of width {width} back wrongly on this machine",
+                got=f"off by {off.max():.2f} of the largest weight",
+                expected=f"at most {_WIDEST_GAP}, such as with widths that are multiples of 64",
+                fix="train on a GPU, or choose a base with other widths",
+            )
+
+
+def _quantization(adapter: QloraAdapter) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=adapter.quantization,
+        bnb_4bit_use_double_quant=adapter.double_quantization,
+        bnb_4bit_compute_dtype=compute_dtype(),
+    )
+
+
+# --- what stages read off a model -------------------------------------------------------------------------------------
+
+
+class TokenRow(NamedTuple):
+    """Token ids with a loss mask of the same length; the prompt is the part before the first scored token."""
+
+    ids: Sequence[int]
+    mask: Sequence[bool]
+    prompt_tokens: int
+
+
+class Scored(NamedTuple):
+    """Log-probabilities of scored tokens: `logp` (tokens,) in nats, float32; `row` (tokens,) says whose each is."""
+
+    logp: Tensor
+    row: Tensor
+    rows: int
+
+    def row_sums(self) -> Tensor:
+        """The log-probability of each row's scored tokens together, (rows,)."""
+        return self.logp.new_zeros(self.rows).index_add(0, self.row, self.logp)
+
+    def row_means(self) -> Tensor:
+        """The same per token, (rows,)."""
+        return self.row_sums() / self.row.bincount(minlength=self.rows)
+
+
+def score_tokens(model: Model, rows: Sequence[TokenRow]) -> Scored:
+    """The log-probability of every scored token of some rows, given what stands before it.
+
+    The vocabulary head runs on scored positions only: the logits of prompts and padding never exist.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    longest = max(len(row.ids) for row in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    attended = torch.zeros(len(rows), longest, dtype=torch.long)
+    scored = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row.ids)] = torch.tensor(row.ids)
+        attended[i, : len(row.ids)] = 1
+        scored[i, : len(row.mask)] = torch.tensor(row.mask)
+    scored[:, 0] = False  # nothing stands before the first token
+    ids, attended, scored = (t.to(model.device) for t in (ids, attended, scored))
+    with _prompt_ends(model, rows):
+        hidden = model.get_decoder()(input_ids=ids, attention_mask=attended, use_cache=False).last_hidden_state
+    before = scored.roll(-1, dims=1)  # position t predicts token t + 1
+    logits = model.get_output_embeddings()(hidden[before])
+    logp = -F.cross_entropy(logits.float(), ids[scored], reduction="none")
+    return Scored(logp, scored.nonzero()[:, 0], len(rows))
+
+
+def _prompt_ends(model: Model, rows: Sequence[TokenRow]) -> Any:
+    import torch
+
+    from tasks.adapters.reft import edits_on
+
+    edits = edits_on(model)
+    return edits.prompts_end_at(torch.tensor([row.prompt_tokens - 1 for row in rows])) if edits else nullcontext()

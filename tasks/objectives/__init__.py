@@ -1,0 +1,1 @@
+"""Losses: the maths, with their papers; no files, no config."""

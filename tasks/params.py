@@ -1,0 +1,433 @@
+"""`params.yaml`, typed: every knob of the factory, one section per stage, and no defaults in Python.
+
+A section is a frozen class; a key that is not a field is refused with the nearest known name. All errors of a file are
+reported at once, each with its line and its dotted path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from tasks.errors import BadParams
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+FilePath = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^\x00-\x1f]+$")]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+REMOTE = "data/remote.md"
+
+
+class Section(BaseModel):
+    """One mapping of params.yaml."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+# --- ingest -----------------------------------------------------------------------------------------------------------
+
+
+class GeneratorSource(Section):
+    """Rows made from a seed by tasks/generate.py."""
+
+    kind: Literal["generator"]
+    path: FilePath
+    """The lexicon, a YAML file: the words it draws from."""
+    rows: Literal["chat", "preference", "text", "talk"]
+    """Chats, preference pairs, plain text of facts, or small talk as plain text."""
+    count: Count
+    """Rows to make."""
+    seed: Seed
+    """The same seed, count and lexicon give the same rows."""
+    withheld: Share
+    """Facts in this share of the hash range are never drawn; at least `render.held_out` keeps held-out facts unseen."""
+    licence: str
+    """What the rows may be used for, as an SPDX name; noted in the manifest."""
+
+
+class FileSource(Section):
+    """Rows of a .json, .jsonl or .parquet file."""
+
+    kind: Literal["file"]
+    path: FilePath
+    """The file, relative to the workspace or absolute; DVC watches its content."""
+    format: Literal["auto", "alpaca", "conversations"]
+    """How rows are written; `auto` looks at the first one."""
+    licence: str
+    """What the rows may be used for, as an SPDX name; noted in the manifest."""
+
+
+Source = Annotated[GeneratorSource | FileSource, Field(discriminator="kind")]
+
+
+class Ingest(Section):
+    """Where the rows come from; one DVC stage `ingest@NAME` for each source."""
+
+    sources: Annotated[dict[Name, Source], Field(min_length=1)]
+
+
+# --- validate, base, render -------------------------------------------------------------------------------------------
+
+
+class Validate(Section):
+    """What a row must be, and how many may fail."""
+
+    max_quarantined: Share
+    """The stage fails when a larger share of all rows fails a check."""
+    max_turns: Count
+    """Messages in a row."""
+    max_characters: Count
+    """Characters in a row, over all its messages."""
+
+
+class LocalBase(Section):
+    """A Hugging Face model folder on this disk."""
+
+    kind: Literal["local"]
+    path: FilePath
+    """The folder: config.json, safetensors, a tokenizer with a chat template."""
+
+
+class HubBase(Section):
+    """A model of the Hugging Face hub, pinned to a commit."""
+
+    kind: Literal["hub"]
+    path: Literal["data/remote.md"]
+    """Stands in for what is not on this disk: a DVC dependency cannot be left out."""
+    id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+$")]
+    """Owner and name."""
+    revision: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
+    """The whole commit hash; branches and tags move and are refused."""
+
+
+class PretrainBase(Section):
+    """A Llama and its byte-level BPE tokenizer, trained here from the clean text and chat rows."""
+
+    kind: Literal["pretrain"]
+    path: FilePath
+    """The clean rows: `data/clean`."""
+    vocabulary: Annotated[int, Field(ge=300)]
+    """Entries of the tokenizer, special tokens included."""
+    hidden_size: Count
+    """Width; a multiple of `heads`."""
+    mlp_size: Count
+    """Width between the MLP's two halves."""
+    layers: Count
+    """Decoder layers."""
+    heads: Count
+    """Attention heads; a multiple of `kv_heads`."""
+    kv_heads: Count
+    """Heads of keys and values."""
+    context_tokens: Count
+    """Length of the blocks that texts are packed into."""
+    tokens: Count
+    """How many tokens to train on in all; the rows are repeated as often as that takes."""
+    batch_tokens: Count
+    """Tokens in a step; a multiple of `context_tokens`."""
+    learning_rate: Positive
+    """The peak, after warm-up; then cosine to zero."""
+    warmup_steps: Annotated[int, Field(ge=0)]
+    """Steps of linear warm-up."""
+    weight_decay: NotNegative
+    """Decoupled, on matrices."""
+    checkpoint_every_steps: Count
+    """What a kill loses at most."""
+    seed: Seed
+    """Of the initial weights and the order of the blocks."""
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> PretrainBase:
+        if self.hidden_size % self.heads or self.heads % self.kv_heads:
+            raise ValueError("hidden_size must be a multiple of heads, and heads of kv_heads")
+        if self.batch_tokens % self.context_tokens:
+            raise ValueError("batch_tokens must be a multiple of context_tokens")
+        return self
+
+
+Base = Annotated[LocalBase | HubBase | PretrainBase, Field(discriminator="kind")]
+
+
+class Render(Section):
+    """From rows to token ids, loss masks and the split."""
+
+    held_out: Share
+    """The share of groups that is kept for evaluation; which ones is a fixed function of their names."""
+    max_tokens: Count
+    """Tokens in a rendered row."""
+    too_long: Literal["truncate", "drop", "refuse"]
+    """What becomes of a longer one: cut at the end, left out, or the stage fails; all are counted."""
+
+
+# --- train: one method per key, each an adapter x an objective --------------------------------------------------------
+
+
+class QloraAdapter(Section):
+    """Low-rank updates on a 4-bit base (arXiv:2305.14314)."""
+
+    name: Literal["qlora"]
+    rank: Annotated[int, Field(ge=1, le=1024)]
+    """The paper's r."""
+    alpha: Positive
+    """The update is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    """Share of the update's inputs that is zeroed in training."""
+    targets: Literal["all-linear"] | list[str]
+    """Module names such as `[q_proj, v_proj]`, or every linear layer but the head."""
+    quantization: Literal["nf4", "fp4"]
+    """The 4-bit data type of the frozen weights."""
+    double_quantization: bool
+    """Whether the quantization constants are quantized too (section 3 of the paper)."""
+
+
+class LoreftAdapter(Section):
+    """Low-rank edits of hidden states at the last prompt token (arXiv:2404.03592)."""
+
+    name: Literal["loreft"]
+    rank: Annotated[int, Field(ge=1, le=1024)]
+    """Dimensions of the edited subspace, the paper's r."""
+    layers: Literal["all"] | Annotated[list[int], Field(min_length=1)]
+    """Whose outputs are edited, from 0."""
+    positions: Literal["last"]
+    """The last prompt token."""
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    """Share of the edit's inputs that is zeroed in training."""
+
+
+class SftObjective(Section):
+    """Cross-entropy on the assistant's tokens."""
+
+    name: Literal["sft"]
+
+
+class OrpoObjective(Section):
+    """Cross-entropy on the chosen reply plus an odds-ratio penalty (arXiv:2403.07691)."""
+
+    name: Literal["orpo"]
+    weight: NotNegative
+    """The paper's lambda; TRL calls it beta."""
+
+
+class Method(Section):
+    """A named pair of adapter and objective, and how it is optimised."""
+
+    adapter: Annotated[QloraAdapter | LoreftAdapter, Field(discriminator="name")]
+    objective: Annotated[SftObjective | OrpoObjective, Field(discriminator="name")]
+    epochs: Count
+    """Passes over the rows."""
+    batch_rows: Count
+    """Rows in a step."""
+    learning_rate: Positive
+    """The peak, after warm-up."""
+    schedule: Literal["constant", "linear", "cosine"]
+    """From the peak on; linear and cosine end at zero."""
+    warmup_steps: Annotated[int, Field(ge=0)]
+    """Steps of linear warm-up."""
+    weight_decay: NotNegative
+    """Decoupled (AdamW); never on rotations."""
+    max_grad_norm: Positive
+    """The gradient is scaled down to this norm."""
+    checkpoint_every_steps: Count
+    """What a kill loses at most."""
+    seed: Seed
+    """Of the adapter's initial weights, the order of rows, and dropout."""
+
+
+# --- merge, evaluate, register, promote -------------------------------------------------------------------------------
+
+
+class Merge(Section):
+    """Folding an adapter into the 16-bit base, and how closely the two must agree."""
+
+    onto: Literal["original", "dequantized"]
+    """What the update is added to: the base's weights, or what their 4-bit form stands for (what was trained on)."""
+    probe_rows: Count
+    """Held-out rows on which adapter model and merged model are compared."""
+    max_mean_kl: Positive
+    """Nats per token, adapter model against merged model."""
+
+
+class Evaluate(Section):
+    """Greedy answers to the held-out rows."""
+
+    rows: Count
+    """Held-out rows to answer, at most."""
+    batch_rows: Count
+    """Rows in a forward pass."""
+    max_new_tokens: Count
+    """Tokens in an answer, at most."""
+    bootstrap_samples: Count
+    """Resamples behind an interval."""
+    confidence: Annotated[float, Field(gt=0, lt=1)]
+    """Of the intervals."""
+    seed: Seed
+    """Of the resampling."""
+
+
+class Register(Section):
+    """The name in the MLflow registry."""
+
+    model: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    """All methods of this file are versions of it."""
+
+
+class Promote(Section):
+    """What a challenger must show."""
+
+    metric: Literal["exact_match", "loss"]
+    """On the held-out rows; the loss is per token."""
+    margin: NotNegative
+    """How much worse than the champion the challenger may be, in the metric's own unit."""
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    ingest: Ingest
+    validate_: Annotated[Validate, Field(alias="validate")]
+    base: Base
+    render: Render
+    train: Annotated[dict[Name, Method], Field(min_length=1)]
+    merge: Merge
+    evaluate: Evaluate
+    register_: Annotated[Register, Field(alias="register")]
+    promote: Promote
+
+    @model_validator(mode="after")
+    def _base_is_no_method(self) -> Params:
+        if "base" in self.train:
+            raise ValueError('train.base: "base" names the untouched model in every report; call the method otherwise')
+        return self
+
+
+def load(path: Path) -> Params:
+    """Reads and checks a params file.
+
+    Raises:
+        BadParams: the file is missing or not YAML, or one or more keys are wrong; all of them are named.
+    """
+    return check(read_yaml(path), str(path))
+
+
+def read_yaml(path: Path) -> Mapping[str, Any]:
+    """The file's content with line numbers and comments kept (a ruamel round-trip mapping).
+
+    Raises:
+        BadParams: the file is missing, too large, or not plain YAML without tags, aliases and repeated keys.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        for event in YAML(typ="safe", pure=True).parse(text):
+            _refuse_tricks(event, path)
+        content = YAML(typ="rt", pure=True).load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        raise BadParams(
+            "is not valid YAML", where=where, got=(error.problem or str(error)).strip(), fix="correct this line"
+        ) from error
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        raise BadParams("cannot be read", where=str(path), got=str(error), expected="a YAML file in UTF-8") from error
+    if not isinstance(content, Mapping):
+        raise BadParams(
+            "holds no sections", where=str(path), expected="a mapping", fix="start from recipes/quickstart.yaml"
+        )
+    return content
+
+
+def _refuse_tricks(event: Any, path: Path) -> None:
+    """Params are plain values: a tag could ask for code, and a few aliases of aliases for all memory there is."""
+    from ruamel.yaml.events import AliasEvent
+
+    trick = "alias" if isinstance(event, AliasEvent) else "tag" if getattr(event, "ctag", None) else ""
+    if trick:
+        where = f"{path}:{event.start_mark.line + 1}:{event.start_mark.column + 1}"
+        raise BadParams(
+            f"a YAML {trick} is not allowed here", where=where, expected="a plain value", fix="write it out"
+        )
+
+
+def check(content: Mapping[str, Any], where: str) -> Params:
+    """The typed form of a file's content; `where` names the file in errors.
+
+    Raises:
+        BadParams: one or more keys are wrong; all of them are named, each with its line.
+    """
+    try:
+        return Params.model_validate(_plain(content))
+    except ValidationError as error:
+        problems = _problems(error.errors(), content)
+        raise BadParams(
+            f"{len(problems)} {'key is' if len(problems) == 1 else 'keys are'} wrong",
+            where=where,
+            examples=problems,
+            fix="see the comments in recipes/quickstart.yaml",
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    """YAML nodes as the builtin types that strict validation wants."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    for builtin in (bool, int, float, str):
+        if isinstance(value, builtin):
+            return builtin(value)
+    return value
+
+
+def _problems(errors: list[ErrorDetails], content: Mapping[str, Any]) -> list[str]:
+    """One line per problem. An unknown key next to a missing one of a similar name is a misspelling: said once."""
+    places = [_place(error["loc"], content) for error in errors]
+    missing = {place for place, error in zip(places, errors, strict=True) if error["type"] == "missing"}
+    lines: dict[tuple[str, ...], str] = {}
+    for place, error in zip(places, errors, strict=True):
+        if error["type"] == "extra_forbidden":
+            siblings = {other[-1]: other for other in missing if other[:-1] == place[:-1]}
+            near = get_close_matches(place[-1], siblings, n=1, cutoff=0.6)
+            lines[place] = "unknown key" + (f'; did you mean "{near[0]}"?' if near else "")
+            if near:
+                missing.discard(siblings[near[0]])
+        elif error["type"] != "missing":
+            shown = error["input"] if not isinstance(error["input"], (dict, list)) else "a mapping or list"
+            lines[place] = f"{error['msg']}; got {shown!r}"
+    lines |= dict.fromkeys(missing, "is missing")
+    return [f"line {_line(place, content)}: {'.'.join(place)}: {text}" for place, text in sorted(lines.items())]
+
+
+def _place(loc: tuple[int | str, ...], content: Mapping[str, Any]) -> tuple[str, ...]:
+    """The error's path through the file, without the chosen alternative of a union, which pydantic puts in between."""
+    place: list[str] = []
+    node: Any = content
+    for index, key in enumerate(loc):
+        inside = key in node if isinstance(node, Mapping) else isinstance(node, list) and isinstance(key, int)
+        if inside:
+            node = node[key]
+        elif index < len(loc) - 1:
+            continue
+        place.append(str(key))
+    return tuple(place)
+
+
+def _line(place: tuple[str, ...], content: Mapping[str, Any]) -> int:
+    """The line of a key, or of the section that should hold it."""
+    node: Any = content
+    line = 1
+    for key in place:
+        if not isinstance(node, Mapping) or key not in node:
+            break
+        line = node.lc.key(key)[0] + 1 if hasattr(node, "lc") else line
+        node = node[key]
+    return line

@@ -1,0 +1,190 @@
+"""What every stage does around its work when it runs as a process of its own.
+
+- Exit codes: 0 done, 65 bad input, 75 transient, anything else a fault; an error is one readable block.
+- It dies with the `dvc` or the flow that started it, so that no orphan goes on writing.
+- It knows the content key of what it reads, and fails when an input is edited while it runs.
+- The libraries below neither report usage nor look anything up on a network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from tasks import graph
+from tasks.errors import BadInput, BadParams, InputsChanged, TemperError, Transient
+from tasks.params import Params, load
+
+OWNER = "TEMPER_OWNER"
+"""Environment variable: process id of the flow that started this stage."""
+
+QUIET = {
+    "DO_NOT_TRACK": "true",
+    "DVC_NO_ANALYTICS": "1",
+    "GX_ANALYTICS_ENABLED": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "ITERATIVE_DO_NOT_TRACK": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_MODEL_CATALOG_URI": "",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "OMP_WAIT_POLICY": "PASSIVE",  # stages run side by side; threads that spin while they wait slow the others down
+    "TOKENIZERS_PARALLELISM": "true",
+    "TQDM_DISABLE": "1",  # the bars of libraries; ours ask to be shown
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+OFFLINE = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
+_WATCH_S = 0.5
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A running stage: its arguments, the params file and the identity of what it reads."""
+
+    workspace: Path
+    arguments: argparse.Namespace
+    key: str
+
+    @cached_property
+    def params(self) -> Params:
+        """The checked params.yaml of the workspace."""
+        return load(self.workspace / graph.PARAMS)
+
+    def path(self, name: str) -> Path:
+        """A folder or file given on the command line."""
+        return Path(getattr(self.arguments, name))
+
+    @property
+    def item(self) -> str:
+        """The source or method that the stage works on."""
+        return str(self.arguments.item)
+
+
+@contextmanager
+def stage(description: str | None, *paths: str, item: str | None = None, may_fetch: bool = False) -> Iterator[Stage]:
+    """Runs a stage's work, given as the body of the `with` statement, as a process.
+
+    Args:
+        description: the module's docstring, shown by --help.
+        paths: names of the folders and files on the command line, as `--name`.
+        item: what the positional argument is called, for stages that run once per source or method.
+        may_fetch: whether the stage may ask the hub for something that params pin.
+    """
+    quiet_libraries(offline=not may_fetch)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if item:
+        parser.add_argument("item", metavar=item.upper())
+    for name in paths:
+        parser.add_argument(f"--{name}", required=True, metavar="PATH")
+    arguments = parser.parse_args()
+    die_with_owner()
+    with readable_errors():
+        workspace = graph.find_workspace(Path.cwd())
+        node = graph.load(workspace).get(os.environ.get("DVC_STAGE", ""))
+        if node is None:  # by hand, without DVC
+            yield Stage(workspace, arguments, key=_key_by_hand(workspace, vars(arguments)))
+            return
+        before = _fingerprint(workspace, node)
+        yield Stage(workspace, arguments, key=graph.content_key(workspace, node))
+        if _fingerprint(workspace, graph.load(workspace).get(node.name, node)) != before:
+            raise InputsChanged(
+                "an input was edited while the stage ran; its result is not recorded",
+                where=node.name,
+                fix="run it again",
+            )
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """Ends the process with an error's own exit code after printing it as one block; faults keep their traceback."""
+    try:
+        yield
+    except TemperError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        exit_code = _exit_code(error)
+        if exit_code is None:
+            raise
+        print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr, flush=True)
+        sys.exit(exit_code)
+
+
+def _exit_code(error: OSError) -> int | None:
+    """A full disk may be freed; a place that may not be written stays so; anything else is a fault."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Transient.exit_code
+    return BadInput.exit_code if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) else None
+
+
+def quiet_libraries(*, offline: bool = True) -> None:
+    """Sets the switches of QUIET and OFFLINE that the user has not set; call it before the first heavy import."""
+    for name, value in (QUIET | OFFLINE if offline else QUIET).items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of a package that would fetch kernels
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # in PEFT
+
+
+def die_with_owner() -> None:
+    """Ends this process as soon as one that it works for is gone.
+
+    DVC leaves its command running when it is killed, and may stand behind a shell: so it is found among the ancestors
+    and watched, besides the direct parent and the flow named in the environment.
+    """
+    import psutil
+
+    watched = [psutil.Process(os.getppid())]
+    watched += [p for p in psutil.Process().parents()[:3] if any(Path(part).name == "dvc" for part in p.cmdline()[:3])]
+    if owner := os.environ.get(OWNER):
+        if not psutil.pid_exists(int(owner)):
+            os._exit(Transient.exit_code)
+        watched.append(psutil.Process(int(owner)))
+
+    def watch() -> None:
+        while all(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in watched):
+            time.sleep(_WATCH_S)
+        os._exit(Transient.exit_code)
+
+    threading.Thread(target=watch, name="die-with-owner", daemon=True).start()
+
+
+def _key_by_hand(workspace: Path, arguments: Mapping[str, str]) -> str:
+    """The identity of what a stage reads, when DVC does not tell: arguments, params, every path but the result's."""
+    paths = [
+        graph.PARAMS,
+        *(value for name, value in arguments.items() if name not in ("item", "out") and Path(value).exists()),
+    ]
+    module = sys.modules["__main__"].__spec__
+    command = f"{module.name if module else ''} {sorted(arguments.items())}"
+    return graph.key_of(command, {path: graph.dvc_hash(workspace / path) for path in paths}, {})
+
+
+def _fingerprint(workspace: Path, node: graph.Node) -> object:
+    """Changes whenever a dependency is written to or a param differs; a stat of every file, not a second hash."""
+    files = []
+    for dep in node.deps:
+        path = workspace / dep
+        if not path.exists():
+            raise BadParams("does not exist", where=str(path), fix="correct the path in params.yaml")
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            stat = file.stat()
+            files.append(
+                (
+                    str(file),
+                    stat.st_size if file.is_file() else 0,
+                    stat.st_mtime_ns if file.is_file() else 0,
+                    stat.st_ino,
+                )
+            )
+    return node.command, dict(node.params), files

@@ -1,0 +1,95 @@
+"""The kinds of rows. Every input format becomes one of these at ingest; nothing downstream sees anything else."""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+
+class Message(NamedTuple):
+    """One turn: `role` is system, user, assistant or tool."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What every row has.
+
+    Attributes:
+        id: unique within the workspace.
+        source: the key of `ingest.sources` that it came from.
+        family: the kind of question, by which results are reported; empty when unknown.
+        group: rows of one group never cross the split; empty means the normalised prompt.
+    """
+
+    kind: ClassVar[str]
+
+    id: str
+    source: str
+    family: str = ""
+    group: str = ""
+
+    def prompt_text(self) -> str:
+        """What the model is asked, as one string."""
+        raise NotImplementedError
+
+    def split_group(self) -> str:
+        """The name of the group that stays on one side of the split."""
+        return self.group or normalised(self.prompt_text())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatExample(Record):
+    """A chat; the assistant's turns are what is learnt. `tools` are JSON schemas, as text."""
+
+    kind: ClassVar[str] = "chat"
+
+    messages: tuple[Message, ...]
+    tools: tuple[str, ...] = ()
+
+    def prompt_text(self) -> str:
+        """The first user turn."""
+        return next((m.content for m in self.messages if m.role == "user"), "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreferencePair(Record):
+    """Two replies to one prompt."""
+
+    kind: ClassVar[str] = "preference"
+
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+
+    def prompt_text(self) -> str:
+        """The first user turn."""
+        return next((m.content for m in self.prompt if m.role == "user"), "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextExample(Record):
+    """Plain text, for pretraining."""
+
+    kind: ClassVar[str] = "text"
+
+    text: str
+
+    def prompt_text(self) -> str:
+        """The text itself."""
+        return self.text
+
+
+def normalised(text: str) -> str:
+    """The text without differences of case, width, composition or white space: equal prompts become equal strings."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def held_out(group: str, fraction: float) -> bool:
+    """Whether a group is held out: a fixed function of its name, so that growing data never moves it."""
+    position = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") / 2**64
+    return position < fraction

@@ -1,0 +1,194 @@
+"""Registers a model in MLflow with its evidence and its lineage, once for the same content.
+
+Reads:  data/models/METHOD/, data/reports/METHOD/ (metrics, examples), data/adapters/METHOD/ (training log, summary).
+Writes: a version of `register.model` with the alias `challenger` and an alias named like the method;
+        data/reports/METHOD/registered.json (model, version, run, key).
+Params: register
+Fails:  MLflow does not answer (75, retried).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks import process
+from tasks.errors import RegistryUnreachable
+from tasks.evaluate import EXAMPLES, METRICS
+from tasks.outputs import MANIFEST, as_json, digest, read_manifest, write_whole
+from tasks.registry import CHALLENGER, find_version
+from tasks.tracking import KEY_TAG, connect, log_rows, run_of
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.models import ModelSignature
+
+SERVED_WITH = (
+    "accelerate",
+    "jinja2",
+    "mlflow",
+    "numpy",
+    "pandas",
+    "peft",
+    "psutil",
+    "pydantic",
+    "safetensors",
+    "torch",
+    "transformers",
+)
+"""What a registered model needs to run."""
+
+
+def evidence_tags(
+    metrics: Mapping[str, Any], summary: Mapping[str, Any], models: Path, key: str, commit: str
+) -> dict[str, str]:
+    """What a version says of itself: its identity, its scores and where it comes from."""
+    base = read_manifest(models)
+    return {
+        KEY_TAG: key,
+        "temper.method": str(metrics["model"]),
+        "temper.train_key": str(summary["key"]),
+        "temper.git_commit": commit,
+        "temper.model_manifest_sha256": digest(models / MANIFEST),
+        "temper.weights_sha256": ",".join(
+            f["sha256"] for name, f in base["files"].items() if name.endswith(".safetensors")
+        ),
+        "temper.exact_match": f"{metrics['exact_match']['mean']:.6f}",
+        "temper.loss": f"{metrics['loss']:.6f}",
+        "temper.base_exact_match": f"{metrics['base']['exact_match']:.6f}",
+        "temper.base_loss": f"{metrics['base']['loss']:.6f}",
+        "temper.held_out_rows": str(metrics["rows"]),
+    }
+
+
+def git_commit(workspace: Path) -> str:
+    """The commit that the workspace is at, with a `+` when files differ from it; empty outside git."""
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=workspace, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=workspace, capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return f"{commit}+" if changed.strip() else commit
+
+
+def chat_signature() -> ModelSignature:
+    """The request and the reply of llm/v1/chat, as far as a small model has them."""
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import Array, ColSpec, DataType, Object, Property, Schema
+
+    text, number = DataType.string, DataType.long
+    message = Object([Property("role", text), Property("content", text)])
+    choice = Object([Property("index", number), Property("message", message), Property("finish_reason", text)])
+    usage = Object([Property(name, number) for name in ("prompt_tokens", "completion_tokens", "total_tokens")])
+    request = Schema([ColSpec(Array(message), "messages"), ColSpec(number, "max_tokens", required=False)])
+    reply = Schema(
+        [ColSpec(text, "object"), ColSpec(text, "model"), ColSpec(Array(choice), "choices"), ColSpec(usage, "usage")]
+    )
+    return ModelSignature(inputs=request, outputs=reply)
+
+
+def complete_run(client: MlflowClient, run: Run, log: Path) -> None:
+    """Sends the training log to its run if the training could not."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    sent = {metric.step for metric in client.get_metric_history(run.info.run_id, "loss")}
+    log_rows(client, run, [row for row in rows if row["step"] not in sent])
+
+
+def log_model(client: MlflowClient, run: Run, models: Path, key: str) -> tuple[str, str]:
+    """The model's artifacts in MLflow, logged once for this content; returns their id and their URI."""
+    from importlib.metadata import version
+
+    import mlflow
+    from mlflow.entities import LoggedModelStatus
+
+    from tasks import served
+
+    for found in client.search_logged_models([run.info.experiment_id], f"tags.`{KEY_TAG}` = '{key}'"):
+        if found.status == LoggedModelStatus.READY:
+            return found.model_id, found.model_uri
+    code = Path(served.__file__)
+    with mlflow.start_run(run_id=run.info.run_id):
+        info = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(code),
+            code_paths=[str(code.parent)],
+            artifacts={served.ARTIFACT: str(models)},
+            signature=chat_signature(),
+            input_example={"messages": [{"role": "user", "content": "What is 17 plus 25?"}]},
+            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in SERVED_WITH],
+            tags={KEY_TAG: key},
+        )
+    return info.model_id, info.model_uri
+
+
+def register(workspace: Path, model: str, models: Path, reports: Path, adapter: Path, key: str) -> ModelVersion:
+    """The version of this content: found, or made with everything that belongs to it.
+
+    Every step looks first whether an earlier attempt did it, and the version itself is made last, with its tags, in one
+    request: a kill anywhere leaves either no version or a whole one.
+    """
+    client = connect(workspace)
+    if found := find_version(client, model, key):
+        return found
+    summary = json.loads((adapter / "summary.json").read_text())
+    metrics = json.loads((reports / METRICS).read_text())
+    method = metrics["model"]
+    run = run_of(client, workspace, summary["key"], f"train {method}", {"temper.method": method})
+    complete_run(client, run, adapter / "log.jsonl")
+    for name, value in (("exact_match", metrics["exact_match"]["mean"]), ("evaluation_loss", metrics["loss"])):
+        client.log_metric(run.info.run_id, name, value)
+    for file in (METRICS, EXAMPLES):
+        client.log_artifact(run.info.run_id, str(reports / file), "report")
+    model_id, uri = log_model(client, run, models, key)
+    client.set_terminated(run.info.run_id)
+    _ensure_model(client, model)
+    tags = evidence_tags(metrics, summary, models, key, git_commit(workspace))
+    return client.create_model_version(model, uri, run.info.run_id, tags=tags, model_id=model_id)
+
+
+def _ensure_model(client: MlflowClient, model: str) -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
+
+    try:
+        client.create_registered_model(model)
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+            raise
+
+
+def main() -> None:
+    """The stage `register@METHOD`."""
+    with process.stage(__doc__, "model", "reports", "adapter", "out", item="method") as stage:
+        model = stage.params.register_.model
+        try:
+            version = register(
+                stage.workspace, model, stage.path("model"), stage.path("reports"), stage.path("adapter"), stage.key
+            )
+            client = connect(stage.workspace)
+            for alias in (CHALLENGER, stage.item):
+                client.set_registered_model_alias(model, alias, version.version)
+        except ConnectionError as error:
+            raise RegistryUnreachable("MLflow stopped answering", got=str(error)) from error
+        about = {
+            "model": model,
+            "version": str(version.version),
+            "run": version.run_id,
+            "key": stage.key,
+            "method": stage.item,
+        }
+        write_whole(stage.path("out"), as_json(about))
+        print(f"register {stage.item}: models:/{model}/{version.version}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

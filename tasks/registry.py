@@ -1,0 +1,100 @@
+"""The MLflow registry: versions found by content, and the ledger of what has been champion.
+
+MLflow overwrites aliases and keeps no history. So every move of the champion alias is first written as a numbered tag
+of the registered model, which is only ever added to; replaying the tags gives the present champion and the ones
+before it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from tasks.tracking import KEY_TAG
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+_MOVE = "temper.move."
+
+
+class Move(NamedTuple):
+    """One move of the champion alias: a promotion puts `to` on top of the stack, a rollback takes `before` off it."""
+
+    number: int
+    action: str
+    before: str
+    to: str
+    at: str
+    by: str
+
+
+def find_version(client: MlflowClient, model: str, key: str) -> ModelVersion | None:
+    """The version of a model that was registered from this content, if there is one."""
+    return next((v for v in versions(client, model) if v.tags.get(KEY_TAG) == key), None)
+
+
+def versions(client: MlflowClient, model: str) -> list[ModelVersion]:
+    """All versions of a model, oldest first; none when the model does not exist."""
+    found = client.search_model_versions(f"name = '{model}'", max_results=1000)
+    return sorted(found, key=lambda version: int(version.version))
+
+
+def moves(client: MlflowClient, model: str) -> list[Move]:
+    """The ledger of a model, oldest move first."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        tags = client.get_registered_model(model).tags
+    except MlflowException:
+        return []
+    return sorted(Move(**json.loads(value)) for name, value in tags.items() if name.startswith(_MOVE))
+
+
+def champions(ledger: Sequence[Move]) -> list[str]:
+    """The stack of champions after these moves: the last is the present one, a rollback returns to the one before."""
+    stack: list[str] = []
+    for move in ledger:
+        if move.action == "promote":
+            stack.append(move.to)
+        else:
+            stack.pop()
+    return stack
+
+
+def move_champion(client: MlflowClient, model: str, action: str, to: str) -> Move:
+    """Writes a move into the ledger, then makes the alias agree with it.
+
+    Args:
+        client: of the registry.
+        model: the registered model's name.
+        action: `promote` or `rollback`.
+        to: the version that is champion afterwards.
+    """
+    import getpass
+    from datetime import UTC, datetime
+
+    ledger = moves(client, model)
+    before = (champions(ledger) or [""])[-1]
+    at = datetime.now(UTC).isoformat(timespec="seconds")
+    move = Move(len(ledger) + 1, action, before, to, at, getpass.getuser())
+    client.set_registered_model_tag(model, f"{_MOVE}{move.number:06d}", json.dumps(move._asdict()))
+    settle_champion(client, model)
+    return move
+
+
+def champion_of(client: MlflowClient, model: str) -> str | None:
+    """The version that the ledger says is champion."""
+    stack = champions(moves(client, model))
+    return stack[-1] if stack else None
+
+
+def settle_champion(client: MlflowClient, model: str) -> str | None:
+    """Makes the champion alias agree with the ledger, which a kill may have kept apart; returns the version."""
+    version = champion_of(client, model)
+    if version and str(client.get_registered_model(model).aliases.get(CHAMPION)) != version:
+        client.set_registered_model_alias(model, CHAMPION, version)
+    return version

@@ -1,0 +1,314 @@
+"""Runs stages as child processes of one session, which holds the workspace while it lasts.
+
+The session knows from one `dvc status` at its start which stages are up to date; a stage that is, and that nothing in
+this session has fed anew, is passed over without a process. Everything else is DVC's decision.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from tasks import graph
+from tasks.errors import BadInput, TemperError, Transient
+from tasks.params import Params
+from tasks.process import OWNER
+
+if TYPE_CHECKING:
+    import psutil
+
+STOP_S = 30
+"""A stage that is asked to stop has so long to write a checkpoint."""
+
+_SHOWN_LINES = 30
+
+
+class Outcome(NamedTuple):
+    """What became of a stage: `state` is completed (it ran), restored (from DVC's cache) or unchanged."""
+
+    stage: str
+    state: str
+    seconds: float
+    key: str
+
+
+class Event(NamedTuple):
+    """What a stage is doing: `state` is running, completed, restored, unchanged or failed; `line` its latest output."""
+
+    stage: str
+    state: str
+    line: str = ""
+
+
+@dataclass
+class Session:
+    """One run of the graph over one workspace."""
+
+    workspace: Path
+    params: Params
+    nodes: Mapping[str, graph.Node]
+    keys: Mapping[str, str]
+    """The content keys of the stages' last successes, when the session began."""
+    changed: frozenset[str]
+    """Stages that `dvc status` found changed then."""
+    watch: Callable[[Event], None] = lambda event: None
+    stopping: bool = False
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    errors: dict[str, TemperError] = field(default_factory=dict)
+    """What went wrong last in stages that have not come through."""
+    _children: set[subprocess.Popen[str]] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def pass_over(self, stage: str) -> Outcome | None:
+        """The outcome of a stage that need not run; None for one that must be left to DVC."""
+        return self._finish(Outcome(stage, "unchanged", 0.0, self.keys[stage])) if self.is_current(stage) else None
+
+    def run(self, stage: str, timeout_s: float, log: Callable[[str], None]) -> Outcome:
+        """Has DVC bring one stage up to date and returns what became of it.
+
+        Args:
+            stage: its DVC name.
+            timeout_s: after so long the stage is killed.
+            log: gets every line of its output.
+
+        Raises:
+            BadInput: the stage exited with 65.
+            Transient: it exited with 75, took too long, or DVC was held up by another process.
+            TemperError: it failed in any other way.
+        """
+        started = time.monotonic()
+        self.watch(Event(stage, "running"))
+        try:
+            state = self._dvc_repro(stage, timeout_s, log)
+        except TemperError as error:
+            self.errors[stage] = error
+            self.watch(Event(stage, "failed"))
+            raise
+        outcome = Outcome(stage, state, time.monotonic() - started, graph.recorded_keys(self.workspace)[stage])
+        log(f"content key {outcome.key}")
+        return self._finish(outcome)
+
+    def check(self) -> None:
+        """Raises what went wrong, if anything did, all of it in one error."""
+        kinds = [type(error) for error in self.errors.values()]
+        if kinds:
+            worst = next((kind for kind in (BadInput, TemperError) if kind in kinds), Transient)
+            raise worst("\n\n".join(str(error) for error in self.errors.values()))
+
+    def _finish(self, outcome: Outcome) -> Outcome:
+        with self._lock:
+            self.errors.pop(outcome.stage, None)
+            self.outcomes[outcome.stage] = outcome
+            record(self.workspace, outcome)
+        self.watch(Event(outcome.stage, outcome.state))
+        return outcome
+
+    def is_current(self, stage: str) -> bool:
+        """Whether the stage was up to date when the session began and reads nothing that was written since."""
+        if stage in self.changed:
+            return False
+        written = [out for o in self.outcomes.values() if o.state != "unchanged" for out in self.nodes[o.stage].outs]
+        return not any(graph.overlap(dep, out) for dep in self.nodes[stage].deps for out in written)
+
+    def stop(self) -> None:
+        """Asks every running stage to end after its present step; kills what is left after STOP_S seconds."""
+        self.stopping = True
+        children = list(self._children)
+        for child in children:
+            # not DVC and not the shell between them: with those gone, a stage takes itself for an orphan
+            for process in _stage_processes(child):
+                process.terminate()
+        deadline = time.monotonic() + STOP_S
+        for child in children:
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=max(0.0, deadline - time.monotonic()))
+            _kill_group(child)
+
+    def _dvc_repro(self, stage: str, timeout_s: float, log: Callable[[str], None]) -> str:
+        if self.stopping:
+            raise Transient("was not started, because the run is being stopped", where=stage)
+        command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
+        child = subprocess.Popen(
+            command,
+            cwd=self.workspace,
+            env=child_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        with self._lock:
+            self._children.add(child)
+        timed_out = threading.Event()
+
+        def end() -> None:
+            timed_out.set()
+            _kill_group(child)
+
+        timer = threading.Timer(timeout_s, end)
+        timer.start()
+        lines: deque[str] = deque(maxlen=_SHOWN_LINES)
+        try:
+            for line in map(str.rstrip, child.stdout or []):
+                if line and not _HINT.match(line):
+                    lines.append(line)
+                    log(line)
+                    self.watch(Event(stage, "running", line))
+            code = child.wait()
+        finally:
+            timer.cancel()
+            with self._lock:
+                self._children.discard(child)
+            _kill_group(child)  # whatever the stage left behind
+        if timed_out.is_set():
+            raise Transient("took too long and was ended", where=stage, expected=f"at most {timeout_s:.0f} s")
+        if code:
+            raise stage_error(stage, stage_exit_code(list(lines), code), list(lines))
+        said = "\n".join(lines)
+        return "unchanged" if _UNCHANGED in said else "restored" if _RESTORED in said else "completed"
+
+
+_HINT = re.compile(
+    r"To track the changes with git|\s*git add |To enable auto staging|\s*dvc config core.autostage|Use `dvc push`"
+    r"|Updating lock file"
+)
+"""What DVC says to people at every stage."""
+
+_EXITED = re.compile(r"exited with (-?\d+)")
+_HELD_UP = re.compile(r"is busy|Unable to acquire lock|LockError|rwlock")
+_UNCHANGED, _RESTORED = "didn't change, skipping", "is cached - skipping run"
+
+
+def stage_exit_code(lines: list[str], dvc_code: int) -> int:
+    """The stage's own exit code, which DVC, returning 255 for any, tells in its output; 75 when DVC was held up."""
+    for line in reversed(lines):
+        if match := _EXITED.search(line):
+            return int(match[1])
+    return Transient.exit_code if any(_HELD_UP.search(line) for line in lines) else dvc_code
+
+
+def stage_error(stage: str, code: int, lines: list[str]) -> TemperError:
+    """The error that a stage's exit code stands for, with what the stage said of it."""
+    start = next((i for i in range(len(lines) - 1, -1, -1) if lines[i].startswith("error: ")), None)
+    said = [line for line in lines[start:] if not line.startswith("ERROR: ")] if start is not None else lines
+    kind = {BadInput.exit_code: BadInput, Transient.exit_code: Transient}.get(code, TemperError)
+    text = "\n".join(said).removeprefix("error: ")
+    return kind(f"stage {stage} failed (exit code {code})\n{text}")
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of a stage: this Python first on the path, and this process as the one it must not outlive."""
+    binaries = str(Path(sys.executable).parent)
+    return {
+        **os.environ,
+        "PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}",
+        "PYTHONUNBUFFERED": "1",
+        "SHELL": "/bin/sh",
+        OWNER: str(os.getpid()),
+    }
+
+
+def _kill_group(child: subprocess.Popen[str]) -> None:
+    with suppress(ProcessLookupError):  # it may be gone already
+        os.killpg(child.pid, signal.SIGKILL)
+
+
+def _stage_processes(child: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The stage that a `dvc repro` runs: the process below it that is `python -m tasks....`."""
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        below = psutil.Process(child.pid).children(recursive=True)
+        return [p for p in below if any(part.startswith("tasks.") for part in p.cmdline()[1:3])]
+    return []
+
+
+def changed_stages(workspace: Path) -> frozenset[str]:
+    """The stages that DVC finds changed, or that have never run.
+
+    Raises:
+        TemperError: `dvc status` fails.
+    """
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "status", "--json"]
+    done = subprocess.run(command, cwd=workspace, env=child_environment(), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise TemperError(
+            "DVC cannot tell what is up to date", where=str(workspace), got=(done.stderr or done.stdout).strip()
+        )
+    return frozenset(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+# --- the current session ----------------------------------------------------------------------------------------------
+
+_current: ContextVar[Session] = ContextVar("session")
+_open: list[Session] = []
+
+
+def current_session() -> Session:
+    """The session that the running flow opened."""
+    return _current.get()
+
+
+@contextmanager
+def opened(workspace: Path, params: Params, watch: Callable[[Event], None]) -> Iterator[Session]:
+    """Begins a session and makes it the current one."""
+    session = Session(
+        workspace, params, graph.load(workspace), graph.recorded_keys(workspace), changed_stages(workspace), watch
+    )
+    token = _current.set(session)
+    _open.append(session)
+    try:
+        yield session
+    finally:
+        _open.remove(session)
+        _current.reset(token)
+
+
+def stop_all() -> None:
+    """Stops every open session; safe to call from a signal handler."""
+    for session in _open:
+        session.stop()
+
+
+# --- the journal: how long each stage took the last time it ran -------------------------------------------------------
+
+
+def journal_file(workspace: Path) -> Path:
+    """Where outcomes are written down, one JSON object per line."""
+    return workspace / ".temper" / "journal.jsonl"
+
+
+def record(workspace: Path, outcome: Outcome) -> None:
+    """Adds an outcome to the journal."""
+    line = json.dumps({**outcome._asdict(), "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+    with journal_file(workspace).open("a") as file:
+        file.write(line + "\n")
+
+
+def last_seconds(workspace: Path) -> dict[str, float]:
+    """How long each stage took when it last really ran."""
+    path = journal_file(workspace)
+    seconds: dict[str, float] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # a line that was cut by a kill tells nothing
+        if entry["state"] == "completed":
+            seconds[entry["stage"]] = entry["seconds"]
+    return seconds

@@ -1,0 +1,144 @@
+"""The MLflow run of a training: found by the content key of the stage, so that a retry continues it.
+
+A tracker never stands in the way of a training. It works in a thread of its own; when MLflow does not answer it says
+so once and gives up, and the training log, an output of the stage, keeps every row. `register` completes the run from
+it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from queue import Empty, Queue
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from tasks.errors import RegistryUnreachable
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+EXPERIMENT = "temper"
+KEY_TAG = "temper.key"
+_FLUSH_S = 2.0
+
+
+def tracking_uri(workspace: Path) -> str:
+    """The MLflow server that MLFLOW_TRACKING_URI names, or a SQLite file in the workspace."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workspace.resolve() / '.temper' / 'mlflow.db'}"
+
+
+def connect(workspace: Path) -> MlflowClient:
+    """A client of the workspace's MLflow.
+
+    Raises:
+        RegistryUnreachable: it does not answer.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    uri = tracking_uri(workspace)
+    try:
+        with _one_at_a_time(workspace):  # two processes that make the schema of a new SQLite file at once break it
+            mlflow.set_tracking_uri(uri)
+            client = mlflow.MlflowClient(uri)
+            client.search_experiments(max_results=1)
+    except (MlflowException, OSError) as error:
+        raise RegistryUnreachable(
+            "MLflow does not answer",
+            where=uri,
+            got=str(error).split("\n")[0],
+            fix="start the server, or unset MLFLOW_TRACKING_URI",
+        ) from error
+    return client
+
+
+@contextmanager
+def _one_at_a_time(workspace: Path) -> Iterator[None]:
+    (workspace / ".temper").mkdir(exist_ok=True)
+    with (workspace / ".temper" / "mlflow.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def run_of(client: MlflowClient, workspace: Path, key: str, name: str, tags: Mapping[str, str]) -> Run:
+    """The run with this content key; made when there is none."""
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment:
+        experiment_id = experiment.experiment_id
+    else:
+        local = tracking_uri(workspace).startswith("sqlite")
+        location = (workspace.resolve() / ".temper" / "artifacts").as_uri() if local else None
+        experiment_id = client.create_experiment(EXPERIMENT, artifact_location=location)
+    found = client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+    if found:
+        return found[0]
+    return client.create_run(experiment_id, run_name=name, tags={**tags, KEY_TAG: key})
+
+
+def log_rows(client: MlflowClient, run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows of a training log as metrics; every number but `step` becomes one."""
+    import time
+
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    metrics = [Metric(k, v, now, row["step"]) for row in rows for k, v in row.items() if k != "step" and v is not None]
+    for start in range(0, len(metrics), 1000):
+        client.log_batch(run.info.run_id, metrics=metrics[start : start + 1000])
+
+
+class Tracker:
+    """Sends a training's params and log rows to MLflow in the background."""
+
+    def __init__(
+        self, workspace: Path, key: str, name: str, tags: Mapping[str, str], params: Mapping[str, Any]
+    ) -> None:
+        self._identity = (workspace, key, name, tags)
+        self._params = params
+        self._rows: Queue[dict[str, Any]] = Queue()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
+
+    def __enter__(self) -> Tracker:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.set()
+        self._thread.join(timeout=60)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Queues one row; it has a `step`, everything else is a number."""
+        self._rows.put(row)
+
+    def _work(self) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            client = connect(self._identity[0])
+            run = run_of(client, *self._identity)
+            for name in self._params.keys() - run.data.params.keys():
+                client.log_param(run.info.run_id, name, self._params[name])
+            while not (self._closing.is_set() and self._rows.empty()):
+                self._closing.wait(_FLUSH_S)
+                log_rows(client, run, self._waiting())
+        except (RegistryUnreachable, MlflowException, OSError) as error:
+            print(f"not tracked in MLflow; `register` will send the training log: {error}", flush=True)
+
+    def _waiting(self) -> list[dict[str, Any]]:
+        rows = []
+        while True:
+            try:
+                rows.append(self._rows.get_nowait())
+            except Empty:
+                return rows
