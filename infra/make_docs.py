@@ -1,0 +1,123 @@
+"""Writes docs/params.md and docs/cli.md from the code; with --check only tells whether they say what it does."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def params_page() -> str:
+    """Every key of params.yaml: type, range, its value in the quickstart, meaning."""
+    from tasks.params import Params, load
+
+    schema = Params.model_json_schema()
+    quickstart = load(ROOT / "recipes" / "quickstart.yaml").model_dump(by_alias=True)
+    lines = [
+        "# params.yaml",
+        "",
+        "Written by `make docs` from `tasks/params.py`. Every key must be given.",
+        "`temper run --set KEY=VALUE` changes one. The last column is the value in `recipes/quickstart.yaml`, where it has one.",
+    ]
+    for section in schema["properties"]:
+        for path, body in _tables(section, schema["properties"][section], schema["$defs"]):
+            lines += ["", f"## {path}{_choice(body)}", "", body["description"], ""]
+            lines += ["| key | value | meaning | quickstart |", "|---|---|---|---|"]
+            for key, field in body["properties"].items():
+                if not _sections(field, schema["$defs"]) and "description" in field:
+                    value = _value(quickstart, path, key, body)
+                    lines.append(f"| `{key}` | {_kind(field)} | {field['description']} | {value} |")
+    return "\n".join(lines) + "\n"
+
+
+def _tables(path: str, field: dict[str, Any], defs: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every section at or below a field, with its dotted path; NAME stands for what the user names."""
+    named = bool(_named(field))
+    for body in _sections(field, defs):
+        here = path + (".NAME" if named else "")
+        if any("description" in each and not _sections(each, defs) for each in body["properties"].values()):
+            yield here, body
+        for key, inner in body["properties"].items():
+            yield from _tables(f"{here}.{key}", inner, defs)
+
+
+def _sections(field: dict[str, Any], defs: dict[str, Any]) -> list[dict[str, Any]]:
+    field = _named(field) or field
+    references = [each["$ref"] for each in [field, *field.get("oneOf", [])] if "$ref" in each]
+    return [defs[reference.rsplit("/", 1)[1]] for reference in references]
+
+
+def _named(field: dict[str, Any]) -> dict[str, Any]:
+    """What the values of a mapping are whose keys the user chooses."""
+    return next(iter(field.get("patternProperties", {}).values()), {})
+
+
+def _choice(body: dict[str, Any]) -> str:
+    """Which alternative of a section this is, as a heading says it."""
+    key = next((key for key in ("kind", "name") if key in body["properties"]), None)
+    return f" ({key}: {body['properties'][key]['const']})" if key else ""
+
+
+def _kind(field: dict[str, Any]) -> str:
+    """The type and range of a field in words."""
+    if "anyOf" in field:
+        return " or ".join(_kind(each) for each in field["anyOf"])
+    if "const" in field or "enum" in field:
+        return ", ".join(f"`{each}`" for each in field.get("enum", [field.get("const")]))
+    if field["type"] == "array":
+        return f"list of {_kind(field['items'])}"
+    bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {field[name]}" for name, sign in bounds.items() if name in field]
+    return " ".join([{"string": "text"}.get(field["type"], field["type"]), ", ".join(limits)]).strip()
+
+
+def _value(quickstart: Any, path: str, key: str, body: dict[str, Any]) -> str:
+    """The quickstart's values for a key; more than one where NAME stands for several sections that differ."""
+    nodes = [quickstart]
+    for part in path.split("."):
+        nodes = [inner for node in nodes for inner in (node.values() if part == "NAME" else [node[part]])]
+    choice = next((name for name in ("kind", "name") if name in body["properties"]), None)
+    if choice:
+        nodes = [node for node in nodes if node[choice] == body["properties"][choice]["const"]]
+    return ", ".join(f"`{value}`" for value in dict.fromkeys(_plain(node[key]) for node in nodes))
+
+
+def _plain(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def cli_page() -> str:
+    """The help of every command, as a terminal of 100 columns shows it."""
+    import typer
+
+    from flows.cli import app
+
+    group = typer.main.get_command(app)
+    context = group.make_context("temper", ["run"], resilient_parsing=True, terminal_width=100, max_content_width=100)
+    lines = ["# temper", "", "Written by `make docs` from `flows/cli.py`.", "", "```", group.get_help(context), "```"]
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        inner = type(context)(command, parent=context, info_name=name, terminal_width=100, max_content_width=100)
+        lines += ["", f"## temper {name}", "", "```", command.get_help(inner), "```"]
+    return "\n".join(line.rstrip() for line in "\n".join(lines).split("\n")) + "\n"
+
+
+def main() -> int:
+    """Writes the pages, or compares them."""
+    stale = []
+    for name, text in (("params.md", params_page()), ("cli.md", cli_page())):
+        path = ROOT / "docs" / name
+        if not path.is_file() or path.read_text() != text:
+            stale.append(name)
+        if "--check" not in sys.argv:
+            path.write_text(text)
+    if "--check" in sys.argv and stale:
+        print(f"{', '.join(stale)} in docs/ no longer say what the code does; run: make docs", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
