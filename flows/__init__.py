@@ -1,0 +1,1 @@
+"""Order, schedule and what a person sees."""

@@ -1,0 +1,69 @@
+"""Asking a model: a registered one through MLflow, as any consumer would, or a plain folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tasks import graph
+from tasks.errors import BadModel, BadParams
+from tasks.params import load
+from tasks.registry import CHAMPION
+from tasks.tracking import connect
+
+
+def champion_uri(workspace: Path) -> str:
+    """The address of the workspace's champion in the registry."""
+    return f"models:/{load(workspace / graph.PARAMS).register_.model}@{CHAMPION}"
+
+
+def ask(workspace: Path, model: str, turns: Sequence[tuple[str, str]], max_tokens: int) -> str:
+    """The reply to a conversation, given as (role, text) turns.
+
+    Raises:
+        BadParams: the registry has no such model.
+        BadModel: the folder is no model folder.
+    """
+    if not model.startswith(("models:/", "runs:/")):
+        return _ask_folder(Path(model), turns, max_tokens)
+    connect(workspace)
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        loaded = mlflow.pyfunc.load_model(model)
+    except MlflowException as error:
+        raise BadParams(
+            "cannot be loaded from the registry",
+            where=model,
+            got=str(error).split("\n")[0],
+            fix="run `temper status` to see what there is",
+        ) from error
+    messages = [{"role": role, "content": content} for role, content in turns]
+    reply = loaded.predict({"messages": messages, "max_tokens": max_tokens})
+    return str(reply[0]["choices"][0]["message"]["content"])
+
+
+def _ask_folder(folder: Path, turns: Sequence[tuple[str, str]], max_tokens: int) -> str:
+    from tasks.adapted import load_packaged
+    from tasks.chat import answer
+    from tasks.records import Message
+    from tasks.templates import load_tokenizer
+
+    if not folder.is_dir():
+        raise BadModel("there is no such folder", where=str(folder), expected="models:/NAME@ALIAS, or a model folder")
+    model, tokenizer = load_packaged(folder), load_tokenizer(folder)
+    return answer(model, tokenizer, [Message(*turn) for turn in turns], max_tokens).text
+
+
+def sample(workspace: Path, method: str) -> tuple[list[tuple[str, str]], str]:
+    """A held-out conversation that the method answered, and what the row expects."""
+    from tasks.evaluate import EXAMPLES
+    from tasks.tables import read_records, read_rows
+
+    nodes = graph.load(workspace)
+    report = next(out for out in nodes[f"evaluate@{method}"].outs if out.endswith(EXAMPLES))
+    clean = next(out for out in nodes["validate"].outs if out.endswith("clean"))
+    first = read_rows(workspace / report)[0]
+    record = next(record for record in read_records(workspace / clean, ("chat",)) if record.id == first["id"])
+    return [(m.role, m.content) for m in record.messages[:-1]], record.messages[-1].content  # type: ignore[attr-defined]

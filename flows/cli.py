@@ -1,0 +1,232 @@
+"""The command `temper`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flows import output
+from tasks import graph
+from tasks.errors import BadParams, GateRefused, Interrupted, TemperError
+
+app = typer.Typer(
+    help="A fine-tuning factory for language models: from data to a registered, promoted model, in one command.\n\n"
+    "Commands work on the nearest folder above that holds dvc.yaml and params.yaml. "
+    "With --debug anywhere, an error shows its traceback.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Workspace = Annotated[
+    Path | None, typer.Option("--workspace", help="Work on this folder instead of the one found upward from here.")
+]
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path | None, typer.Option(help="Put this params file in place of params.yaml first.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change one value of params.yaml first, such as train.qlora.epochs=2; may be repeated.",
+        ),
+    ] = None,
+    promote: Annotated[bool, typer.Option(help="Promote the best method at the end, if it passes the gate.")] = True,
+    workspace: Workspace = None,
+) -> None:
+    """Bring every stage up to date, then promote the best method.
+
+    What has not changed since the last run is passed over. A run that was interrupted goes on where it was.
+    """
+    from flows import servers
+    from flows.display import on_board, plain_logs
+    from flows.params_file import change_params
+    from flows.workspace import held
+
+    root = _workspace(workspace)
+    with held(root, "temper run"):
+        if difference := change_params(root, recipe, set_ or []):
+            output.difference(difference)
+        servers.end_old_server(root)
+        terminal = sys.stderr.isatty()
+        servers.prepare(root, terminal=terminal)
+        from flows.retrain import retrain
+
+        if not _debugging:
+            plain_logs()
+        with on_board(len(graph.load(root)), terminal=terminal), _stopping_cleanly():
+            report = retrain(root, promote)
+        output.summary(root, report)
+
+
+@app.command()
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False, workspace: Workspace = None
+) -> None:
+    """Show the champion, the figures of every method and the state of every stage."""
+    from flows import servers
+    from flows.overview import overview
+
+    root = _workspace(workspace)
+    servers.prepare(root, terminal=True)
+    found = overview(root)
+    typer.echo(json.dumps(found, indent=2, ensure_ascii=False)) if as_json else output.overview(found)
+
+
+@app.command()
+def promote(
+    version: Annotated[
+        str | None, typer.Option(help="The version to promote; without it, the best that was registered last.")
+    ] = None,
+    workspace: Workspace = None,
+) -> None:
+    """Make a version champion, if it is better than the base and not worse than the present champion."""
+    root = _ready(workspace)
+    from flows.promote import promote as flow
+
+    done = flow.fn(root, version)
+    output.promotion(done)
+    if not done.passed:
+        raise GateRefused("the gate refused it", where=done.model, fix="look at the comparisons above")
+
+
+@app.command()
+def rollback(workspace: Workspace = None) -> None:
+    """Make the champion before the present one champion again."""
+    root = _ready(workspace)
+    from flows.promote import rollback as flow
+
+    output.promotion(flow.fn(root))
+
+
+@app.command()
+def chat(
+    text: Annotated[str, typer.Argument(help="What to say to the model.")],
+    model: Annotated[
+        str | None, typer.Option(help="A registered model such as models:/NAME@champion, or a model folder.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="A reply is at most so long.")] = 128,
+    workspace: Workspace = None,
+) -> None:
+    """Ask the champion, or another model."""
+    root = _ready(workspace)
+    from flows.ask import ask, champion_uri
+
+    typer.echo(ask(root, model or champion_uri(root), [("user", text)], max_tokens))
+
+
+@app.command()
+def schedule(
+    cron: Annotated[str | None, typer.Option(help='Serve the schedule of a cron line, such as "0 3 * * *".')] = None,
+    every: Annotated[str | None, typer.Option(help="Serve a run every so often: 30m, 6h, 1d.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the schedules.")] = False,
+    pause: Annotated[bool, typer.Option("--pause", help="Pause this workspace's schedule.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume it.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove it.")] = False,
+    workspace: Workspace = None,
+) -> None:
+    """Run the factory on a schedule for as long as this command runs; or list, pause, resume or remove the schedule."""
+    chosen = [bool(cron), bool(every), list_, pause, resume, remove]
+    if sum(chosen) != 1:
+        raise BadParams("say one of --cron, --every, --list, --pause, --resume, --remove", got=f"{sum(chosen)} of them")
+    root = _ready(workspace, terminal=list_ or pause or resume or remove)
+    from flows import deployments
+
+    if list_:
+        output.schedules(deployments.listed())
+    elif pause or resume:
+        typer.echo(f"{'paused' if pause else 'resumed'} {deployments.pause(root, paused=pause)}")
+    elif remove:
+        typer.echo(f"removed {deployments.remove(root)}")
+    else:
+        line = deployments.check_cron(cron) if cron else None
+        typer.echo(f"serving the schedule of {root}; stop it with Ctrl-C")
+        deployments.serve(root, cron=line, every=deployments.parse_interval(every) if every else None)
+
+
+@app.command()
+def doctor(workspace: Workspace = None) -> None:
+    """Tell what is installed, what this machine can do, and which servers answer."""
+    from flows.doctor import examine
+
+    root = _ready(workspace)
+    output.examination(examine(root))
+
+
+# --- around the commands ----------------------------------------------------------------------------------------------
+
+
+def _workspace(given: Path | None) -> Path:
+    """The workspace as an absolute path; the commands of stages take their paths from there."""
+    root = graph.find_workspace((given or Path.cwd()).resolve())
+    os.chdir(root)
+    return root
+
+
+def _ready(given: Path | None, *, terminal: bool = True) -> Path:
+    from flows import servers
+
+    root = _workspace(given)
+    servers.prepare(root, terminal=terminal)
+    return root
+
+
+@contextmanager
+def _stopping_cleanly() -> Iterator[None]:
+    """Lets Ctrl-C and SIGTERM end running stages after their present step, with a checkpoint, and then this process."""
+    from tasks.runner import stop_all
+
+    def stop(number: int, frame: Any) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        typer.echo("\nstopping: stages that train write a checkpoint first", err=True)
+        stop_all()
+        typer.echo("stopped; `temper run` goes on from here", err=True)
+        os._exit(Interrupted.exit_code)  # not through Prefect, whose temporary server got the same signal
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, stop) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+_debugging = "--debug" in sys.argv
+
+
+def main() -> None:
+    """Runs the command line; errors become one readable block and the exit code that they carry."""
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        app()
+    except TemperError as error:
+        if _debugging:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if _debugging:
+            raise
+        typer.echo(
+            f"error: {type(error).__name__}: {error}\n  to fix:   add --debug to see where, and tell the maintainers",
+            err=True,
+        )
+        sys.exit(TemperError.exit_code)
+
+
+if __name__ == "__main__":
+    main()

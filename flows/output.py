@@ -1,0 +1,128 @@
+"""What commands print."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from flows.deployments import Scheduled
+    from flows.doctor import Finding
+    from flows.promote import Promotion
+    from flows.retrain import Report
+
+
+def difference(text: str) -> None:
+    """The change of params.yaml."""
+    colours = {"+": typer.colors.GREEN, "-": typer.colors.RED}
+    for line in text.splitlines():
+        typer.secho(line, fg=colours.get(line[:1]))
+    typer.echo("")
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> None:
+    """Rows with the same keys, as aligned columns."""
+    if not rows:
+        return
+    widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
+    for row in [{key: key for key in widths}, {key: "-" * width for key, width in widths.items()}, *rows]:
+        typer.echo("  ".join(f"{row[key]:<{width}}" for key, width in widths.items()).rstrip())
+    typer.echo("")
+
+
+def promotion(done: Promotion) -> None:
+    """Who is champion now, and why."""
+    if done.champion is None:
+        typer.echo(f"{done.model} has no champion yet")
+    else:
+        verb = "is now" if done.moved else "stays"
+        typer.echo(
+            f"models:/{done.model}/{done.champion} ({done.method}) {verb} champion: models:/{done.model}@champion"
+        )
+    for finding in done.findings:
+        typer.echo(f"  {finding}")
+
+
+def summary(workspace: Path, report: Report) -> None:
+    """The end of a run: figures, champion, a reply of it, times, and where to look."""
+    from flows import servers
+    from flows.ask import ask, champion_uri, sample
+    from flows.results import read_results
+    from flows.results import table as results_table
+
+    promoted = report.promotion
+    typer.echo("")
+    table(results_table(read_results(workspace)))
+    if promoted:
+        promotion(promoted)
+    ran = [outcome for outcome in report.outcomes if outcome.state != "unchanged"]
+    if not ran:
+        typer.echo("\nnothing has changed since the last run")
+    elif promoted and promoted.champion:
+        turns, expected = sample(workspace, promoted.method)
+        typer.echo(f"\nthe champion on a held-out row (expected: {expected})")
+        for role, text in turns:
+            typer.echo(f"  {role}: {text}")
+        typer.echo(f"  assistant: {ask(workspace, champion_uri(workspace), turns, 128)}")
+    if ran:
+        typer.echo("")
+        table(
+            [{"stage": outcome.stage, "state": outcome.state, "seconds": f"{outcome.seconds:.1f}"} for outcome in ran]
+        )
+    for name, command in servers.ui_commands(workspace).items():
+        typer.echo(f"{name + ':':<9} {command}")
+
+
+def overview(found: Mapping[str, Any]) -> None:
+    """What `temper status` prints for people."""
+    champion = found["champion"]
+    typer.echo(f"model:    {found['model']}")
+    typer.echo(f"champion: version {champion['version']} ({champion['method']})" if champion else "champion: none yet")
+    typer.echo("")
+    figures = ([("base", found["base"])] if found["base"] else []) + list(found["methods"].items())
+    table(
+        [
+            {
+                "model": name,
+                "exact match": f"{each['exact_match']:.3f}",
+                "loss": f"{each['loss']:.3f}",
+                "version": each.get("version") or "",
+            }
+            for name, each in figures
+        ]
+    )
+    table(
+        [
+            {"stage": name, "state": each["state"], "seconds": f"{each['seconds']:.1f}"}
+            for name, each in found["stages"].items()
+        ]
+    )
+
+
+def schedules(found: Sequence[Scheduled]) -> None:
+    """What `temper schedule --list` prints."""
+    if not found:
+        typer.echo('no schedules; make one with: temper schedule --cron "0 3 * * *"')
+    table(
+        [
+            {
+                "name": each.name,
+                "schedule": each.schedule,
+                "state": "paused" if each.paused else "active",
+                "next run": each.next_run,
+                "workspace": each.workspace,
+            }
+            for each in found
+        ]
+    )
+
+
+def examination(findings: Sequence[Finding]) -> None:
+    """What `temper doctor` prints; exits with 1 when something is amiss."""
+    marks = {True: "ok", False: "BAD", None: ""}
+    table([{"": marks[finding.good], "subject": finding.subject, "found": finding.found} for finding in findings])
+    if any(finding.good is False for finding in findings):
+        raise typer.Exit(1)

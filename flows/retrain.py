@@ -1,0 +1,49 @@
+"""The whole factory, in order: from sources to a champion. Read this file first.
+
+Every line is a stage of dvc.yaml. Stages that do not wait for each other run at once, as far as their concurrency
+tags in tasks/stages.py let them; a stage whose inputs have not changed is passed over.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from prefect import flow
+from prefect.futures import wait
+
+from flows.promote import Promotion, promote
+from flows.session import begin, show_results
+from tasks.runner import Outcome
+from tasks.stages import base, baseline, evaluate, ingest, merge, register, render, train, validate
+
+
+class Report(NamedTuple):
+    """What became of every stage, and of the best method."""
+
+    outcomes: list[Outcome]
+    promotion: Promotion | None
+
+
+@flow(name="retrain")
+def retrain(workspace: Path, promoting: bool = True) -> Report:
+    """Brings every stage of a workspace up to date, then promotes the best method if it passes the gate."""
+    with begin(workspace) as session:
+        sources = [ingest.submit(source) for source in session.params.ingest.sources]
+        clean = validate.submit(wait_for=sources)
+        model = base.submit(wait_for=[clean])
+        rows = render.submit(wait_for=[clean, model])
+        yardstick = baseline.submit(wait_for=[rows])
+
+        registered = []
+        for method in session.params.train:
+            adapter = train.submit(method, wait_for=[rows])
+            merged = merge.submit(method, wait_for=[adapter])
+            report = evaluate.submit(method, wait_for=[merged, yardstick])
+            registered.append(register.submit(method, wait_for=[report]))
+
+        wait(registered)
+        session.check()
+        promotion = promote(workspace) if promoting else None
+        show_results(workspace)
+        return Report(list(session.outcomes.values()), promotion)

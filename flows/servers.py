@@ -1,0 +1,236 @@
+"""The servers a run talks to: Prefect's own or a temporary one, and MLflow's UI. All bind to this machine alone.
+
+`prepare` must be called before Prefect is imported: it reads its settings from the environment once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from tasks.errors import TemperError
+from tasks.outputs import as_json, write_whole
+from tasks.process import quiet_libraries
+from tasks.tracking import tracking_uri
+
+MLFLOW_PORT, PREFECT_PORT = 5000, 4200
+_WAIT_S = 0.5
+
+
+def prepare(workspace: Path, *, terminal: bool) -> None:
+    """Sets the environment for Prefect and the libraries below; what the user has set stays.
+
+    Args:
+        workspace: its `.temper/prefect` is Prefect's home, so that no other project's runs are mixed in.
+        terminal: whether progress is shown as a board, beside which Prefect's own log lines would be noise.
+    """
+    quiet_libraries()
+    defaults = {
+        "PREFECT_HOME": str(workspace / ".temper" / "prefect"),
+        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+        "PREFECT_CLI_PROMPT": "false",
+    }
+    served = _noted(workspace)
+    if temporary() and served and not served["temporary"]:
+        os.environ["PREFECT_API_URL"] = served["api"]
+    if temporary():
+        defaults |= {
+            "PREFECT_SERVER_EPHEMERAL_ENABLED": "true",
+            "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+            "PREFECT_SERVER_TASKS_TAG_CONCURRENCY_SLOT_WAIT_SECONDS": "1",
+        }
+    if terminal:
+        defaults["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "ERROR"
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def temporary() -> bool:
+    """Whether runs start a Prefect server of their own."""
+    return "PREFECT_API_URL" not in os.environ
+
+
+def ui_commands(workspace: Path) -> dict[str, str]:
+    """The exact commands that open MLflow and Prefect on what this workspace recorded."""
+    binaries = Path(sys.executable).parent
+    uri, home = tracking_uri(workspace), workspace / ".temper" / "prefect"
+    mlflow = f"{shlex.quote(str(binaries / 'mlflow'))} ui --backend-store-uri {shlex.quote(uri)} --port {MLFLOW_PORT}"
+    prefect = f"{shlex.quote(str(binaries / 'prefect'))} server start --port {PREFECT_PORT}"
+    return {
+        "MLflow": f"open {uri}" if uri.startswith("http") else mlflow,
+        "Prefect": f"PREFECT_HOME={shlex.quote(str(home))} {prefect}"
+        if temporary()
+        else f"open {os.environ['PREFECT_API_URL'].removesuffix('/api')}",
+    }
+
+
+def run_link(workspace: Path, experiment: str, run: str) -> str:
+    """The address of a run in MLflow's UI."""
+    uri = tracking_uri(workspace)
+    server = uri.rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{MLFLOW_PORT}"
+    return f"{server}/#/experiments/{experiment}/runs/{run}"
+
+
+# --- what a killed run leaves on a Prefect server ---------------------------------------------------------------------
+
+
+def limit_trainings(tag: str, limit: int = 1) -> None:
+    """Sees to it that at most so many trainings run at once.
+
+    On a server of the user's own an existing limit stands as it is. A temporary server forgets who held its slots
+    when it dies, while the count of them stays in its database; as nobody else uses that database, the limit is made
+    anew.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+
+    with get_client(sync_client=True) as client:
+        if temporary():
+            with suppress(ObjectNotFound):  # the first run
+                client.delete_concurrency_limit_by_tag(tag)
+        else:
+            with suppress(ObjectNotFound):
+                client.read_concurrency_limit_by_tag(tag)
+                return
+        client.create_concurrency_limit(tag, limit)
+
+
+def mark_dead_runs(flow_name: str, workspace: Path, but: str | None) -> int:
+    """Marks runs of this workspace as crashed that their killed processes left as running; returns how many.
+
+    The caller holds the workspace, so none of them can be alive.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import (
+        FlowFilter,
+        FlowFilterName,
+        FlowRunFilter,
+        FlowRunFilterState,
+        FlowRunFilterStateType,
+    )
+    from prefect.client.schemas.objects import StateType
+    from prefect.states import Crashed
+
+    running = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING]))
+    with get_client(sync_client=True) as client:
+        runs = client.read_flow_runs(
+            flow_filter=FlowFilter(name=FlowFilterName(any_=[flow_name])), flow_run_filter=FlowRunFilter(state=running)
+        )
+        dead = [run for run in runs if str(run.id) != but and str(run.parameters.get("workspace")) == str(workspace)]
+        for run in dead:
+            client.set_flow_run_state(run.id, Crashed(message="its process is gone"), force=True)
+    return len(dead)
+
+
+def end_old_server(workspace: Path) -> bool:
+    """Ends the temporary server of a run that was killed; returns whether there was one."""
+    note = _noted(workspace)
+    if note is None or not note["temporary"]:
+        return False
+    note["process"].terminate()
+    note["process"].wait(timeout=10)
+    return True
+
+
+def note_server(workspace: Path) -> None:
+    """Writes down which process is this run's temporary server, for `end_old_server`."""
+    import psutil
+
+    for child in psutil.Process().children():
+        if any("prefect.server" in part for part in child.cmdline()):
+            _note(workspace, child.pid, temporary=True)
+
+
+@contextmanager
+def kept_up(workspace: Path) -> Iterator[Callable[[], None]]:
+    """A Prefect server for as long as the block runs: the user's own, or one on this machine.
+
+    Yields:
+        A function that returns once the server answers; it starts the one on this machine again if that has died.
+    """
+    if not temporary():
+        yield lambda: _wait_for(os.environ["PREFECT_API_URL"])
+        return
+    port = _free_port()
+    api = f"http://127.0.0.1:{port}/api"
+    server: subprocess.Popen[bytes] | None = None
+
+    def keep_up() -> None:
+        nonlocal server
+        if server is None or server.poll() is not None:
+            command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+            with (workspace / ".temper" / "prefect-server.log").open("ab") as log:
+                server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            _note(workspace, server.pid, temporary=False, api=api)
+        _wait_for(api)
+
+    os.environ["PREFECT_API_URL"] = api
+    try:
+        yield keep_up
+    finally:
+        if server is not None:
+            server.terminate()
+            server.wait(timeout=30)
+
+
+def _free_port() -> int:
+    """Prefect's own port, or another one when that is taken."""
+    for port in (PREFECT_PORT, 0):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise TemperError("no port is free on 127.0.0.1")
+
+
+def _wait_for(api: str) -> None:
+    import httpx
+
+    told = False
+    while True:
+        try:
+            if httpx.get(f"{api}/health", timeout=5).is_success:
+                return
+        except httpx.HTTPError as error:
+            if not told and not isinstance(error, httpx.ConnectError):
+                print(f"waiting for {api}: {error}", flush=True)
+            told = True
+        time.sleep(_WAIT_S)
+
+
+# --- the note of the server that this workspace started ---------------------------------------------------------------
+
+
+def _note_file(workspace: Path) -> Path:
+    return workspace / ".temper" / "prefect-server.json"
+
+
+def _note(workspace: Path, pid: int, *, temporary: bool, api: str = "") -> None:
+    import psutil
+
+    about = {"pid": pid, "created": psutil.Process(pid).create_time(), "temporary": temporary, "api": api}
+    write_whole(_note_file(workspace), as_json(about))
+
+
+def _noted(workspace: Path) -> dict[str, Any] | None:
+    """The noted server with its `process`, if it is alive: a process of that id that began at that time."""
+    import psutil
+
+    try:
+        note: dict[str, Any] = json.loads(_note_file(workspace).read_text())
+        process = psutil.Process(note["pid"])
+        alive = process.create_time() == note["created"] and process.status() != psutil.STATUS_ZOMBIE
+    except (OSError, ValueError, KeyError, psutil.Error):
+        return None
+    return {**note, "process": process} if alive else None
