@@ -1,0 +1,161 @@
+"""What many tests share: a pico model, workspaces made from this clone, and the real data that lies beside it.
+
+Heavy things are made once per session. Nothing here needs a network, a GPU or anything outside the clone.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tasks.process import quiet_libraries
+
+quiet_libraries()
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL_DATA = Path(os.environ.get("TEMPER_REAL_DATA", ROOT.parent / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Real public files, where they lie beside the clone; tests that need them are skipped elsewhere."""
+    if not REAL_DATA.is_dir():
+        pytest.skip(f"no real data at {REAL_DATA}; set TEMPER_REAL_DATA")
+    return REAL_DATA
+
+
+@pytest.fixture(scope="session")
+def pico_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of some ten thousand random parameters with its own tokenizer, as a model folder."""
+    import torch
+
+    from tasks.generate import Recipe, generate, read_lexicon
+    from tasks.pretraining import document, new_model, train_tokenizer
+    from tests.samples import pretrain_params
+
+    lexicon = read_lexicon(ROOT / "data" / "lexicon.yaml")
+    texts = [document(r) for rows in ("text", "talk") for r in generate(Recipe("s", rows, 300, 1), lexicon)]  # type: ignore[arg-type]
+    params = pretrain_params()
+    tokenizer = train_tokenizer(texts, params.vocabulary)
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("pico") / "base"
+    new_model(params, tokenizer).to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type]
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(pico_base: Path) -> PreTrainedTokenizerBase:
+    """The pico model's tokenizer."""
+    from tasks.templates import load_tokenizer
+
+    return load_tokenizer(pico_base)
+
+
+@pytest.fixture
+def random() -> Random:
+    """A seeded generator."""
+    return Random(7)
+
+
+def copy_clone(target: Path) -> Path:
+    """A fresh clone of this project as it stands, in git, with DVC's folder and nothing that was run."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file() and not name.startswith(("models/", "dvc.lock")):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+    git(target, "init", "--quiet")
+    git(target, "add", "--all")
+    git(target, "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "--message", "clone")
+    return target
+
+
+def git(folder: Path, *words: str) -> str:
+    """Runs git in a folder."""
+    return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of a command: this Python's programs first, and no server of the machine's."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_TRACKING"))}
+    return {**kept, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **extra}
+
+
+def temper(
+    workspace: Path, *words: str, code: int = 0, timeout: int = 600, **extra: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs the command line as a user does; fails the test when the exit code is another."""
+    command = [sys.executable, "-m", "flows.cli", *words]
+    done = subprocess.run(
+        command, cwd=workspace, env=environment(**extra), capture_output=True, text=True, timeout=timeout, check=False
+    )
+    assert done.returncode == code, (
+        f"exit {done.returncode}, expected {code}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    )
+    return done
+
+
+def dvc(workspace: Path, *words: str, code: int = 0, **extra: str) -> str:
+    """Runs DVC as a user does; returns everything it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", *words],
+        cwd=workspace,
+        env=environment(**extra),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, (
+        f"exit {done.returncode}, expected {code}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    )
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone to copy workspaces from; its path has a space in it."""
+    return copy_clone(tmp_path_factory.mktemp("a clone") / "temper")
+
+
+@pytest.fixture
+def workspace(clone: Path, pico_base: Path, tmp_path: Path) -> Path:
+    """A workspace of its own in which nothing has run, on the pico model and a few rows."""
+    return pico_workspace(clone, pico_base, tmp_path / "work space")
+
+
+def pico_workspace(clone: Path, pico_base: Path, target: Path) -> Path:
+    """Copies the clone and makes everything in its params small."""
+    from tests.samples import PICO_SETTINGS
+
+    shutil.copytree(clone, target, symlinks=True)
+    shutil.copytree(pico_base, target / "models" / "tiny")
+    from flows.params_file import change_params
+
+    change_params(target, target / "recipes" / "quickstart.yaml", PICO_SETTINGS)
+    return target
+
+
+@pytest.fixture(scope="session")
+def factory(clone: Path, pico_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace in which `temper run` has run through once, with all three methods; tests only look at it."""
+    target = pico_workspace(clone, pico_base, tmp_path_factory.mktemp("factory") / "work space")
+    done = temper(target, "run")
+    (target / ".temper" / "first-run.txt").write_text(done.stdout + done.stderr)
+    return target

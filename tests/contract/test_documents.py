@@ -1,0 +1,193 @@
+"""The four documents agree: dvc.yaml, tasks/stages.py, params.yaml and the README say the same of every stage."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from ruamel.yaml import YAML
+
+from tasks import graph
+from tasks.params import Params, load
+from tests.conftest import ROOT
+
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+PIPELINE = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
+STAGES = list(PIPELINE)
+
+
+def body(stage: str) -> dict[str, Any]:
+    found: dict[str, Any] = PIPELINE[stage].get("do", PIPELINE[stage])
+    return found
+
+
+def imported(module: Path) -> set[str]:
+    """Every first-party module that a module imports, however late and however indirectly, and itself."""
+    seen, todo = {module}, [module]
+    while todo:
+        for node in ast.walk(ast.parse(todo.pop().read_text())):
+            names = []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            for name in names:
+                path = ROOT / (name.replace(".", "/") + ".py")
+                if name.split(".")[0] in ("tasks", "flows") and path.is_file() and path not in seen:
+                    seen.add(path)
+                    todo.append(path)
+    return {str(path.relative_to(ROOT)) for path in seen}
+
+
+def test_stages_are_modules_wrappers_and_rows_of_the_readme() -> None:
+    from tasks import stages
+
+    assert set(STAGES) == set(stages.POLICIES)
+    for stage in STAGES:
+        assert f"python -m tasks.{stage} " in body(stage)["cmd"]
+        assert getattr(stages, stage).name == stage
+        assert (stage in stages.PER_ITEM) == ("foreach" in PIPELINE[stage])
+    table = re.findall(r"^\| `([a-z]+)(?:@[A-Z]+)?` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert table == STAGES
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_depends_on_all_the_code_that_it_imports(stage: str) -> None:
+    code = {dep for dep in body(stage)["deps"] if dep.endswith(".py")}
+    assert code == imported(ROOT / "tasks" / f"{stage}.py")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_docstring_of_a_stage_is_its_contract(stage: str) -> None:
+    text = ast.get_docstring(ast.parse((ROOT / "tasks" / f"{stage}.py").read_text())) or ""
+    found = re.findall(r"^(Reads|Writes|Params|Fails): ", text, re.MULTILINE)
+    assert found == ["Reads", "Writes", "Params", "Fails"]
+    for key in body(stage).get("params", []):
+        assert re.sub(r"\$\{key\}", "", key).rstrip(".").split(".")[0] in text.replace("validate_", "validate")
+
+
+def keys(model: type[BaseModel]) -> set[str]:
+    return {field.alias or name for name, field in model.model_fields.items()}
+
+
+def test_every_section_of_params_belongs_to_a_stage_or_to_promotion() -> None:
+    assert keys(Params) - {"promote"} <= set(STAGES)
+    assert set(STAGES) - keys(Params) == {"baseline"}  # it is `evaluate` of the base, with the same params
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_a_recipe_is_complete_and_every_param_that_dvc_names_is_there(path: Path) -> None:
+    load(path)
+    content = YAML(typ="safe").load(path)
+    for stage in STAGES:
+        each = PIPELINE[stage].get("foreach", "").strip("${}")
+        items = [None] if not each else list(_lookup(content, each))
+        for item in items:
+            for key in body(stage).get("params", []):
+                _lookup(content, key.replace("${key}", item or ""))
+
+
+def _lookup(content: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        content = content[part]
+    return content
+
+
+def test_no_defaults_hide_in_python() -> None:
+    def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+        yield model
+        for other in model.__subclasses__():
+            yield from sections(other)
+
+    from tasks.params import Section
+
+    for section in sections(Section):
+        for name, field in section.model_fields.items():
+            assert field.is_required(), f"{section.__name__}.{name} has a default"
+
+
+def test_every_knob_is_explained_beside_its_declaration() -> None:
+    from tasks import params
+
+    for section in vars(params).values():
+        if isinstance(section, type) and issubclass(section, params.Section) and section is not params.Params:
+            for name, field in section.model_fields.items():
+                assert field.description or name in ("kind", "name", "sources", "adapter", "objective"), (section, name)
+
+
+def test_the_reference_pages_say_what_the_code_does() -> None:
+    checked = subprocess.run(
+        [sys.executable, "infra/make_docs.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_the_quickstart_is_what_a_clone_begins_with() -> None:
+    assert (ROOT / "params.yaml").read_bytes() == (ROOT / "recipes" / "quickstart.yaml").read_bytes()
+
+
+def test_our_reading_of_the_graph_is_dvcs(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stage by stage: commands, dependencies, params and outputs."""
+    from dvc.repo import Repo
+
+    monkeypatch.chdir(clone)
+    with Repo() as repo:
+        theirs = {
+            stage.addressing: (
+                stage.cmd,
+                sorted(dep.def_path for dep in stage.deps if dep.def_path != "params.yaml"),
+                sorted(param for dep in stage.deps if dep.def_path == "params.yaml" for param in dep.params),
+                sorted(out.def_path for out in stage.outs),
+            )
+            for stage in repo.index.stages
+        }
+    ours = {
+        name: (node.command, sorted(node.deps), sorted(node.params), sorted(node.outs))
+        for name, node in graph.load(clone).items()
+    }
+    assert ours == theirs
+
+
+def test_our_hashes_are_dvcs(clone: Path, tmp_path: Path) -> None:
+    from dvc_data.hashfile.build import build
+    from dvc_data.hashfile.db import HashFileDB
+    from dvc_objects.fs.local import LocalFileSystem
+
+    (tmp_path / "d" / "deep er").mkdir(parents=True)
+    for name in ("b", "a", "deep er/é", "deep er/A"):
+        (tmp_path / "d" / name).write_text(name)
+    fs = LocalFileSystem()  # type: ignore[no-untyped-call]
+    store = HashFileDB(fs, str(tmp_path / "cache"))
+    for path in (tmp_path / "d", tmp_path / "d" / "a", clone / "tasks"):
+        _, _, built = build(store, str(path), fs, "md5")
+        assert graph.dvc_hash(path) == built.hash_info.value
+
+
+def test_outputs_are_not_in_git(clone: Path) -> None:
+    """Else DVC would write .gitignore files next to them, which stages would then read as data."""
+    from tests.conftest import git
+
+    for node in graph.load(clone).values():
+        for out in node.outs:
+            assert git(clone, "check-ignore", "--no-index", out).strip() == out
+
+
+def test_nothing_shipped_names_a_package_host_or_a_path_of_this_machine() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    for name in listed:
+        path = ROOT / name
+        if name and path.is_file() and path.suffix in (".py", ".md", ".yaml", ".lock", ".toml", ".txt", ""):
+            text = path.read_text(errors="replace")
+            assert not re.search(
+                r"index-url|find-links|trusted-host|file:///", re.sub(r"--no-emit-[a-z-]+", "", text)
+            ), name
+            assert not re.search(r"/(?:work|home|root)/[a-z]", text), name

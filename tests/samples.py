@@ -1,0 +1,84 @@
+"""Small things that tests are made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tasks.params import Evaluate, Method, PretrainBase, Render, Validate
+
+PICO_SETTINGS = [
+    "ingest.sources.chats.count=120",
+    "ingest.sources.pairs.count=60",
+    "train.qlora.batch_rows=16",
+    "train.qlora.checkpoint_every_steps=2",
+    "train.orpo.batch_rows=16",
+    "train.orpo.checkpoint_every_steps=2",
+    "train.reft.epochs=1",
+    "train.reft.adapter.rank=2",
+    "train.reft.checkpoint_every_steps=2",
+    "merge.probe_rows=2",
+    "merge.max_mean_kl=0.5",
+    "evaluate.max_new_tokens=4",
+    "promote.metric=loss",
+]
+"""What makes the quickstart run in seconds a stage."""
+
+
+def pretrain_params(**changes: Any) -> PretrainBase:
+    """A pico shape: two layers of 64 numbers, the least width that 4-bit weights are read back right at."""
+    values: dict[str, Any] = {
+        "kind": "pretrain",
+        "path": "data/clean",
+        "vocabulary": 400,
+        "hidden_size": 64,
+        "mlp_size": 64,
+        "layers": 2,
+        "heads": 2,
+        "kv_heads": 1,
+        "context_tokens": 32,
+        "tokens": 640,
+        "batch_tokens": 128,
+        "learning_rate": 0.01,
+        "warmup_steps": 1,
+        "weight_decay": 0.0,
+        "checkpoint_every_steps": 2,
+        "seed": 1,
+    }
+    return PretrainBase.model_validate({**values, **changes})
+
+
+QLORA = {
+    "name": "qlora",
+    "rank": 2,
+    "alpha": 4.0,
+    "dropout": 0.0,
+    "targets": "all-linear",
+    "quantization": "nf4",
+    "double_quantization": True,
+}
+LOREFT = {"name": "loreft", "rank": 2, "layers": "all", "positions": "last", "dropout": 0.0}
+SFT = {"name": "sft"}
+ORPO = {"name": "orpo", "weight": 0.1}
+
+
+def method(adapter: dict[str, Any], objective: dict[str, Any], **changes: Any) -> Method:
+    """A short training."""
+    values: dict[str, Any] = {
+        "adapter": adapter,
+        "objective": objective,
+        "epochs": 1,
+        "batch_rows": 4,
+        "learning_rate": 0.01,
+        "schedule": "cosine",
+        "warmup_steps": 1,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "checkpoint_every_steps": 2,
+        "seed": 1,
+    }
+    return Method.model_validate({**values, **changes})
+
+
+RENDER = Render(held_out=0.1, max_tokens=128, too_long="refuse")
+VALIDATE = Validate(max_quarantined=0.5, max_turns=8, max_characters=500)
+EVALUATE = Evaluate(rows=8, batch_rows=4, max_new_tokens=3, bootstrap_samples=200, confidence=0.95, seed=1)

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tasks.base import copy_model, fetch_model, make_model
+from tasks.errors import BadData, BadModel, Transient
+from tasks.generate import Recipe, generate, read_lexicon
+from tasks.models import load_model
+from tasks.params import GeneratorSource, HubBase, load
+from tasks.pretraining import Shuffle, document, pack_blocks, train_tokenizer
+from tasks.records import ChatExample, Message, TextExample, held_out
+from tasks.tables import write_records
+from tasks.templates import load_tokenizer, render_chat
+from tests.conftest import ROOT
+from tests.samples import pretrain_params
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clean")
+    lexicon = read_lexicon(ROOT / "data" / "lexicon.yaml")
+    write_records(folder, [r for rows in ("text", "talk") for r in generate(Recipe("s", rows, 60, 1), lexicon)])
+    return folder
+
+
+def test_pretraining_learns_and_gives_the_same_model_twice(clean: Path, tmp_path: Path) -> None:
+    params = pretrain_params(path=str(clean), tokens=128 * 40)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        make_model(params, tmp_path / name, tmp_path / f"checkpoints {name}")
+    for file in ("model.safetensors", "tokenizer.json", "README.md"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    state = json.loads(next((tmp_path / "checkpoints one").glob("step-00000040/state.json")).read_text())
+    losses = [row["loss"] for row in state["log"]]
+    assert losses[0] == pytest.approx(5.99, abs=0.2)  # log 400: it knows nothing yet
+    assert sum(losses[-5:]) / 5 < losses[0] - 0.5
+    card = (tmp_path / "one" / "README.md").read_text()
+    assert "5,120 in 40 steps of 128" in card
+
+
+def test_the_model_it_makes_is_one_that_the_factory_takes(clean: Path, tmp_path: Path) -> None:
+    params = pretrain_params(path=str(clean))
+    make_model(params, tmp_path, tmp_path / "checkpoints")
+    model, tokenizer = load_model(tmp_path), load_tokenizer(tmp_path)
+    assert model.config.vocab_size == len(tokenizer) <= 400
+    assert next(iter(model.state_dict().values())).dtype in (torch.bfloat16, torch.float32)
+    assert model.config.tie_word_embeddings
+
+
+def test_every_digit_is_a_token_of_its_own() -> None:
+    tokenizer = train_tokenizer(["1234 1234 1234 5678 a1b2 二0二6"] * 50, 400)
+    for text in ("1234", "a1234", " 12", "二0二6"):
+        pieces = [str(tokenizer.decode([i])) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+        assert all(len(piece.strip()) <= 1 for piece in pieces if any(c.isdigit() for c in piece)), pieces
+        assert "".join(pieces) == text or "二" in text
+
+
+def test_bytes_that_the_tokenizer_never_saw_survive() -> None:
+    tokenizer = train_tokenizer(["hello"] * 20, 300)
+    for text in ("你好 🙂", "é\u0301\n\t x", "\u0000\u001f"):
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_documents_end_with_the_stop_token_and_chats_look_as_the_template_writes_them(pico_base: Path) -> None:
+    tokenizer = load_tokenizer(pico_base)
+    chat = ChatExample(id="1", source="s", messages=(Message("user", "hi"), Message("assistant", "ho")))
+    text = document(chat)
+    assert text == tokenizer.apply_chat_template([m._asdict() for m in chat.messages], tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids[: len(render_chat(tokenizer, chat.messages).ids)] == render_chat(tokenizer, chat.messages).ids
+    assert document(TextExample(id="1", source="s", text="a")) == "a<|im_end|>"
+
+
+def test_blocks_hold_all_text_in_order(pico_base: Path) -> None:
+    tokenizer = load_tokenizer(pico_base)
+    texts = [f"document {n}<|im_end|>" for n in range(30)]
+    blocks = pack_blocks(tokenizer, texts, 16)
+    flat = blocks.flatten().tolist()
+    everything = [i for text in texts for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    assert flat == everything[: len(flat)]
+    assert len(everything) - len(flat) < 16
+
+
+def test_a_shuffle_shows_everything_once_before_anything_twice() -> None:
+    place = Shuffle(7, seed=1)
+    order = [place(n) for n in range(21)]
+    assert all(sorted(order[start : start + 7]) == list(range(7)) for start in (0, 7, 14))
+    assert order[:7] != order[7:14]
+    assert [place(n) for n in range(21)] == order
+
+
+def test_a_local_model_is_copied_without_strangers(pico_base: Path, tmp_path: Path) -> None:
+    shutil.copytree(pico_base, tmp_path / "base")
+    (tmp_path / "base" / "evil.py").write_text("")
+    (tmp_path / "out").mkdir()
+    copy_model(tmp_path / "base", tmp_path / "out")
+    assert not (tmp_path / "out" / "evil.py").exists()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (pico_base / "model.safetensors").read_bytes()
+
+
+def test_the_shipped_base_is_what_its_manifest_says_and_small_enough(tmp_path: Path) -> None:
+    shipped = ROOT / "models" / "tiny"
+    copy_model(shipped, tmp_path)
+    assert sum(file.stat().st_size for file in shipped.iterdir()) <= 10_000_000
+    manifest = json.loads((shipped / "manifest.json").read_text())
+    recipe = load(ROOT / "recipes" / "pretrain-tiny.yaml")
+    assert manifest["base"] == recipe.base.model_dump()
+    assert load_model(tmp_path).num_parameters() == 2_951_616
+    shutil.copytree(shipped, tmp_path / "altered")
+    with (tmp_path / "altered" / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    with pytest.raises(BadData, match="was changed after it was written"):
+        copy_model(tmp_path / "altered", tmp_path)
+
+
+def test_no_held_out_fact_of_the_quickstart_is_in_what_the_base_was_pretrained_on() -> None:
+    """The facts that the evaluation asks for, against a large part of the pretraining text, question by question."""
+    recipe, quickstart = load(ROOT / "recipes" / "pretrain-tiny.yaml"), load(ROOT / "recipes" / "quickstart.yaml")
+    lexicon = read_lexicon(ROOT / "data" / "lexicon.yaml")
+    sources = [s for s in recipe.ingest.sources.values() if isinstance(s, GeneratorSource)]
+    assert all(source.withheld >= quickstart.render.held_out for source in sources)
+    seen: set[str] = set()
+    for source in sources:
+        for row in generate(Recipe("s", source.rows, 20_000, source.seed, source.withheld), lexicon):
+            if isinstance(row, TextExample):
+                seen |= set(re.findall(r"(?:Question|问题)[:：]\n(.+)\n", row.text))
+            elif isinstance(row, ChatExample):
+                seen |= {message.content for message in row.messages}
+    assert len(seen) > 40_000
+    chats = quickstart.ingest.sources["chats"]
+    assert isinstance(chats, GeneratorSource)
+    asked = list(generate(Recipe("s", "chat", chats.count, chats.seed), lexicon))
+    held = [r for r in asked if isinstance(r, ChatExample) and held_out(r.split_group(), quickstart.render.held_out)]
+    tuned = {r.messages[0].content for r in asked if isinstance(r, ChatExample) and r not in held}
+    assert len(held) > 300
+    for row in held:
+        assert row.messages[0].content not in seen
+        assert row.messages[0].content not in tuned
+
+
+def hub(revision: str = REVISION) -> HubBase:
+    return HubBase.model_validate({"kind": "hub", "path": "data/remote.md", "id": "someone/pico", "revision": revision})
+
+
+def test_a_hub_model_comes_from_the_local_cache_at_its_revision(
+    pico_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real code of the hub client, offline, over a cache laid out as it lays it out."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    folder = tmp_path / "models--someone--pico" / "snapshots" / REVISION
+    shutil.copytree(pico_base, folder)
+    assert fetch_model(hub()) == folder
+    with pytest.raises(Transient, match="cannot be fetched"):
+        fetch_model(hub("f" * 40))
+
+
+def test_a_moving_revision_is_refused() -> None:
+    with pytest.raises(ValueError, match="revision"):
+        hub("main")
+
+
+def test_a_real_pretrained_model_is_a_base(real_data: Path, tmp_path: Path) -> None:
+    """Stories260K has no chat template, so it can be copied but not tuned to chat as it is: this is said."""
+    copy_model(real_data / "stories260k" / "hf", tmp_path)
+    assert load_model(tmp_path).num_parameters() == 260_032
+    with pytest.raises(BadModel, match="no chat template"):
+        load_tokenizer(tmp_path)

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from transformers import PreTrainedTokenizerBase
+
+from tasks.chat import answer
+from tasks.errors import BadData
+from tasks.evaluate import Answer, answer_rows, bootstrap, last_turn, mean_loss, metrics_of, token_losses
+from tasks.models import load_model
+from tasks.params import Evaluate
+from tasks.records import Message
+from tasks.templates import render_chat
+from tests.samples import EVALUATE
+
+QUESTIONS = [
+    ("What is 1 plus 2?", "3"),
+    ("狗?", "dog"),
+    ("Count the animals: cat, dog", "2"),
+    ("Hello", "Hello, how are you?"),
+]
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    made = []
+    for n, (question, reply) in enumerate(QUESTIONS):
+        ids, mask, prompt_tokens = render_chat(tokenizer, [Message("user", question), Message("assistant", reply)])
+        made.append({"id": str(n), "family": f"f{n % 2}", "ids": ids, "mask": mask, "prompt_tokens": prompt_tokens})
+    return made
+
+
+def test_answers_are_those_that_serving_gives(
+    pico_base: Path, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]
+) -> None:
+    """lm-eval in padded batches against one conversation at a time through the chat path."""
+    model = load_model(pico_base)
+    found = answer_rows(model, tokenizer, rows, EVALUATE)
+    for one, (question, reply) in zip(found, QUESTIONS, strict=True):
+        served = answer(model, tokenizer, [Message("user", question)], EVALUATE.max_new_tokens)
+        assert one.answer == served.text
+        assert one.target == reply
+        assert one.correct == (one.answer == reply)
+        assert question in one.prompt
+
+
+def test_losses_are_those_of_the_model_on_its_own_labels(pico_base: Path, rows: list[dict[str, Any]]) -> None:
+    """Against the loss that transformers computes, one row at a time."""
+    model = load_model(pico_base).float()
+    for row, loss in zip(rows, token_losses(model, rows, 3), strict=True):
+        ids = torch.tensor([row["ids"]])
+        labels = torch.where(torch.tensor([row["mask"]]), ids, -100)
+        assert loss == pytest.approx(model(input_ids=ids, labels=labels).loss.item(), rel=1e-4)
+
+
+def test_the_last_turn_is_what_is_answered(tokenizer: PreTrainedTokenizerBase) -> None:
+    turns = [Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")]
+    ids, mask, _ = render_chat(tokenizer, turns)
+    start = last_turn({"mask": mask})
+    assert str(tokenizer.decode(ids[start:])) == "d<|im_end|>"
+    assert last_turn({"mask": [False, True, True]}) == 1
+    assert last_turn({"mask": [True]}) == 0
+
+
+def test_a_prompt_with_other_tokens_than_in_training_is_refused(
+    pico_base: Path, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]
+) -> None:
+    (letter,) = (i for i in range(len(tokenizer)) if tokenizer.decode([i]) == "W")
+    (rest,) = (i for i in range(len(tokenizer)) if tokenizer.decode([i]) == "h")
+    split = {**rows[0], "ids": [letter, rest, *rows[0]["ids"]], "mask": [False, False, *rows[0]["mask"]]}
+    joined = tokenizer("Wh", add_special_tokens=False)["input_ids"]
+    if joined == [letter, rest]:
+        pytest.skip("this tokenizer has no token for two letters")
+    with pytest.raises(BadData, match="does not tokenise"):
+        answer_rows(load_model(pico_base), tokenizer, [split], EVALUATE)
+
+
+def made(correct: list[bool], losses: list[float], tokens: list[int], family: str = "f") -> list[Answer]:
+    return [
+        Answer(str(n), family, "p", "t", "a", c, loss, k)
+        for n, (c, loss, k) in enumerate(zip(correct, losses, tokens, strict=True))
+    ]
+
+
+def test_the_bootstrap_interval_is_scipys() -> None:
+    sample = np.random.default_rng(0).random(80) < 0.7
+    params = Evaluate(rows=80, batch_rows=8, max_new_tokens=1, bootstrap_samples=20_000, confidence=0.9, seed=3)
+    ours = bootstrap(sample.tolist(), params)
+    theirs = stats.bootstrap(
+        (sample.astype(float),), np.mean, n_resamples=20_000, confidence_level=0.9, method="percentile"
+    )
+    assert ours.mean == sample.mean()
+    assert ours.low == pytest.approx(theirs.confidence_interval.low, abs=0.013)  # one row is 0.0125
+    assert ours.high == pytest.approx(theirs.confidence_interval.high, abs=0.013)
+    assert bootstrap([1.0] * 5, params) == (1.0, 1.0, 1.0)
+    assert bootstrap(sample.tolist(), params) == ours
+
+
+def test_metrics_worked_out_by_hand() -> None:
+    base = made([False, False, True, False], [2.0, 4.0, 1.0, 3.0], [1, 1, 2, 4])
+    answers = made([True, True, False, False], [1.0, 1.0, 1.0, 0.5], [1, 1, 2, 4])
+    metrics = metrics_of("m", answers, base, EVALUATE)
+    assert metrics["exact_match"]["mean"] == 0.5
+    assert metrics["loss"] == pytest.approx((1 + 1 + 2 + 2) / 8)
+    assert metrics["gain_over_base"]["mean"] == 0.25  # two won, one lost, of four
+    assert metrics["base"] == {"exact_match": 0.25, "loss": pytest.approx((2 + 4 + 2 + 12) / 8)}
+    assert metrics["families"] == {"f": {"rows": 4, "exact_match": 0.5}}
+    assert mean_loss(answers) == metrics["loss"]
+    assert "base" not in metrics_of("m", answers, None, EVALUATE)

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tasks.errors import BadParams
+from tasks.params import load
+from tests.conftest import ROOT
+
+QUICKSTART = (ROOT / "recipes" / "quickstart.yaml").read_text()
+
+
+def problems(tmp_path: Path, text: str) -> BadParams:
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(BadParams) as caught:
+        load(path)
+    assert caught.value.exit_code == 65
+    return caught.value
+
+
+def line_of(text: str, part: str) -> int:
+    return next(n for n, line in enumerate(text.splitlines(), 1) if part in line)
+
+
+def test_the_quickstart_loads(tmp_path: Path) -> None:
+    params = load(ROOT / "recipes" / "quickstart.yaml")
+    assert list(params.train) == ["qlora", "orpo", "reft"]
+    assert params.train["orpo"].objective.name == "orpo"
+
+
+def test_a_misspelt_key_names_the_nearest_one_and_its_line(tmp_path: Path) -> None:
+    text = QUICKSTART.replace("max_turns:", "max_turn:")
+    error = problems(tmp_path, text)
+    assert error.examples == (
+        f'line {line_of(text, "max_turn:")}: validate.max_turn: unknown key; did you mean "max_turns"?',
+    )
+
+
+def test_all_errors_of_a_file_are_told_at_once(tmp_path: Path) -> None:
+    text = (
+        QUICKSTART.replace("max_turn", "max_trun", 1)
+        .replace("rank: 16", "rank: 0", 1)
+        .replace("kind: local", "kind: locl")
+    )
+    error = problems(tmp_path, text)
+    told = "\n".join(error.examples)
+    assert len(error.examples) == 3
+    assert 'did you mean "max_turns"' in told
+    assert "train.qlora.adapter.rank: Input should be greater than or equal to 1; got 0" in told
+    assert "base" in told
+    assert "locl" in told
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("learning_rate: 3.0e-3", "learning_rate: .nan", "learning_rate"),
+        ("learning_rate: 3.0e-3", "learning_rate: abc", "should be a valid number"),
+        ("learning_rate: 3.0e-3", "learning_rate: -1.0", "greater than 0"),
+        ("epochs: 1", "epochs: 1.5", "valid integer"),
+        ("epochs: 1", "epochs: 0", "greater than or equal to 1"),
+        ("name: sft", "name: no", "objective"),
+        ("held_out: 0.1", "held_out: 1.1", "less than or equal to 1"),
+        ("  qlora:\n    adapter", "  QLoRA now:\n    adapter", "train.QLoRA now"),
+        ("  qlora:\n    adapter", "  base:\n    adapter", "base"),
+        ("model: temper-tiny", "model: a/b", "register.model"),
+        ("model: temper-tiny", 'model: "champion\\n"', "register.model"),
+    ],
+)
+def test_a_wrong_value_is_refused(tmp_path: Path, old: str, new: str, said: str) -> None:
+    assert old in QUICKSTART
+    assert said in "\n".join(problems(tmp_path, QUICKSTART.replace(old, new, 1)).examples)
+
+
+def test_numbers_as_yaml_1_2_reads_them(tmp_path: Path) -> None:
+    """YAML 1.1 takes 3e-3 for text; DVC reads 1.2, and so do we."""
+    path = tmp_path / "params.yaml"
+    path.write_text(QUICKSTART.replace("learning_rate: 3.0e-3", "learning_rate: 3e-3", 1))
+    assert load(path).train["qlora"].learning_rate == 0.003
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("ingest:\n\tsources: 1\n", ":2:1"),
+        ("ingest:\n  sources: [1\n", "not valid YAML"),
+        ("a: 1\na: 2\n", "duplicate key"),
+        ("a: !!python/object/apply:os.system ['true']\n", "tag is not allowed"),
+        ("a: &x [1]\nb: *x\n", "alias is not allowed"),
+        ("- 1\n", "no sections"),
+        ("", "no sections"),
+    ],
+)
+def test_what_is_not_plain_yaml_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    assert said in str(problems(tmp_path, text))
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadParams, match="cannot be read"):
+        load(tmp_path / "nothing.yaml")

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from tasks.errors import RegistryUnreachable
+from tasks.registry import (
+    CHAMPION,
+    Move,
+    champion_of,
+    champions,
+    find_version,
+    move_champion,
+    moves,
+    settle_champion,
+    versions,
+)
+from tasks.tracking import KEY_TAG, Tracker, connect, log_rows, run_of
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("registry")
+
+
+def add_version(place: Path, model: str, key: str) -> str:
+    client = connect(place)
+    if not versions(client, model):
+        client.create_registered_model(model)
+    return str(client.create_model_version(model, str(place), tags={KEY_TAG: key}).version)
+
+
+def test_a_version_is_found_by_its_content(place: Path) -> None:
+    client = connect(place)
+    assert find_version(client, "found", "k1") is None
+    first, second = add_version(place, "found", "k1"), add_version(place, "found", "k2")
+    assert (first, second) == ("1", "2")
+    found = find_version(client, "found", "k2")
+    assert found is not None
+    assert str(found.version) == "2"
+    assert find_version(client, "found", "k3") is None
+
+
+def test_the_ledger_remembers_every_champion(place: Path) -> None:
+    client = connect(place)
+    for key in "abc":
+        add_version(place, "ledger", key)
+    assert champion_of(client, "ledger") is None
+    for version in ("1", "2", "3"):
+        move_champion(client, "ledger", "promote", version)
+    move_champion(client, "ledger", "rollback", "2")
+    assert client.get_registered_model("ledger").aliases == {CHAMPION: 2}
+    told = [(m.number, m.action, m.before, m.to) for m in moves(client, "ledger")]
+    assert told == [
+        (1, "promote", "", "1"),
+        (2, "promote", "1", "2"),
+        (3, "promote", "2", "3"),
+        (4, "rollback", "3", "2"),
+    ]
+    assert champions(moves(client, "ledger")) == ["1", "2"]
+
+
+def test_a_kill_between_ledger_and_alias_is_mended(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = connect(place)
+    for key in "ab":
+        add_version(place, "killed", key)
+    move_champion(client, "killed", "promote", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr("tasks.registry.settle_champion", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            move_champion(client, "killed", "promote", "2")
+    assert client.get_registered_model("killed").aliases[CHAMPION] == 1
+    assert settle_champion(client, "killed") == "2"
+    assert client.get_registered_model("killed").aliases[CHAMPION] == 2
+
+
+def test_the_stack_of_champions() -> None:
+    def ledger(*steps: str) -> list[Move]:
+        return [Move(n, "rollback" if s == "back" else "promote", "", s, "", "") for n, s in enumerate(steps, 1)]
+
+    assert champions([]) == []
+    assert champions(ledger("1", "2", "back")) == ["1"]
+    assert champions(ledger("1", "2", "back", "3", "2", "back", "back")) == ["1"]
+
+
+def test_a_training_has_one_run_however_often_it_is_begun(place: Path) -> None:
+    params = {"learning_rate": 0.1}
+    for steps in ((1, 2), (3, 4)):
+        with Tracker(place, "key-1", "train", {"temper.method": "m"}, params) as tracker:
+            for step in steps:
+                tracker.log({"step": step, "loss": 1 / step, "grad_norm": 2.0})
+    client = connect(place)
+    run = run_of(client, place, "key-1", "train", {})
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert {m.step: m.value for m in history} == {1: 1.0, 2: 0.5, 3: 1 / 3, 4: 0.25}
+    assert run.data.params == {"learning_rate": "0.1"}
+    assert run.data.tags["temper.method"] == "m"
+
+
+def test_rows_are_logged_in_one_go(place: Path) -> None:
+    client = connect(place)
+    run = run_of(client, place, "key-2", "train", {})
+    log_rows(client, run, [{"step": n, "loss": float(n)} for n in range(2500)])
+    assert len(client.get_metric_history(run.info.run_id, "loss")) == 2500
+
+
+def test_a_training_goes_on_without_mlflow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nothing answers there
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with Tracker(tmp_path, "k", "train", {}, {}) as tracker:
+        tracker.log({"step": 1, "loss": 1.0})
+    assert "not tracked in MLflow" in capsys.readouterr().out
+    with pytest.raises(RegistryUnreachable) as caught:
+        connect(tmp_path)
+    assert caught.value.exit_code == 75
+
+
+def test_the_local_database_is_whole(place: Path) -> None:
+    assert sqlite3.connect(place / ".temper" / "mlflow.db").execute("pragma integrity_check").fetchone() == ("ok",)

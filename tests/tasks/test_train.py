@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tasks.adapted import fresh, published_state
+from tasks.device import settle
+from tasks.errors import BadData
+from tasks.models import TokenRow
+from tasks.params import Method
+from tasks.progress import Progress
+from tasks.render import rendered_schema
+from tasks.tables import write_rows
+from tasks.train import Example, batch_of, flat, held_out_loss, loss_of, read_examples, steps_per_epoch, train
+from tests.samples import LOREFT, ORPO, QLORA, SFT, method
+
+METHODS = {"qlora": method(QLORA, SFT), "orpo": method(QLORA, ORPO), "reft": method(LOREFT, SFT)}
+
+
+def examples(objective: str, count: int = 10) -> list[Example]:
+    torch.manual_seed(1)
+
+    def row(prompt: list[int], length: int) -> TokenRow:
+        reply = torch.randint(5, 300, (length,)).tolist()
+        return TokenRow(prompt + reply, [False] * len(prompt) + [True] * length, len(prompt))
+
+    made: list[Example] = []
+    for n in range(count):
+        prompt = torch.randint(5, 300, (3 + n % 4,)).tolist()
+        made.append(tuple(row(prompt, 2 + (n + i) % 3) for i in range(2 if objective == "orpo" else 1)))
+    return made
+
+
+def trained(
+    base: Path, name: str, folder: Path, params: Method | None = None, die_after: int = 0
+) -> dict[str, torch.Tensor]:
+    params = params or METHODS[name]
+    settle(params.seed)
+    model = fresh(base, params.adapter)
+
+    def on_row(row: dict[str, Any]) -> None:
+        if row["step"] == die_after:
+            raise KeyboardInterrupt
+
+    model.train()
+    train(model, examples(name), params, folder, Progress("t", 1, "steps"), on_row)
+    return {key: tensor.detach().clone() for key, tensor in published_state(model).items()}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_same_seed_gives_the_same_adapter_and_so_does_a_resumed_training(
+    pico_base: Path, tmp_path: Path, name: str
+) -> None:
+    whole = trained(pico_base, name, tmp_path / "one")
+    again = trained(pico_base, name, tmp_path / "two")
+    with pytest.raises(KeyboardInterrupt):
+        trained(pico_base, name, tmp_path / "three", die_after=3)
+    resumed = trained(pico_base, name, tmp_path / "three")
+    for other in (again, resumed):
+        assert whole.keys() == other.keys()
+        assert all(torch.equal(whole[key], other[key]) for key in whole)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_training_lowers_the_loss_on_what_it_sees(pico_base: Path, tmp_path: Path, name: str) -> None:
+    params = METHODS[name].model_copy(update={"epochs": 8})
+    settle(1)
+    model = fresh(pico_base, params.adapter)
+    rows = examples(name)
+    before = held_out_loss(model, rows, params)
+    train(model, rows, params, tmp_path, Progress("t", 1, "steps"))
+    assert held_out_loss(model, rows, params) < before - 0.05
+
+
+def test_weight_decay_leaves_the_rows_of_r_orthonormal(pico_base: Path, tmp_path: Path) -> None:
+    params = method(LOREFT, SFT, weight_decay=0.5, epochs=3)
+    state = trained(pico_base, "reft", tmp_path, params)
+    for name, rotation in state.items():
+        if "rotation" in name:
+            torch.testing.assert_close(rotation @ rotation.T, torch.eye(2), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_order_of_rows_in_a_batch_and_their_padding_do_not_matter(pico_base: Path, name: str) -> None:
+    settle(1)
+    model = fresh(pico_base, METHODS[name].adapter).float()
+    rows = examples(name, 6)
+    loss, logged = loss_of(model, rows, METHODS[name])
+    reversed_loss, _ = loss_of(model, rows[::-1], METHODS[name])
+    assert reversed_loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert all(math.isfinite(value) for value in logged.values())
+    if name == "orpo":
+        assert set(logged) == {"nll", "odds_penalty", "log_odds_ratio", "accuracy"}
+    else:
+        singles = [loss_of(model, [row], METHODS[name])[0].item() for row in rows]
+        tokens = [sum(row[0].mask) for row in rows]
+        weighted = sum(s * t for s, t in zip(singles, tokens, strict=True)) / sum(tokens)
+        assert loss.item() == pytest.approx(weighted, rel=1e-4)
+
+
+def test_every_epoch_sees_every_row_once() -> None:
+    lengths = [(n * 7) % 13 for n in range(50)]
+    steps = steps_per_epoch(50, 8)
+    assert steps == 7
+    for epoch in range(3):
+        seen = Counter(i for step in range(steps) for i in batch_of(epoch * steps + step, lengths, 8, seed=3))
+        assert seen == Counter(range(50))
+    first, second = (batch_of(step, lengths, 8, seed=3) for step in (0, steps))
+    assert first != second
+    assert first == batch_of(0, lengths, 8, seed=3)
+    assert first != batch_of(0, lengths, 8, seed=4)
+
+
+def test_batches_hold_rows_of_like_length() -> None:
+    lengths = [int(n) for n in torch.randint(1, 200, (512,), generator=torch.Generator().manual_seed(0))]
+    spread = [
+        max(found) - min(found) for step in range(64) if (found := [lengths[i] for i in batch_of(step, lengths, 8, 1)])
+    ]
+    assert sum(spread) / len(spread) < 30  # of 200; in random order it would be about 155
+
+
+def write_rendered(folder: Path, kind: str, rows: list[dict[str, Any]]) -> None:
+    (folder / "train").mkdir(parents=True, exist_ok=True)
+    write_rows(folder / "train" / f"{kind}.parquet", rows, rendered_schema(kind))
+
+
+def test_rows_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:
+    write_rendered(
+        tmp_path, "chat", [{"id": "1", "family": "", "ids": [1, 2], "mask": [False, True], "prompt_tokens": 1}]
+    )
+    write_rendered(tmp_path, "preference", [])
+    assert read_examples(tmp_path, "train", METHODS["qlora"]) == [(TokenRow([1, 2], [False, True], 1),)]
+    with pytest.raises(BadData, match="holds no preference rows, which the objective orpo learns from"):
+        read_examples(tmp_path, "train", METHODS["orpo"])
+
+
+def test_pairs_become_two_sequences_with_one_prompt(tmp_path: Path) -> None:
+    row = {"id": "1", "family": "", "prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]}
+    write_rendered(tmp_path, "preference", [row])
+    assert read_examples(tmp_path, "train", METHODS["orpo"]) == [
+        (TokenRow([1, 2, 3], [False, False, True], 2), TokenRow([1, 2, 4, 5], [False, False, True, True], 2))
+    ]
+
+
+def test_params_are_logged_under_dotted_names() -> None:
+    assert flat({"a": {"b": 1, "c": {"d": 2}}, "e": 3}) == {"a.b": 1, "a.c.d": 2, "e": 3}
