@@ -20,7 +20,7 @@ def params_page() -> str:
         "# params.yaml",
         "",
         "Written by `make docs` from `tasks/params.py`. Every key must be given.",
-        "`temper run --set KEY=VALUE` changes one. The last column is the value in `recipes/quickstart.yaml`, where it has one.",
+        "`temper run --set KEY=VALUE` changes one. The last column: its value in `recipes/quickstart.yaml`.",
     ]
     for section in schema["properties"]:
         for path, body in _tables(section, schema["properties"][section], schema["$defs"]):
