@@ -7,6 +7,7 @@ was.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import time
@@ -70,8 +71,9 @@ def check_cron(text: str) -> str:
 
 
 def name_of(workspace: Path) -> str:
-    """The deployment's name: the workspace's folder, with what a name may not hold left out."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", workspace.name).strip("-") or "workspace"
+    """The deployment's name: the workspace's folder, and a digest of its path, since a server may serve several."""
+    folder = re.sub(r"[^A-Za-z0-9._-]+", "-", workspace.name).strip("-")
+    return f"{folder or 'workspace'}-{hashlib.sha256(str(workspace).encode()).hexdigest()[:6]}"
 
 
 def serve(workspace: Path, *, cron: str | None, every: timedelta | None) -> None:

@@ -89,9 +89,8 @@ def put_in_order(workspace: Path) -> list[str]:
 
 def keep_lock_copy(workspace: Path) -> None:
     """Keeps a copy of dvc.lock, which DVC rewrites in place, for the day that it is cut in the middle."""
-    lock = workspace / graph.LOCK
-    if lock.is_file():
-        write_whole(state_folder(workspace) / "dvc.lock.good", lock.read_bytes())
+    if text := graph.read_lock(workspace):
+        write_whole(state_folder(workspace) / "dvc.lock.good", text)
 
 
 def _mend_rwlock(workspace: Path) -> Iterator[str]:
@@ -106,7 +105,7 @@ def _mend_rwlock(workspace: Path) -> Iterator[str]:
 
 def _mend_lock(workspace: Path) -> Iterator[str]:
     lock, good = workspace / graph.LOCK, state_folder(workspace) / "dvc.lock.good"
-    if not lock.is_file() or _is_whole(lock):
+    if not lock.is_file() or _is_whole(graph.read_lock(workspace)):
         return
     if good.is_file():
         write_whole(lock, good.read_bytes())
@@ -116,15 +115,14 @@ def _mend_lock(workspace: Path) -> Iterator[str]:
         yield "removed dvc.lock, which was cut in the middle; its stages are restored from DVC's cache"
 
 
-def _is_whole(lock: Path) -> bool:
+def _is_whole(text: str) -> bool:
     """Whether dvc.lock has all that DVC writes for a stage; DVC itself accepts one that is cut between two keys."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
     try:
-        content = YAML(typ="safe", pure=True).load(lock)
+        content = YAML(typ="safe", pure=True).load(text)
         stages = content["stages"]
-        text = lock.read_text()
         return (
             content["schema"] == "2.0"
             and text.endswith("\n")

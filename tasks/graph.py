@@ -7,10 +7,12 @@ contract test holds this reading against DVC's own, stage by stage and hash by h
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -100,27 +102,42 @@ def content_key(workspace: Path, node: Node) -> str:
 
 def recorded_keys(workspace: Path) -> dict[str, str]:
     """The content key of every stage's last success, from the hashes in dvc.lock."""
-    lock = workspace / LOCK
-    entries = (_read(lock) or {}).get("stages", {}) if lock.is_file() else {}
     return {
         name: key_of(
             e["cmd"], {dep["path"]: dep["md5"] for dep in e.get("deps", [])}, e.get("params", {}).get(PARAMS, {})
         )
-        for name, e in entries.items()
+        for name, e in _recorded(workspace).items()
     }
 
 
 def recorded_files(workspace: Path) -> Iterator[tuple[Path, str]]:
     """Every file of every recorded output with its MD5; folders are listed in DVC's cache."""
-    lock = workspace / LOCK
-    entries = (_read(lock) or {}).get("stages", {}) if lock.is_file() else {}
-    for out in (out for entry in entries.values() for out in entry.get("outs", [])):
+    for out in (out for entry in _recorded(workspace).values() for out in entry.get("outs", [])):
         path, md5 = workspace / out["path"], out["md5"]
         listing = workspace / ".dvc" / "cache" / "files" / "md5" / md5[:2] / md5[2:]
         if not md5.endswith(".dir"):
             yield path, md5
         elif listing.is_file():
             yield from ((path / entry["relpath"], entry["md5"]) for entry in json.loads(listing.read_text()))
+
+
+def read_lock(workspace: Path) -> str:
+    """The text of dvc.lock; empty when there is none.
+
+    DVC rewrites the file in place, so a reader beside it may see half of it: it is read while no DVC holds its lock.
+    """
+    lock, dvcs_own = workspace / LOCK, workspace / ".dvc" / "tmp" / "lock"
+    with dvcs_own.open() if dvcs_own.is_file() else nullcontext() as held:
+        if held:
+            fcntl.flock(held, fcntl.LOCK_SH)
+        return lock.read_text(encoding="utf-8") if lock.is_file() else ""
+
+
+def _recorded(workspace: Path) -> dict[str, Any]:
+    from ruamel.yaml import YAML
+
+    stages: dict[str, Any] = (YAML(typ="safe", pure=True).load(read_lock(workspace)) or {}).get("stages", {})
+    return stages
 
 
 def overlap(one: str, other: str) -> bool:

@@ -69,7 +69,7 @@ def run(
         unpack(found.tensors, parameters, optimizers)
         log = found.log
         print(f"{progress.label}: going on from the checkpoint after step {found.step} of {course.steps}", flush=True)
-        progress.step(by=found.step)
+        progress.go_on_from(found.step)
     with stop_signals() as stopping:
         for step in range(len(log), course.steps):
             rate = course.learning_rate(step)

@@ -20,17 +20,16 @@ class Progress:
         label: what is being done.
         total: how many steps there are.
         unit: what a step is, in the plural.
-        done: steps that an earlier attempt did.
     """
 
-    def __init__(self, label: str, total: int, unit: str, *, done: int = 0) -> None:
-        self.label, self.total, self.unit, self.done = label, total, unit, done
-        self._first, self._started, self._told = done, time.monotonic(), 0.0
+    def __init__(self, label: str, total: int, unit: str) -> None:
+        self.label, self.total, self.unit, self.done = label, total, unit, 0
+        self._first, self._started, self._told = 0, time.monotonic(), 0.0
         self._bar: Any = None
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(desc=label, total=total, unit=f" {unit}", initial=done, leave=False, disable=False)
+            self._bar = tqdm(desc=label, total=total, unit=f" {unit}", leave=False, disable=False)
 
     def __enter__(self) -> Progress:
         return self
@@ -40,6 +39,12 @@ class Progress:
     ) -> None:
         if self._bar:
             self._bar.close()
+
+    def go_on_from(self, done: int) -> None:
+        """Counts steps that an earlier attempt did."""
+        self.done = self._first = done
+        if self._bar:
+            self._bar.update(done)
 
     def step(self, note: str = "", *, by: int = 1) -> None:
         """Counts `by` steps; `note` is shown beside the count."""

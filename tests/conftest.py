@@ -9,6 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
@@ -112,6 +114,40 @@ def temper(
     return done
 
 
+class Beside:
+    """`temper` as a process beside this one, for as long as the block lasts."""
+
+    def __init__(self, workspace: Path, *words: str) -> None:
+        self._file = (workspace.parent / "said.txt").open("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "flows.cli", *words],
+            cwd=workspace,
+            env=environment(),
+            stdout=self._file,
+            stderr=self._file,
+            text=True,
+        )
+
+    def __enter__(self) -> Beside:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def said(self) -> str:
+        """Everything it has printed so far."""
+        return Path(self._file.name).read_text()
+
+
+def wait_for(what: str, found: Callable[[], object], beside: Beside, timeout_s: float = 120) -> None:
+    """Waits until something is so; fails the test with what the process said when it takes too long."""
+    deadline = time.monotonic() + timeout_s
+    while not found():
+        assert time.monotonic() < deadline, f"no {what} after {timeout_s:.0f} s\n{beside.said()}"
+        time.sleep(0.02)
+
+
 def dvc(workspace: Path, *words: str, code: int = 0, **extra: str) -> str:
     """Runs DVC as a user does; returns everything it printed."""
     done = subprocess.run(
@@ -158,4 +194,12 @@ def factory(clone: Path, pico_base: Path, tmp_path_factory: pytest.TempPathFacto
     target = pico_workspace(clone, pico_base, tmp_path_factory.mktemp("factory") / "work space")
     done = temper(target, "run")
     (target / ".temper" / "first-run.txt").write_text(done.stdout + done.stderr)
+    return target
+
+
+@pytest.fixture
+def copy(factory: Path, tmp_path: Path) -> Path:
+    """A copy of the finished workspace to change; MLflow's artifacts stay where they were made."""
+    target = tmp_path / "a copy"
+    shutil.copytree(factory, target, symlinks=True)
     return target

@@ -118,6 +118,26 @@ def test_checkpoints_of_complete_stages_are_removed_and_others_stay(small: Path)
     assert [p.name for p in (small / ".temper" / "checkpoints").iterdir()] == ["0123456789abcdef"]
 
 
+def test_dvc_lock_is_not_read_while_dvc_writes_it(small: Path) -> None:
+    """DVC rewrites it in place: whoever reads it then sees half of it."""
+    script = """if True:
+        import fcntl, sys, time
+        lock = open(".dvc/tmp/lock", "r+")
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as zc.lockfile does for DVC
+        whole = open("dvc.lock").read()
+        open("dvc.lock", "w").write(whole[:100])
+        print("cut", flush=True)
+        time.sleep(0.5)
+        open("dvc.lock", "w").write(whole)
+        """
+    keys = recorded_keys(small)
+    writer = subprocess.Popen([sys.executable, "-c", script], cwd=small, stdout=subprocess.PIPE, text=True)
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == "cut\n"
+    assert recorded_keys(small) == keys
+    assert writer.wait() == 0
+
+
 HOLD = """
 import sys, time
 from pathlib import Path

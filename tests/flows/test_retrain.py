@@ -1,0 +1,275 @@
+"""The whole factory through the real command line, DVC, Prefect and MLflow, on a pico model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+
+from flows.workspace import held
+from tasks import graph
+from tests.conftest import Beside, dvc, pico_workspace, temper, wait_for
+
+METHODS = ("qlora", "orpo", "reft")
+
+
+def output(workspace: Path) -> str:
+    return (workspace / ".temper" / "first-run.txt").read_text()
+
+
+def digests(workspace: Path, *folders: str) -> dict[str, str]:
+    """The SHA-256 of every file below some folders."""
+    return {
+        str(path.relative_to(workspace)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for folder in folders
+        for path in sorted((workspace / folder).rglob("*"))
+        if path.is_file()
+    }
+
+
+# --- one run --------------------------------------------------------------------------------------------------------
+
+
+def test_the_run_ends_with_figures_a_champion_a_reply_times_and_where_to_look(factory: Path) -> None:
+    said = output(factory)
+    for name in ("base", *METHODS):
+        assert re.search(rf"^{name} +[01]\.\d{{3}} \[", said, re.MULTILINE), name
+    assert re.search(
+        r"models:/temper-tiny/[123] \((qlora|orpo|reft)\) is now champion: models:/temper-tiny@champion", said
+    )
+    assert re.search(r"^  user: .+\n(.+\n)*?  assistant:", said, re.MULTILINE)
+    for stage in graph.load(factory):
+        assert re.search(rf"^{re.escape(stage)} +completed +\d+\.\d", said, re.MULTILINE), stage
+    assert "mlflow ui --backend-store-uri" in said
+    assert "prefect server start" in said
+
+
+def test_a_stages_output_is_in_prefects_task_log_line_by_line(factory: Path) -> None:
+    with sqlite3.connect(factory / ".temper" / "prefect" / "prefect.db") as database:
+        rows = database.execute(
+            "select task_run.name, log.message from log join task_run on task_run.id = log.task_run_id"
+        ).fetchall()
+    logs: dict[str, list[str]] = {}
+    for task, message in rows:
+        logs.setdefault(task, []).append(message)
+    assert set(graph.load(factory)) <= set(logs)
+    assert any(re.fullmatch(r"train: .*\d+/\d+ steps.*", line) for line in logs["train@qlora"]), logs["train@qlora"]
+    keys = graph.recorded_keys(factory)
+    for stage, lines in logs.items():
+        assert f"content key {keys[stage]}" in lines
+
+
+def test_the_artifact_links_every_method_to_its_mlflow_run(factory: Path) -> None:
+    with sqlite3.connect(factory / ".temper" / "prefect" / "prefect.db") as database:
+        ((data,),) = database.execute("select data from artifact where key = 'methods'").fetchall()
+    for method in METHODS:
+        run = json.loads((factory / "data" / "reports" / method / "registered.json").read_text())["run"]
+        assert re.search(rf"\| {method} \|.*/runs/{run}\)", json.loads(data))
+
+
+def test_one_identity_from_the_registry_to_the_rows(factory: Path) -> None:
+    """The content key that DVC's lock gives the training is on the MLflow run and on the version."""
+    from tasks.registry import versions
+    from tasks.tracking import connect
+
+    client = connect(factory)
+    keys = graph.recorded_keys(factory)
+    found = {version.tags["temper.method"]: version for version in versions(client, "temper-tiny")}
+    assert set(found) == set(METHODS)
+    for method, version in found.items():
+        run = client.get_run(str(version.run_id))
+        assert run.data.tags["temper.key"] == keys[f"train@{method}"]
+        steps = [json.loads(line) for line in (factory / f"data/adapters/{method}/log.jsonl").read_text().splitlines()]
+        logged = client.get_metric_history(run.info.run_id, "loss")
+        assert [(m.step, m.value) for m in logged] == [(s["step"], s["loss"]) for s in steps]
+    assert [json.loads((factory / f"data/reports/{m}/registered.json").read_text())["version"] for m in METHODS] == [
+        str(found[m].version) for m in METHODS
+    ]
+
+
+def test_status_tells_programs_what_there_is(factory: Path) -> None:
+    told = json.loads(temper(factory / "tasks", "status", "--json").stdout)  # from a folder below, as git does
+    assert told["model"] == "temper-tiny"
+    assert told["champion"]["method"] in METHODS
+    metrics = {
+        name: json.loads((factory / f"data/reports/{name}/metrics.json").read_text()) for name in ("base", *METHODS)
+    }
+    assert told["base"]["exact_match"] == metrics["base"]["exact_match"]["mean"]
+    for method in METHODS:
+        assert told["methods"][method]["loss"] == metrics[method]["loss"]
+        assert told["methods"][method]["exact_match"] == metrics[method]["exact_match"]["mean"]
+    assert set(told["stages"]) == set(graph.load(factory))
+    assert {stage["state"] for stage in told["stages"].values()} == {"current"}
+    assert all(stage["seconds"] > 0 for stage in told["stages"].values())
+
+
+# --- run again --------------------------------------------------------------------------------------------------------
+
+
+def test_again_with_nothing_changed_nothing_runs(factory: Path) -> None:
+    before = digests(factory, "data", "models")
+    said = temper(factory, "run").stdout
+    assert "nothing has changed since the last run" in said
+    assert "completed" not in said
+    assert digests(factory, "data", "models") == before
+    assert dvc(factory, "status").strip() == "Data and pipelines are up to date."
+    assert "Running stage" not in dvc(factory, "repro")
+
+
+def test_one_param_of_orpo_runs_only_orpos_stages(copy: Path) -> None:
+    done = temper(copy, "run", "--set", "train.orpo.objective.weight=0.2")
+    assert "-      weight: 0.1 # the paper's lambda; TRL calls it beta" in done.stdout
+    assert "+      weight: 0.2 # the paper's lambda; TRL calls it beta" in done.stdout
+    ran = re.findall(r"^([a-z]+@?[a-z]*) +completed +\d", done.stdout, re.MULTILINE)
+    assert sorted(ran) == ["evaluate@orpo", "merge@orpo", "register@orpo", "train@orpo"]
+
+
+def test_a_second_clone_gives_the_same_bytes_with_dvc_alone(
+    clone: Path, pico_base: Path, factory: Path, tmp_path: Path
+) -> None:
+    second = pico_workspace(clone, pico_base, tmp_path / "second")
+    dvc(second, "repro")
+    folders = ("data/raw", "data/clean", "data/base", "data/rendered", "data/adapters", "data/models")
+    assert digests(second, *folders) == digests(factory, *folders)
+    for name in ("base", *METHODS):
+        for file in ("metrics.json", "examples.parquet"):
+            path = f"data/reports/{name}/{file}"
+            assert (second / path).read_bytes() == (factory / path).read_bytes(), path
+
+
+# --- kills and signals ------------------------------------------------------------------------------------------------
+
+LONG = ["train.qlora.epochs=60", "train.qlora.checkpoint_every_steps=20"]
+
+
+def stage_process(workspace: Path, stage: str) -> int | None:
+    """The process id of a stage that runs in a workspace."""
+    import psutil
+
+    for process in psutil.process_iter(["cmdline", "cwd"]):
+        command = process.info["cmdline"] or []
+        if command[1:4] == ["-m", *stage.split()] and process.info["cwd"] == str(workspace):
+            return int(process.pid)
+    return None
+
+
+def checkpointed(workspace: Path) -> bool:
+    return any((workspace / ".temper" / "checkpoints").glob("*/step-*/manifest.json"))
+
+
+@pytest.fixture
+def longer(copy: Path) -> tuple[Path, Path]:
+    """Two copies of the finished workspace whose QLoRA training is to be run anew and takes seconds."""
+    from flows.params_file import change_params
+
+    change_params(copy, None, LONG)
+    other = copy.parent / "undisturbed"
+    shutil.copytree(copy, other, symlinks=True)
+    return copy, other
+
+
+def test_a_killed_training_is_retried_and_ends_with_the_same_bits(longer: tuple[Path, Path]) -> None:
+    disturbed, undisturbed = longer
+    dvc(undisturbed, "repro", "--single-item", "train@qlora")
+    with Beside(disturbed, "run") as run:
+        wait_for("checkpoint", lambda: checkpointed(disturbed), run)
+        victim = stage_process(disturbed, "tasks.train qlora")
+        assert victim is not None
+        os.kill(victim, signal.SIGKILL)
+        assert run.process.wait(timeout=300) == 0, run.said()
+    assert re.search(r"Retry|retry", run.said())
+    assert re.search(r"going on from the checkpoint after step \d+ of", run.said()), run.said()
+    assert digests(disturbed, "data/adapters/qlora") == digests(undisturbed, "data/adapters/qlora")
+    client = sqlite3.connect(disturbed / ".temper" / "mlflow.db")
+    key = graph.recorded_keys(disturbed)["train@qlora"]
+    (count,) = client.execute("select count(*) from tags where key = 'temper.key' and value = ?", (key,)).fetchone()
+    assert count == 1  # the retry went on with the same MLflow run
+
+
+def test_an_interrupt_saves_a_checkpoint_and_the_next_run_goes_on_from_it(longer: tuple[Path, Path]) -> None:
+    interrupted, undisturbed = longer
+    dvc(undisturbed, "repro", "--single-item", "train@qlora")
+    with Beside(interrupted, "run") as run:
+        wait_for("training", lambda: re.search(r"\d+/\d+ steps", run.said()), run)
+        run.process.send_signal(signal.SIGINT)
+        assert run.process.wait(timeout=60) == 75, run.said()
+    assert "`temper run` goes on from here" in run.said()
+    assert "Traceback" not in run.said()
+    assert checkpointed(interrupted)
+    assert "going on from the checkpoint" in dvc(interrupted, "repro", "--single-item", "train@qlora")
+    assert digests(interrupted, "data/adapters/qlora") == digests(undisturbed, "data/adapters/qlora")
+
+
+def test_a_killed_flow_leaves_no_process_and_no_ghost(longer: tuple[Path, Path]) -> None:
+    workspace, _ = longer
+    with Beside(workspace, "run") as run:
+        wait_for("checkpoint", lambda: checkpointed(workspace), run)
+        run.process.kill()
+        run.process.wait()
+        started = time.monotonic()
+        with held(workspace, "the test"):
+            assert time.monotonic() - started < 5
+        wait_for("end of the training", lambda: stage_process(workspace, "tasks.train qlora") is None, run, 10)
+    done = temper(workspace, "run")
+    assert "marked 1 earlier runs as crashed" in done.stderr
+    with sqlite3.connect(workspace / ".temper" / "prefect" / "prefect.db") as database:
+        states = [row[0] for row in database.execute("select state_type from flow_run where name is not null")]
+    assert "RUNNING" not in states
+    assert states.count("CRASHED") == 1
+
+
+def test_a_second_run_says_who_holds_the_workspace(factory: Path) -> None:
+    with held(factory, "temper run"):
+        done = temper(factory, "run", code=75)
+    assert f"temper run (process {os.getpid()}) holds the workspace since" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_bad_rows_stop_the_run_at_once_with_one_block(workspace: Path) -> None:
+    (workspace / "rows.json").write_text('[\n  {"instruction": "a", "output": "b"},\n  {"instruction": }\n]\n')
+    before = (workspace / "params.yaml").read_text()
+    source = "{kind: file, path: rows.json, format: auto, licence: mine}"
+    done = temper(workspace, "run", "--set", f"ingest.sources={{mine: {source}}}", code=65)
+    assert "rows.json:3" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert "Retry" not in done.stderr
+    assert not (workspace / "data" / "raw").exists() or not any((workspace / "data" / "raw").iterdir())
+    assert (workspace / "params.yaml.before").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "--set", "train.orpo.epoch=2"], 'no key "epoch"; did you mean "epochs"?'),
+        (["run", "--set", "ingest.sources.chats.path=/nowhere/rows.json"], "/nowhere/rows.json"),
+        (["run", "--recipe", "nowhere.yaml"], "nowhere.yaml"),
+        (["promote", "--version", "999"], "version 999 does not exist"),
+        (["schedule", "--cron", "61 * * * *"], "is not a cron schedule"),
+        (["schedule", "--every", "soon"], "is not an interval"),
+        (["schedule"], "say one of"),
+        (["chat", "hello", "--model", "models:/temper-tiny@nobody"], "cannot be loaded from the registry"),
+        (["chat", "hello", "--model", "no/such/folder"], "there is no such folder"),
+    ],
+)
+def test_a_wrong_word_is_one_readable_block_and_changes_nothing(factory: Path, words: list[str], said: str) -> None:
+    before = (factory / "params.yaml").read_bytes()
+    done = temper(factory, *words, code=65)
+    assert said in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert (factory / "params.yaml").read_bytes() == before
+
+
+def test_outside_of_a_workspace_it_says_so(tmp_path: Path) -> None:
+    assert "dvc.yaml" in temper(tmp_path, "status", code=65).stderr

@@ -1,0 +1,62 @@
+"""Every command in the README is run, in the README's order, on a copy of a finished workspace."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from flows.params_file import change_params
+from tests.conftest import ROOT, temper
+
+BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+COMMANDS = [line.partition("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
+
+ELSEWHERE = {
+    "make run": "it is what a session's workspace is made by, as `temper run`",
+    "make test": "it runs this test",
+    'temper schedule --cron "0 3 * * *"': "tests/flows/test_deployments.py",
+    "dvc repro": "tests/flows/test_retrain.py",
+    "temper run --recipe recipes/belle.yaml --set ingest.sources.belle.path=belle_chat_1k.json": "test_recipes.py",
+}
+SAID = {
+    "temper run": r"nothing has changed since the last run",
+    "temper run --set train.orpo.objective.weight=0.2": r"\n\+ +weight: 0\.2 # the paper's lambda; TRL calls it beta\n",
+    "temper status": r"champion: +version \d \((qlora|orpo|reft)\)",
+    'temper chat "What is 12 plus 7?"': r"\n$",
+    "temper promote --version 2": r"/2 \(.+\) is now champion: models:/temper-tiny@champion",
+    "temper rollback": r"/3 \(.+\) is now champion",
+    "temper doctor": r"ok +MLflow +answers: sqlite:",
+}
+
+
+def test_every_command_is_tried_somewhere() -> None:
+    assert {*SAID, *ELSEWHERE} == set(COMMANDS)
+
+
+@pytest.fixture(scope="module")
+def used(factory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One copy, on which the commands follow each other; its gate is open, as a pico model's figures are chance."""
+    target = tmp_path_factory.mktemp("readme") / "a copy"
+    shutil.copytree(factory, target, symlinks=True)
+    change_params(target, None, ["promote.margin=100"])
+    temper(target, "promote", "--version", "3")
+    return target
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command in SAID])
+def test_a_command_does_what_it_says(used: Path, command: str) -> None:
+    said = temper(used, *shlex.split(command)[1:]).stdout
+    assert re.search(SAID[command], said), said
+    if "orpo" in command:
+        ran = re.findall(r"^([a-z]+@?[a-z]*) +completed +\d", said, re.MULTILINE)
+        assert sorted(ran) == ["evaluate@orpo", "merge@orpo", "register@orpo", "train@orpo"]
+
+
+@pytest.mark.parametrize("command", ["make run", "make test"])
+def test_make_knows_its_targets(command: str) -> None:
+    subprocess.run([*command.split(), "--dry-run"], cwd=ROOT, check=True, capture_output=True)
