@@ -66,7 +66,7 @@ def run(
 
         if not _debugging:
             plain_logs()
-        with on_board(len(graph.load(root)), terminal=terminal), _stopping_cleanly():
+        with on_board(len(graph.load(root)), terminal=terminal), _stopping_cleanly(root):
             report = retrain(root, promote)
         output.summary(root, report)
 
@@ -184,8 +184,9 @@ def _ready(given: Path | None, *, terminal: bool = True) -> Path:
 
 
 @contextmanager
-def _stopping_cleanly() -> Iterator[None]:
+def _stopping_cleanly(root: Path) -> Iterator[None]:
     """Lets Ctrl-C and SIGTERM end running stages after their present step, with a checkpoint, and then this process."""
+    from flows.servers import end_old_server
     from tasks.runner import stop_all
 
     def stop(number: int, frame: Any) -> None:
@@ -193,6 +194,7 @@ def _stopping_cleanly() -> Iterator[None]:
             signal.signal(each, signal.SIG_IGN)
         typer.echo("\nstopping: stages that train write a checkpoint first", err=True)
         stop_all()
+        end_old_server(root)
         typer.echo("stopped; `temper run` goes on from here", err=True)
         os._exit(Interrupted.exit_code)  # not through Prefect, whose temporary server got the same signal
 

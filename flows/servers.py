@@ -157,6 +157,8 @@ def kept_up(workspace: Path) -> Iterator[Callable[[], None]]:
     Yields:
         A function that returns once the server answers; it starts the one on this machine again if that has died.
     """
+    from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE, temporary_settings
+
     if not temporary():
         yield lambda: _wait_for(os.environ["PREFECT_API_URL"])
         return
@@ -173,9 +175,10 @@ def kept_up(workspace: Path) -> Iterator[Callable[[], None]]:
             _note(workspace, server.pid, temporary=False, api=api)
         _wait_for(api)
 
-    os.environ["PREFECT_API_URL"] = api
+    os.environ["PREFECT_API_URL"] = api  # for the processes of runs
     try:
-        yield keep_up
+        with temporary_settings({PREFECT_API_URL: api, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: False}):
+            yield keep_up
     finally:
         if server is not None:
             server.terminate()

@@ -76,7 +76,8 @@ def run_of(client: MlflowClient, workspace: Path, key: str, name: str, tags: Map
     else:
         local = tracking_uri(workspace).startswith("sqlite")
         location = (workspace.resolve() / ".temper" / "artifacts").as_uri() if local else None
-        experiment_id = client.create_experiment(EXPERIMENT, artifact_location=location)
+        shown_as = {"mlflow.experimentKind": "custom_model_development"}  # else the UI opens on its page for agents
+        experiment_id = client.create_experiment(EXPERIMENT, artifact_location=location, tags=shown_as)
     found = client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
     if found:
         return found[0]

@@ -5,6 +5,7 @@ Heavy things are made once per session. Nothing here needs a network, a GPU or a
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 import pytest
+from filelock import FileLock
 
 from tasks.process import quiet_libraries
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROOT = Path(__file__).resolve().parent.parent
+FIRST_RUN = Path(".temper", "first-run.txt")
 REAL_DATA = Path(os.environ.get("TEMPER_REAL_DATA", ROOT.parent / "shared" / "data"))
 
 
@@ -191,10 +194,30 @@ def pico_workspace(clone: Path, pico_base: Path, target: Path) -> Path:
 @pytest.fixture(scope="session")
 def factory(clone: Path, pico_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace in which `temper run` has run through once, with all three methods; tests only look at it."""
-    target = pico_workspace(clone, pico_base, tmp_path_factory.mktemp("factory") / "work space")
-    done = temper(target, "run")
-    (target / ".temper" / "first-run.txt").write_text(done.stdout + done.stderr)
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # every worker has a folder of its own in that of the whole session
+        shared = shared.parent
+    target = shared / "factory" / "work space"
+    with FileLock(shared / "factory.lock"):
+        if not (target / FIRST_RUN).is_file():
+            _first_run(pico_workspace(clone, pico_base, target))
     return target
+
+
+def _first_run(target: Path) -> None:
+    listener, heard = ROOT / "tests" / "connections", target.parent / "connections.txt"
+    done = temper(target, "run", PYTHONPATH=str(listener), TEMPER_TEST_CONNECTIONS=str(heard))
+    (target / FIRST_RUN).write_text(done.stdout + done.stderr)
+
+
+def digests(workspace: Path, *folders: str) -> dict[str, str]:
+    """The SHA-256 of every file below some folders."""
+    return {
+        str(path.relative_to(workspace)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for folder in folders
+        for path in sorted((workspace / folder).rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -28,8 +29,8 @@ SAID = {
     "temper run --set train.orpo.objective.weight=0.2": r"\n\+ +weight: 0\.2 # the paper's lambda; TRL calls it beta\n",
     "temper status": r"champion: +version \d \((qlora|orpo|reft)\)",
     'temper chat "What is 12 plus 7?"': r"\n$",
-    "temper promote --version 2": r"/2 \(.+\) is now champion: models:/temper-tiny@champion",
-    "temper rollback": r"/3 \(.+\) is now champion",
+    "temper promote --version 2": r"\(qlora\) is now champion: models:/temper-tiny@champion",
+    "temper rollback": r"\(orpo\) is now champion",
     "temper doctor": r"ok +MLflow +answers: sqlite:",
 }
 
@@ -44,13 +45,22 @@ def used(factory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("readme") / "a copy"
     shutil.copytree(factory, target, symlinks=True)
     change_params(target, None, ["promote.margin=100"])
-    temper(target, "promote", "--version", "3")
     return target
+
+
+def versions(workspace: Path) -> dict[str, str]:
+    """The version of every method; their order is that in which the trainings ended."""
+    told = json.loads(temper(workspace, "status", "--json").stdout)
+    return {name: method["version"] for name, method in told["methods"].items()}
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command in SAID])
 def test_a_command_does_what_it_says(used: Path, command: str) -> None:
-    said = temper(used, *shlex.split(command)[1:]).stdout
+    words = shlex.split(command)[1:]
+    if "--version" in words:
+        words[-1] = versions(used)["qlora"]
+        temper(used, "promote", "--version", versions(used)["orpo"])
+    said = temper(used, *words).stdout
     assert re.search(SAID[command], said), said
     if "orpo" in command:
         ran = re.findall(r"^([a-z]+@?[a-z]*) +completed +\d", said, re.MULTILINE)

@@ -34,7 +34,7 @@ def test_belle_on_real_chats(workspace: Path, real_data: Path) -> None:
     said = temper(workspace, "run", "--recipe", "recipes/belle.yaml", *words).stdout
     assert "models:/temper-belle@champion" in said
     read = json.loads((workspace / "data/raw/belle/manifest.json").read_text())
-    assert read["rows"] == {"chat": 60}
+    assert read["rows"]["chat"] == 60
     assert read["licence"] == "GPL-3.0-only"
 
 

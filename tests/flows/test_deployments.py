@@ -74,8 +74,9 @@ def test_a_schedule_is_served_runs_survives_its_server_and_goes(copy: Path) -> N
         wait_for("deployment", lambda: deployments(copy), serving)
         (deployment,) = deployments(copy)
         assert deployment["schedules"][0]["schedule"]["cron"] == "0 3 * * *"
-        listed = temper(copy, "schedule", "--list").stdout
-        assert re.search(rf"{name_of(copy)} +cron 0 3 \* \* \* +active +\d{{4}}-\d\d-\d\dT03:00:00", listed), listed
+        row = re.compile(rf"{name_of(copy)} +cron 0 3 \* \* \* +active +\d{{4}}-\d\d-\d\dT03:00:00")
+        # the server plans the next runs of a new deployment within seconds
+        wait_for("next run", lambda: row.search(temper(copy, "schedule", "--list").stdout), serving)
 
         # a scheduled run in which nothing has changed
         api = noted(copy)["api"]

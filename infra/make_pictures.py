@@ -1,0 +1,114 @@
+"""Takes the README's pictures: MLflow's pages of what a workspace has run, in headless Chromium, into docs/."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from websockets.sync.client import connect as open_socket
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTLE_S = 8
+CLOSE_ASSISTANT = "document.querySelector('[data-component-id=\"mlflow.assistant.chat_panel.close\"]')?.click()"
+
+
+def main() -> None:
+    """Serves MLflow for the workspace given as the first argument (else this clone) and photographs it."""
+    from tasks.params import load
+    from tasks.process import quiet_libraries
+    from tasks.tracking import EXPERIMENT, connect, tracking_uri
+
+    quiet_libraries()
+    workspace = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT).resolve()
+    model = load(workspace / "params.yaml").register_.model
+    experiment = connect(workspace).get_experiment_by_name(EXPERIMENT)
+    if experiment is None:
+        sys.exit(f"{workspace} has run nothing yet: make run")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "ui",
+        "--backend-store-uri",
+        tracking_uri(workspace),
+        "--port",
+        str(port),
+    ]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{port}/#"
+    try:
+        while not _answers(f"http://127.0.0.1:{port}/health"):
+            time.sleep(0.5)
+        with chromium() as send:
+            charts = f"{address}/experiments/{experiment.experiment_id}/runs?compareRunsMode=CHART"
+            photograph(send, charts, ROOT / "docs" / "runs.png", (1400, 1120))
+            photograph(send, f"{address}/models/{model}", ROOT / "docs" / "model.png", (1400, 1480))
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _answers(address: str) -> bool:
+    try:
+        return httpx.get(address).is_success
+    except httpx.HTTPError:
+        return False
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """A headless Chromium with one empty page; yields a function that sends it a command of its devtools protocol."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        sys.exit("no Chromium on the path")
+    with tempfile.TemporaryDirectory() as profile:
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars"]
+        command = [found, *flags, f"--user-data-dir={profile}", "--remote-debugging-port=0", "about:blank"]
+        browser = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        try:
+            said = (re.search(r"ws://127\.0\.0\.1:(\d+)/", line) for line in browser.stderr or [])
+            port = next(match[1] for match in said if match)
+            page = next(p for p in httpx.get(f"http://127.0.0.1:{port}/json").json() if p["type"] == "page")
+            with open_socket(page["webSocketDebuggerUrl"], max_size=None) as page_socket:
+
+                def send(method: str, **params: Any) -> dict[str, Any]:
+                    page_socket.send(json.dumps({"id": 1, "method": method, "params": params}))
+                    while (answer := json.loads(page_socket.recv())).get("id") != 1:
+                        pass
+                    result: dict[str, Any] = answer["result"]
+                    return result
+
+                yield send
+        finally:
+            browser.terminate()
+            browser.wait()
+
+
+def photograph(send: Any, address: str, picture: Path, size: tuple[int, int]) -> None:
+    """Opens a page, lets it settle, closes what stands beside it, and saves what it shows."""
+    send("Emulation.setDeviceMetricsOverride", width=size[0], height=size[1], deviceScaleFactor=1, mobile=False)
+    send("Page.navigate", url=address)
+    time.sleep(SETTLE_S)
+    send("Runtime.evaluate", expression=CLOSE_ASSISTANT)
+    time.sleep(SETTLE_S)
+    picture.write_bytes(base64.b64decode(send("Page.captureScreenshot", format="png")["data"]))
+    print(f"{picture.relative_to(ROOT)}: {address}")
+
+
+if __name__ == "__main__":
+    main()
