@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -79,10 +80,13 @@ def name_of(workspace: Path) -> str:
 def serve(workspace: Path, *, cron: str | None, every: timedelta | None) -> None:
     """Serves the schedule until it is stopped; does not return before."""
     from prefect.exceptions import PrefectException
+    from prefect.types.entrypoint import EntrypointType
 
     from flows.retrain import retrain
 
     os.chdir(workspace)
+    # its way of stopping on SIGTERM, which works, calls coroutines that it does not await
+    warnings.filterwarnings("ignore", message="coroutine 'Runner", category=RuntimeWarning)
     with servers.kept_up(workspace) as keep_up:
         while True:
             keep_up()
@@ -96,6 +100,7 @@ def serve(workspace: Path, *, cron: str | None, every: timedelta | None) -> None
                     limit=1,
                     pause_on_shutdown=False,
                     print_starting_message=False,
+                    entrypoint_type=EntrypointType.MODULE_PATH,
                 )
                 return
             except (

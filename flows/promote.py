@@ -124,7 +124,8 @@ def _better(new: float, old: float, metric: str, margin: float, *, strictly: boo
 # --- the flows --------------------------------------------------------------------------------------------------------
 
 
-@flow(name="promote")
+# Prefect could not check these parameters: the names in postponed annotations mean nothing to it.
+@flow(name="promote", validate_parameters=False)
 def promote(workspace: Path, version: str | None = None) -> Promotion:
     """Makes a version champion if the gate lets it: the one given, or the best that this workspace registered.
 
@@ -155,7 +156,7 @@ def promote(workspace: Path, version: str | None = None) -> Promotion:
     return Promotion(model, present, champion.method if champion else "", False, False, findings)
 
 
-@flow(name="rollback")
+@flow(name="rollback", validate_parameters=False)
 def rollback(workspace: Path) -> Promotion:
     """Makes the champion before the present one champion again.
 

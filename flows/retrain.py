@@ -4,8 +4,7 @@ Every line is a stage of dvc.yaml. Stages that do not wait for each other run at
 tags in tasks/stages.py let them; a stage whose inputs have not changed is passed over.
 """
 
-from __future__ import annotations
-
+# no postponed annotations here: Prefect checks the parameters of scheduled runs by them, and cannot look up names
 from pathlib import Path
 from typing import NamedTuple
 

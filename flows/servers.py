@@ -9,7 +9,6 @@ import json
 import os
 import shlex
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -157,27 +156,31 @@ def kept_up(workspace: Path) -> Iterator[Callable[[], None]]:
     Yields:
         A function that returns once the server answers; it starts the one on this machine again if that has died.
     """
-    from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE, temporary_settings
+    import psutil
+    from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    if not temporary():
+    note = _noted(workspace)
+    if note and note["api"] == os.environ.get("PREFECT_API_URL"):  # left by a schedule that was killed
+        api, server = str(note["api"]), note["process"]
+    elif temporary():
+        api, server = f"http://127.0.0.1:{_free_port()}/api", None
+    else:
         yield lambda: _wait_for(os.environ["PREFECT_API_URL"])
         return
-    port = _free_port()
-    api = f"http://127.0.0.1:{port}/api"
-    server: subprocess.Popen[bytes] | None = None
 
     def keep_up() -> None:
         nonlocal server
-        if server is None or server.poll() is not None:
-            command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+        if server is None or not server.is_running() or server.status() == psutil.STATUS_ZOMBIE:
+            port = api.split(":")[-1].removesuffix("/api")
+            command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
             with (workspace / ".temper" / "prefect-server.log").open("ab") as log:
-                server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+                server = psutil.Popen(command, stdout=log, stderr=log, start_new_session=True)
             _note(workspace, server.pid, temporary=False, api=api)
         _wait_for(api)
 
     os.environ["PREFECT_API_URL"] = api  # for the processes of runs
     try:
-        with temporary_settings({PREFECT_API_URL: api, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: False}):
+        with temporary_settings({PREFECT_API_URL: api}):  # Prefect has read the environment by now
             yield keep_up
     finally:
         if server is not None:

@@ -135,8 +135,12 @@ class Beside:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.process.kill()
-        self.process.wait()
+        self.process.terminate()
+        try:
+            self.process.wait(timeout=60)
+        finally:
+            self.process.kill()
+            self.process.wait()
 
     def said(self) -> str:
         """Everything it has printed so far."""

@@ -86,9 +86,13 @@ def test_a_schedule_is_served_runs_survives_its_server_and_goes(copy: Path) -> N
             return str(httpx.get(f"{api}/flow_runs/{run}").json()["state"]["type"])
 
         wait_for("end of the run", lambda: state() in ("COMPLETED", "FAILED", "CRASHED"), serving)
-        logs = httpx.post(f"{api}/logs/filter", json={"logs": {"flow_run_id": {"any_": [run]}}}).json()
-        assert state() == "COMPLETED", logs
-        assert "nothing has changed since the last run" in [log["message"] for log in logs]
+        assert state() == "COMPLETED", serving.said()
+
+        def logs() -> list[str]:
+            found = httpx.post(f"{api}/logs/filter", json={"logs": {"flow_run_id": {"any_": [run]}}}).json()
+            return [log["message"] for log in found]
+
+        wait_for("word of it in the log", lambda: "nothing has changed since the last run" in logs(), serving)
 
         # its server dies; what was paused is still paused when the next one has come up
         assert "paused" in temper(copy, "schedule", "--pause").stdout
