@@ -87,9 +87,9 @@ def serve(workspace: Path, *, cron: str | None, every: timedelta | None) -> None
     os.chdir(workspace)
     # its way of stopping on SIGTERM, which works, calls coroutines that it does not await
     warnings.filterwarnings("ignore", message="coroutine 'Runner", category=RuntimeWarning)
-    with servers.kept_up(workspace) as keep_up:
+    with servers.kept_up(workspace) as api:
         while True:
-            keep_up()
+            servers.wait_for(api)
             try:
                 retrain.serve(
                     name=name_of(workspace),

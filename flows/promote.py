@@ -180,11 +180,21 @@ def evidence(client: MlflowClient, version: ModelVersion) -> Evidence:
     """What was registered with a version; a figure that is missing is NaN, which passes no gate."""
     import tempfile
 
+    from mlflow.exceptions import MlflowException
+
     from tasks.evaluate import EXAMPLES
     from tasks.tables import read_rows
 
     with tempfile.TemporaryDirectory() as folder:
-        rows = read_rows(Path(client.download_artifacts(str(version.run_id), f"report/{EXAMPLES}", folder)))
+        try:
+            rows = read_rows(Path(client.download_artifacts(str(version.run_id), f"report/{EXAMPLES}", folder)))
+        except MlflowException as error:
+            raise BadParams(
+                f"the report of version {version.version} cannot be read, so nothing can be compared with it",
+                where=version.name,
+                got=str(error).split("\n")[0],
+                fix="bring back MLflow's artifacts, or take register.model to a new name",
+            ) from error
     tags = version.tags
     return Evidence(
         version=str(version.version),

@@ -10,19 +10,23 @@ import os
 import shlex
 import socket
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tasks.errors import TemperError
 from tasks.outputs import as_json, write_whole
 from tasks.process import quiet_libraries
 from tasks.tracking import tracking_uri
 
+if TYPE_CHECKING:
+    import psutil
+
 MLFLOW_PORT, PREFECT_PORT = 5000, 4200
-_WAIT_S = 0.5
+_WAIT_S, _WATCH_S = 0.5, 2.0
 
 
 def prepare(workspace: Path, *, terminal: bool) -> None:
@@ -150,39 +154,54 @@ def note_server(workspace: Path) -> None:
 
 
 @contextmanager
-def kept_up(workspace: Path) -> Iterator[Callable[[], None]]:
-    """A Prefect server for as long as the block runs: the user's own, or one on this machine.
+def kept_up(workspace: Path) -> Iterator[str]:
+    """A Prefect server for as long as the block runs: the user's own, or one on this machine, started anew if it dies.
 
     Yields:
-        A function that returns once the server answers; it starts the one on this machine again if that has died.
+        The address of its API, which answers when the block begins.
     """
-    import psutil
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     note = _noted(workspace)
     if note and note["api"] == os.environ.get("PREFECT_API_URL"):  # left by a schedule that was killed
-        api, server = str(note["api"]), note["process"]
+        api, found = str(note["api"]), note["process"]
     elif temporary():
-        api, server = f"http://127.0.0.1:{_free_port()}/api", None
+        api, found = f"http://127.0.0.1:{_free_port()}/api", None
     else:
-        yield lambda: _wait_for(os.environ["PREFECT_API_URL"])
+        wait_for(os.environ["PREFECT_API_URL"])
+        yield os.environ["PREFECT_API_URL"]
         return
+    os.environ["PREFECT_API_URL"] = api  # for the processes of runs
+    with _server(workspace, api, found), temporary_settings({PREFECT_API_URL: api}):  # the environment was read by now
+        wait_for(api)
+        yield api
+
+
+@contextmanager
+def _server(workspace: Path, api: str, server: psutil.Process | None) -> Iterator[None]:
+    """Keeps a server at an address up, and ends it with the block."""
+    import psutil
+
+    port = api.removesuffix("/api").rpartition(":")[2]
+    ending = threading.Event()
 
     def keep_up() -> None:
         nonlocal server
-        if server is None or not server.is_running() or server.status() == psutil.STATUS_ZOMBIE:
-            port = api.split(":")[-1].removesuffix("/api")
-            command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
-            with (workspace / ".temper" / "prefect-server.log").open("ab") as log:
-                server = psutil.Popen(command, stdout=log, stderr=log, start_new_session=True)
-            _note(workspace, server.pid, temporary=False, api=api)
-        _wait_for(api)
+        while not ending.is_set():
+            if server is None or not server.is_running() or server.status() == psutil.STATUS_ZOMBIE:
+                command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
+                with (workspace / ".temper" / "prefect-server.log").open("ab") as log:
+                    server = psutil.Popen(command, stdout=log, stderr=log, start_new_session=True)
+                _note(workspace, server.pid, temporary=False, api=api)
+            ending.wait(_WATCH_S)
 
-    os.environ["PREFECT_API_URL"] = api  # for the processes of runs
+    keeper = threading.Thread(target=keep_up, name="keeps the server up")
+    keeper.start()
     try:
-        with temporary_settings({PREFECT_API_URL: api}):  # Prefect has read the environment by now
-            yield keep_up
+        yield
     finally:
+        ending.set()
+        keeper.join()
         if server is not None:
             server.terminate()
             server.wait(timeout=30)
@@ -200,7 +219,8 @@ def _free_port() -> int:
     raise TemperError("no port is free on 127.0.0.1")
 
 
-def _wait_for(api: str) -> None:
+def wait_for(api: str) -> None:
+    """Returns once the server at this address answers."""
     import httpx
 
     told = False

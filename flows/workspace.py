@@ -5,8 +5,9 @@ What a kill may have left behind, and what is done about it:
 - a torn DVC `rwlock`: removed, since nobody who wrote it is alive while this run holds the workspace;
 - a torn `dvc.lock`: the last good copy is put back, and DVC's run cache restores what was made since;
 - drafts of outputs: removed;
-- an object in DVC's cache that is not what its name says: made anew from the output, or removed; DVC would serve it;
-- checkpoints of trainings that were completed: removed.
+- an object in DVC's cache that is not what its name says: made anew from the output, or removed; DVC would serve it.
+
+Checkpoints of trainings that were completed are removed besides.
 """
 
 from __future__ import annotations
@@ -78,12 +79,12 @@ def _busy(workspace: Path, lock: str) -> WorkspaceBusy:
 
 def put_in_order(workspace: Path) -> list[str]:
     """Mends what a kill may have left behind; returns a sentence for everything that was done."""
+    _forget_checkpoints(workspace)  # no damage: a training that is complete needs them no more
     return [
         *_mend_rwlock(workspace),
         *_mend_lock(workspace),
         *_remove_drafts(workspace),
         *_check_cache(workspace),
-        *_forget_checkpoints(workspace),
     ]
 
 
@@ -181,11 +182,10 @@ def _mend_object(workspace: Path, path: Path, name: str) -> bool:
     return False
 
 
-def _forget_checkpoints(workspace: Path) -> Iterator[str]:
+def _forget_checkpoints(workspace: Path) -> None:
     folder = checkpoint_folder(workspace, "")
     leftover = sorted(folder.iterdir()) if folder.is_dir() else []
     done = set(graph.recorded_keys(workspace).values()) if leftover else set()
     for path in leftover:
         if path.name in done:
             shutil.rmtree(path)
-            yield f"removed the checkpoints of a training that is complete ({path.name})"
