@@ -8,6 +8,7 @@ from pathlib import Path
 from tasks import graph
 from tasks.errors import BadModel, BadParams
 from tasks.params import load
+from tasks.process import quiet_libraries
 from tasks.registry import CHAMPION
 from tasks.tracking import connect
 
@@ -26,6 +27,7 @@ def ask(workspace: Path, model: str, turns: Sequence[tuple[str, str]], max_token
     """
     if not model.startswith(("models:/", "runs:/")):
         return _ask_folder(Path(model), turns, max_tokens)
+    quiet_libraries()
     connect(workspace)
     import mlflow
     from mlflow.exceptions import MlflowException
@@ -56,13 +58,13 @@ def _ask_folder(folder: Path, turns: Sequence[tuple[str, str]], max_tokens: int)
     return answer(model, tokenizer, [Message(*turn) for turn in turns], max_tokens).text
 
 
-def sample(workspace: Path, method: str) -> tuple[list[tuple[str, str]], str]:
-    """A held-out conversation that the method answered, and what the row expects."""
+def sample(workspace: Path) -> tuple[list[tuple[str, str]], str]:
+    """A held-out conversation that every model answered, and what the row expects."""
     from tasks.evaluate import EXAMPLES
     from tasks.tables import read_records, read_rows
 
     nodes = graph.load(workspace)
-    report = next(out for out in nodes[f"evaluate@{method}"].outs if out.endswith(EXAMPLES))
+    report = next(out for out in nodes["baseline"].outs if out.endswith(EXAMPLES))
     clean = next(out for out in nodes["validate"].outs if out.endswith("clean"))
     first = read_rows(workspace / report)[0]
     record = next(record for record in read_records(workspace / clean, ("chat",)) if record.id == first["id"])

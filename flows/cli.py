@@ -16,6 +16,7 @@ import typer
 from flows import output
 from tasks import graph
 from tasks.errors import BadParams, GateRefused, Interrupted, TemperError
+from tasks.process import tell_of_storage
 
 app = typer.Typer(
     help="A fine-tuning factory for language models: from data to a registered, promoted model, in one command.\n\n"
@@ -27,6 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+REGISTERED = ("models:/", "runs:/")
+
 Workspace = Annotated[
     Path | None, typer.Option("--workspace", help="Work on this folder instead of the one found upward from here.")
 ]
@@ -34,7 +37,9 @@ Workspace = Annotated[
 
 @app.command()
 def run(
-    recipe: Annotated[Path | None, typer.Option(help="Put this params file in place of params.yaml first.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(resolve_path=True, help="Put this params file in place of params.yaml first.")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -95,8 +100,10 @@ def promote(
     """Make a version champion, if it is better than the base and not worse than the present champion."""
     root = _ready(workspace)
     from flows.promote import promote as flow
+    from flows.workspace import held
 
-    done = flow.fn(root, version)
+    with held(root, "temper promote"):
+        done = flow.fn(root, version)
     output.promotion(done)
     if not done.passed:
         raise GateRefused("the gate refused it", where=done.model, fix="look at the comparisons above")
@@ -107,8 +114,10 @@ def rollback(workspace: Workspace = None) -> None:
     """Make the champion before the present one champion again."""
     root = _ready(workspace)
     from flows.promote import rollback as flow
+    from flows.workspace import held
 
-    output.promotion(flow.fn(root))
+    with held(root, "temper rollback"):
+        output.promotion(flow.fn(root))
 
 
 @app.command()
@@ -121,6 +130,8 @@ def chat(
     workspace: Workspace = None,
 ) -> None:
     """Ask the champion, or another model."""
+    if model and not model.startswith(REGISTERED):
+        model = str(Path(model).resolve())  # seen from here, not from the workspace
     root = _ready(workspace)
     from flows.ask import ask, champion_uri
 
@@ -129,7 +140,9 @@ def chat(
 
 @app.command()
 def schedule(
-    cron: Annotated[str | None, typer.Option(help='Serve the schedule of a cron line, such as "0 3 * * *".')] = None,
+    cron: Annotated[
+        str | None, typer.Option(help='Serve the schedule of a cron line, in UTC, such as "0 3 * * *".')
+    ] = None,
     every: Annotated[str | None, typer.Option(help="Serve a run every so often: 30m, 6h, 1d.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the schedules.")] = False,
     pause: Annotated[bool, typer.Option("--pause", help="Pause this workspace's schedule.")] = False,
@@ -186,12 +199,14 @@ def _ready(given: Path | None, *, terminal: bool = True) -> Path:
 @contextmanager
 def _stopping_cleanly(root: Path) -> Iterator[None]:
     """Lets Ctrl-C and SIGTERM end running stages after their present step, with a checkpoint, and then this process."""
+    from flows.display import clear_board
     from flows.servers import end_old_server
     from tasks.runner import stop_all
 
     def stop(number: int, frame: Any) -> None:
         for each in numbers:
             signal.signal(each, signal.SIG_IGN)
+        clear_board()
         typer.echo("\nstopping: stages that train write a checkpoint first", err=True)
         stop_all()
         end_old_server(root)
@@ -223,6 +238,9 @@ def main() -> None:
     except Exception as error:
         if _debugging:
             raise
+        if told := tell_of_storage(error):
+            typer.echo(f"error: {told[0]}", err=True)
+            sys.exit(told[1])
         typer.echo(
             f"error: {type(error).__name__}: {error}\n  to fix:   add --debug to see where, and tell the maintainers",
             err=True,

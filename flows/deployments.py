@@ -83,11 +83,12 @@ def serve(workspace: Path, *, cron: str | None, every: timedelta | None) -> None
     from prefect.types.entrypoint import EntrypointType
 
     from flows.retrain import retrain
+    from flows.workspace import held
 
     os.chdir(workspace)
     # its way of stopping on SIGTERM, which works, calls coroutines that it does not await
     warnings.filterwarnings("ignore", message="coroutine 'Runner", category=RuntimeWarning)
-    with servers.kept_up(workspace) as api:
+    with held(workspace, "temper schedule", "schedule.lock"), servers.kept_up(workspace) as api:
         while True:
             servers.wait_for(api)
             try:

@@ -108,6 +108,12 @@ def on_board(stages: int, *, terminal: bool) -> Iterator[None]:
             _board.reset(token)
 
 
+def clear_board() -> None:
+    """Takes the board off the terminal before this process ends itself: it hides the cursor."""
+    if board := _board.get():
+        board.__exit__()
+
+
 def watching() -> Callable[[Event], None]:
     """What a session shall call with its events."""
     board = _board.get()

@@ -62,7 +62,7 @@ def summary(workspace: Path, report: Report) -> None:
     if not ran:
         typer.echo("\nnothing has changed since the last run")
     elif promoted and promoted.champion:
-        turns, expected = sample(workspace, promoted.method)
+        turns, expected = sample(workspace)
         typer.echo(f"\nthe champion on a held-out row (expected: {expected})")
         for role, text in turns:
             typer.echo(f"  {role}: {text}")

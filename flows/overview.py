@@ -46,7 +46,10 @@ def _champion(workspace: Path, model: str) -> dict[str, str] | None:
     version = champion_of(client, model)
     if version is None:
         return None
-    method = next(v.tags.get("temper.method", "") for v in versions(client, model) if str(v.version) == version)
+    method = next(
+        (v.tags.get("temper.method", "") for v in versions(client, model) if str(v.version) == version),
+        "its version is gone",
+    )
     return {"version": version, "method": method}
 
 

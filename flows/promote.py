@@ -25,8 +25,9 @@ from tasks.registry import (
     moves,
     settle_champion,
     versions,
+    withdrawn,
 )
-from tasks.tracking import connect
+from tasks.tracking import answering, connect
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -134,6 +135,11 @@ def promote(workspace: Path, version: str | None = None) -> Promotion:
     Raises:
         BadParams: there is no such version, or nothing was registered yet.
     """
+    with answering(workspace):
+        return _promote(workspace, version)
+
+
+def _promote(workspace: Path, version: str | None) -> Promotion:
     params = load(workspace / graph.PARAMS)
     client, model = connect(workspace), params.register_.model
     present = settle_champion(client, model)
@@ -163,6 +169,11 @@ def rollback(workspace: Path) -> Promotion:
     Raises:
         BadParams: there was none before.
     """
+    with answering(workspace):
+        return _rollback(workspace)
+
+
+def _rollback(workspace: Path) -> Promotion:
     client, model = connect(workspace), load(workspace / graph.PARAMS).register_.model
     settle_champion(client, model)
     stack = champions(moves(client, model))
@@ -225,7 +236,7 @@ def _version(client: MlflowClient, model: str, number: str) -> ModelVersion:
 
 def _best(client: MlflowClient, workspace: Path, model: str, params: Promote) -> Evidence | None:
     """The best of what the workspace's methods registered last, leaving out what was rolled back."""
-    rolled_back = {move.before for move in moves(client, model) if move.action == "rollback"}
+    rolled_back = withdrawn(moves(client, model))
     found = [v for v in (find_version(client, model, key) for key in _registered_keys(workspace)) if v is not None]
     if not found:
         raise BadParams(

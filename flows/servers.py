@@ -36,7 +36,7 @@ def prepare(workspace: Path, *, terminal: bool) -> None:
         workspace: its `.temper/prefect` is Prefect's home, so that no other project's runs are mixed in.
         terminal: whether progress is shown as a board, beside which Prefect's own log lines would be noise.
     """
-    quiet_libraries()
+    quiet_libraries(offline=False)  # stages inherit this environment, and one of them may fetch what params pin
     defaults = {
         "PREFECT_HOME": str(workspace / ".temper" / "prefect"),
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
@@ -139,8 +139,7 @@ def end_old_server(workspace: Path) -> bool:
     note = _noted(workspace)
     if note is None or not note["temporary"]:
         return False
-    note["process"].terminate()
-    note["process"].wait(timeout=10)
+    _end(note["process"])
     return True
 
 
@@ -203,8 +202,19 @@ def _server(workspace: Path, api: str, server: psutil.Process | None) -> Iterato
         ending.set()
         keeper.join()
         if server is not None:
-            server.terminate()
-            server.wait(timeout=30)
+            _end(server)
+
+
+def _end(server: psutil.Process) -> None:
+    """Ends a server; kills it when it does not end by itself."""
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        server.terminate()
+        try:
+            server.wait(timeout=10)
+        except psutil.TimeoutExpired:
+            server.kill()
 
 
 def _free_port() -> int:

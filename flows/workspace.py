@@ -25,7 +25,7 @@ from typing import Any
 from tasks import graph
 from tasks.checkpoints import checkpoint_folder
 from tasks.errors import WorkspaceBusy
-from tasks.outputs import as_json, digest, write_whole
+from tasks.outputs import as_json, digest, is_abandoned, write_whole
 
 
 def state_folder(workspace: Path) -> Path:
@@ -36,21 +36,28 @@ def state_folder(workspace: Path) -> Path:
 
 
 _held: set[Path] = set()
+"""The lock files that this process holds."""
 
 
 @contextmanager
-def held(workspace: Path, purpose: str) -> Iterator[None]:
+def held(workspace: Path, purpose: str, name: str = "lock") -> Iterator[None]:
     """Holds the workspace while the block runs; within a block that holds it already this does nothing.
 
     The kernel lets go of it when this process ends, however it ends.
 
+    Args:
+        workspace: what is held.
+        purpose: what another process is told that holds it.
+        name: the lock file in `.temper/`; locks of different names do not exclude each other.
+
     Raises:
         WorkspaceBusy: another process holds it; says which.
     """
-    if workspace in _held:
+    lock = state_folder(workspace) / name
+    if lock in _held:
         yield
         return
-    with (state_folder(workspace) / "lock").open("a+") as file:
+    with lock.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -58,11 +65,11 @@ def held(workspace: Path, purpose: str) -> Iterator[None]:
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "purpose": purpose, "since": time.strftime("%H:%M:%S on %Y-%m-%d")}))
         file.flush()
-        _held.add(workspace)
+        _held.add(lock)
         try:
             yield
         finally:
-            _held.discard(workspace)
+            _held.discard(lock)
 
 
 def _busy(workspace: Path, lock: str) -> WorkspaceBusy:
@@ -90,7 +97,8 @@ def put_in_order(workspace: Path) -> list[str]:
 
 def keep_lock_copy(workspace: Path) -> None:
     """Keeps a copy of dvc.lock, which DVC rewrites in place, for the day that it is cut in the middle."""
-    if text := graph.read_lock(workspace):
+    text = graph.read_lock(workspace)
+    if _is_whole(text):
         write_whole(state_folder(workspace) / "dvc.lock.good", text)
 
 
@@ -108,7 +116,7 @@ def _mend_lock(workspace: Path) -> Iterator[str]:
     lock, good = workspace / graph.LOCK, state_folder(workspace) / "dvc.lock.good"
     if not lock.is_file() or _is_whole(graph.read_lock(workspace)):
         return
-    if good.is_file():
+    if good.is_file() and _is_whole(good.read_text()):
         write_whole(lock, good.read_bytes())
         yield "put back the last good copy of dvc.lock, which was cut in the middle"
     else:
@@ -139,7 +147,7 @@ def _complete(out: dict[str, Any]) -> bool:
 
 def _remove_drafts(workspace: Path) -> Iterator[str]:
     for draft in sorted((workspace / "data").rglob(".*.draft-*")) + sorted((workspace / ".temper").rglob(".*.draft-*")):
-        if draft.exists():
+        if draft.exists() and is_abandoned(draft):
             shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
             yield f"removed the unfinished {draft.relative_to(workspace)}"
 

@@ -89,9 +89,20 @@ def answer_rows(
     """Answers rendered chats greedily and scores them.
 
     Raises:
-        BadData: a prompt does not tokenise to the tokens it was trained as.
+        BadData: a prompt does not tokenise to the tokens it was trained as, or leaves the model no room to answer
+            (lm-eval would cut its beginning off).
     """
     prompts = [row["ids"][: last_turn(row)] for row in rows]
+    room = model.config.max_position_embeddings - params.max_new_tokens
+    if cramped := [
+        f"{row['id']}: {len(ids)} tokens" for row, ids in zip(rows, prompts, strict=True) if len(ids) > room
+    ]:
+        raise BadData(
+            f"{len(cramped)} prompts leave no room for evaluate.max_new_tokens = {params.max_new_tokens}",
+            examples=cramped,
+            expected=f"prompts of at most {room} tokens",
+            fix="lower render.max_tokens or evaluate.max_new_tokens",
+        )
     targets = [decode(tokenizer, row["ids"][len(prompt) :]) for row, prompt in zip(rows, prompts, strict=True)]
     texts = [str(tokenizer.decode(ids)) for ids in prompts]
     for row, ids, text in zip(rows, prompts, texts, strict=True):

@@ -127,6 +127,8 @@ def _parse_json(text: str, path: str, first_line: int) -> Any:
             got=repr(text[max(0, error.pos - 20) : error.pos + 20]),
             expected="JSON",
         ) from error
+    except ValueError as error:
+        raise BadData("holds a number that is too long", where=f"{path}:{first_line}", got=str(error)) from error
     except RecursionError as error:
         raise BadData("is nested too deeply", where=f"{path}:{first_line}", expected="rows of a few levels") from error
 
@@ -196,6 +198,15 @@ def _text(row: Mapping[str, Any], field: str, place: str) -> str:
     if not isinstance(value, str):
         got = "nothing" if field not in row else type(value).__name__
         raise BadData(f'field "{field}" is not text', where=place, got=got, expected="a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadData(
+            f'field "{field}" holds half a character (a lone surrogate)',
+            where=place,
+            got=repr(value[error.start : error.end]),
+            fix="write the file again in UTF-8",
+        ) from error
     return value
 
 

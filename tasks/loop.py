@@ -20,6 +20,7 @@ from tasks.errors import Diverged, Interrupted
 from tasks.progress import Progress
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from torch.optim import Optimizer
 
@@ -95,6 +96,7 @@ def run(
             progress.step(f"loss {loss.item():.3f}")
             due = (step + 1) % course.checkpoint_every_steps == 0 or step + 1 == course.steps
             if due or stopping.is_set():
+                _check_finite(parameters, step + 1)
                 save(checkpoints, Checkpoint(step + 1, pack(parameters, optimizers), log))
             if stopping.is_set() and step + 1 < course.steps:
                 raise Interrupted(
@@ -103,6 +105,19 @@ def run(
                     fix="run it again: it goes on from here",
                 )
     return log
+
+
+def _check_finite(parameters: Mapping[str, torch.Tensor], step: int) -> None:
+    """Refuses weights that the last update made infinite or NaN: the loss would tell only at the next step."""
+    broken = [name for name, parameter in parameters.items() if not parameter.isfinite().all()]
+    if broken:
+        raise Diverged(
+            "the training diverged; nothing was published",
+            where=f"step {step}",
+            got="weights that are not finite",
+            examples=broken,
+            fix="lower learning_rate or raise warmup_steps",
+        )
 
 
 @contextmanager

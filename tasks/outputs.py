@@ -67,7 +67,16 @@ def write_whole(path: Path, content: str | bytes) -> None:
 def remove_drafts(path: Path) -> None:
     """Removes what an earlier process left behind when it was killed while it wrote `path`."""
     for draft in path.parent.glob(f".{path.name}.draft-*"):
-        shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
+        if is_abandoned(draft):
+            shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
+
+
+def is_abandoned(draft: Path) -> bool:
+    """Whether the process that made a draft is gone; its number stands at the end of the draft's name."""
+    import psutil
+
+    writer = int(draft.name.rpartition("-")[2])
+    return writer != os.getpid() and not psutil.pid_exists(writer)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

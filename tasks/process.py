@@ -113,19 +113,28 @@ def readable_errors() -> Iterator[None]:
     except TemperError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
-    except OSError as error:
-        exit_code = _exit_code(error)
-        if exit_code is None:
+    except Exception as error:
+        told = tell_of_storage(error)
+        if told is None:
             raise
-        print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr, flush=True)
-        sys.exit(exit_code)
+        print(f"error: {told[0]}", file=sys.stderr, flush=True)
+        sys.exit(told[1])
 
 
-def _exit_code(error: OSError) -> int | None:
-    """A full disk may be freed; a place that may not be written stays so; anything else is a fault."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return Transient.exit_code
-    return BadInput.exit_code if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) else None
+def tell_of_storage(error: Exception) -> tuple[str, int] | None:
+    """What to say of a disk that is full or may not be written, and the exit code; None for any other error.
+
+    A full disk may be freed, so that is transient. Some libraries (safetensors) tell of it in words alone.
+    """
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
+        return (
+            f"the disk is full\n  got:      {error}\n  to fix:   free some space, then run it again",
+            Transient.exit_code,
+        )
+    if isinstance(error, OSError) and number in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"{error.filename or 'writing'}: {error.strerror}\n  to fix:   make it writable", BadInput.exit_code
+    return None
 
 
 def quiet_libraries(*, offline: bool = True) -> None:

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import process
-from tasks.errors import RegistryUnreachable
 from tasks.evaluate import EXAMPLES, METRICS
 from tasks.outputs import MANIFEST, as_json, digest, read_manifest, write_whole
 from tasks.registry import CHALLENGER, find_version
-from tasks.tracking import KEY_TAG, connect, log_rows, run_of
+from tasks.tracking import KEY_TAG, answering, connect, flat, log_params, log_rows, logged_steps, run_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -96,11 +95,14 @@ def chat_signature() -> ModelSignature:
     return ModelSignature(inputs=request, outputs=reply)
 
 
-def complete_run(client: MlflowClient, run: Run, log: Path) -> None:
-    """Sends the training log to its run if the training could not."""
+def complete_run(client: MlflowClient, run: Run, log: Path, summary: Mapping[str, Any]) -> None:
+    """Sends params and training log to the run if the training could not, or came out of DVC's cache."""
+    log_params(client, run, flat(summary["params"]))
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    sent = {metric.step for metric in client.get_metric_history(run.info.run_id, "loss")}
+    sent = logged_steps(client, run)
     log_rows(client, run, [row for row in rows if row["step"] not in sent])
+    if "held_out_loss" not in run.data.metrics:
+        log_rows(client, run, [{"step": summary["steps"], "held_out_loss": summary["held_out_loss_after"]}])
 
 
 def log_model(client: MlflowClient, run: Run, models: Path, key: str) -> tuple[str, str]:
@@ -143,7 +145,7 @@ def register(workspace: Path, model: str, models: Path, reports: Path, adapter: 
     metrics = json.loads((reports / METRICS).read_text())
     method = metrics["model"]
     run = run_of(client, workspace, summary["key"], f"train {method}", {"temper.method": method})
-    complete_run(client, run, adapter / "log.jsonl")
+    complete_run(client, run, adapter / "log.jsonl", summary)
     for name, value in (("exact_match", metrics["exact_match"]["mean"]), ("evaluation_loss", metrics["loss"])):
         client.log_metric(run.info.run_id, name, value)
     for file in (METRICS, EXAMPLES):
@@ -170,15 +172,13 @@ def main() -> None:
     """The stage `register@METHOD`."""
     with process.stage(__doc__, "model", "reports", "adapter", "out", item="method") as stage:
         model = stage.params.register_.model
-        try:
+        with answering(stage.workspace):
             version = register(
                 stage.workspace, model, stage.path("model"), stage.path("reports"), stage.path("adapter"), stage.key
             )
             client = connect(stage.workspace)
             for alias in (CHALLENGER, stage.item):
                 client.set_registered_model_alias(model, alias, version.version)
-        except ConnectionError as error:
-            raise RegistryUnreachable("MLflow stopped answering", got=str(error)) from error
         about = {
             "model": model,
             "version": str(version.version),

@@ -46,10 +46,13 @@ def versions(client: MlflowClient, model: str) -> list[ModelVersion]:
 def moves(client: MlflowClient, model: str) -> list[Move]:
     """The ledger of a model, oldest move first."""
     from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
     try:
         tags = client.get_registered_model(model).tags
-    except MlflowException:
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            raise  # a server that does not answer is no empty ledger
         return []
     return sorted(Move(**json.loads(value)) for name, value in tags.items() if name.startswith(_MOVE))
 
@@ -63,6 +66,16 @@ def champions(ledger: Sequence[Move]) -> list[str]:
         else:
             stack.pop()
     return stack
+
+
+def withdrawn(ledger: Sequence[Move]) -> set[str]:
+    """The versions that were rolled back and have not been made champion again since."""
+    gone: set[str] = set()
+    for move in ledger:
+        gone.discard(move.to)
+        if move.action == "rollback":
+            gone.add(move.before)
+    return gone
 
 
 def move_champion(client: MlflowClient, model: str, action: str, to: str) -> Move:

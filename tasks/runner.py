@@ -102,11 +102,17 @@ class Session:
         return self._finish(outcome)
 
     def check(self) -> None:
-        """Raises what went wrong, if anything did, all of it in one error."""
+        """Raises what went wrong, if anything did, all of it in one error.
+
+        A stage that neither came through nor says why (its task failed around it) is a failure too: what follows would
+        promote on stale reports.
+        """
         kinds = [type(error) for error in self.errors.values()]
         if kinds:
             worst = next((kind for kind in (BadInput, TemperError) if kind in kinds), Transient)
             raise worst("\n\n".join(str(error) for error in self.errors.values()))
+        if lost := [stage for stage in self.nodes if stage not in self.outcomes]:
+            raise TemperError("stages did not come through", examples=lost, fix="look into the log of their tasks")
 
     def _finish(self, outcome: Outcome) -> Outcome:
         with self._lock:
@@ -190,16 +196,16 @@ _HINT = re.compile(
 """What DVC says to people at every stage."""
 
 _EXITED = re.compile(r"exited with (-?\d+)")
-_HELD_UP = re.compile(r"is busy|Unable to acquire lock|LockError|rwlock")
+_MAY_PASS = re.compile(r"is busy|Unable to acquire lock|LockError|rwlock|No space left on device")
 _UNCHANGED, _RESTORED = "didn't change, skipping", "is cached - skipping run"
 
 
 def stage_exit_code(lines: list[str], dvc_code: int) -> int:
-    """The stage's own exit code, which DVC, returning 255 for any, tells in its output; 75 when DVC was held up."""
+    """The stage's own exit code, which DVC (255 for any) tells in its output; 75 when DVC was held up itself."""
     for line in reversed(lines):
         if match := _EXITED.search(line):
             return int(match[1])
-    return Transient.exit_code if any(_HELD_UP.search(line) for line in lines) else dvc_code
+    return Transient.exit_code if any(_MAY_PASS.search(line) for line in lines) else dvc_code
 
 
 def stage_error(stage: str, code: int, lines: list[str]) -> TemperError:

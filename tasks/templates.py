@@ -124,7 +124,7 @@ def _text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, an
         text = tokenizer.apply_chat_template(
             [message._asdict() for message in messages], tokenize=False, add_generation_prompt=answering
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
         raise BadData("the chat template refuses this conversation", got=str(error)) from error
     return str(text)
 

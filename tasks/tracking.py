@@ -17,7 +17,7 @@ from queue import Empty, Queue
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from tasks.errors import RegistryUnreachable
+from tasks.errors import RegistryUnreachable, Transient
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -62,7 +62,7 @@ def connect(workspace: Path) -> MlflowClient:
 
 @contextmanager
 def _one_at_a_time(workspace: Path) -> Iterator[None]:
-    (workspace / ".temper").mkdir(exist_ok=True)
+    (workspace / ".temper").mkdir(mode=0o700, exist_ok=True)
     with (workspace / ".temper" / "mlflow.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -96,6 +96,44 @@ def log_rows(client: MlflowClient, run: Run, rows: Sequence[Mapping[str, Any]]) 
         client.log_batch(run.info.run_id, metrics=metrics[start : start + 1000])
 
 
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings with dotted names, as MLflow logs params."""
+    items: dict[str, Any] = {}
+    for key, item in value.items():
+        items |= flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {prefix + key: item}
+    return items
+
+
+def log_params(client: MlflowClient, run: Run, params: Mapping[str, Any]) -> None:
+    """Writes the params that the run does not have yet; MLflow refuses to change one."""
+    for name in params.keys() - run.data.params.keys():
+        client.log_param(run.info.run_id, name, params[name])
+
+
+def logged_steps(client: MlflowClient, run: Run) -> set[int]:
+    """The steps of the training log that the run has."""
+    return {metric.step for metric in client.get_metric_history(run.info.run_id, "loss")}
+
+
+@contextmanager
+def answering(workspace: Path) -> Iterator[None]:
+    """Turns MLflow's failures to answer, within the block, into one error that says so.
+
+    Raises:
+        RegistryUnreachable: the server did not answer, or answered that it is in trouble itself.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code not in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"):
+            raise
+        raise RegistryUnreachable(
+            "MLflow stopped answering", where=tracking_uri(workspace), got=str(error).split("\n")[0], fix="run it again"
+        ) from error
+
+
 class Tracker:
     """Sends a training's params and log rows to MLflow in the background."""
 
@@ -106,6 +144,7 @@ class Tracker:
         self._params = params
         self._rows: Queue[dict[str, Any]] = Queue()
         self._closing = threading.Event()
+        self._outcome = "RUNNING"
         self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
 
     def __enter__(self) -> Tracker:
@@ -115,6 +154,7 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._outcome = "FINISHED" if kind is None else "KILLED" if issubclass(kind, Transient) else "FAILED"
         self._closing.set()
         self._thread.join(timeout=60)
 
@@ -128,11 +168,13 @@ class Tracker:
         try:
             client = connect(self._identity[0])
             run = run_of(client, *self._identity)
-            for name in self._params.keys() - run.data.params.keys():
-                client.log_param(run.info.run_id, name, self._params[name])
+            client.update_run(run.info.run_id, status="RUNNING")
+            log_params(client, run, self._params)
+            sent = logged_steps(client, run)  # a retry repeats the steps since its checkpoint
             while not (self._closing.is_set() and self._rows.empty()):
                 self._closing.wait(_FLUSH_S)
-                log_rows(client, run, self._waiting())
+                log_rows(client, run, [row for row in self._waiting() if "loss" not in row or row["step"] not in sent])
+            client.set_terminated(run.info.run_id, self._outcome)
         except (RegistryUnreachable, MlflowException, OSError) as error:
             print(f"not tracked in MLflow; `register` will send the training log: {error}", flush=True)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +20,14 @@ from tasks import process
 from tasks.adapted import fresh, publish, published_state
 from tasks.checkpoints import checkpoint_folder
 from tasks.device import settle
-from tasks.errors import BadData, TemperError
+from tasks.errors import BadData, BadInput
 from tasks.loop import Course, run, schedule
 from tasks.models import Model, TokenRow, score_tokens
 from tasks.outputs import as_json, read_manifest, whole_folder
 from tasks.params import Method, OrpoObjective
 from tasks.progress import Progress
 from tasks.tables import read_rows
-from tasks.tracking import Tracker
+from tasks.tracking import Tracker, flat
 
 if TYPE_CHECKING:
     import torch
@@ -189,7 +189,7 @@ def main() -> None:
             after = held_out_loss(model, held_out, method)
             tracker.log({"step": len(log), "held_out_loss": after})
         if all(tensor.equal(initial[name]) for name, tensor in published_state(model).items()):
-            raise TemperError("the training changed nothing", where=stage.item, fix="raise learning_rate")
+            raise BadInput("the training changed nothing", where=stage.item, fix="raise learning_rate")
         summary = {
             "key": stage.key,
             "method": stage.item,
@@ -205,14 +205,6 @@ def main() -> None:
             (folder / "log.jsonl").write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in log))
             (folder / "summary.json").write_text(as_json(summary))
         print(f"train {stage.item}: {len(log)} steps, held-out loss {before:.3f} -> {after:.3f}", flush=True)
-
-
-def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings with dotted names, as MLflow logs params."""
-    items: dict[str, Any] = {}
-    for key, item in value.items():
-        items |= flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {prefix + key: item}
-    return items
 
 
 if __name__ == "__main__":

@@ -171,13 +171,12 @@ def judge(table: pd.DataFrame, params: Validate, docs: Path) -> Verdict:
     return Verdict(reasons, outcome.describe_dict())
 
 
-def check_share(verdict: Verdict, rows: int, params: Validate) -> None:
+def check_share(verdict: Verdict, failing: int, rows: int, params: Validate) -> None:
     """Refuses data of which too much fails.
 
     Raises:
         BadData: the share of failing rows exceeds validate.max_quarantined.
     """
-    failing = len(verdict.reasons)
     if failing <= params.max_quarantined * rows:
         return
     raise BadData(
@@ -221,7 +220,9 @@ def main() -> None:
         with whole_folder(stage.path("quarantine")) as quarantine:
             write_records(quarantine, (r for r in records if r.id in verdict.reasons))
             write_rows(quarantine / REASONS, reason_rows(records, verdict), reason_schema())
-        check_share(verdict, len(records), params)  # after the two above, so that a refusal can be looked into
+        check_share(
+            verdict, sum(r.id in verdict.reasons for r in records), len(records), params
+        )  # after the two above, so that a refusal can be looked into
         with whole_folder(stage.path("clean")) as clean:
             write_records(clean, (r for r in records if r.id not in verdict.reasons))
         print(

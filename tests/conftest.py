@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROOT = Path(__file__).resolve().parent.parent
+DEAD = 2**22 + 1
+"""A process id above the most that Linux gives out."""
+
 FIRST_RUN = Path(".temper", "first-run.txt")
 REAL_DATA = Path(os.environ.get("TEMPER_REAL_DATA", ROOT.parent / "shared" / "data"))
 

@@ -10,8 +10,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from flows.params_file import change_params
+from tasks.params import check
 from tests.conftest import ROOT, temper
 
 BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -65,6 +67,15 @@ def test_a_command_does_what_it_says(used: Path, command: str) -> None:
     if "orpo" in command:
         ran = re.findall(r"^([a-z]+@?[a-z]*) +completed +\d", said, re.MULTILINE)
         assert sorted(ran) == ["evaluate@orpo", "merge@orpo", "register@orpo", "train@orpo"]
+
+
+SNIPPETS = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
+def test_what_the_readme_puts_into_params_is_valid(snippet: str) -> None:
+    quickstart = dict(YAML(typ="safe").load(ROOT / "recipes" / "quickstart.yaml"))
+    check({**quickstart, **YAML(typ="safe").load(snippet)}, "README.md")
 
 
 @pytest.mark.parametrize("command", ["make run", "make test"])

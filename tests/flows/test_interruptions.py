@@ -67,6 +67,8 @@ def test_a_killed_training_is_retried_and_ends_with_the_same_bits(longer: Path, 
     key = graph.recorded_keys(longer)["train@qlora"]
     (count,) = client.execute("select count(*) from tags where key = 'temper.key' and value = ?", (key,)).fetchone()
     assert count == 1  # the retry went on with the same MLflow run
+    logged = "select step from metrics where key = 'loss' and run_uuid in (select run_uuid from tags where value = ?)"
+    assert [row[0] for row in client.execute(logged + " order by step", (key,))] == list(range(1, 141))
 
 
 def test_an_interrupt_saves_a_checkpoint_and_the_next_run_goes_on_from_it(
@@ -106,3 +108,13 @@ def test_a_second_run_says_who_holds_the_workspace(factory: Path) -> None:
         done = temper(factory, "run", code=75)
     assert f"temper run (process {os.getpid()}) holds the workspace since" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_same_content_registered_twice_is_the_same_version(copy: Path) -> None:
+    note = copy / "data" / "reports" / "qlora" / "registered.json"
+    before = note.read_bytes()
+    note.unlink()  # as if the stage had been killed after it had made the version
+    assert "register@qlora" in dvc(copy, "repro", "--single-item", "register@qlora")
+    assert note.read_bytes() == before
+    with sqlite3.connect(copy / ".temper" / "mlflow.db") as database:
+        assert database.execute("select count(*) from model_versions").fetchone() == (3,)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
+from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,37 @@ def test_one_identity_from_the_registry_to_the_rows(factory: Path) -> None:
     assert [json.loads((factory / f"data/reports/{m}/registered.json").read_text())["version"] for m in METHODS] == [
         str(found[m].version) for m in METHODS
     ]
+
+
+def test_a_version_has_its_signature_example_and_aliases(factory: Path) -> None:
+    import mlflow
+
+    from tasks.tracking import connect
+
+    client = connect(factory)
+    aliases = client.get_registered_model("temper-tiny").aliases
+    assert set(aliases) == {"champion", "challenger", *METHODS}
+    about = mlflow.models.get_model_info("models:/temper-tiny@champion")
+    assert about.signature is not None
+    assert about.signature.inputs.input_names() == ["messages", "max_tokens"]
+    assert about.signature.outputs.input_names() == ["object", "model", "choices", "usage"]
+    assert about.saved_input_example_info is not None
+
+
+def test_one_training_runs_at_a_time(factory: Path) -> None:
+    from tasks.registry import versions
+    from tasks.tracking import connect
+
+    client = connect(factory)
+    entries = [json.loads(line) for line in (factory / ".temper" / "journal.jsonl").read_text().splitlines()]
+    ends = {e["stage"]: datetime.fromisoformat(e["at"]).timestamp() for e in entries if e["state"] == "completed"}
+    starts = [
+        (client.get_run(str(v.run_id)).info.start_time / 1000, ends[f"train@{v.tags['temper.method']}"])
+        for v in versions(client, "temper-tiny")
+    ]
+    order = sorted(starts)
+    assert len(order) == len(METHODS)
+    assert all(end <= start + 1 for (_, end), (start, _) in pairwise(order))  # `at` has whole seconds
 
 
 def test_status_tells_programs_what_there_is(factory: Path) -> None:

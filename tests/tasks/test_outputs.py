@@ -8,6 +8,7 @@ import pytest
 
 from tasks.errors import BadData
 from tasks.outputs import MANIFEST, digests, read_manifest, whole_folder, write_whole
+from tests.conftest import DEAD
 
 
 def test_a_folder_appears_whole_with_the_digest_of_every_file(tmp_path: Path) -> None:
@@ -44,8 +45,8 @@ def test_a_new_folder_takes_the_place_of_the_old(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    (tmp_path / ".out.draft-123").mkdir()
-    (tmp_path / ".out.draft-123" / "half").write_text("x")
+    (tmp_path / f".out.draft-{DEAD}").mkdir()
+    (tmp_path / f".out.draft-{DEAD}" / "half").write_text("x")
     with whole_folder(tmp_path / "out") as draft:
         (draft / "a").write_text("x")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tasks.runner import Session, stage_exit_code
 from tests.conftest import ROOT, dvc, environment, git
 
 PARAMS = "work:\n  do: nothing\n  seconds: 0\n"
@@ -58,6 +60,12 @@ with process.stage(__doc__, "out") as stage:
             os.kill(os.getpid(), 9)
         if what["do"] == "full":
             raise OSError(errno.ENOSPC, "No space left on device", "out/big")
+        if what["do"] == "fill":
+            (folder / "big").write_bytes(bytes(64 << 20))
+        if what["do"] == "fill-with-tensors":
+            import torch
+            from safetensors.torch import save_file
+            save_file({"big": torch.zeros(16 << 20)}, folder / "big.safetensors")
         if what["do"] == "read-only":
             raise OSError(errno.EROFS, "Read-only file system", "out/big")
 """
@@ -97,8 +105,15 @@ def run(folder: Path) -> subprocess.CompletedProcess[str]:
         ("bad", 65, "error: input.txt:1: is wrong\n  got:      x\n  expected: y\n  to fix:   write y\n"),
         ("transient", 75, "error: was stopped\n"),
         ("fault", 1, "error: cannot\n"),
-        ("full", 75, "error: out/big: No space left on device\n"),
-        ("read-only", 65, "error: out/big: Read-only file system\n"),
+        (
+            "full",
+            75,
+            (
+                "error: the disk is full\n  got:      [Errno 28] No space left on device: 'out/big'\n"
+                "  to fix:   free some space, then run it again\n"
+            ),
+        ),
+        ("read-only", 65, "error: out/big: Read-only file system\n  to fix:   make it writable\n"),
     ],
 )
 def test_exit_codes_and_one_readable_block(small: Path, do: str, code: int, said: str) -> None:
@@ -107,6 +122,50 @@ def test_exit_codes_and_one_readable_block(small: Path, do: str, code: int, said
     assert (done.returncode, done.stderr) == (code, said)
     assert (small / "out").exists() == (code == 0)
     assert not list(small.glob(".out*"))
+
+
+@pytest.mark.parametrize("do", ["fill", "fill-with-tensors"])
+def test_a_disk_that_is_full_leaves_nothing_half_written_and_the_next_run_works(
+    small: Path, tmp_path: Path, do: str
+) -> None:
+    disk = tmp_path / "small disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount a small disk")
+    try:
+        workspace = shutil.copytree(small, disk / "w")
+        say(workspace, do)
+        done = run(workspace)
+        assert (done.returncode, done.stderr[:24]) == (75, "error: the disk is full\n")
+        assert [path.name for path in workspace.glob("*out*")] == []
+        assert stage_exit_code(dvc(workspace, "repro", code=255).splitlines(), 255) == 75
+        say(workspace, "nothing")
+        dvc(workspace, "repro")
+        assert (workspace / "out" / "done").read_text() == "done"
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_lock_that_another_process_holds_at_the_end_of_a_stage_costs_nothing_but_time(small: Path) -> None:
+    """DVC by itself waits three seconds, then throws the finished work away."""
+    say(small, "nothing", seconds=2)
+    session = Session(small, None, {}, {}, frozenset({"work"}))  # type: ignore[arg-type]
+    hold = """if True:
+        import fcntl, pathlib, time
+        while not pathlib.Path("running").exists():
+            time.sleep(0.01)
+        lock = open(".dvc/tmp/lock", "r+")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        time.sleep(7)
+    """
+    (small / ".temper").mkdir()
+    holder = subprocess.Popen([sys.executable, "-c", hold], cwd=small)
+    outcome = session.run("work", 60, lambda line: None)
+    holder.wait()
+    assert outcome.state == "completed"
+    assert outcome.seconds > 7
+    assert "up to date" in dvc(small, "status")
 
 
 def test_a_crash_keeps_its_traceback(small: Path) -> None:
@@ -120,8 +179,6 @@ def test_a_crash_keeps_its_traceback(small: Path) -> None:
 @pytest.mark.parametrize("do", ["bad", "transient", "kill"])
 def test_dvc_tells_the_code_of_a_stage_in_its_output(small: Path, do: str) -> None:
     """DVC itself returns 255 for all of them; this is the text that we read."""
-    from tasks.runner import stage_exit_code
-
     say(small, do)
     said = dvc(small, "repro", "--single-item", "work", code=255)
     assert stage_exit_code(said.splitlines(), 255) == {"bad": 65, "transient": 75, "kill": -9}[do] or do == "kill"

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import sqlite3
+from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
 import pytest
 
-from tasks.errors import RegistryUnreachable
+from tasks.errors import Interrupted, RegistryUnreachable
 from tasks.registry import (
     CHAMPION,
     Move,
@@ -16,6 +18,7 @@ from tasks.registry import (
     moves,
     settle_champion,
     versions,
+    withdrawn,
 )
 from tasks.tracking import KEY_TAG, Tracker, connect, log_rows, run_of
 
@@ -83,6 +86,46 @@ def test_the_stack_of_champions() -> None:
     assert champions([]) == []
     assert champions(ledger("1", "2", "back")) == ["1"]
     assert champions(ledger("1", "2", "back", "3", "2", "back", "back")) == ["1"]
+
+
+def test_a_server_that_does_not_answer_is_no_empty_ledger() -> None:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, RESOURCE_DOES_NOT_EXIST
+
+    class Answers:
+        def __init__(self, code: int) -> None:
+            self.code = code
+
+        def get_registered_model(self, name: str) -> None:
+            raise MlflowException("x", self.code)
+
+    assert moves(cast(MlflowClient, Answers(RESOURCE_DOES_NOT_EXIST)), "m") == []
+    with pytest.raises(MlflowException):
+        moves(cast(MlflowClient, Answers(INTERNAL_ERROR)), "m")
+
+
+def test_what_is_withdrawn_is_what_was_rolled_back_last() -> None:
+    moves_ = [Move(1, "promote", "", "1", "", ""), Move(2, "promote", "1", "2", "", "")]
+    assert withdrawn(moves_) == set()
+    moves_.append(Move(3, "rollback", "2", "1", "", ""))
+    assert withdrawn(moves_) == {"2"}
+    moves_.append(Move(4, "promote", "1", "2", "", ""))
+    assert withdrawn(moves_) == set()
+
+
+def test_a_retry_logs_no_step_twice_and_a_run_says_how_it_ended(place: Path) -> None:
+    client = connect(place)
+    for steps, error, status in (((1, 2, 3), Interrupted("x"), "KILLED"), ((3, 4), None, "FINISHED")):
+        with suppress(Interrupted), Tracker(place, "key-retry", "train", {}, {}) as tracker:
+            for step in steps:
+                tracker.log({"step": step, "loss": 1 / step})
+            if error:
+                raise error
+        run = run_of(client, place, "key-retry", "train", {})
+        assert run.info.status == status
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert [metric.step for metric in history] == [1, 2, 3, 4]
 
 
 def test_a_training_has_one_run_however_often_it_is_begun(place: Path) -> None:

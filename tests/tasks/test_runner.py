@@ -16,6 +16,7 @@ from tasks.runner import Outcome, Session, last_seconds, record, stage_error, st
         (["exited with 1", "ERROR: ... exited with -9"], -9),
         (["ERROR: 'data/raw' is busy, it is being blocked by:"], 75),
         (["ERROR: Unable to acquire lock. Most likely another DVC process is running"], 75),
+        (["ERROR: unexpected error - [Errno 28] No space left on device: '/x'"], 75),
         (["ERROR: something else"], 255),
     ],
 )
@@ -50,6 +51,20 @@ def test_a_stage_is_passed_over_only_when_nothing_that_it_reads_was_written() ->
     assert [session.is_current(name) for name in ("validate", "base", "render")] == [False, True, True]
     session.outcomes["validate"] = Outcome("validate", "unchanged", 0.0, "k")
     assert session.is_current("render")
+
+
+def test_a_stage_that_neither_came_through_nor_says_why_fails_the_run() -> None:
+    nodes = {name: node(name, (), (name,)) for name in ("a", "b")}
+    session = Session(Path(), None, nodes, {}, frozenset())  # type: ignore[arg-type]
+    session.outcomes["a"] = Outcome("a", "completed", 1.0, "k")
+    with pytest.raises(TemperError, match="did not come through") as caught:
+        session.check()
+    assert caught.value.examples == ("b",)
+    session.outcomes["b"] = Outcome("b", "unchanged", 0.0, "k")
+    session.check()
+    session.errors["b"] = BadInput("is wrong")
+    with pytest.raises(BadInput, match="is wrong"):
+        session.check()
 
 
 def test_the_journal_tells_how_long_a_stage_took_when_it_last_ran(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from tasks.params import Method
 from tasks.progress import Progress
 from tasks.render import rendered_schema
 from tasks.tables import write_rows
-from tasks.train import Example, batch_of, flat, held_out_loss, loss_of, read_examples, steps_per_epoch, train
+from tasks.tracking import flat
+from tasks.train import Example, batch_of, held_out_loss, loss_of, read_examples, steps_per_epoch, train
 from tests.samples import LOREFT, ORPO, QLORA, SFT, method
 
 METHODS = {"qlora": method(QLORA, SFT), "orpo": method(QLORA, ORPO), "reft": method(LOREFT, SFT)}
