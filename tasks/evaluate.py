@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 from tasks import process
 from tasks.adapted import load_packaged
@@ -61,17 +61,7 @@ def examples_schema() -> pa.Schema:
     import pyarrow as pa
 
     types = {str: pa.string(), bool: pa.bool_(), float: pa.float64(), int: pa.int32()}
-    hints = {
-        "id": str,
-        "family": str,
-        "prompt": str,
-        "target": str,
-        "answer": str,
-        "correct": bool,
-        "loss": float,
-        "tokens": int,
-    }
-    return pa.schema([(name, types[hint]) for name, hint in hints.items()])
+    return pa.schema([(name, types[hint]) for name, hint in get_type_hints(Answer).items()])
 
 
 def last_turn(row: Mapping[str, Any]) -> int:

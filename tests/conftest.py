@@ -53,7 +53,7 @@ def pico_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     lexicon = read_lexicon(ROOT / "data" / "lexicon.yaml")
     texts = [document(r) for rows in ("text", "talk") for r in generate(Recipe("s", rows, 300, 1), lexicon)]  # type: ignore[arg-type]
-    params = pretrain_params()
+    params = pretrain_params(context_tokens=128)  # room for a whole chat of the quickstart
     tokenizer = train_tokenizer(texts, params.vocabulary)
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("pico") / "base"

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tasks.errors import BadData
-from tasks.generate import FAMILIES, Lexicon, Recipe, generate, read_lexicon
+from tasks.families import FAMILIES, Lexicon
+from tasks.generate import Recipe, generate, read_lexicon
 from tasks.records import ChatExample, PreferencePair, TextExample, held_out
 from tests.conftest import ROOT
 
