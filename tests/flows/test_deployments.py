@@ -112,4 +112,3 @@ def test_a_schedule_is_served_runs_survives_its_server_and_goes(copy: Path) -> N
     while psutil.pid_exists(second) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not psutil.pid_exists(second)
-    assert "Traceback" not in serving.said()
