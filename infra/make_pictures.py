@@ -56,8 +56,8 @@ def main() -> None:
             time.sleep(0.5)
         with chromium() as send:
             charts = f"{address}/experiments/{experiment.experiment_id}/runs?compareRunsMode=CHART"
-            photograph(send, charts, ROOT / "docs" / "runs.png", (1400, 1120))
-            photograph(send, f"{address}/models/{model}", ROOT / "docs" / "model.png", (1400, 1480))
+            photograph(send, charts, ROOT / "docs" / "runs.png", (1400, 800))
+            photograph(send, f"{address}/models/{model}", ROOT / "docs" / "model.png", (1400, 900))
     finally:
         server.terminate()
         server.wait()
