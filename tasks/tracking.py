@@ -44,10 +44,12 @@ def connect(workspace: Path) -> MlflowClient:
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    uri = tracking_uri(workspace)
+    uri, given = tracking_uri(workspace), os.environ.get("MLFLOW_TRACKING_URI")
     try:
         with _one_at_a_time(workspace):  # two processes that make the schema of a new SQLite file at once break it
             mlflow.set_tracking_uri(uri)
+            if given is None:  # MLflow writes it there, where it would pass for the user's wish for other workspaces
+                os.environ.pop("MLFLOW_TRACKING_URI", None)
             client = mlflow.MlflowClient(uri)
             client.search_experiments(max_results=1)
     except (MlflowException, OSError) as error:

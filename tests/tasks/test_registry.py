@@ -35,6 +35,12 @@ def add_version(place: Path, model: str, key: str) -> str:
     return str(client.create_model_version(model, str(place), tags={KEY_TAG: key}).version)
 
 
+def test_a_workspace_that_was_looked_at_is_not_taken_for_the_users_wish(place: Path, tmp_path: Path) -> None:
+    add_version(place, "here", "k")
+    assert versions(connect(tmp_path), "here") == []
+    assert len(versions(connect(place), "here")) == 1
+
+
 def test_a_version_is_found_by_its_content(place: Path) -> None:
     client = connect(place)
     assert find_version(client, "found", "k1") is None
