@@ -12,6 +12,9 @@ from tasks.process import quiet_libraries
 from tasks.registry import CHAMPION
 from tasks.tracking import connect
 
+REGISTERED = ("models:/", "runs:/")
+"""What the address of a model in MLflow begins with; anything else is a folder."""
+
 
 def champion_uri(workspace: Path) -> str:
     """The address of the workspace's champion in the registry."""
@@ -25,7 +28,7 @@ def ask(workspace: Path, model: str, turns: Sequence[tuple[str, str]], max_token
         BadParams: the registry has no such model.
         BadModel: the folder is no model folder.
     """
-    if not model.startswith(("models:/", "runs:/")):
+    if not model.startswith(REGISTERED):
         return _ask_folder(Path(model), turns, max_tokens)
     quiet_libraries()
     connect(workspace)

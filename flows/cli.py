@@ -28,8 +28,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-REGISTERED = ("models:/", "runs:/")
-
 Workspace = Annotated[
     Path | None, typer.Option("--workspace", help="Work on this folder instead of the one found upward from here.")
 ]
@@ -130,10 +128,11 @@ def chat(
     workspace: Workspace = None,
 ) -> None:
     """Ask the champion, or another model."""
+    from flows.ask import REGISTERED, ask, champion_uri
+
     if model and not model.startswith(REGISTERED):
         model = str(Path(model).resolve())  # seen from here, not from the workspace
     root = _ready(workspace)
-    from flows.ask import ask, champion_uri
 
     typer.echo(ask(root, model or champion_uri(root), [("user", text)], max_tokens))
 
