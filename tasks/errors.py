@@ -52,6 +52,10 @@ class TemperError(Exception):
         self.what, self.where, self.got, self.expected, self.fix = what, where, got, expected, fix
         self.examples = tuple(examples)
 
+    def line(self) -> str:
+        """The error in one line, as an example among others."""
+        return f"{self.where}: {self.what}" + (f" (got {self.got})" if self.got else "")
+
     def __str__(self) -> str:
         """One readable block, without a traceback."""
         lines = [f"{self.where}: {self.what}" if self.where else self.what]

@@ -1,230 +1,159 @@
 """Reads one source and writes its rows, typed.
 
-Reads:  one entry of `ingest.sources`: a file of rows, or the generator's lexicon.
-Writes: data/raw/SOURCE/: chat.parquet, preference.parquet, text.parquet, manifest.json (source, sha256, rows, licence).
+Reads:  one entry of `ingest.sources`: a file or folder of rows, or the generator's lexicon.
+Writes: data/raw/SOURCE/: KIND.parquet for every kind of row (chat, preference, labelled, text, pair), refused.parquet
+        (place, reason, excerpt), manifest.json (source, path, sha256, formats, rows, refused, licence, use).
 Params: ingest.sources.SOURCE
-Fails:  a source that cannot be read or is not what it says (65, never retried).
+Fails:  a source that cannot be read or is not what it says, more malformed rows than its max_refused (65, never
+        retried).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tasks import process
 from tasks.errors import BadData
+from tasks.files import read_rows_of
+from tasks.formats import Origin, detect, parse
 from tasks.generate import Recipe, generate, read_lexicon
-from tasks.outputs import digest, whole_folder
-from tasks.params import FileSource, GeneratorSource, Source
-from tasks.records import ChatExample, Message, Record
-from tasks.tables import write_records
+from tasks.outputs import digest, digests, whole_folder
+from tasks.params import FileSource, FolderSource, GeneratorSource, Source
+from tasks.records import Record
+from tasks.tables import REFUSED, write_records, write_rows
 
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-}
-
-
-def read_source(name: str, source: Source) -> Iterator[Record]:
-    """The rows of one source, in its own order.
-
-    Raises:
-        BadData: the source is missing, empty, not of a known format, or a row of it is malformed.
-    """
-    if isinstance(source, GeneratorSource):
-        recipe = Recipe(name, source.rows, source.count, source.seed, source.withheld)
-        return generate(recipe, read_lexicon(Path(source.path)))
-    return _read_file(name, source)
-
-
-def _read_file(name: str, source: FileSource) -> Iterator[Record]:
-    path = Path(source.path)
-    if not path.is_file():
-        raise BadData(
-            "there is no such file", where=str(path), fix=f"correct ingest.sources.{name}.path in params.yaml"
-        )
-    if path.stat().st_size == 0:
-        raise BadData("is empty (0 bytes)", where=str(path), expected="at least one row", fix="fetch the file again")
-    readers = {".json": read_json, ".jsonl": read_jsonl, ".parquet": read_parquet}
-    if path.suffix not in readers:
-        raise BadData(
-            "unknown kind of file", where=str(path), got=path.suffix or "no ending", expected=", ".join(readers)
-        )
-    found = False
-    for place, row in readers[path.suffix](path):
-        found = True
-        yield parse_row(f"{name}-{place.rpartition(':')[2]}", name, row, source.format, place)
-    if not found:
-        raise BadData("holds no rows", where=str(path), expected="at least one row", fix="fetch the file again")
-
-
-def read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a JSON array, each with its place (`file:row`, from 1)."""
-    rows = _parse_json(_read_text(path), str(path), first_line=1)
-    if not isinstance(rows, list):
-        raise BadData(
-            "is not an array of rows", where=str(path), got=type(rows).__name__, expected="a JSON array of objects"
-        )
-    return ((f"{path}:{number}", row) for number, row in enumerate(rows, start=1))
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a file with one JSON value per line, each with its place (`file:line`, from 1)."""
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if line.strip():
-            yield f"{path}:{number}", _parse_json(line, str(path), first_line=number)
-
-
-def read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a Parquet file, each with its place (`file:row`, from 1)."""
+if TYPE_CHECKING:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    try:
-        file = pq.ParquetFile(path)
-        number = 0
-        for batch in file.iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}:{number}", row
-    except (pa.ArrowException, OSError) as error:
+_REFUSALS_KEPT = 100_000
+_EXCERPT_CHARACTERS = 200
+
+
+@dataclass
+class Reading:
+    """One source, being read: how many rows its files held, in which formats, and which of them were refused."""
+
+    name: str
+    source: Source
+    read: int = 0
+    refused: list[BadData] = field(default_factory=list)
+    excerpts: list[str] = field(default_factory=list)
+    formats: dict[str, str] = field(default_factory=dict)
+
+    def records(self) -> Iterator[Record]:
+        """The rows of the source, in its own order.
+
+        Raises:
+            BadData: the source is missing, empty, damaged, or more than its max_refused of it is malformed.
+        """
+        if isinstance(self.source, GeneratorSource):
+            source = self.source
+            recipe = Recipe(self.name, source.rows, source.count, source.seed, source.withheld)
+            for record in generate(recipe, read_lexicon(Path(source.path))):
+                self.read += 1
+                yield record
+            return
+        for file in files_of(self.source):
+            yield from self._records_of(file, self.source)
+        self._check_refused(self.source.max_refused)
+
+    def _records_of(self, path: Path, source: FileSource | FolderSource) -> Iterator[Record]:
+        for file, number, row in read_rows_of(path, source.encoding):
+            self.read += 1
+            inside = file.removeprefix(str(source.path)).strip("/!")
+            row_id = f"{self.name}-{inside}:{number}" if inside else f"{self.name}-{number}"
+            origin = Origin(row_id, self.name, file, number)
+            if file not in self.formats:
+                named = source.format if isinstance(source.format, str) else "columns"
+                self.formats[file] = detect(row, origin.place) if named == "auto" else named
+            try:
+                yield from parse(row, _form(source, self.formats[file]), origin)
+            except BadData as error:
+                self.refused.append(error)
+                self.excerpts.append(json.dumps(row, ensure_ascii=False, default=str)[:_EXCERPT_CHARACTERS])
+                if len(self.refused) == _REFUSALS_KEPT:
+                    self._check_refused(source.max_refused)
+
+    def _check_refused(self, share: float) -> None:
+        if len(self.refused) <= share * self.read:
+            return
+        if len(self.refused) == 1:
+            raise self.refused[0]
         raise BadData(
-            "is not a whole Parquet file", where=str(path), got=str(error).split("\n")[0], fix="fetch the file again"
-        ) from error
+            f"{len(self.refused)} of {self.read} rows are malformed",
+            where=self.source.path,
+            expected=f"at most the share max_refused = {share}",
+            examples=[error.line() for error in self.refused],
+            fix=f"correct these rows, or raise ingest.sources.{self.name}.max_refused if they may be lost",
+        )
+
+    def refusals(self) -> list[dict[str, Any]]:
+        """The rows that were refused, as refused.parquet has them."""
+        return [
+            {"place": error.where, "reason": error.line(), "excerpt": excerpt}
+            for error, excerpt in zip(self.refused, self.excerpts, strict=True)
+        ]
 
 
-def _read_text(path: Path) -> str:
-    content = path.read_bytes()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise BadData(
-            "is not UTF-8",
-            where=f"{path}:{line}",
-            got=f"byte 0x{content[error.start]:02X}",
-            fix="convert it with iconv",
-        ) from error
+def _form(source: FileSource | FolderSource, detected: str) -> str | dict[str, str]:
+    """How the rows of a file are read: by the columns that are named, else by its format."""
+    return detected if isinstance(source.format, str) else {str(ours): name for ours, name in source.format.items()}
 
 
-def _parse_json(text: str, path: str, first_line: int) -> Any:
-    def refuse(constant: str) -> None:
-        raise BadData(f"{constant} is not valid JSON", where=path, fix="write null or a finite number")
-
-    try:
-        return json.loads(text, parse_constant=refuse)
-    except json.JSONDecodeError as error:
-        cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
-        raise BadData(
-            "is cut off; was the download complete?" if cut else f"is not valid JSON: {error.msg}",
-            where=f"{path}:{first_line + error.lineno - 1}:{error.colno}",
-            got=repr(text[max(0, error.pos - 20) : error.pos + 20]),
-            expected="JSON",
-        ) from error
-    except ValueError as error:
-        raise BadData("holds a number that is too long", where=f"{path}:{first_line}", got=str(error)) from error
-    except RecursionError as error:
-        raise BadData("is nested too deeply", where=f"{path}:{first_line}", expected="rows of a few levels") from error
-
-
-# --- formats: from a row of the file to one of ours -------------------------------------------------------------------
-
-
-def parse_row(row_id: str, source: str, row: Any, form: str, place: str) -> ChatExample:
-    """One row of a file as a chat.
-
-    Args:
-        row_id: the id that the chat gets.
-        source: the key of `ingest.sources`.
-        row: what the file holds there.
-        form: `alpaca`, `conversations`, or `auto` to tell by the row's keys.
-        place: `file:row`, for errors.
+def files_of(source: FileSource | FolderSource) -> list[Path]:
+    """The files of a source, in the order of their names.
 
     Raises:
-        BadData: the row is not of that format.
+        BadData: the folder is missing, nothing in it matches, or a link leads out of it.
     """
-    if not isinstance(row, Mapping):
-        raise BadData("is not an object", where=place, got=type(row).__name__, expected="an object with named fields")
-    chosen = _detect(row, place) if form == "auto" else form
-    return ChatExample(id=row_id, source=source, messages=tuple(FORMATS[chosen](row, place)))
-
-
-def _detect(row: Mapping[str, Any], place: str) -> str:
-    if "conversations" in row:
-        return "conversations"
-    if "instruction" in row and "output" in row:
-        return "alpaca"
-    raise BadData(
-        "is of no known format",
-        where=place,
-        got=f"the fields {', '.join(sorted(row)) or '(none)'}",
-        expected="conversations, or instruction and output",
-        fix="say ingest.sources.NAME.format, or rename the fields",
-    )
-
-
-def parse_alpaca(row: Mapping[str, Any], place: str) -> Iterable[Message]:
-    """`instruction`, `input` (may be absent) and `output`."""
-    instruction, output = _text(row, "instruction", place), _text(row, "output", place)
-    context = _text(row, "input", place) if row.get("input") is not None else ""
-    return Message("user", f"{instruction}\n{context}" if context else instruction), Message("assistant", output)
-
-
-def parse_conversations(row: Mapping[str, Any], place: str) -> Iterable[Message]:
-    """`conversations`: a list of `{from, value}`."""
-    turns = row.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        raise BadData("has no conversation", where=place, got=repr(turns)[:60], expected="a list of {from, value}")
-    messages = []
-    for number, turn in enumerate(turns):
-        where = f"{place} conversations[{number}]"
-        if not isinstance(turn, Mapping):
-            raise BadData("is not a turn", where=where, got=repr(turn)[:60], expected="{from, value}")
-        role = _text(turn, "from", where)
-        if role not in ROLES:
-            raise BadData("has an unknown role", where=where, got=repr(role), expected=", ".join(ROLES))
-        messages.append(Message(ROLES[role], _text(turn, "value", where)))
-    return messages
-
-
-def _text(row: Mapping[str, Any], field: str, place: str) -> str:
-    value = row.get(field)
-    if not isinstance(value, str):
-        got = "nothing" if field not in row else type(value).__name__
-        raise BadData(f'field "{field}" is not text', where=place, got=got, expected="a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
+    path = Path(source.path)
+    if isinstance(source, FileSource):
+        return [path]
+    if not path.is_dir():
+        raise BadData("there is no such folder", where=str(path), fix="correct the source's path in params.yaml")
+    files = sorted(file for file in path.glob(source.glob) if not file.is_dir())
+    for file in files:
+        if not file.resolve().is_relative_to(path.resolve()):
+            raise BadData(
+                "is a link that leads out of its folder", where=str(file), got=str(file.resolve()), fix="copy the file"
+            )
+    if not files:
         raise BadData(
-            f'field "{field}" holds half a character (a lone surrogate)',
-            where=place,
-            got=repr(value[error.start : error.end]),
-            fix="write the file again in UTF-8",
-        ) from error
-    return value
+            "no file matches", where=str(path), got=source.glob, fix="correct the source's glob in params.yaml"
+        )
+    return files
 
 
-FORMATS: Mapping[str, Callable[[Mapping[str, Any], str], Iterable[Message]]] = {
-    "alpaca": parse_alpaca,
-    "conversations": parse_conversations,
-}
+def refusal_schema() -> pa.Schema:
+    """The columns of refused.parquet."""
+    import pyarrow as pa
+
+    return pa.schema([(name, pa.string()) for name in ("place", "reason", "excerpt")])
 
 
 def main() -> None:
     """The stage `ingest@SOURCE`."""
     with process.stage(__doc__, "out", item="source") as stage:
         source = stage.params.ingest.sources[stage.item]
-        about: dict[str, Any] = {"source": stage.item, "licence": source.licence}
+        reading = Reading(stage.item, source)
+        about: dict[str, Any] = {
+            "source": stage.item,
+            "path": source.path,
+            "licence": source.licence,
+            "use": source.use,
+        }
         with whole_folder(stage.path("out"), about) as folder:
-            about["rows"] = write_records(folder, read_source(stage.item, source))
-            about["path"], about["sha256"] = source.path, digest(Path(source.path))
-        print(f"ingest {stage.item}: {sum(about['rows'].values())} rows from {source.path}", flush=True)
+            about["rows"] = write_records(folder, reading.records())
+            write_rows(folder / REFUSED, reading.refusals(), refusal_schema())
+            about |= {"read": reading.read, "refused": len(reading.refused), "formats": reading.formats}
+            path = Path(source.path)
+            about["sha256"] = digests(path) if path.is_dir() else digest(path)
+        rows = ", ".join(f"{count} {kind}" for kind, count in about["rows"].items() if count)
+        print(f"ingest {stage.item}: {rows} from {source.path}; {len(reading.refused)} refused", flush=True)
 
 
 if __name__ == "__main__":

@@ -36,12 +36,21 @@ class Section(BaseModel):
 # --- ingest -----------------------------------------------------------------------------------------------------------
 
 
-class GeneratorSource(Section):
-    """Rows made from a seed by tasks/generate.py."""
+class AnySource(Section):
+    """What every source says of itself."""
+
+    path: FilePath
+    """What DVC watches: a file or folder, relative to the workspace or absolute."""
+    use: Literal["train", "benchmark"]
+    """Rows to learn from, or questions of a benchmark that no row to learn from may contain."""
+    licence: Annotated[str, StringConstraints(min_length=1)]
+    """What the rows may be used for, as an SPDX name; noted in the manifest."""
+
+
+class GeneratorSource(AnySource):
+    """Rows made from a seed by tasks/generate.py; `path` is the lexicon, a YAML file of the words it draws from."""
 
     kind: Literal["generator"]
-    path: FilePath
-    """The lexicon, a YAML file: the words it draws from."""
     rows: Literal["chat", "preference", "text", "talk"]
     """Chats, preference pairs, plain text of facts, or small talk as plain text."""
     count: Count
@@ -50,23 +59,50 @@ class GeneratorSource(Section):
     """The same seed, count and lexicon give the same rows."""
     withheld: Share
     """Facts in this share of the hash range are never drawn; at least `render.held_out` keeps held-out facts unseen."""
-    licence: str
-    """What the rows may be used for, as an SPDX name; noted in the manifest."""
 
 
-class FileSource(Section):
-    """Rows of a .json, .jsonl or .parquet file."""
+Format = Literal[
+    "auto",
+    "conversations",
+    "alpaca",
+    "seed_tasks",
+    "prompt_reply",
+    "choices",
+    "preference",
+    "ranked",
+    "labelled",
+    "text",
+    "pair",
+]
+Field_ = Literal["prompt", "reply", "system", "chosen", "rejected", "label", "text", "input", "target"]
+
+
+class RowsOfFiles(AnySource):
+    """How files of rows are read."""
+
+    format: Format | Annotated[dict[Field_, str], Field(min_length=1)]
+    """How rows are written; `auto` looks at the first of each file; or which column is what: {prompt: Q, reply: A}."""
+    encoding: Literal["utf-8", "latin-1", "cp1252", "mac-roman", "gb18030", "big5", "shift-jis", "euc-jp", "euc-kr"]
+    """Of text files."""
+    max_refused: Share
+    """The stage fails when a larger share of the rows is malformed; the others are listed in refused.parquet."""
+
+
+class FileSource(RowsOfFiles):
+    """Rows of one file: json, jsonl, csv, tsv, parquet, arrow or txt, also packed as gz, zst or zip."""
 
     kind: Literal["file"]
-    path: FilePath
-    """The file, relative to the workspace or absolute; DVC watches its content."""
-    format: Literal["auto", "alpaca", "conversations"]
-    """How rows are written; `auto` looks at the first one."""
-    licence: str
-    """What the rows may be used for, as an SPDX name; noted in the manifest."""
 
 
-Source = Annotated[GeneratorSource | FileSource, Field(discriminator="kind")]
+class FolderSource(RowsOfFiles):
+    """Rows of the files of a folder."""
+
+    kind: Literal["folder"]
+    glob: Annotated[str, StringConstraints(min_length=1)]
+    """Which files, such as `*.jsonl` or `**/*.parquet`."""
+
+
+Source = Annotated[GeneratorSource | FileSource | FolderSource, Field(discriminator="kind")]
 
 
 class Ingest(Section):
@@ -78,15 +114,115 @@ class Ingest(Section):
 # --- validate, base, render -------------------------------------------------------------------------------------------
 
 
+class Check(Section):
+    """What becomes of rows in which a check finds something."""
+
+    action: Literal["reject", "warn", "ignore"]
+    """To quarantine; counted in the report; or not looked at in the report either."""
+    mostly: Share
+    """The share of rows that must pass; below it the stage fails, or with `warn` the report says so."""
+
+
+class RepairableCheck(Section):
+    """What becomes of rows in which a check finds something that can be repaired."""
+
+    action: Literal["reject", "repair", "warn", "ignore"]
+    """To quarantine; repaired, with a record of each change; counted in the report; or not looked at."""
+    mostly: Share
+    """The share of rows that must pass; below it the stage fails, or with `warn` the report says so."""
+
+
+class Checks(Section):
+    """What is looked for in every row; tasks/checks/facts.py says how each is told."""
+
+    roles: Check
+    """Turns out of order: an optional system turn, then user and assistant in turn, calls before tools' results."""
+    turns: Check
+    """More turns than `max_turns`."""
+    characters: Check
+    """No characters, or more than `max_characters`."""
+    blank_turns: Check
+    """A turn that says nothing."""
+    outer_space: RepairableCheck
+    """White space at an end of a text; repaired by taking it off."""
+    control_tokens: Check
+    """What looks like a control token of a chat template, such as <|im_end|>."""
+    template_text: Check
+    """A prompt template that is already in the text, such as `### Instruction:`."""
+    placeholders: Check
+    """An unfilled `{{name}}`."""
+    html: Check
+    """Tags and entities of HTML."""
+    replacement_characters: Check
+    """U+FFFD, left by a wrong decoding."""
+    mojibake: RepairableCheck
+    """UTF-8 read as Latin-1; repaired by ftfy."""
+    control_characters: RepairableCheck
+    """Characters below U+0020 but tab and line ends; repaired by taking them out."""
+    unnormalised: RepairableCheck
+    """Letters not in Unicode's composed form; repaired to NFC."""
+    refusals: Check
+    """A reply that begins by declining, in English or Chinese."""
+    language_mismatch: Check
+    """A reply in another script than its question."""
+    length_outliers: Check
+    """A length further from its kind's median than `outlier_deviations`."""
+    emails: RepairableCheck
+    """E-mail addresses; repaired to [email]."""
+    telephones: RepairableCheck
+    """Telephone numbers; repaired to [telephone]."""
+    keys: RepairableCheck
+    """Secret keys of well-known services; repaired to [key]."""
+    same_replies: Check
+    """Chosen and rejected that are the same."""
+    prefix_replies: Check
+    """Chosen and rejected of which one begins with the other."""
+    contradictions: Check
+    """The same reply labelled good and bad, or a pair that stands the other way round elsewhere."""
+    leaks: Check
+    """A question of a benchmark or of the held-out rows, whole or by `leak_words` words in a row."""
+
+
+class Duplicates(Section):
+    """Rows that say the same, across all sources."""
+
+    exact: Literal["merge", "warn", "ignore"]
+    """The same words, whatever case, width and punctuation."""
+    near: Literal["merge", "warn", "ignore"]
+    """Nearly the same words."""
+    similarity: Annotated[float, Field(gt=0, le=1)]
+    """The least share of runs of three words that near duplicates have in common (Jaccard index)."""
+    permutations: Count
+    """Hashes in a MinHash sketch; a multiple of `bands`."""
+    bands: Count
+    """Groups of hashes, of which one must agree before two rows are compared."""
+    keep: Literal["first", "longest"]
+    """Which one stays."""
+
+    @model_validator(mode="after")
+    def _bands_fit(self) -> Duplicates:
+        if self.permutations % self.bands:
+            raise ValueError("permutations must be a multiple of bands")
+        return self
+
+
 class Validate(Section):
     """What a row must be, and how many may fail."""
 
     max_quarantined: Share
-    """The stage fails when a larger share of all rows fails a check."""
+    """The stage fails when a larger share of all rows goes to quarantine."""
     max_turns: Count
     """Messages in a row."""
     max_characters: Count
     """Characters in a row, over all its messages."""
+    outlier_deviations: Positive
+    """How many robust standard deviations of the logarithm of its length make a row an outlier."""
+    leak_words: Annotated[int, Field(ge=5)]
+    """Words in a row, shared with a question, that make a leak (13 in arXiv:2005.14165)."""
+    checks: Checks
+    """Each with what is done about it."""
+    duplicates: Duplicates
+    """How they are told, and which one stays."""
 
 
 class LocalBase(Section):
@@ -165,6 +301,9 @@ class Render(Section):
     """Tokens in a rendered row."""
     too_long: Literal["truncate", "drop", "refuse"]
     """What becomes of a longer one: cut at the end, left out, or the stage fails; all are counted."""
+    loss_on: Literal["all", "last"]
+    """Which of the assistant's turns are learnt: all, or only the last. Templates that rewrite earlier turns, such as
+    Qwen3's, need `last`."""
 
 
 # --- train: one method per key, each an adapter x an objective --------------------------------------------------------

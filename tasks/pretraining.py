@@ -63,7 +63,7 @@ def document(record: TextExample | ChatExample) -> str:
     """A row as the text that is trained on: plain text as it is, a chat in the form of the chat template."""
     if isinstance(record, TextExample):
         return record.text + STOP
-    return "".join(f"{TURN}{role}\n{content}{STOP}\n" for role, content in record.messages)
+    return "".join(f"{TURN}{role}\n{content}{STOP}\n" for role, content, *_ in record.messages)
 
 
 def pack_blocks(

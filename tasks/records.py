@@ -9,10 +9,19 @@ from typing import ClassVar, NamedTuple
 
 
 class Message(NamedTuple):
-    """One turn: `role` is system, user, assistant or tool."""
+    """One turn of a chat.
+
+    Attributes:
+        role: system, user, assistant or tool.
+        content: the text.
+        calls: the tools that the assistant calls in this turn, as a JSON list of {name, arguments}; empty for none.
+        learn: whether the loss falls on it, if it is the assistant's.
+    """
 
     role: str
     content: str
+    calls: str = ""
+    learn: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +31,8 @@ class Record:
     Attributes:
         id: unique within the workspace.
         source: the key of `ingest.sources` that it came from.
+        file: the file that it came from; empty for generated rows.
+        row: its line or number in that file, from 1; 0 for generated rows.
         family: the kind of question, by which results are reported; empty when unknown.
         group: rows of one group never cross the split; empty means the normalised prompt.
     """
@@ -30,6 +41,8 @@ class Record:
 
     id: str
     source: str
+    file: str = ""
+    row: int = 0
     family: str = ""
     group: str = ""
 
@@ -65,6 +78,23 @@ class PreferencePair(Record):
     prompt: tuple[Message, ...]
     chosen: str
     rejected: str
+    tools: tuple[str, ...] = ()
+
+    def prompt_text(self) -> str:
+        """The first user turn."""
+        return next((m.content for m in self.prompt if m.role == "user"), "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelledReply(Record):
+    """A reply that is good (`label` true) or bad, without another to compare it with (arXiv:2402.01306)."""
+
+    kind: ClassVar[str] = "labelled"
+
+    prompt: tuple[Message, ...]
+    reply: str
+    label: bool
+    tools: tuple[str, ...] = ()
 
     def prompt_text(self) -> str:
         """The first user turn."""
@@ -82,6 +112,26 @@ class TextExample(Record):
     def prompt_text(self) -> str:
         """The text itself."""
         return self.text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeqPair(Record):
+    """An input and its target, for encoder-decoder models."""
+
+    kind: ClassVar[str] = "pair"
+
+    input: str
+    target: str
+
+    def prompt_text(self) -> str:
+        """The input."""
+        return self.input
+
+
+KINDS: dict[str, type[Record]] = {
+    kind.kind: kind for kind in (ChatExample, PreferencePair, LabelledReply, TextExample, SeqPair)
+}
+"""Every kind of row, by its name: the name of its file, too."""
 
 
 def normalised(text: str) -> str:

@@ -1,32 +1,40 @@
 """Renders clean rows to token ids and loss masks, and splits them.
 
-Reads:  data/clean/ (chat, preference), the tokenizer of data/base/.
-Writes: data/rendered/{train,held_out}/chat.parquet (id, family, ids, mask, prompt_tokens) and preference.parquet (id,
-        family,
-        prompt_ids, chosen_ids, rejected_ids), manifest.json (counts, tokens, template digest).
+Reads:  data/clean/ (chat, preference, labelled, pair), the tokenizer of data/base/.
+Writes: data/rendered/{train,held_out}/ (every file with id, family): chat.parquet (ids, mask, prompt_tokens),
+        preference.parquet (prompt_ids, chosen_ids, rejected_ids), labelled.parquet (prompt_ids, reply_ids, label),
+        pair.parquet (input_ids, target_ids); manifest.json (counts, lengths, tokens per epoch, packing, template's
+        digest).
 Params: render
 Fails:  a row with nothing to learn, a template that does not fit (65, never retried).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from tasks import process
 from tasks.errors import BadData
 from tasks.outputs import read_manifest, whole_folder
+from tasks.packing import efficiency
 from tasks.params import Render
 from tasks.progress import Progress
-from tasks.records import ChatExample, PreferencePair, Record, held_out
+from tasks.records import ChatExample, LabelledReply, PreferencePair, Record, SeqPair, held_out
 from tasks.tables import read_records, write_rows
-from tasks.templates import load_tokenizer, render_chat, render_prompt, render_reply, template_digest
+from tasks.templates import Chat, load_tokenizer, render_chats, render_replies, template_digest
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
 SPLITS = ("train", "held_out")
+RENDERED = ("chat", "preference", "labelled", "pair")
+"""The kinds of rows that are rendered; plain texts are for pretraining, which has no template."""
+
+AT_ONCE = 1024
+"""Rows whose texts are tokenised together."""
 
 
 def rendered_schema(kind: str) -> pa.Schema:
@@ -37,6 +45,8 @@ def rendered_schema(kind: str) -> pa.Schema:
     own = {
         "chat": [("ids", ids), ("mask", pa.list_(pa.bool_())), ("prompt_tokens", pa.int32())],
         "preference": [("prompt_ids", ids), ("chosen_ids", ids), ("rejected_ids", ids)],
+        "labelled": [("prompt_ids", ids), ("reply_ids", ids), ("label", pa.bool_())],
+        "pair": [("input_ids", ids), ("target_ids", ids)],
     }[kind]
     return pa.schema([("id", pa.string()), ("family", pa.string()), *own])
 
@@ -56,12 +66,14 @@ def render_rows(
     Raises:
         BadData: rows that have nothing to learn or that the template does not fit; all of them are named.
     """
-    rendered: dict[tuple[str, str], list[dict[str, Any]]] = {(s, k): [] for s in SPLITS for k in ("chat", "preference")}
+    rendered: dict[tuple[str, str], list[dict[str, Any]]] = {(s, k): [] for s in SPLITS for k in RENDERED}
     counts = {"truncated": 0, "dropped": 0}
     refused = []
-    for record in records:
+    for record, tokens in _tokens_of(iter(records), tokenizer, params):
         try:
-            row, truncated = _render(record, tokenizer, params)
+            if isinstance(tokens, BadData):
+                raise tokens
+            row, truncated = _fit(record, tokens, params)
         except TooLong:
             counts["dropped"] += 1
             continue
@@ -75,32 +87,85 @@ def render_rows(
         raise BadData(
             f"{len(refused)} rows cannot be rendered",
             examples=refused,
-            fix="correct or remove these rows, or choose another render.max_tokens or render.too_long",
+            fix="correct or remove these rows, or choose another render.max_tokens, render.too_long or render.loss_on",
         )
     return rendered, counts
 
 
-def _render(record: Record, tokenizer: PreTrainedTokenizerBase, params: Render) -> tuple[dict[str, Any], bool]:
+def _tokens_of(
+    records: Iterator[Record], tokenizer: PreTrainedTokenizerBase, params: Render
+) -> Iterator[tuple[Record, Any]]:
+    """Every row with its tokens, or with the reason that it has none; many are tokenised at once."""
+    while some := list(islice(records, AT_ONCE)):
+        tokens: dict[int, Any] = {}
+        for kind in RENDERED:
+            places = [place for place, record in enumerate(some) if record.kind == kind]
+            tokens |= zip(places, _RENDER[kind](tokenizer, [some[p] for p in places], params), strict=True)
+        for place, record in enumerate(some):
+            yield record, tokens[place]
+
+
+def _chats(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], params: Render) -> list[Any]:
+    return list(render_chats(tokenizer, [Chat(row.messages, row.tools) for row in rows], params.loss_on))
+
+
+def _preferences(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], params: Render) -> list[Any]:
+    prompts = [Chat(row.prompt, row.tools) for row in rows]
+    return list(render_replies(tokenizer, prompts, [(row.chosen, row.rejected) for row in rows]))
+
+
+def _labelled(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], params: Render) -> list[Any]:
+    return list(
+        render_replies(tokenizer, [Chat(row.prompt, row.tools) for row in rows], [(row.reply,) for row in rows])
+    )
+
+
+def _pairs(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], params: Render) -> list[Any]:
+    """For encoder-decoder models: both sides as the tokenizer itself ends them, without a chat template."""
+    if not rows:
+        return []
+    inputs = tokenizer([row.input for row in rows])["input_ids"]
+    return list(zip(inputs, tokenizer(text_target=[row.target for row in rows])["input_ids"], strict=True))
+
+
+_RENDER = {"chat": _chats, "preference": _preferences, "labelled": _labelled, "pair": _pairs}
+
+
+def _fit(record: Record, tokens: Any, params: Render) -> tuple[dict[str, Any], bool]:
+    """The row that is written, cut where it must be, and whether it was."""
     limit = params.max_tokens
     if isinstance(record, ChatExample):
-        ids, mask, prompt_tokens = render_chat(tokenizer, record.messages)
+        ids, mask, prompt_tokens = tokens
         _check_length(len(ids), params)
         if not any(mask[:limit]):
             raise BadData(
                 "its prompt fills render.max_tokens, so nothing is left to learn", got=f"{prompt_tokens} tokens"
             )
         return {"ids": ids[:limit], "mask": mask[:limit], "prompt_tokens": prompt_tokens}, len(ids) > limit
-    if isinstance(record, PreferencePair):
-        prompt = render_prompt(tokenizer, record.prompt)
-        chosen, rejected = (render_reply(tokenizer, record.prompt, reply) for reply in (record.chosen, record.rejected))
-        longest = len(prompt) + max(len(chosen), len(rejected))
+    if isinstance(record, SeqPair):
+        given, wanted = tokens
+        longest = max(len(given), len(wanted))
         _check_length(longest, params)
-        room = limit - len(prompt)
-        if room < 1 or chosen[:room] == rejected[:room]:
+        if not wanted:
+            raise BadData("its target is empty, so there is nothing to learn")
+        return {"input_ids": given[:limit], "target_ids": wanted[:limit]}, longest > limit
+    prompt, replies = tokens
+    longest = len(prompt) + max(map(len, replies))
+    _check_length(longest, params)
+    room = limit - len(prompt)
+    cut = [reply[: max(room, 0)] for reply in replies]
+    if isinstance(record, LabelledReply):
+        if not cut[0]:
+            raise BadData(
+                "its prompt fills render.max_tokens, so nothing is left to learn", got=f"{len(prompt)} tokens"
+            )
+        return {"prompt_ids": prompt, "reply_ids": cut[0], "label": record.label}, longest > limit
+    if isinstance(record, PreferencePair):
+        if room < 1 or cut[0] == cut[1]:
             raise BadData(
                 "within render.max_tokens chosen and rejected are the same", got=f"prompt of {len(prompt)} tokens"
             )
-        return {"prompt_ids": prompt, "chosen_ids": chosen[:room], "rejected_ids": rejected[:room]}, longest > limit
+        return {"prompt_ids": prompt, "chosen_ids": cut[0], "rejected_ids": cut[1]}, longest > limit
     raise TypeError(f"no rendering for rows of kind {record.kind}")
 
 
@@ -112,21 +177,36 @@ def _check_length(tokens: int, params: Render) -> None:
     raise BadData("is longer than render.max_tokens", got=f"{tokens} tokens")
 
 
+def report(rows: Sequence[Mapping[str, Any]], kind: str, max_tokens: int) -> dict[str, Any]:
+    """How long the rows of one kind are: tokens per epoch, and how full blocks of `max_tokens` would be, packed."""
+    columns = [name for name in rendered_schema(kind).names if name == "ids" or name.endswith("_ids")]
+    lengths = sorted(sum(len(row[name]) for name in columns) for row in rows)
+    if not lengths:
+        return {"rows": 0, "tokens": 0}
+    at = {f"p{share}": lengths[min(len(lengths) - 1, len(lengths) * share // 100)] for share in (50, 90, 99)}
+    about: dict[str, Any] = {"rows": len(rows), "tokens": sum(lengths), **at, "longest": lengths[-1]}
+    if kind == "chat":
+        about["learnt_tokens"] = sum(sum(row["mask"]) for row in rows)
+        about["packing_efficiency"] = round(efficiency(lengths, max_tokens), 4)
+    return about
+
+
 def main() -> None:
     """The stage `render`."""
     with process.stage(__doc__, "clean", "base", "out") as stage:
         read_manifest(stage.path("clean"))
+        params = stage.params.render
         tokenizer = load_tokenizer(stage.path("base"))
-        records = list(read_records(stage.path("clean"), ("chat", "preference")))
+        records = list(read_records(stage.path("clean"), RENDERED))
         with Progress("render", len(records), "rows") as progress:
-            rendered, counts = render_rows(progress.over(records), tokenizer, stage.params.render)
+            rendered, counts = render_rows(progress.over(records), tokenizer, params)
         about: dict[str, Any] = {**counts, "template_sha256": template_digest(tokenizer)}
         with whole_folder(stage.path("out"), about) as folder:
             for (split, kind), rows in rendered.items():
                 (folder / split).mkdir(exist_ok=True)
                 write_rows(folder / split / f"{kind}.parquet", rows, rendered_schema(kind))
-                about[f"{split}_{kind}_rows"] = len(rows)
-        summary = ", ".join(f"{len(rows)} {split} {kind}" for (split, kind), rows in rendered.items())
+                about.setdefault(split, {})[kind] = report(rows, kind, params.max_tokens)
+        summary = ", ".join(f"{len(rows)} {split} {kind}" for (split, kind), rows in rendered.items() if rows)
         print(
             f"render: {summary}; {counts['truncated']} truncated, {counts['dropped']} dropped as too long", flush=True
         )

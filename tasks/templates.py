@@ -2,21 +2,38 @@
 
 A prompt and its reply are tokenised apart and joined, because that is what a model sees when it answers: first the
 whole prompt, then its own tokens. Text that would merge across the seam can therefore never make training differ from
-serving. Templates run in the immutable Jinja sandbox of transformers.
+serving. Tokenizers that mark the beginning of every text are given the whole text instead, and a row is refused if its
+prompt's tokens do not stay what they are when it is answered. Templates run in the immutable Jinja sandbox of
+transformers.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks.errors import BadData, BadModel
 from tasks.records import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+TEMPLATE_SECONDS = 2.0
+"""How long a template may take for one conversation."""
+
+
+class Chat(NamedTuple):
+    """What a template is given: the turns, and JSON schemas of tools as text."""
+
+    messages: Sequence[Message]
+    tools: Sequence[str] = ()
 
 
 class Rendered(NamedTuple):
@@ -27,8 +44,18 @@ class Rendered(NamedTuple):
     prompt_tokens: int
 
 
+class Answered(NamedTuple):
+    """One prompt and several replies to it, as tokens; each reply ends with the stop token."""
+
+    prompt: list[int]
+    replies: list[list[int]]
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder, with a chat template and a stop token that is not the padding.
+
+    Where the template ends replies with another token than `eos_token`, as Phi's and Gemma's do, that one is the stop
+    token here, in training and in serving.
 
     Raises:
         BadModel: it does not load, or lacks one of these.
@@ -47,6 +74,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             where=str(folder),
             fix="put a chat_template.jinja beside tokenizer.json",
         )
+    _find_stop_token(tokenizer)
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise BadModel(
             "its tokenizer has no stop token of its own: padding equal to the stop token would hide the end of a turn",
@@ -57,14 +85,35 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _find_stop_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Makes the added token that the template writes first after a reply the stop token."""
+    (text,) = _texts(tokenizer, [Chat([Message("user", "a"), Message("assistant", _PROBE)])], answering=False)
+    if isinstance(text, BadData) or _PROBE not in text:
+        return  # what is wrong with the template is told where a row is rendered
+    tail = text.rpartition(_PROBE)[2]
+    written = [str(token) for token in tokenizer.added_tokens_decoder.values() if str(token) in tail]
+    if written:
+        tokenizer.eos_token = min(written, key=lambda token: (tail.index(token), -len(token)))
+
+
+_PROBE = "qxzv"
+
+
 def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """The SHA-256 of the chat template, by which two models are known to be prompted alike."""
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """The token ids of a conversation up to where the assistant begins to answer."""
-    return _encode(tokenizer, _text(tokenizer, messages, answering=True))
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[str] = ()
+) -> list[int]:
+    """The token ids of a conversation up to where the assistant begins to answer.
+
+    Raises:
+        BadData: the template refuses it, or drops what somebody said.
+    """
+    (text,) = _texts(tokenizer, [Chat(messages, tools)], answering=True)
+    return _encode(tokenizer, [_whole(text)])[0]
 
 
 def render_reply(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], reply: str) -> list[int]:
@@ -72,44 +121,105 @@ def render_reply(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], 
 
     Raises:
         BadData: the template rewrites what came before the reply, drops the reply, or does not end it with the stop
-        token.
+            token.
     """
-    before = _text(tokenizer, prompt, answering=True)
-    after = _text(tokenizer, [*prompt, Message("assistant", reply)], answering=False)
-    if not after.startswith(before):
-        raise BadData("the chat template rewrites the prompt once it is answered, so no loss mask can be told")
-    if reply.strip() not in after[len(before) :]:
-        raise BadData("the chat template drops or changes the assistant's text", got=repr(after[len(before) :][:60]))
-    ids = _encode(tokenizer, after[len(before) :])
-    if tokenizer.eos_token_id not in ids:
-        raise BadData("the chat template does not end a reply with the stop token", expected=repr(tokenizer.eos_token))
-    return ids[: ids.index(tokenizer.eos_token_id) + 1]
+    (answered,) = render_replies(tokenizer, [Chat(prompt)], [[reply]])
+    answer: Answered = _whole(answered)
+    return answer.replies[0]
 
 
-def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Rendered:
-    """A chat as tokens, with the loss on every assistant turn and its stop token.
+def render_replies(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Chat], replies: Sequence[Sequence[str]]
+) -> list[Answered | BadData]:
+    """Prompts with one or more replies each, as tokens; for a row that cannot be rendered, the reason."""
+    asked = _texts(tokenizer, prompts, answering=True)
+    each = [(place, Message("assistant", text)) for place, texts in enumerate(replies) for text in texts]
+    given = _texts(
+        tokenizer,
+        [Chat([*prompts[place].messages, reply], prompts[place].tools) for place, reply in each],
+        answering=False,
+    )
+    pieces: list[Any] = [text if isinstance(text, BadData) else [text] for text in asked]
+    for (place, reply), text in zip(each, given, strict=True):
+        if not isinstance(pieces[place], BadData):
+            piece = _reply_text(tokenizer, asked[place], text, reply)
+            pieces[place] = piece if isinstance(piece, BadData) else [*pieces[place], piece]
+    rows = [(place, piece) for place, all_ in enumerate(pieces) if isinstance(all_, list) for piece in all_[1:]]
+    encoded = _encode_pieces(tokenizer, [[pieces[place][0], piece] for place, piece in rows])
+    result: list[Any] = [piece if isinstance(piece, BadData) else Answered([], []) for piece in pieces]
+    for (place, _), ids in zip(rows, encoded, strict=True):
+        if isinstance(ids, BadData):
+            result[place] = ids
+        elif isinstance(result[place], Answered):
+            result[place] = Answered(ids[0], [*result[place].replies, ids[1]])
+    return result
 
-    What stands after the last assistant turn is left out: nothing is learnt from it.
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[str] = (), loss_on: str = "all"
+) -> Rendered:
+    """A chat as tokens, with the loss on the assistant's turns and their stop tokens; see `render_chats`.
 
     Raises:
-        BadData: there is no assistant turn, or the tokens of a turn change once a later one is added.
+        BadData: there is nothing to learn, or the tokens of a turn change once a later one is added.
     """
-    ids: list[int] = []
-    mask: list[bool] = []
-    first = 0
-    for index, message in enumerate(messages):
-        if message.role != "assistant":
+    rendered: Rendered = _whole(render_chats(tokenizer, [Chat(messages, tools)], loss_on)[0])
+    return rendered
+
+
+def render_chats(
+    tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], loss_on: str = "all"
+) -> list[Rendered | BadData]:
+    """Chats as tokens; for one that cannot be rendered, the reason.
+
+    Args:
+        tokenizer: with its template.
+        chats: any number of them; they are rendered and tokenised together.
+        loss_on: `all` of the assistant's turns, or the `last` one. Turns with `learn` false are never learnt.
+
+    What stands after the last turn that is learnt is left out: nothing is learnt from it.
+    """
+    learnt = [_learnt(chat, loss_on) for chat in chats]
+    turns = [(place, index) for place, places in enumerate(learnt) for index in places]
+    asked = _texts(tokenizer, [Chat(chats[p].messages[:i], chats[p].tools) for p, i in turns], answering=True)
+    given = _texts(tokenizer, [Chat(chats[p].messages[: i + 1], chats[p].tools) for p, i in turns], answering=False)
+    pieces: list[Any] = [[] if places else BadData(_nothing(chat)) for chat, places in zip(chats, learnt, strict=True)]
+    for (place, index), before, after in zip(turns, asked, given, strict=True):
+        if isinstance(pieces[place], BadData):
             continue
-        prompt = render_prompt(tokenizer, messages[:index])
-        if prompt[: len(ids)] != ids:
-            raise BadData("the tokens of an earlier turn change when the next is added", got=f"turn {index + 1}")
-        reply = render_reply(tokenizer, messages[:index], message.content)
-        first = first or len(prompt)
-        mask += [False] * (len(prompt) - len(ids)) + [True] * len(reply)
-        ids = prompt + reply
-    if not ids:
-        raise BadData("has nothing to learn from (no assistant turn)")
-    return Rendered(ids, mask, first)
+        reply = _reply_text(tokenizer, before, after, chats[place].messages[index])
+        so_far = "".join(pieces[place])
+        if isinstance(reply, BadData) or isinstance(before, BadData):
+            pieces[place] = reply
+        elif not before.startswith(so_far):
+            pieces[place] = BadData(
+                "the tokens of an earlier turn change when the next is added",
+                got=f"turn {index + 1}",
+                fix="set render.loss_on to last, so that only the last reply is learnt",
+            )
+        else:
+            pieces[place] += [before[len(so_far) :], reply]
+    whole = [place for place, piece in enumerate(pieces) if isinstance(piece, list)]
+    for place, ids in zip(whole, _encode_pieces(tokenizer, [pieces[place] for place in whole]), strict=True):
+        pieces[place] = ids if isinstance(ids, BadData) else _joined(ids)
+    return pieces
+
+
+def _joined(pieces: Sequence[Sequence[int]]) -> Rendered:
+    """Pieces that alternate between what is read and what is learnt."""
+    ids = [token for piece in pieces for token in piece]
+    mask = [learn for place, piece in enumerate(pieces) for learn in [place % 2 == 1] * len(piece)]
+    return Rendered(ids, mask, len(pieces[0]))
+
+
+def _learnt(chat: Chat, loss_on: str) -> list[int]:
+    places = [i for i, message in enumerate(chat.messages) if message.role == "assistant" and message.learn]
+    return places[-1:] if loss_on == "last" else places
+
+
+def _nothing(chat: Chat) -> str:
+    some = any(message.role == "assistant" for message in chat.messages)
+    return "has nothing to learn from (" + ("every assistant turn has weight 0)" if some else "no assistant turn)")
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -117,18 +227,163 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, answering: bool) -> str:
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, BadData):
+        raise value
+    return value
+
+
+def _reply_text(tokenizer: PreTrainedTokenizerBase, before: Any, after: Any, reply: Message) -> str | BadData:
+    """What the template adds for a reply, up to and including the stop token."""
+    for text in (before, after):
+        if isinstance(text, BadData):
+            return text
+    if not after.startswith(before):
+        return BadData("the chat template rewrites the prompt once it is answered, so no loss mask can be told")
+    added = after[len(before) :]
+    said = reply.content.strip()
+    place = added.find(said)
+    if place < 0:
+        said = said.rpartition("</think>")[2].strip()  # templates may set reasoning apart
+        place = added.find(said)
+    if place < 0:
+        return BadData("the chat template drops or changes the assistant's text", got=repr(added[:60]))
+    stop = str(tokenizer.eos_token)
+    end = added.find(stop, place + len(said))
+    if end < 0:
+        return BadData("the chat template does not end a reply with the stop token", expected=repr(stop))
+    return str(added[: end + len(stop)])
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], *, answering: bool) -> list[str | BadData]:
+    """What the template makes of each conversation; `answering` adds what comes before an answer."""
+    result: list[Any] = [None] * len(chats)
+    by_tools: dict[tuple[str, ...], list[int]] = {}
+    for place, chat in enumerate(chats):
+        by_tools.setdefault(tuple(chat.tools), []).append(place)
+    for tools, places in by_tools.items():
+        schemas = [json.loads(tool) for tool in tools] or None
+        plain = [[_plain(message) for message in chats[place].messages] for place in places]
+        try:
+            with _limited(TEMPLATE_SECONDS + 0.01 * len(plain)):
+                texts: list[Any] = _apply(tokenizer, plain, schemas, answering)
+        except BadData:  # some row is at fault: see which
+            texts = [_apply_alone(tokenizer, one, schemas, answering) for one in plain]
+        for place, text in zip(places, texts, strict=True):
+            dropped = _dropped(text, chats[place]) if isinstance(text, str) else None
+            result[place] = dropped or text
+    return result
+
+
+def _apply_alone(tokenizer: PreTrainedTokenizerBase, one: Any, schemas: Any, answering: bool) -> str | BadData:
+    try:
+        with _limited(TEMPLATE_SECONDS):
+            return _apply(tokenizer, [one], schemas, answering)[0]
+    except BadData as error:
+        return error
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, plain: list[Any], schemas: Any, answering: bool) -> list[str]:
     from jinja2 import TemplateError
 
     try:
-        text = tokenizer.apply_chat_template(
-            [message._asdict() for message in messages], tokenize=False, add_generation_prompt=answering
-        )
-    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+        texts = tokenizer.apply_chat_template(plain, schemas, tokenize=False, add_generation_prompt=answering)
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        RecursionError,
+        AttributeError,
+    ) as error:
         raise BadData("the chat template refuses this conversation", got=str(error)) from error
-    return str(text)
+    return [str(text) for text in texts]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+def _plain(message: Message) -> Mapping[str, Any]:
+    """A message as templates expect it."""
+    plain: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.calls:
+        plain["tool_calls"] = [{"type": "function", "function": call} for call in json.loads(message.calls)]
+    return plain
+
+
+def _dropped(text: str, chat: Chat) -> BadData | None:
+    """Notices that a template leaves out what the system or the user said."""
+    for message in chat.messages:
+        if message.role in ("system", "user") and message.content.strip() not in text:
+            return BadData(
+                f"the chat template drops the {message.role} turn",
+                got=repr(message.content[:60]),
+                fix="put its text into the user's turn, or take another template",
+            )
+    return None
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Stops a template that does not end, where signals can be had: in a process's main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise BadData("the chat template does not come to an end", got=f"more than {seconds:.1f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of many texts at once, without any that the template did not write."""
+    if not texts:
+        return []
+    if tokenizer.is_fast:
+        encoded = tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [each.ids for each in encoded]
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
     return ids
+
+
+def _encode_pieces(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[str]]
+) -> list[list[list[int]] | BadData]:
+    """The tokens of each piece of each row, such that a row's tokens are those that serving sees piece by piece."""
+    if _may_be_cut(tokenizer):
+        flat = iter(_encode(tokenizer, [piece for row in rows for piece in row]))
+        return [[next(flat) for _ in row] for row in rows]
+    flat = iter(_encode(tokenizer, [text for row in rows for text in accumulate(row)]))
+    return [_differences([next(flat) for _ in row]) for row in rows]
+
+
+def _differences(prefixes: list[list[int]]) -> list[list[int]] | BadData:
+    """What each prefix adds to the one before."""
+    pieces, before = [], list[int]()
+    for ids in prefixes:
+        if ids[: len(before)] != before:
+            return BadData("the prompt's tokens change when it is answered, so no loss mask can be told")
+        pieces.append(ids[len(before) :])
+        before = ids
+    return pieces
+
+
+def _may_be_cut(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether tokens of pieces are tokens of the whole: not where the beginning of each text gets a mark of its own."""
+    known: bool | None = getattr(tokenizer, "_temper_may_be_cut", None)
+    if known is None:
+        first, second = _encode(tokenizer, ["x", "y"])
+        known = str(tokenizer.decode(first + second)) == "xy"
+        tokenizer._temper_may_be_cut = known
+    return known

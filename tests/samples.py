@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from tasks.params import Evaluate, Method, PretrainBase, Render, Validate
+from tasks.params import Checks, Evaluate, FileSource, Method, PretrainBase, Render, Validate
 
 PICO_SETTINGS = [
     "ingest.sources.chats.count=120",
@@ -79,6 +80,45 @@ def method(adapter: dict[str, Any], objective: dict[str, Any], **changes: Any) -
     return Method.model_validate({**values, **changes})
 
 
-RENDER = Render(held_out=0.1, max_tokens=128, too_long="refuse")
-VALIDATE = Validate(max_quarantined=0.5, max_turns=8, max_characters=500)
+RENDER = Render(held_out=0.1, max_tokens=128, too_long="refuse", loss_on="all")
+
+CHECKS = {name: {"action": "reject", "mostly": 0.0} for name in Checks.model_fields}
+
+
+def validate_params(checks: dict[str, str] | None = None, **changes: Any) -> Validate:
+    """Every check rejects, whatever share fails, unless an action is given for it."""
+    actions = {name: {"action": action, "mostly": 0.0} for name, action in (checks or {}).items()}
+    values: dict[str, Any] = {
+        "max_quarantined": 0.5,
+        "max_turns": 8,
+        "max_characters": 500,
+        "outlier_deviations": 100.0,
+        "leak_words": 13,
+        "checks": {**CHECKS, **actions},
+        "duplicates": {
+            "exact": "merge",
+            "near": "merge",
+            "similarity": 0.7,
+            "permutations": 128,
+            "bands": 32,
+            "keep": "first",
+        },
+    }
+    return Validate.model_validate({**values, **changes})
+
+
+def file_source(path: Path, **changes: Any) -> FileSource:
+    """A file of rows to learn from, told by its content; no row of it may be malformed."""
+    values: dict[str, Any] = {
+        "kind": "file",
+        "path": str(path),
+        "use": "train",
+        "licence": "CC0-1.0",
+        "format": "auto",
+        "encoding": "utf-8",
+        "max_refused": 0.0,
+    }
+    return FileSource.model_validate({**values, **changes})
+
+
 EVALUATE = Evaluate(rows=8, batch_rows=4, max_new_tokens=3, bootstrap_samples=200, confidence=0.95, seed=1)

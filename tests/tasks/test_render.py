@@ -5,8 +5,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tasks.errors import BadData
 from tasks.params import Render
-from tasks.records import ChatExample, Message, PreferencePair, Record
-from tasks.render import render_rows
+from tasks.records import ChatExample, LabelledReply, Message, PreferencePair, Record, SeqPair
+from tasks.render import AT_ONCE, render_rows, report
 from tasks.templates import render_prompt
 from tests.samples import RENDER
 
@@ -39,7 +39,7 @@ def test_equal_prompts_never_cross_the_split(tokenizer: PreTrainedTokenizerBase)
 
 def test_a_named_group_stays_together(tokenizer: PreTrainedTokenizerBase) -> None:
     records = [chat(str(n), f"question {n}", group="one fact") for n in range(20)]
-    rendered, _ = render_rows(records, tokenizer, Render(held_out=0.5, max_tokens=64, too_long="refuse"))
+    rendered, _ = render_rows(records, tokenizer, RENDER.model_copy(update={"held_out": 0.5, "max_tokens": 64}))
     assert sorted(len(rows) for (_, kind), rows in rendered.items() if kind == "chat") == [0, 20]
 
 
@@ -52,6 +52,43 @@ def test_pairs_share_their_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
     assert tokenizer.decode(row["chosen_ids"]) == "left<|im_end|>"
 
 
+def test_every_kind_of_row_is_rendered(tokenizer: PreTrainedTokenizerBase) -> None:
+    records: list[Record] = [
+        LabelledReply(id="l", source="s", prompt=(Message("user", "which?"),), reply="left", label=False),
+        SeqPair(id="p", source="s", input="one two", target="zwei"),
+    ]
+    rendered, _ = render_rows(records, tokenizer, RENDER)
+    rows = {kind: row for (_, kind), found in rendered.items() for row in found}
+    assert rows["labelled"]["prompt_ids"] == render_prompt(tokenizer, [Message("user", "which?")])
+    assert tokenizer.decode(rows["labelled"]["reply_ids"]) == "left<|im_end|>"
+    assert rows["labelled"]["label"] is False
+    assert rows["pair"]["target_ids"] == tokenizer("zwei")["input_ids"]
+
+
+def test_many_rows_at_once_are_the_rows_one_by_one(tokenizer: PreTrainedTokenizerBase) -> None:
+    records: list[Record] = [chat(str(n), "what? " * (n % 7), "yes " * (n % 5 + 1)) for n in range(AT_ONCE + 5)]
+    params = RENDER.model_copy(update={"held_out": 0.0})
+    together, _ = render_rows(records, tokenizer, params)
+    some = [0, 1, AT_ONCE - 1, AT_ONCE, AT_ONCE + 4]
+    assert [together["train", "chat"][n] for n in some] == [
+        render_rows([records[n]], tokenizer, params)[0]["train", "chat"][0] for n in some
+    ]
+
+
+def test_the_report_counts_tokens() -> None:
+    rows = [{"ids": [1] * n, "mask": [False] * (n - 1) + [True], "prompt_tokens": n - 1} for n in (3, 7, 1, 4, 5)]
+    assert report(rows, "chat", 10) == {
+        "rows": 5,
+        "tokens": 20,
+        "p50": 4,
+        "p90": 7,
+        "p99": 7,
+        "longest": 7,
+        "learnt_tokens": 5,
+        "packing_efficiency": 1.0,
+    }
+
+
 LONG = "word " * 60
 
 
@@ -59,7 +96,7 @@ LONG = "word " * 60
 def test_what_is_too_long_is_counted(
     tokenizer: PreTrainedTokenizerBase, policy: str, kept: int, truncated: int, dropped: int
 ) -> None:
-    params = Render.model_validate({"held_out": 0.0, "max_tokens": 40, "too_long": policy})
+    params = Render.model_validate({"held_out": 0.0, "max_tokens": 40, "too_long": policy, "loss_on": "all"})
     rendered, counts = render_rows([chat("short", "hi"), chat("long", "hi", LONG)], tokenizer, params)
     rows = rendered["train", "chat"]
     assert len(rows) == kept
@@ -79,7 +116,7 @@ def test_what_is_too_long_is_counted(
 def test_a_row_with_nothing_to_learn_is_refused(
     tokenizer: PreTrainedTokenizerBase, policy: str, record: Record, said: str
 ) -> None:
-    params = Render.model_validate({"held_out": 0.0, "max_tokens": 40, "too_long": policy})
+    params = Render.model_validate({"held_out": 0.0, "max_tokens": 40, "too_long": policy, "loss_on": "all"})
     with pytest.raises(BadData) as caught:
         render_rows([chat("good", "hi"), record], tokenizer, params)
     assert caught.value.what == "1 rows cannot be rendered"

@@ -5,11 +5,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tasks.errors import BadData, BadModel
 from tasks.records import Message
-from tasks.templates import load_tokenizer, render_chat, render_prompt, render_reply, template_digest
+from tasks.templates import (
+    Answered,
+    Chat,
+    _find_stop_token,
+    load_tokenizer,
+    render_chat,
+    render_chats,
+    render_prompt,
+    render_replies,
+    render_reply,
+    template_digest,
+)
 
 CHAT = [
     Message("user", "What is 17 plus 25?"),
@@ -110,13 +122,22 @@ def set_config(**values: object) -> Callable[[Path], None]:
     return change
 
 
+def without_stop(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    set_config(eos_token=None)(folder)
+
+
+def test_the_stop_token_is_the_one_that_the_template_writes(pico_base: Path, tmp_path: Path) -> None:
+    assert load_tokenizer(changed(pico_base, tmp_path / "base", set_config(eos_token=None))).eos_token == "<|im_end|>"
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda folder: (folder / "chat_template.jinja").unlink(), "no chat template"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "does not load"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "does not load"),
-        (set_config(eos_token=None), "no stop token of its own"),
+        (without_stop, "no stop token of its own"),
         (set_config(pad_token="<|im_end|>"), "no stop token of its own"),
     ],
 )
@@ -128,21 +149,113 @@ def test_a_tokenizer_that_cannot_serve_is_refused(
     assert said in str(caught.value)
 
 
-REAL = ["qwen2.5", "qwen3", "phi-4-mini", "phi-4-base"]
+REAL = ["phi-3-mini", "added-tokens", "phi-4-mini", "phi-4-base", "qwen2.5", "qwen3", "v5/smollm3", "gpt-oss"]
+WITH_TOKENIZER = ("phi-3-mini", "added-tokens")
 
 
+def real_tokenizer(folder: Path, pico_base: Path) -> PreTrainedTokenizerBase:
+    """A published template over its own tokenizer, or over one that knows its control tokens."""
+    if folder.name in WITH_TOKENIZER:
+        return load_tokenizer(folder)
+    real: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(pico_base)
+    if (folder / "tokenizer_config.json").is_file():
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        names = [entry["content"] for entry in config["added_tokens_decoder"].values()]
+        real.chat_template = config["chat_template"]
+    else:
+        real.chat_template = (folder / "chat_template.jinja").read_text()
+        names = ["<|start|>", "<|end|>", "<|return|>", "<|channel|>", "<|message|>"]
+    real.add_tokens([AddedToken(name, special=True) for name in names])
+    _find_stop_token(real)
+    return real
+
+
+STOPS = {
+    "phi-3-mini": "<|end|>",
+    "added-tokens": "<|end|>",
+    "phi-4-mini": "<|end|>",
+    "phi-4-base": "<|im_end|>",
+    "qwen2.5": "<|im_end|>",
+    "qwen3": "<|im_end|>",
+    "v5/smollm3": "<|im_end|>",
+    "gpt-oss": "<|end|>",
+}
+
+
+@pytest.mark.parametrize("loss_on", ["all", "last"])
 @pytest.mark.parametrize("name", REAL)
-def test_real_templates_end_their_replies_with_the_stop_token(real_data: Path, pico_base: Path, name: str) -> None:
-    """The templates of published models, over a tokenizer that knows their control tokens."""
-    config = json.loads((real_data / "tokenizers_ort" / name / "tokenizer_config.json").read_text())
-    stop = config["eos_token"] if isinstance(config["eos_token"], str) else config["eos_token"]["content"]
-    template = config["chat_template"]
-    if name.startswith("phi"):
-        stop = "<|end|>" if "<|end|>" in template else "<|im_end|>"
-    real = PreTrainedTokenizerFast.from_pretrained(pico_base)
-    real.add_special_tokens({"eos_token": stop})
-    real.chat_template = template
-    ids, mask, _ = render_chat(real, CHAT[:2])
-    scored = real.decode([i for i, m in zip(ids, mask, strict=True) if m])
-    assert scored.endswith("42" + stop)
-    assert ids.count(real.eos_token_id) >= 1
+def test_the_guarantees_hold_for_real_templates(real_data: Path, pico_base: Path, name: str, loss_on: str) -> None:
+    real = real_tokenizer(real_data / "tokenizers_ort" / name, pico_base)
+    assert real.eos_token == STOPS[name]
+    if name == "qwen3" and loss_on == "all":  # it drops the reasoning of earlier turns, so their tokens change
+        with pytest.raises(BadData, match="earlier turn change"):
+            render_chat(real, CHAT)
+        return
+    ids, mask, prompt_tokens = render_chat(real, CHAT, loss_on=loss_on)
+    scored = [token for token, learnt in zip(ids, mask, strict=True) if learnt]
+    assert scored.count(real.eos_token_id) == (2 if loss_on == "all" else 1)  # the stop token is in the loss
+    assert ids[-1] == real.eos_token_id  # and nothing comes after it, no second one either
+    assert ids.count(real.bos_token_id) <= 1 if real.bos_token_id is not None else True
+    first = 1 if loss_on == "all" else 3
+    assert ids[:prompt_tokens] == render_prompt(real, CHAT[:first])  # training's prompt is serving's, token by token
+    if name != "added-tokens":  # its vocabulary has no letters
+        assert ("42" in real.decode(scored)) == (loss_on == "all")
+        assert "dog" in real.decode(scored)
+
+
+def test_a_template_that_drops_the_system_turn_is_noticed(real_data: Path, pico_base: Path) -> None:
+    real = real_tokenizer(real_data / "tokenizers_ort" / "added-tokens", pico_base)
+    with pytest.raises(BadData, match="drops the system turn"):
+        render_chat(real, [Message("system", "Be brief."), *CHAT])
+
+
+def test_turns_of_weight_0_are_not_learnt(tokenizer: PreTrainedTokenizerBase) -> None:
+    ids, mask, _ = render_chat(tokenizer, [CHAT[0], CHAT[1]._replace(learn=False), *CHAT[2:]])
+    assert tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m]) == "dog<|im_end|>"
+    with pytest.raises(BadData, match="weight 0"):
+        render_chat(tokenizer, [CHAT[0], CHAT[1]._replace(learn=False)])
+
+
+def test_tools_and_calls_reach_the_template(pico_base: Path) -> None:
+    other = load_tokenizer(pico_base)
+    other.chat_template = (
+        "{% if tools %}{{ tools[0].name }};{% endif %}{% for m in messages %}{{ m.role }}:"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments.x }}){% endfor %}"
+        "{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    calling = Message("assistant", "", '[{"name": "find", "arguments": {"x": 1}}]')
+    chat = [Message("user", "q"), calling, Message("tool", "r"), Message("assistant", "a")]
+    ids, mask, _ = render_chat(other, chat, ('{"name": "find"}',))
+    assert other.decode(ids) == "find;user:q<|im_end|>assistant:find(1)<|im_end|>tool:r<|im_end|>assistant:a<|im_end|>"
+    assert other.decode([i for i, m in zip(ids, mask, strict=True) if m]) == "find(1)<|im_end|>a<|im_end|>"
+
+
+def test_a_template_without_end_is_stopped(pico_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tasks import templates
+
+    monkeypatch.setattr(templates, "TEMPLATE_SECONDS", 0.3)
+    other = load_tokenizer(pico_base)
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    other.chat_template = loop + "{{ messages[0].content }}"
+    with pytest.raises(BadData, match="does not come to an end"):
+        render_prompt(other, CHAT[:1])
+
+
+def test_one_row_at_fault_does_not_take_the_others_along(tokenizer: PreTrainedTokenizerBase, pico_base: Path) -> None:
+    strict = load_tokenizer(pico_base)
+    strict.chat_template = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}" + str(
+        strict.chat_template
+    )
+    good, bad, again = render_chats(strict, [Chat(CHAT), Chat([Message("system", "s"), *CHAT]), Chat(CHAT)])
+    assert good == again == render_chat(tokenizer, CHAT)
+    assert isinstance(bad, BadData)
+    assert "user first" in bad.got
+
+
+def test_several_replies_share_their_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
+    both, lost = render_replies(tokenizer, [Chat(CHAT[:1]), Chat(CHAT[:3])], [["a", "b"], ["c"]])
+    assert isinstance(both, Answered)
+    assert isinstance(lost, Answered)
+    assert both.prompt == render_prompt(tokenizer, CHAT[:1])
+    assert both.replies == [render_reply(tokenizer, CHAT[:1], reply) for reply in ("a", "b")]
+    assert lost.replies == [render_reply(tokenizer, CHAT[:3], "c")]
