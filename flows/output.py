@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
+from itertools import cycle, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from flows.alone import Shown
     from flows.deployments import Scheduled
     from flows.doctor import Finding
     from flows.promote import Promotion
@@ -31,6 +35,46 @@ def table(rows: Sequence[Mapping[str, str]]) -> None:
     for row in [{key: key for key in widths}, {key: "-" * width for key, width in widths.items()}, *rows]:
         typer.echo("  ".join(f"{row[key]:<{width}}" for key, width in widths.items()).rstrip())
     typer.echo("")
+
+
+def inspection(found: Mapping[str, Any]) -> None:
+    """What a file or folder of rows is."""
+    files = [file for file in found["files"] if not file["error"]]
+    if len(found["files"]) > 1:
+        table([{"file": file["path"], "format": file["format"], "rows": str(file["rows"])} for file in files])
+        for file in found["files"]:
+            if file["error"]:
+                typer.echo(f"no rows: {file['error']}")
+        typer.echo("")
+    kinds = ", ".join(f"{count} {kind}" for kind, count in found["kinds"].items())
+    typer.echo(f"{found['path']}: {found['format']}, {found['rows']} rows ({kinds})")
+    for name in ("rejected", "repaired", "duplicates", "leaks"):
+        typer.echo(f"  {name + ':':<12}{found[name]}")
+    for title, counts in (("why", "reasons"), ("repairs", "repairs"), ("also found", "warnings")):
+        for name, count in found.get(counts, {}).items():
+            typer.echo(f"  {title + ':':<12}{count} x {name}")
+    for name, leaks in found.get("benchmarks", {}).items():
+        said = f"{leaks['exact']} of {leaks['questions']} questions whole, {leaks['overlapping']} in part"
+        typer.echo(f"  {'benchmark:':<12}{name}: {said}, in {leaks['rows']} rows")
+
+
+def rendering(rows: Sequence[Shown], counts: Mapping[str, int], refused: Mapping[str, int]) -> None:
+    """Rows as tokens: in colour where the terminal has it, else with brackets around what is learnt."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for row in rows:
+        typer.secho(row.place, bold=True)
+        if colour:
+            greens = cycle((typer.colors.GREEN, typer.colors.BRIGHT_GREEN))  # by turns, so that one sees the tokens
+            for token, learnt in row.tokens:
+                typer.secho(token, bg=next(greens) if learnt else None, fg="black" if learnt else None, nl=False)
+        else:
+            for learnt, run in groupby(row.tokens, key=lambda token: token[1]):
+                text = "".join(token for token, _ in run)
+                typer.echo(f"[[{text}]]" if learnt else text, nl=False)
+        typer.echo("\n")
+    typer.echo("{rows} rows, {rendered} rendered, {tokens} tokens, {learnt} of them learnt".format(**counts))
+    for what, count in refused.items():
+        typer.echo(f"  refused: {count} x {what}")
 
 
 def promotion(done: Promotion) -> None:

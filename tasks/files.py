@@ -37,8 +37,10 @@ DEEPEST = 64
 
 _BLOCK = 1 << 20
 _DOCUMENT_END = "<|endoftext|>"
-_PROSE = re.compile(r"^(readme|license|licence|citation|notice)|\.md$", re.IGNORECASE)
-"""What lies beside the data in an archive and is no data."""
+_PROSE = re.compile(
+    r"^(readme|licen[sc]e|citation|notice|copying|source|manifest|changelog)[^.]*(\.txt|\.rst|\.cff)?$|\.md$",
+    re.IGNORECASE,
+)
 
 
 class Row(NamedTuple):
@@ -77,6 +79,11 @@ def read_rows_of(path: Path, encoding: str = "utf-8") -> Iterator[Row]:
             yield row
     if not found:
         raise BadData("holds no rows", where=str(path), expected="at least one row", fix="fetch the file again")
+
+
+def is_prose(name: str) -> bool:
+    """Whether a file's name says that it lies beside the data and is none: README, LICENSE, SOURCE.txt and the like."""
+    return _PROSE.search(name) is not None
 
 
 class _Named(NamedTuple):
@@ -206,7 +213,7 @@ def _read_zip(source: _Named, encoding: str, inside: Sequence[str]) -> Iterator[
             members = [m for m in sorted(archive.infolist(), key=lambda m: m.filename) if not m.is_dir()]
             for member in members:
                 _check_member(member, source.place)
-            data = [m for m in members if not _PROSE.search(PurePosixPath(m.filename).name)]
+            data = [m for m in members if not is_prose(PurePosixPath(m.filename).name)]
             total = sum(m.file_size for m in data)
             if total > MAX_EXPANDED_BYTES or any(
                 m.file_size > max(_BLOCK << 4, m.compress_size * MAX_EXPANSION) for m in data
