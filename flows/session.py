@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from flows import display, servers
+from flows import data_page, display, servers
 from flows.results import read_results, table
 from flows.workspace import held, keep_lock_copy, put_in_order
 from tasks import graph
@@ -66,9 +66,12 @@ def forget_lost_versions(workspace: Path, params: Params) -> None:
 
 
 def show_results(workspace: Path) -> None:
-    """Publishes the table of models as a Prefect artifact, with links to their MLflow runs."""
+    """Publishes the table of models and the profile of the data as Prefect artifacts that link to MLflow."""
     results = read_results(workspace)
     client = connect(workspace)
+    if data := data_page.publish(client, workspace):
+        link = servers.run_link(workspace, data.info.experiment_id, data.info.run_id)
+        create_link_artifact(f"{link}/artifacts", link_text="The data of this run", key="data")
     lines = ["| model | exact match | gain over base | loss | version | run |", "|---|---|---|---|---|---|"]
     for result, row in zip(results, table(results), strict=True):
         link = ""

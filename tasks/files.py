@@ -57,12 +57,13 @@ class Row(NamedTuple):
     value: Any
 
 
-def read_rows_of(path: Path, encoding: str = "utf-8") -> Iterator[Row]:
+def read_rows_of(path: Path, encoding: str = "utf-8", place: str = "") -> Iterator[Row]:
     """The rows of one file, in its order.
 
     Args:
         path: the file.
         encoding: of text files; one whose line ends are those of ASCII.
+        place: what the file is called in errors and rows; its path unless given.
 
     Raises:
         BadData: it is missing, empty, damaged, not data at all, or not in that encoding.
@@ -74,7 +75,7 @@ def read_rows_of(path: Path, encoding: str = "utf-8") -> Iterator[Row]:
         raise BadData(f"is {kind}", where=str(path), expected="a file", fix="name a file, or a folder with a glob")
     with path.open("rb") as file:
         found = False
-        for row in _read(_Named(file, str(path), path.name), encoding):
+        for row in _read(_Named(file, place or str(path), path.name), encoding):
             found = True
             yield row
     if not found:

@@ -1,6 +1,6 @@
 """Reads one source and writes its rows, typed.
 
-Reads:  one entry of `ingest.sources`: a file or folder of rows, or the generator's lexicon.
+Reads:  one entry of `ingest.sources`: a file or folder of rows here or elsewhere, or the generator's lexicon.
 Writes: data/raw/SOURCE/: KIND.parquet for every kind of row (chat, preference, labelled, text, pair), refused.parquet
         (place, reason, excerpt), manifest.json (source, path, sha256, formats, rows, refused, licence, use).
 Params: ingest.sources.SOURCE
@@ -22,8 +22,9 @@ from tasks.files import read_rows_of
 from tasks.formats import Origin, detect, parse
 from tasks.generate import Recipe, generate, read_lexicon
 from tasks.outputs import digest, digests, whole_folder
-from tasks.params import FileSource, FolderSource, GeneratorSource, Source
+from tasks.params import FileSource, FolderSource, GeneratorSource, RemoteSource, RowsOfFiles, Source
 from tasks.records import Record
+from tasks.remote import Pinned, fetch
 from tasks.tables import REFUSED, write_records, write_rows
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Reading:
 
     name: str
     source: Source
+    downloads: Path = Path(".temper", "downloads")
     read: int = 0
     refused: list[BadData] = field(default_factory=list)
     excerpts: list[str] = field(default_factory=list)
@@ -57,14 +59,19 @@ class Reading:
                 self.read += 1
                 yield record
             return
-        for file in files_of(self.source):
-            yield from self._records_of(file, self.source)
+        if isinstance(self.source, RemoteSource):
+            file = fetch(Pinned(self.source.url, self.source.sha256, self.source.max_bytes), self.downloads)
+            yield from self._records_of(file, self.source, self.source.url)
+        else:
+            for file in files_of(self.source):
+                yield from self._records_of(file, self.source, str(file))
         self._check_refused(self.source.max_refused)
 
-    def _records_of(self, path: Path, source: FileSource | FolderSource) -> Iterator[Record]:
-        for file, number, row in read_rows_of(path, source.encoding):
+    def _records_of(self, path: Path, source: RowsOfFiles, place: str) -> Iterator[Record]:
+        whole = place if isinstance(source, RemoteSource) else source.path
+        for file, number, row in read_rows_of(path, source.encoding, place):
             self.read += 1
-            inside = file.removeprefix(str(source.path)).strip("/!")
+            inside = file.removeprefix(whole).strip("/!")
             row_id = f"{self.name}-{inside}:{number}" if inside else f"{self.name}-{number}"
             origin = Origin(row_id, self.name, file, number)
             if file not in self.formats:
@@ -85,7 +92,7 @@ class Reading:
             raise self.refused[0]
         raise BadData(
             f"{len(self.refused)} of {self.read} rows are malformed",
-            where=self.source.path,
+            where=self.source.path if not isinstance(self.source, RemoteSource) else self.source.url,
             expected=f"at most the share max_refused = {share}",
             examples=[error.line() for error in self.refused],
             fix=f"correct these rows, or raise ingest.sources.{self.name}.max_refused if they may be lost",
@@ -99,7 +106,7 @@ class Reading:
         ]
 
 
-def _form(source: FileSource | FolderSource, detected: str) -> str | dict[str, str]:
+def _form(source: RowsOfFiles, detected: str) -> str | dict[str, str]:
     """How the rows of a file are read: by the columns that are named, else by its format."""
     return detected if isinstance(source.format, str) else {str(ours): name for ours, name in source.format.items()}
 
@@ -151,7 +158,10 @@ def main() -> None:
             write_rows(folder / REFUSED, reading.refusals(), refusal_schema())
             about |= {"read": reading.read, "refused": len(reading.refused), "formats": reading.formats}
             path = Path(source.path)
-            about["sha256"] = digests(path) if path.is_dir() else digest(path)
+            if isinstance(source, RemoteSource):
+                about |= {"url": source.url, "sha256": source.sha256}
+            else:
+                about["sha256"] = digests(path) if path.is_dir() else digest(path)
         rows = ", ".join(f"{count} {kind}" for kind, count in about["rows"].items() if count)
         print(f"ingest {stage.item}: {rows} from {source.path}; {len(reading.refused)} refused", flush=True)
 

@@ -102,7 +102,21 @@ class FolderSource(RowsOfFiles):
     """Which files, such as `*.jsonl` or `**/*.parquet`."""
 
 
-Source = Annotated[GeneratorSource | FileSource | FolderSource, Field(discriminator="kind")]
+class RemoteSource(RowsOfFiles):
+    """Rows of one file elsewhere, pinned to its content."""
+
+    kind: Literal["remote"]
+    path: Literal["data/remote.md"]
+    """Stands in for what is not on this disk: a DVC dependency cannot be left out."""
+    url: Annotated[str, StringConstraints(pattern=r"^(https|s3|gs|gcs|az|abfs|abfss)://[^\s@]+$")]
+    """Where it is; object stores need the library of fsspec that knows them, and its environment variables."""
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    """Of the whole file; anything else is refused."""
+    max_bytes: Count
+    """A larger file is refused while it comes."""
+
+
+Source = Annotated[GeneratorSource | FileSource | FolderSource | RemoteSource, Field(discriminator="kind")]
 
 
 class Ingest(Section):

@@ -169,7 +169,7 @@ def test_a_second_clone_gives_the_same_bytes_with_dvc_alone(
 def test_bad_rows_stop_the_run_at_once_with_one_block(workspace: Path) -> None:
     (workspace / "rows.json").write_text('[\n  {"instruction": "a", "output": "b"},\n  {"instruction": }\n]\n')
     before = (workspace / "params.yaml").read_text()
-    source = "{kind: file, path: rows.json, format: auto, licence: mine}"
+    source = "{kind: file, path: rows.json, format: auto, encoding: utf-8, max_refused: 0.0, use: train, licence: mine}"
     done = temper(workspace, "run", "--set", f"ingest.sources={{mine: {source}}}", code=65)
     assert "rows.json:3" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
