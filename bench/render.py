@@ -50,6 +50,7 @@ def ours(records: Sequence[Any], tokenizer: Any, folder: Path) -> list[dict[str,
     from tasks.render import render_rows, rendered_schema
     from tasks.tables import write_rows
 
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # the anchor's own processes turn it off
     params = Render(held_out=0.0, max_tokens=1 << 20, too_long="refuse", loss_on="all")
     rendered, _ = render_rows(records, tokenizer, params)
     (kind,) = {record.kind for record in records}
@@ -94,7 +95,7 @@ class Orpo:
         from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
 
         data = self.data.map(maybe_extract_prompt, num_proc=processes)
-        data = data.map(maybe_apply_chat_template, fn_kwargs={"tokenizer": self.tokenizer}, num_proc=processes)
+        data = data.map(maybe_apply_chat_template, fn_kwargs={"processing_class": self.tokenizer}, num_proc=processes)
         return data.map(self.trainer.tokenize_row, num_proc=processes)
 
     def difference(self, found: Sequence[dict[str, Any]], theirs: Any, stop: int) -> int:
@@ -141,7 +142,7 @@ class Sft:
         different = 0
         for mine, other in zip(found, theirs, strict=True):
             length = len(mine["ids"])
-            mask = [bool(value) for value in other["completion_mask"][:length]]
+            mask = [label != -100 for label in other["labels"][:length]]
             different += not (mine["ids"] == other["input_ids"][:length] and mine["mask"] == mask)
         return different
 

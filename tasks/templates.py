@@ -144,15 +144,10 @@ def render_replies(
         if not isinstance(pieces[place], BadData):
             piece = _reply_text(tokenizer, asked[place], text, reply)
             pieces[place] = piece if isinstance(piece, BadData) else [*pieces[place], piece]
-    rows = [(place, piece) for place, all_ in enumerate(pieces) if isinstance(all_, list) for piece in all_[1:]]
-    encoded = _encode_pieces(tokenizer, [[pieces[place][0], piece] for place, piece in rows])
-    result: list[Any] = [piece if isinstance(piece, BadData) else Answered([], []) for piece in pieces]
-    for (place, _), ids in zip(rows, encoded, strict=True):
-        if isinstance(ids, BadData):
-            result[place] = ids
-        elif isinstance(result[place], Answered):
-            result[place] = Answered(ids[0], [*result[place].replies, ids[1]])
-    return result
+    whole = [place for place, piece in enumerate(pieces) if isinstance(piece, list)]
+    for place, ids in zip(whole, _encode_answers(tokenizer, [pieces[place] for place in whole]), strict=True):
+        pieces[place] = ids if isinstance(ids, BadData) else Answered(ids[0], ids[1:])
+    return pieces
 
 
 def render_chat(
@@ -366,6 +361,23 @@ def _encode_pieces(
         return [[next(flat) for _ in row] for row in rows]
     flat = iter(_encode(tokenizer, [text for row in rows for text in accumulate(row)]))
     return [_differences([next(flat) for _ in row]) for row in rows]
+
+
+def _encode_answers(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[str]]
+) -> list[list[list[int]] | BadData]:
+    """The tokens of rows of a prompt and several replies to it: each as they are when they stand alone together."""
+    if _may_be_cut(tokenizer):
+        return _encode_pieces(tokenizer, rows)
+    alone = [[row[0], reply] for row in rows for reply in row[1:]]
+    flat = iter(_encode_pieces(tokenizer, alone))
+    result: list[list[list[int]] | BadData] = []
+    for row in rows:
+        found = [next(flat) for _ in row[1:]]
+        wrong = next((each for each in found if isinstance(each, BadData)), None)
+        good = [each for each in found if not isinstance(each, BadData)]
+        result.append(wrong or [good[0][0], *(each[1] for each in good)])
+    return result
 
 
 def _differences(prefixes: list[list[int]]) -> list[list[int]] | BadData:

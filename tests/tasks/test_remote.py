@@ -200,7 +200,7 @@ def test_an_object_store_is_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyP
     import fsspec
     from fsspec.implementations.memory import MemoryFileSystem
 
-    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "s3", MemoryFileSystem)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "s3", MemoryFileSystem)
     with fsspec.open("s3://bucket/rows.jsonl", "wb") as file:
         file.write(CONTENT)
     values = {
