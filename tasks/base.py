@@ -1,6 +1,7 @@
 """Puts the base model into the workspace: from a local folder, from the hub at a pinned revision, or pretrained here.
 
-Reads:  base.path: a model folder (local), the clean rows (pretrain); the hub's cache or the hub itself (hub).
+Reads:  base.path: a model folder (local), the clean rows (pretrain); the hub's cache or the hub itself (hub);
+        data/templates/, unless the template is the model's own.
 Writes: data/base/: a Hugging Face model folder (safetensors only) and manifest.json.
 Params: base
 Fails:  an unsafe, incomplete or unknown model, a wrong revision (65, never retried); a hub that does not answer (75).
@@ -8,6 +9,7 @@ Fails:  an unsafe, incomplete or unknown model, a wrong revision (65, never retr
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from tasks.progress import Progress
 from tasks.records import ChatExample, TextExample
 from tasks.tables import read_records
 from tasks.templates import load_tokenizer
+
+TEMPLATES = "data/templates"
 
 
 def copy_model(source: Path, out: Path) -> None:
@@ -63,6 +67,56 @@ def fetch_model(params: HubBase) -> Path:
         ) from error
 
 
+def give_template(folder: Path, template: Path) -> list[str]:
+    """Gives a model folder another chat template, and the tokens that its first line names and the model lacks.
+
+    Their embeddings begin as the mean of all others.
+
+    Returns:
+        The tokens that were added.
+
+    Raises:
+        BadModel: there is no such template, or the tokenizer has no stop token that it could write.
+    """
+    import torch
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer
+
+    if not template.is_file():
+        known = ", ".join(sorted(path.stem for path in template.parent.glob("*.jinja")))
+        raise BadModel("there is no such chat template", where=str(template), expected=f"own, {known}")
+    text = template.read_text(encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer.chat_template = text
+    named = re.match(r"\{# tokens: (.*?) #\}", text)
+    known_tokens = tokenizer.get_vocab()
+    wanted = named[1].split() if named else []
+    if "eos_token" in text and tokenizer.eos_token is None:
+        raise BadModel("its tokenizer has no stop token for this template to write", where=str(folder))
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        wanted.append(PAD)
+    added = [token for token in wanted if token not in known_tokens]
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in added])
+    if PAD in wanted:
+        tokenizer.pad_token = PAD
+    tokenizer.save_pretrained(folder)
+    model = load_model(folder)
+    before = model.config.vocab_size
+    if len(tokenizer) > before:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with torch.no_grad():
+            for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+                weight: Any = layer.weight
+                weight[before:] = weight[:before].float().mean(0).to(weight.dtype)
+        for file in folder.glob("*.safetensors*"):
+            file.unlink()
+        model.save_pretrained(folder)
+    return added
+
+
+PAD = "<|pad|>"
+
+
 def make_model(params: PretrainBase, out: Path, checkpoints: Path) -> None:
     """Pretrains a model on the clean text and chat rows and writes it with its tokenizer and a model card."""
     import torch
@@ -95,6 +149,11 @@ def main() -> None:
                 copy_model(fetch_model(params), folder)
             else:
                 make_model(params, folder, checkpoint_folder(stage.workspace, stage.key))
+            if not isinstance(params, PretrainBase) and params.template != "own":
+                added = give_template(folder, Path(TEMPLATES, f"{params.template}.jinja"))
+                about["added_tokens"] = added
+                if added:
+                    print(f"base: added {', '.join(added)}; adapters that leave embeddings frozen learn them poorly")
             tokenizer, model = load_tokenizer(folder), load_model(folder)
             if len(tokenizer) > model.config.vocab_size:
                 raise BadModel(

@@ -244,7 +244,9 @@ class LocalBase(Section):
 
     kind: Literal["local"]
     path: FilePath
-    """The folder: config.json, safetensors, a tokenizer with a chat template."""
+    """The folder: config.json, safetensors, a tokenizer."""
+    template: Name
+    """`own` for the chat template that the model brings, or the name of one in data/templates/."""
 
 
 class HubBase(Section):
@@ -257,6 +259,8 @@ class HubBase(Section):
     """Owner and name."""
     revision: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
     """The whole commit hash; branches and tags move and are refused."""
+    template: Name
+    """`own` for the chat template that the model brings, or the name of one in data/templates/."""
 
 
 class PretrainBase(Section):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tasks.base import copy_model, fetch_model, make_model
+from tasks.base import copy_model, fetch_model, give_template, make_model
 from tasks.errors import BadData, BadModel, Transient
 from tasks.generate import Recipe, generate, read_lexicon
 from tasks.models import load_model
@@ -16,7 +16,7 @@ from tasks.params import GeneratorSource, HubBase, load
 from tasks.pretraining import Shuffle, document, pack_blocks, train_tokenizer
 from tasks.records import ChatExample, Message, TextExample, held_out
 from tasks.tables import write_records
-from tasks.templates import load_tokenizer, render_chat
+from tasks.templates import load_tokenizer, render_chat, render_prompt
 from tests.conftest import ROOT
 from tests.samples import pretrain_params
 
@@ -148,7 +148,9 @@ def test_no_held_out_fact_of_the_quickstart_is_in_what_the_base_was_pretrained_o
 
 
 def hub(revision: str = REVISION) -> HubBase:
-    return HubBase.model_validate({"kind": "hub", "path": "data/remote.md", "id": "someone/pico", "revision": revision})
+    return HubBase.model_validate(
+        {"kind": "hub", "path": "data/remote.md", "id": "someone/pico", "revision": revision, "template": "own"}
+    )
 
 
 def test_a_hub_model_comes_from_the_local_cache_at_its_revision(
@@ -177,3 +179,86 @@ def test_a_real_pretrained_model_is_a_base(real_data: Path, tmp_path: Path) -> N
     assert load_model(tmp_path).num_parameters() == 260_032
     with pytest.raises(BadModel, match="no chat template"):
         load_tokenizer(tmp_path)
+
+
+# --- chat templates ---------------------------------------------------------------------------------------------------
+
+NAMED = sorted(path.stem for path in (ROOT / "data" / "templates").glob("*.jinja"))
+CHAT = [
+    Message("system", "Be brief."),
+    Message("user", "one?"),
+    Message("assistant", "first"),
+    Message("user", "two?"),
+    Message("assistant", "second"),
+]
+CHATML = (
+    "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\none?<|im_end|>\n"
+    "<|im_start|>assistant\nfirst<|im_end|>\n"
+)
+LOOKS = {
+    "alpaca": "Be brief.\n\n### Instruction:\none?\n\n### Response:\nfirst<|im_end|>\n\n",
+    "chatml": CHATML,
+    "gemma": "<start_of_turn>user\nBe brief.\n\none?<end_of_turn>\n<start_of_turn>model\nfirst<end_of_turn>\n",
+    "llama3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\none?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nfirst<|eot_id|>",
+    "mistral": "[INST] Be brief.\n\none? [/INST] first<|im_end|>",
+    "phi": "<|system|>\nBe brief.<|end|>\n<|user|>\none?<|end|>\n<|assistant|>\nfirst<|end|>\n",
+    "qwen": CHATML,
+    "vicuna": "Be brief. USER: one? ASSISTANT: first<|im_end|>",
+    "zephyr": "<|system|>\nBe brief.<|im_end|>\n<|user|>\none?<|im_end|>\n<|assistant|>\nfirst<|im_end|>\n",
+}
+
+
+def embeddings(layer: object) -> torch.Tensor:
+    weight = getattr(layer, "weight", None)
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
+def test_the_templates_of_the_field_are_there() -> None:
+    assert set(NAMED) == set(LOOKS)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_base_takes_a_template_by_its_name(pico_base: Path, tmp_path: Path, name: str) -> None:
+    """It looks as its family's does, the loss falls on replies and stop tokens, and the model can read what it adds."""
+    folder = tmp_path / "base"
+    shutil.copytree(pico_base, folder)
+    (folder / "chat_template.jinja").unlink()
+    before = load_model(folder)
+    added = give_template(folder, ROOT / "data" / "templates" / f"{name}.jinja")
+    tokenizer, model = load_tokenizer(folder), load_model(folder)
+    assert str(tokenizer.apply_chat_template([m._asdict() for m in CHAT[:3]], tokenize=False)) == LOOKS[name]
+    ids, mask, prompt_tokens = render_chat(tokenizer, CHAT)
+    stop = str(tokenizer.eos_token)
+    scored = str(tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m]))
+    assert [part.strip() for part in scored.split(stop)] == ["first", "second", ""]
+    assert ids[:prompt_tokens] == render_prompt(tokenizer, CHAT[:2])
+    assert model.config.vocab_size == len(tokenizer)
+    assert bool(added) == (name in ("gemma", "llama3", "phi"))
+    rows, known = embeddings(model.get_input_embeddings()), embeddings(before.get_input_embeddings())
+    assert torch.equal(rows[: len(known)], known)
+    if added:
+        assert torch.equal(rows[-1], known.float().mean(0).to(known.dtype))
+        assert rows.data_ptr() == embeddings(model.get_output_embeddings()).data_ptr()  # still tied
+    assert model(torch.tensor([ids])).logits.shape[-1] == len(tokenizer)
+
+
+def test_a_real_base_without_template_learns_to_chat_in_chatml(real_data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    copy_model(real_data / "stories260k" / "hf", folder)
+    assert give_template(folder, ROOT / "data" / "templates" / "chatml.jinja") == ["<|im_start|>", "<|im_end|>"]
+    tokenizer, model = load_tokenizer(folder), load_model(folder)
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+    assert model.config.vocab_size == len(tokenizer) == 514
+    ids, mask, _ = render_chat(tokenizer, CHAT)
+    scored = str(tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m]))
+    assert scored.replace(" ", "") == "first<|im_end|>second<|im_end|>"
+
+
+def test_an_unknown_template_is_refused(pico_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadModel) as caught:
+        give_template(pico_base, ROOT / "data" / "templates" / "chatlm.jinja")
+    assert "chatml" in caught.value.expected
