@@ -17,7 +17,8 @@ from typing import Any
 from tasks import process
 from tasks.checkpoints import checkpoint_folder
 from tasks.device import settle
-from tasks.errors import BadModel, Transient
+from tasks.errors import BadModel
+from tasks.hub import snapshot
 from tasks.models import MODEL_FILES, load_model, model_files
 from tasks.outputs import MANIFEST, read_manifest, whole_folder
 from tasks.params import HubBase, LocalBase, PretrainBase
@@ -36,35 +37,6 @@ def copy_model(source: Path, out: Path) -> None:
         read_manifest(source)
     for file in model_files(source):
         shutil.copyfile(file, out / file.name)
-
-
-def fetch_model(params: HubBase) -> Path:
-    """The folder of a hub model at its pinned revision: from the local cache, or fetched unless HF_HUB_OFFLINE is set.
-
-    Raises:
-        BadModel: the hub has no such model or revision.
-        Transient: it is not cached and the hub does not answer.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    where = f"{params.id}@{params.revision}"
-    try:
-        return Path(snapshot_download(params.id, revision=params.revision, allow_patterns=list(MODEL_FILES)))
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise BadModel("the hub has no such model or revision", where=where, got=str(error).split("\n")[0]) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise Transient(
-            "is not in the local hub cache and cannot be fetched",
-            where=where,
-            got=str(error).split("\n")[0],
-            fix="check the network, or fetch it where there is one and copy the hub cache here",
-        ) from error
 
 
 def give_template(folder: Path, template: Path) -> list[str]:
@@ -146,7 +118,7 @@ def main() -> None:
             if isinstance(params, LocalBase):
                 copy_model(Path(params.path), folder)
             elif isinstance(params, HubBase):
-                copy_model(fetch_model(params), folder)
+                copy_model(snapshot(params.id, params.revision, MODEL_FILES, kind="model"), folder)
             else:
                 make_model(params, folder, checkpoint_folder(stage.workspace, stage.key))
             if not isinstance(params, PretrainBase) and params.template != "own":

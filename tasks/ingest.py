@@ -21,8 +21,18 @@ from tasks.errors import BadData
 from tasks.files import read_rows_of
 from tasks.formats import Origin, detect, parse
 from tasks.generate import Recipe, generate, read_lexicon
+from tasks.hub import snapshot
 from tasks.outputs import digest, digests, whole_folder
-from tasks.params import FileSource, FolderSource, GeneratorSource, RemoteSource, RowsOfFiles, Source
+from tasks.params import (
+    AnySource,
+    FileSource,
+    FolderSource,
+    GeneratorSource,
+    HubSource,
+    RemoteSource,
+    RowsOfFiles,
+    Source,
+)
 from tasks.records import Record
 from tasks.remote import Pinned, fetch
 from tasks.tables import REFUSED, write_records, write_rows
@@ -59,16 +69,25 @@ class Reading:
                 self.read += 1
                 yield record
             return
-        if isinstance(self.source, RemoteSource):
-            file = fetch(Pinned(self.source.url, self.source.sha256, self.source.max_bytes), self.downloads)
-            yield from self._records_of(file, self.source, self.source.url)
-        else:
-            for file in files_of(self.source):
-                yield from self._records_of(file, self.source, str(file))
+        for file, place in self._files(self.source):
+            yield from self._records_of(file, self.source, place)
         self._check_refused(self.source.max_refused)
 
+    def _files(self, source: FileSource | FolderSource | RemoteSource | HubSource) -> list[tuple[Path, str]]:
+        """The files of a source, each with what it is called in rows and errors."""
+        if isinstance(source, RemoteSource):
+            return [(fetch(Pinned(source.url, source.sha256, source.max_bytes), self.downloads), source.url)]
+        if isinstance(source, HubSource):
+            folder = snapshot(source.id, source.revision, [source.glob], kind="dataset")
+            files = files_below(folder, source.glob, within=folder.parent.parent)  # its files are links into the cache
+            return [(file, f"{origin_of(source)}/{file.relative_to(folder)}") for file in files]
+        if isinstance(source, FolderSource):
+            files = files_below(Path(source.path), source.glob, within=Path(source.path))
+            return [(file, str(file)) for file in files]
+        return [(Path(source.path), source.path)]
+
     def _records_of(self, path: Path, source: RowsOfFiles, place: str) -> Iterator[Record]:
-        whole = place if isinstance(source, RemoteSource) else source.path
+        whole = origin_of(source)
         for file, number, row in read_rows_of(path, source.encoding, place):
             self.read += 1
             inside = file.removeprefix(whole).strip("/!")
@@ -92,7 +111,7 @@ class Reading:
             raise self.refused[0]
         raise BadData(
             f"{len(self.refused)} of {self.read} rows are malformed",
-            where=self.source.path if not isinstance(self.source, RemoteSource) else self.source.url,
+            where=origin_of(self.source),
             expected=f"at most the share max_refused = {share}",
             examples=[error.line() for error in self.refused],
             fix=f"correct these rows, or raise ingest.sources.{self.name}.max_refused if they may be lost",
@@ -111,27 +130,29 @@ def _form(source: RowsOfFiles, detected: str) -> str | dict[str, str]:
     return detected if isinstance(source.format, str) else {str(ours): name for ours, name in source.format.items()}
 
 
-def files_of(source: FileSource | FolderSource) -> list[Path]:
-    """The files of a source, in the order of their names.
+def origin_of(source: AnySource) -> str:
+    """Where a source's rows come from, in one line."""
+    if isinstance(source, RemoteSource):
+        return source.url
+    return f"hf://{source.id}@{source.revision}" if isinstance(source, HubSource) else source.path
+
+
+def files_below(folder: Path, glob: str, *, within: Path) -> list[Path]:
+    """The files of a folder that match, in the order of their names.
 
     Raises:
-        BadData: the folder is missing, nothing in it matches, or a link leads out of it.
+        BadData: the folder is missing, nothing in it matches, or a link leads out of `within`.
     """
-    path = Path(source.path)
-    if isinstance(source, FileSource):
-        return [path]
-    if not path.is_dir():
-        raise BadData("there is no such folder", where=str(path), fix="correct the source's path in params.yaml")
-    files = sorted(file for file in path.glob(source.glob) if not file.is_dir())
+    if not folder.is_dir():
+        raise BadData("there is no such folder", where=str(folder), fix="correct the source's path in params.yaml")
+    files = sorted(file for file in folder.glob(glob) if not file.is_dir())
     for file in files:
-        if not file.resolve().is_relative_to(path.resolve()):
+        if not file.resolve().is_relative_to(within.resolve()):
             raise BadData(
                 "is a link that leads out of its folder", where=str(file), got=str(file.resolve()), fix="copy the file"
             )
     if not files:
-        raise BadData(
-            "no file matches", where=str(path), got=source.glob, fix="correct the source's glob in params.yaml"
-        )
+        raise BadData("no file matches", where=str(folder), got=glob, fix="correct the source's glob in params.yaml")
     return files
 
 
@@ -144,12 +165,12 @@ def refusal_schema() -> pa.Schema:
 
 def main() -> None:
     """The stage `ingest@SOURCE`."""
-    with process.stage(__doc__, "out", item="source") as stage:
+    with process.stage(__doc__, "out", item="source", may_fetch=True) as stage:
         source = stage.params.ingest.sources[stage.item]
         reading = Reading(stage.item, source)
         about: dict[str, Any] = {
             "source": stage.item,
-            "path": source.path,
+            "path": origin_of(source),
             "licence": source.licence,
             "use": source.use,
         }
@@ -159,11 +180,11 @@ def main() -> None:
             about |= {"read": reading.read, "refused": len(reading.refused), "formats": reading.formats}
             path = Path(source.path)
             if isinstance(source, RemoteSource):
-                about |= {"url": source.url, "sha256": source.sha256}
-            else:
+                about["sha256"] = source.sha256
+            elif not isinstance(source, HubSource):
                 about["sha256"] = digests(path) if path.is_dir() else digest(path)
         rows = ", ".join(f"{count} {kind}" for kind, count in about["rows"].items() if count)
-        print(f"ingest {stage.item}: {rows} from {source.path}; {len(reading.refused)} refused", flush=True)
+        print(f"ingest {stage.item}: {rows} from {about['path']}; {len(reading.refused)} refused", flush=True)
 
 
 if __name__ == "__main__":

@@ -116,7 +116,21 @@ class RemoteSource(RowsOfFiles):
     """A larger file is refused while it comes."""
 
 
-Source = Annotated[GeneratorSource | FileSource | FolderSource | RemoteSource, Field(discriminator="kind")]
+class HubSource(RowsOfFiles):
+    """Rows of the files of a dataset of the Hugging Face hub, pinned to a commit."""
+
+    kind: Literal["hub"]
+    path: Literal["data/remote.md"]
+    """Stands in for what is not on this disk: a DVC dependency cannot be left out."""
+    id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+$")]
+    """Owner and name."""
+    revision: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
+    """The whole commit hash; branches and tags move and are refused."""
+    glob: Annotated[str, StringConstraints(min_length=1)]
+    """Which files, such as `data/train-*.parquet`."""
+
+
+Source = Annotated[GeneratorSource | FileSource | FolderSource | RemoteSource | HubSource, Field(discriminator="kind")]
 
 
 class Ingest(Section):

@@ -34,6 +34,9 @@ SAID = {
     "temper promote --version 2": r"\(qlora\) is now champion: models:/temper-tiny@champion",
     "temper rollback": r"\(orpo\) is now champion",
     "temper doctor": r"ok +MLflow +answers: sqlite:",
+    "temper inspect chats.jsonl": r"chats\.jsonl: conversations, 1 rows \(1 chat\)",
+    "temper render chats.jsonl --tokenizer models/tiny": r"assistant\n\[\[19<\|im_end\|>\]\]",
+    "temper convert chats.jsonl out.json --to alpaca": r"1 rows written to out\.json",
 }
 
 
@@ -47,6 +50,8 @@ def used(factory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("readme") / "a copy"
     shutil.copytree(factory, target, symlinks=True)
     change_params(target, None, ["promote.margin=100"])
+    chat = [{"role": "user", "content": "What is 12 plus 7?"}, {"role": "assistant", "content": "19"}]
+    (target / "chats.jsonl").write_text(json.dumps({"messages": chat}))
     return target
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.params_file import change_params
 from tasks import graph
 from tests.conftest import FIRST_RUN, digests, dvc, pico_workspace, temper
 
@@ -203,3 +204,20 @@ def test_a_wrong_word_is_one_readable_block_and_changes_nothing(factory: Path, w
 
 def test_outside_of_a_workspace_it_says_so(tmp_path: Path) -> None:
     assert "dvc.yaml" in temper(tmp_path, "status", code=65).stderr
+
+
+def test_an_import_that_dvc_tracks_reruns_what_it_changes(workspace: Path, tmp_path: Path) -> None:
+    """`dvc update` of a file imported with `dvc import-url` is a change of the source like any other."""
+    row = '{"instruction": "a", "output": "%s"}\n'
+    far = tmp_path / "far.jsonl"
+    far.write_text(row % "b")
+    dvc(workspace, "import-url", str(far), "near.jsonl")
+    source = (
+        "{kind: file, path: near.jsonl, format: auto, encoding: utf-8, max_refused: 0.0, use: train, licence: mine}"
+    )
+    change_params(workspace, None, [f"ingest.sources={{mine: {source}}}"])
+    dvc(workspace, "repro", "--single-item", "ingest@mine")
+    assert "didn't change" in dvc(workspace, "repro", "--single-item", "ingest@mine")
+    far.write_text(row % "b" + row % "c")
+    dvc(workspace, "update", "near.jsonl.dvc")
+    assert "ingest mine: 2 chat" in dvc(workspace, "repro", "--single-item", "ingest@mine")

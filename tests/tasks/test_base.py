@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tasks.base import copy_model, fetch_model, give_template, make_model
+from tasks.base import copy_model, give_template, make_model
 from tasks.errors import BadData, BadModel, Transient
 from tasks.generate import Recipe, generate, read_lexicon
-from tasks.models import load_model
+from tasks.hub import snapshot
+from tasks.models import MODEL_FILES, load_model
 from tasks.params import GeneratorSource, HubBase, load
 from tasks.pretraining import Shuffle, document, pack_blocks, train_tokenizer
 from tasks.records import ChatExample, Message, TextExample, held_out
@@ -153,6 +154,10 @@ def hub(revision: str = REVISION) -> HubBase:
     )
 
 
+def fetch(params: HubBase) -> Path:
+    return snapshot(params.id, params.revision, MODEL_FILES, kind="model")
+
+
 def test_a_hub_model_comes_from_the_local_cache_at_its_revision(
     pico_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,9 +168,9 @@ def test_a_hub_model_comes_from_the_local_cache_at_its_revision(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     folder = tmp_path / "models--someone--pico" / "snapshots" / REVISION
     shutil.copytree(pico_base, folder)
-    assert fetch_model(hub()) == folder
+    assert fetch(hub()) == folder
     with pytest.raises(Transient, match="cannot be fetched"):
-        fetch_model(hub("f" * 40))
+        fetch(hub("f" * 40))
 
 
 def test_a_moving_revision_is_refused() -> None:

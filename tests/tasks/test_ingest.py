@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tasks.errors import BadData
+from tasks.errors import BadData, Transient
 from tasks.ingest import Reading
-from tasks.params import FolderSource, GeneratorSource
+from tasks.params import FolderSource, GeneratorSource, HubSource
 from tasks.records import KINDS, ChatExample, Message, Record
 from tasks.tables import read_records, write_records
 from tests.conftest import ROOT
@@ -66,6 +66,36 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
         list(Reading("s", folder_source(tmp_path / "data", "*.jsonl")).records())
     with pytest.raises(BadData, match="no file matches"):
         list(Reading("s", folder_source(tmp_path / "data", "*.csv")).records())
+
+
+def test_a_dataset_of_the_hub_is_read_at_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real code of the hub client, offline, over a cache laid out as it lays it out: files are links to blobs."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    folder = tmp_path / "datasets--someone--rows" / "snapshots" / revision / "data"
+    folder.mkdir(parents=True)
+    (tmp_path / "datasets--someone--rows" / "blobs").mkdir()
+    blob = write(tmp_path / "datasets--someone--rows" / "blobs" / "abc", [ALPACA, ALPACA])
+    (folder / "train.jsonl").symlink_to(blob)
+    values = {
+        **file_source(tmp_path).model_dump(),
+        "kind": "hub",
+        "path": "data/remote.md",
+        "id": "someone/rows",
+        "revision": revision,
+        "glob": "data/*.jsonl",
+    }
+    found = list(Reading("s", HubSource.model_validate(values)).records())
+    assert [(r.id, r.file) for r in found] == [
+        (f"s-data/train.jsonl:{n}", f"hf://someone/rows@{revision}/data/train.jsonl") for n in (1, 2)
+    ]
+    with pytest.raises(Transient, match="cannot be fetched"):
+        list(Reading("s", HubSource.model_validate({**values, "revision": "f" * 40})).records())
+    with pytest.raises(ValueError, match="revision"):
+        HubSource.model_validate({**values, "revision": "main"})
 
 
 BAD = {"instruction": "Add.", "output": None}
