@@ -1,4 +1,4 @@
-"""Takes the README's pictures: MLflow's pages of what a workspace has run, in headless Chromium, into docs/."""
+"""Takes the README's pictures in headless Chromium, into docs/: MLflow's pages of what a workspace has run, its data."""
 
 from __future__ import annotations
 
@@ -58,6 +58,8 @@ def main() -> None:
             charts = f"{address}/experiments/{experiment.experiment_id}/runs?compareRunsMode=CHART"
             photograph(send, charts, ROOT / "docs" / "runs.png", (1400, 800))
             photograph(send, f"{address}/models/{model}", ROOT / "docs" / "model.png", (1400, 900))
+            profile = workspace / "data" / "validation" / "index.html"
+            photograph(send, profile.as_uri(), ROOT / "docs" / "data.png", (1100, 900))
     finally:
         server.terminate()
         server.wait()

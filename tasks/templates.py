@@ -86,17 +86,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _find_stop_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Makes the added token that the template writes first after a reply the stop token."""
-    (text,) = _texts(tokenizer, [Chat([Message("user", "a"), Message("assistant", _PROBE)])], answering=False)
-    if isinstance(text, BadData) or _PROBE not in text:
+    """Makes the added token that the template writes first after a reply the stop token, unless its own stands there.
+
+    Phi's own stands only at the end of a conversation, so that a model which learnt it would not stop before.
+    """
+    asked, answered, again = (Message(role, f"qxzv{n}") for n, role in enumerate(("user", "assistant", "user")))
+    (text,) = _texts(tokenizer, [Chat([asked, answered, again])], answering=False)
+    if isinstance(text, BadData) or answered.content not in text:
         return  # what is wrong with the template is told where a row is rendered
-    tail = text.rpartition(_PROBE)[2]
+    tail = text.partition(answered.content)[2].partition(again.content)[0]
     written = [str(token) for token in tokenizer.added_tokens_decoder.values() if str(token) in tail]
-    if written:
+    if written and str(tokenizer.eos_token) not in written:
         tokenizer.eos_token = min(written, key=lambda token: (tail.index(token), -len(token)))
-
-
-_PROBE = "qxzv"
 
 
 def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:

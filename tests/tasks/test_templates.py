@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trl
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -259,3 +262,51 @@ def test_several_replies_share_their_prompt(tokenizer: PreTrainedTokenizerBase) 
     assert both.prompt == render_prompt(tokenizer, CHAT[:1])
     assert both.replies == [render_reply(tokenizer, CHAT[:1], reply) for reply in ("a", "b")]
     assert lost.replies == [render_reply(tokenizer, CHAT[:3], "c")]
+
+
+# --- against the masks of transformers --------------------------------------------------------------------------------
+
+MARKED = sorted((Path(trl.__file__).parent / "chat_templates").glob("*_training.jinja"))
+"""Templates of many families in which TRL marks what the assistant says, for transformers' own masks."""
+
+NOT_RENDERED = {
+    "deepseek_r1_distill": "rewrites the prompt",  # asks for reasoning that the training text does not have
+    "deepseekv3": "rewrites the prompt",
+    "nemotron_3": "rewrites the prompt",
+    "gptoss": "does not end a reply",  # the last turn ends with another token than those before
+    "idefics3": "drops the user turn",  # of pictures: content is a list of parts
+    "llava_next": "drops the user turn",
+    "smolvlm": "drops the user turn",
+}
+
+
+@pytest.mark.parametrize("path", MARKED, ids=lambda path: path.stem)
+def test_masks_agree_with_the_marks_of_trls_training_templates(path: Path, pico_base: Path) -> None:
+    """Token by token the same text; what is learnt is learnt there too.
+
+    Besides, they learn only white space after stop tokens and what serving's prompt already holds.
+    """
+    real: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(pico_base)
+    real.chat_template = path.read_text()
+    names = re.findall(
+        r"<\|[^|<>\s]+\|>|<(?:start|end)_of_turn>|<turn\|>|<\|turn>|\[/?INST\]|<｜[^｜]+｜>", real.chat_template
+    )
+    real.add_tokens([AddedToken(name, special=True) for name in sorted(set(names))])
+    _find_stop_token(real)
+    refused = next((why for family, why in NOT_RENDERED.items() if path.stem.startswith(family)), "")
+    if refused:
+        with pytest.raises(BadData, match=refused):
+            render_chat(real, CHAT)
+        return
+    ids, mask, prompt_tokens = render_chat(real, CHAT)
+    plain = [{"role": m.role, "content": m.content} for m in CHAT]
+    theirs: Any = real.apply_chat_template(plain, return_dict=True, return_assistant_tokens_mask=True)
+    assert theirs["input_ids"][: len(ids)] == ids
+    marks = [bool(mark) for mark in theirs["assistant_masks"][: len(ids)]]
+    assert all(theirs_too for learnt, theirs_too in zip(mask, marks, strict=True) if learnt)
+    for stop in [place for place, token in enumerate(ids) if token == real.eos_token_id and mask[place]]:
+        assert marks[stop]
+    besides = [place for place in range(len(ids)) if marks[place] and not mask[place]]
+    served = set(range(prompt_tokens)) | set(range(mask.index(False, prompt_tokens), len(ids)))
+    assert served.issuperset(besides)
+    assert sum(mask) >= 4
