@@ -1,4 +1,4 @@
-"""Takes the README's pictures in headless Chromium, into docs/: MLflow's pages of what a workspace has run, its data."""
+"""Takes the README's pictures in headless Chromium: MLflow's pages of what a workspace has run, and its data."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from tasks import process
 from tasks.evaluate import EXAMPLES, METRICS
 from tasks.outputs import MANIFEST, as_json, digest, read_manifest, write_whole
 from tasks.registry import CHALLENGER, find_version
+from tasks.templates import load_tokenizer, template_digest
 from tasks.tracking import KEY_TAG, answering, connect, flat, log_params, log_rows, logged_steps, run_of
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def evidence_tags(
         "temper.base_exact_match": f"{metrics['base']['exact_match']:.6f}",
         "temper.base_loss": f"{metrics['base']['loss']:.6f}",
         "temper.held_out_rows": str(metrics["rows"]),
+        "temper.template_sha256": template_digest(load_tokenizer(models)),
     }
 
 

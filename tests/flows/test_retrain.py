@@ -70,10 +70,12 @@ def test_one_identity_from_the_registry_to_the_rows(factory: Path) -> None:
     client = connect(factory)
     keys = graph.recorded_keys(factory)
     found = {version.tags["temper.method"]: version for version in versions(client, "temper-tiny")}
+    template = json.loads((factory / "data" / "rendered" / "manifest.json").read_text())["template_sha256"]
     assert set(found) == set(METHODS)
     for method, version in found.items():
         run = client.get_run(str(version.run_id))
         assert run.data.tags["temper.key"] == keys[f"train@{method}"]
+        assert found[method].tags["temper.template_sha256"] == template  # served as it was trained
         steps = [json.loads(line) for line in (factory / f"data/adapters/{method}/log.jsonl").read_text().splitlines()]
         logged = client.get_metric_history(run.info.run_id, "loss")
         assert [(m.step, m.value) for m in logged] == [(s["step"], s["loss"]) for s in steps]
