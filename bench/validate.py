@@ -46,6 +46,7 @@ def _marked(record: Any, number: int) -> Any:
 def seconds(table: Any, *, near: bool) -> tuple[float, int]:
     """Judges, profiles and writes the rows as the stage does; returns the seconds and the rows that passed."""
     from tasks import profile
+    from tasks.compare import questions_of
     from tasks.judge import judge
     from tasks.params import load
     from tasks.records import KINDS
@@ -57,7 +58,7 @@ def seconds(table: Any, *, near: bool) -> tuple[float, int]:
     if near:
         params = params.model_copy(update={"duplicates": params.duplicates.model_copy(update={"near": "merge"})})
     tables = {kind: record_schema(kind).empty_table() for kind in KINDS} | {"chat": table}
-    benchmark = rows(1000, generated=True)
+    benchmark = questions_of({"chat": rows(1000, generated=True)})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         started = time.perf_counter()

@@ -47,6 +47,7 @@ def inspect(path: Path, against: Sequence[Path]) -> dict[str, Any]:
     Raises:
         BadData: the file holds no rows, or no file of the folder does.
     """
+    from tasks.compare import questions_of
     from tasks.judge import judge
     from tasks.remembered import Memory
 
@@ -56,7 +57,7 @@ def inspect(path: Path, against: Sequence[Path]) -> dict[str, Any]:
     for file in _files(path):
         reading = Reading(str(file), _any_file(file))
         try:
-            records += reading.records()
+            records += list(reading.records())
         except BadData as error:
             if path.is_file():
                 raise
@@ -76,7 +77,7 @@ def inspect(path: Path, against: Sequence[Path]) -> dict[str, Any]:
     reasons = Counter(error.what for error in refused)
     if not records:
         return {**found, "rejected": len(refused), "repaired": 0, "duplicates": 0, "leaks": 0, "reasons": dict(reasons)}
-    benchmarks = {str(each): _tables(Reading("", _any_file(each)).records())["chat"] for each in against}
+    benchmarks = {str(each): questions_of(_tables(Reading("", _any_file(each)).records())) for each in against}
     with TemporaryDirectory() as docs:
         verdict = judge(
             _tables(records), benchmarks, params.render.held_out, params.validate_, Path(docs), Memory(None)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tasks.checks.duplicates import Duplicate, NearIndex, exact_duplicates
 from tasks.checks.facts import Turns, turns_of
 from tasks.checks.leaks import Hits, Index, without_common
-from tasks.checks.words import Words, normal_form, runs, whole_hash, words_of
+from tasks.checks.words import Words, mixed, normal_form, runs, spaced_form, whole_hash, words_of
 from tasks.params import Validate
 from tasks.records import held_out, normalised
 
@@ -62,13 +62,13 @@ class Marks(NamedTuple):
 
 
 def compare(
-    tables: Mapping[str, pa.Table], benchmarks: Mapping[str, pa.Table], held_out_share: float, params: Validate
+    tables: Mapping[str, pa.Table], benchmarks: Mapping[str, list[str]], held_out_share: float, params: Validate
 ) -> Marks:
     """Compares every row with every other of its kind, and all of them with the questions of benchmarks.
 
     Args:
         tables: the rows of each kind.
-        benchmarks: chats of every benchmark.
+        benchmarks: the questions of every benchmark.
         held_out_share: the share of groups that is kept for evaluation, `render.held_out`.
         params: what is looked for.
     """
@@ -154,12 +154,11 @@ def _near(index: NearIndex, table: pa.Table, kind: str, ranked: list[int]) -> li
 
 
 def _row_hashes(seen: _Seen, block: pa.Table, kind: str) -> NDArray[np.uint64]:
-    """Hashes of each row's words, of its prompt, and of its replies: (rows, 4) uint64; 0 for what it lacks."""
+    """Hashes of all that a row says, of its prompt, and of its replies: (rows, 4) uint64; 0 for what it lacks."""
     import numpy as np
 
-    by_row = Words(seen.words.hash, seen.turns.row[seen.words.text])
     result = np.zeros((seen.rows, 4), np.uint64)
-    result[:, 0] = whole_hash(by_row, seen.rows)
+    result[:, 0] = _said(seen, block, kind)
     if kind in ("preference", "labelled"):
         each = whole_hash(seen.words, len(seen.turns.row))
         for column, letter in ((2, "c"), (3, "r")):
@@ -171,6 +170,28 @@ def _row_hashes(seen: _Seen, block: pa.Table, kind: str) -> NDArray[np.uint64]:
     if kind == "labelled":  # the same reply with another label is no duplicate but a contradiction
         result[:, 0] += block["label"].to_numpy().astype(np.uint64)
     return result
+
+
+def _said(seen: _Seen, block: pa.Table, kind: str) -> NDArray[np.uint64]:
+    """One hash for each row: equal when the same roles say the same and call the same tools, symbol by symbol."""
+    import numpy as np
+    import pyarrow.compute as pc
+
+    turns = seen.turns
+    place = np.arange(len(turns.row)) - np.searchsorted(turns.row, turns.row)
+    salt = mixed(turns.letter.astype(np.uint64) + mixed(place.astype(np.uint64)))
+    each = whole_hash(words_of(spaced_form(turns.text)), len(turns.row))
+    parts = np.where(each > 0, mixed(each + salt), 0)
+    if kind == "chat":
+        calls = block["messages"].combine_chunks().flatten().field("calls")
+        called = whole_hash(words_of(spaced_form(calls)), len(calls))
+        parts += np.where(called > 0, mixed(called ^ salt), 0)
+    total = np.zeros(seen.rows, np.uint64)
+    np.add.at(total, turns.row, parts)
+    if "tools" in block.column_names:
+        tools = pc.binary_join(block["tools"].combine_chunks(), "\n")
+        total += whole_hash(words_of(spaced_form(tools)), seen.rows)
+    return total
 
 
 def _contradictions(hashes: NDArray[np.uint64], table: pa.Table, kind: str) -> NDArray[np.int64]:
@@ -200,6 +221,13 @@ def _lengths(table: pa.Table, kind: str) -> NDArray[np.int64]:
 # --- leaks ------------------------------------------------------------------------------------------------------------
 
 
+def questions_of(tables: Mapping[str, pa.Table]) -> list[str]:
+    """What a benchmark asks: the first user turn of its rows of whatever kind, or the whole of a plain text."""
+    asked = [text for kind, table in tables.items() for text in _prompts(table, kind)]
+    texts = tables["text"]["text"].to_pylist() if "text" in tables else []
+    return [text for text in [*asked, *texts] if text]
+
+
 def _prompts(table: pa.Table, kind: str) -> list[str]:
     """The first user turn of each row; nothing for plain texts."""
     import numpy as np
@@ -225,7 +253,7 @@ def _withheld(table: pa.Table, prompts: list[str], share: float) -> NDArray[np.b
 
 def _questions(
     tables: Mapping[str, pa.Table],
-    benchmarks: Mapping[str, pa.Table],
+    benchmarks: Mapping[str, list[str]],
     prompts: Mapping[str, list[str]],
     withheld: Mapping[str, NDArray[np.bool_]],
 ) -> dict[str, list[str]]:
@@ -235,8 +263,7 @@ def _questions(
         for group, text, out in zip(table["group"].to_pylist(), prompts[kind], withheld[kind], strict=True):
             if out:
                 held[HELD_OUT_GROUPS if group else HELD_OUT].add(text)
-    questions = {name: _prompts(table, "chat") for name, table in benchmarks.items()}
-    return questions | {name: sorted(texts) for name, texts in held.items() if texts}
+    return dict(benchmarks) | {name: sorted(texts) for name, texts in held.items() if texts}
 
 
 def _learning(words: Words, row: NDArray[np.int64], withheld: NDArray[np.bool_]) -> Words:
@@ -285,7 +312,9 @@ class _Search:
         benchmarks: dict[str, Found] = {}
         leaked_from: dict[int, list[str]] = {}
         for name, blocks in self._hits.items():
-            hits = without_common(Hits(*(np.concatenate(each) for each in zip(*blocks, strict=True))))
+            hits = Hits(*(np.concatenate(each) for each in zip(*blocks, strict=True)))
+            if name == HELD_OUT:  # rows of one source share its phrases with the rows held out of it
+                hits = without_common(hits)
             rows = np.unique(hits.text).tolist()
             exact, overlapping = (len(np.unique(hits.question[some])) for some in (hits.run == 0, hits.run != 0))
             benchmarks[name] = Found(self._questions[name], exact, overlapping, len(rows))

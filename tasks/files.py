@@ -15,6 +15,7 @@ import re
 import stat
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -172,7 +173,7 @@ def _unpacked(source: _Named, packing: str) -> Iterator[IO[bytes]]:
             else:
                 with pa.CompressedInputStream(pa.PythonFile(source.stream, mode="r"), "zstd") as stream:
                     _copy(stream, file, source)
-        except (OSError, EOFError, pa.ArrowException) as error:
+        except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
             _raise_if_storage(error)
             raise BadData(
                 f"is a damaged {packing} file",
@@ -214,7 +215,7 @@ def _read_zip(source: _Named, encoding: str, inside: Sequence[str]) -> Iterator[
             members = [m for m in sorted(archive.infolist(), key=lambda m: m.filename) if not m.is_dir()]
             for member in members:
                 _check_member(member, source.place)
-            data = [m for m in members if not is_prose(PurePosixPath(m.filename).name)]
+            data = [m for m in members if not is_prose(PurePosixPath(m.filename).name) and not _of_the_packer(m)]
             total = sum(m.file_size for m in data)
             if total > MAX_EXPANDED_BYTES or any(
                 m.file_size > max(_BLOCK << 4, m.compress_size * MAX_EXPANSION) for m in data
@@ -229,10 +230,16 @@ def _read_zip(source: _Named, encoding: str, inside: Sequence[str]) -> Iterator[
                     file.seek(0)
                     name = PurePosixPath(member.filename).name
                     yield from _read(_Named(file, place, name), encoding, inside)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error) as error:
         raise BadData(
             "is a damaged zip archive", where=source.place, got=str(error), fix="fetch the file again"
         ) from error
+
+
+def _of_the_packer(member: zipfile.ZipInfo) -> bool:
+    """What a Mac puts into archives beside the files."""
+    path = PurePosixPath(member.filename)
+    return path.parts[0] == "__MACOSX" or path.name.startswith(".")
 
 
 def _check_member(member: zipfile.ZipInfo, archive: str) -> None:
@@ -262,7 +269,7 @@ def _read_parquet(source: _Named) -> Iterator[Row]:
     try:
         file = pq.ParquetFile(source.stream)
         yield from _rows_of_batches(file.iter_batches(batch_size=1024), source.place)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         _raise_if_storage(error)
         raise _damaged("Parquet", source, error) from error
 
@@ -277,7 +284,7 @@ def _read_arrow(source: _Named, *, is_file: bool) -> Iterator[Row]:
         else:
             batches = iter(pa.ipc.open_stream(source.stream))
         yield from _rows_of_batches(batches, source.place)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         _raise_if_storage(error)
         raise _damaged("Arrow", source, error) from error
 
@@ -316,6 +323,8 @@ def _read_text(source: _Named, head: bytes, encoding: str) -> Iterator[Row]:
             "is not text", where=source.place, got=f"bytes that begin with {head[:8].hex(' ')}", expected=EXPECTED
         )
     first = head.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+    if ending == ".txt" and re.match(rb'\s*(?:\[\s*)?\{\s*"', head.removeprefix(codecs.BOM_UTF8)):
+        ending = ".json"  # rows under the name of a text
     if ending in _BY_NAME:
         yield from _BY_NAME[ending](source, encoding)
     elif first == b"[":
@@ -519,7 +528,14 @@ def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeats)
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise _NotJson(f"{text} is too large for a number")
+    return value
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_refuse_repeats)
 
 
 def _check_depth(value: Any, where: str) -> None:

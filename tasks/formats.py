@@ -74,9 +74,7 @@ def parse(row: Any, form: str | Mapping[str, str], origin: Origin) -> Sequence[R
     if not isinstance(row, Mapping):
         got = "null" if row is None else type(row).__name__
         raise BadData("is not an object", where=origin.place, got=got, expected="an object with named fields")
-    if any(
-        isinstance(row.get(key), (list, dict, bytes)) and row[key] for key in ("image", "images", "audio", "videos")
-    ):
+    if any(row.get(key) for key in ("image", "images", "audio", "audios", "video", "videos")):
         raise BadData("holds pictures or sound, which temper does not train on", where=origin.place)
     if isinstance(form, Mapping):
         row, form = _renamed(row, form, origin.place)
@@ -135,6 +133,8 @@ def parse_seed_tasks(row: Row, origin: Origin) -> Sequence[Record]:
 def parse_conversations(row: Row, origin: Origin) -> Sequence[Record]:
     """`conversations` or `messages`: a list of turns {from, value} or {role, content}; perhaps `system`, `tools`."""
     key = next((k for k in ("messages", "conversations", "conversation") if k in row), "messages")
+    if row.get("history"):
+        raise BadData('has both messages and "history"', where=origin.place, fix="put all turns into one list")
     return [_chat(origin, [*_system(row, origin.place), *_turns(row, key, origin.place)], row)]
 
 
@@ -144,6 +144,13 @@ def parse_prompt_reply(row: Row, origin: Origin) -> Sequence[Record]:
     asked, answered = next((pair for pair in PROMPT_REPLY if pair[0] in row and pair[1] in row), ("prompt", "reply"))
     before = [*_system(row, place), *_history(row, place)]
     prompt = _prompt(row, asked, place)
+    for name in ("context", "input"):
+        if name != asked and row.get(name):
+            if len(prompt) != 1:
+                raise BadData(
+                    f'has both messages and "{name}"', where=place, fix="put all of the prompt into one place"
+                )
+            prompt = [prompt[0]._replace(content=f"{prompt[0].content}\n{_text(row, name, place)}")]
     reply = row.get(answered)
     replies = (
         _turns(row, answered, place) if isinstance(reply, list) else [Message("assistant", _text(row, answered, place))]
@@ -179,16 +186,16 @@ def parse_choices(row: Row, origin: Origin) -> Sequence[Record]:
     options = row.get("choices", row.get("options"))
     if options is None:
         options = [row[letter] for letter in LETTERS if isinstance(row.get(letter), str)]
-    if not isinstance(options, list):
+    if not isinstance(options, list) or len(options) > len(LETTERS):
         raise BadData("has no list of choices", where=place, got=repr(options)[:60], expected="a list of texts")
     lines = [f"{passage}\n{asked}" if isinstance(passage, str) and passage else asked]
-    lines += [o if re.match(r"\(?[A-H][).]", o) else f"{LETTERS[i]}. {o}" for i, o in enumerate(map(str, options))]
+    lines += [o if re.match(r"\(?[A-Z][).]", o) else f"{LETTERS[i]}. {o}" for i, o in enumerate(map(str, options))]
     answer = next((row[k] for k in ("gold", "label", "answer") if row.get(k) not in (None, "", [])), None)
     reply = [] if answer is None else [Message("assistant", _choice(answer, len(options), place))]
     return [_chat(origin, [Message("user", "\n".join(lines)), *reply], row)]
 
 
-LETTERS = "ABCDEFGHIJ"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def _choice(answer: Any, options: int, place: str) -> str:
@@ -201,7 +208,12 @@ def _choice(answer: Any, options: int, place: str) -> str:
                 "names a choice that is not there", where=place, got=str(answer), expected=f"0 to {options - 1}"
             )
         return LETTERS[answer]
-    return "".join(map(str, answer)) if isinstance(answer, list) else answer
+    text = "".join(map(str, answer)) if isinstance(answer, list) else answer
+    if options and text.strip().isdigit():
+        raise BadData(
+            "does not say which choice is right", where=place, got=repr(text), expected="a letter, or a number"
+        )
+    return text
 
 
 # --- preferences and labels -------------------------------------------------------------------------------------------
@@ -223,7 +235,7 @@ def parse_preference(row: Row, origin: Origin) -> Sequence[Record]:
         raise BadData("chosen is text and rejected is messages, or the reverse", where=place, fix="use one form")
     stated = [*_system(row, place), *_history(row, place), *_stated_prompt(row, place)]
     prompts = [reply[:-1] for reply in (first, second)]
-    shared = stated if stated and prompts[0] in ([], stated) else [*stated, *prompts[0]]
+    shared = _shared(stated, prompts[0], first, place)
     if prompts[0] != prompts[1]:
         raise BadData("chosen and rejected answer different prompts", where=place, fix="give both the same prompt")
     if not shared:
@@ -234,6 +246,17 @@ def parse_preference(row: Row, origin: Origin) -> Sequence[Record]:
                 "a reply must be one turn of text by the assistant", where=place, got=f"a turn of {reply.role}"
             )
     return [_preference(origin, shared, first[-1].content, second[-1].content, row)]
+
+
+def _shared(stated: list[Message], before: list[Message], chosen: list[Message], place: str) -> list[Message]:
+    """The prompt, which may stand beside the replies, before them, or in both places."""
+    if stated == chosen:  # the whole conversation with the better reply, as UltraFeedback has it
+        return before
+    if not before or stated[len(stated) - len(before) :] == before:
+        return stated
+    if stated and any(message.role != "system" for message in stated):
+        raise BadData("its prompt and what its replies begin with differ", where=place, fix="give both the same prompt")
+    return [*stated, *before]
 
 
 def parse_ranked(row: Row, origin: Origin) -> Sequence[Record]:
@@ -278,9 +301,7 @@ def _scores(row: Row, replies: Sequence[Any], place: str) -> list[float]:
 def parse_labelled(row: Row, origin: Origin) -> Sequence[Record]:
     """A conversation or a prompt with one reply, and `label` or `kto_tag`: whether the reply is good."""
     place = origin.place
-    label = row.get("label", row.get("kto_tag"))
-    if not isinstance(label, bool):
-        raise BadData('"label" is not true or false', where=place, got=repr(label), expected="true for a good reply")
+    label = _truth(row["kto_tag"] if "kto_tag" in row else row.get("label"), place)
     plain = {k: v for k, v in row.items() if k not in ("label", "kto_tag")}
     form = detect(plain, place)
     if form not in ("conversations", "prompt_reply", "alpaca"):
@@ -289,7 +310,17 @@ def parse_labelled(row: Row, origin: Origin) -> Sequence[Record]:
     if not isinstance(chat, ChatExample) or len(chat.messages) < 2 or chat.messages[-1].role != "assistant":
         raise BadData("does not end with the reply that is labelled", where=place, expected="an assistant's turn last")
     *prompt, reply = chat.messages
+    if reply.calls:
+        raise BadData("labels a reply that calls a tool", where=place, expected="a reply of text")
     return [LabelledReply(**origin._asdict(), prompt=tuple(prompt), reply=reply.content, label=label, tools=chat.tools)]
+
+
+def _truth(label: Any, place: str) -> bool:
+    """A label as people write it: true or false, 1 or 0, also as text, for tables have nothing else."""
+    known = {"true": True, "1": True, "false": False, "0": False}
+    if isinstance(label, (bool, int, str)) and str(label).strip().lower() in known:
+        return known[str(label).strip().lower()]
+    raise BadData('"label" is not true or false', where=place, got=repr(label), expected="true for a good reply")
 
 
 # --- texts and pairs --------------------------------------------------------------------------------------------------
@@ -324,7 +355,11 @@ FORMATS: Mapping[str, Callable[[Row, Origin], Sequence[Record]]] = {
 
 
 def _has_label(row: Row) -> bool:
-    return isinstance(row.get("kto_tag", row.get("label")), bool)
+    """Whether a reply is labelled good or bad; a `label` of other tables, such as a class, stands without a reply."""
+    if "kto_tag" in row or isinstance(row.get("label"), bool):
+        return True
+    replies = ("completion", "reply", "response")
+    return "label" in row and "prompt" in row and any(key in row for key in replies)
 
 
 def _has_prompt(row: Row) -> bool:
@@ -385,7 +420,8 @@ def _language(row: Row) -> str:
 
 
 def _system(row: Row, place: str) -> list[Message]:
-    return [Message("system", _text(row, "system", place))] if row.get("system") else []
+    key = "system" if "system" in row else "system_prompt"
+    return [Message("system", _text(row, key, place))] if row.get(key) else []
 
 
 def _history(row: Row, place: str) -> list[Message]:
@@ -401,12 +437,12 @@ def _history(row: Row, place: str) -> list[Message]:
 
 def _stated_prompt(row: Row, place: str) -> list[Message]:
     """The prompt that stands beside the replies."""
-    for key in ("conversations", "messages"):
-        if key in row:
-            return _turns(row, key, place)
     for key in ("prompt", "question", "query"):
         if key in row:
             return _prompt(row, key, place)
+    for key in ("conversations", "messages"):
+        if key in row:
+            return _turns(row, key, place)
     if "instruction" in row:
         context = _text(row, "input", place) if row.get("input") else ""
         instruction = _text(row, "instruction", place)
@@ -464,7 +500,8 @@ def _turn(turn: Any, where: str) -> Message:
     learn = weight != 0 or ROLES[name] != "assistant"
     if name in _CALLING:
         return Message("assistant", "", _calls([turn.get(said)], where), learn)
-    calls = list(turn.get("tool_calls") or [])
+    given = turn.get("tool_calls") or []
+    calls = [given] if isinstance(given, (str, dict)) else list(given)
     if turn.get("function_call"):
         calls.append(turn["function_call"])
     content = turn.get(said)
@@ -513,6 +550,8 @@ def _calls(calls: Sequence[Any], where: str) -> str:
             if isinstance(arguments, str):
                 arguments = _json(arguments or "{}", where, "the arguments of a tool call")
             found.append({"name": inner["name"], "arguments": arguments})
+    if not found:
+        raise BadData("a tool call calls nothing", where=where, expected="{name, arguments}")
     return json.dumps(found, ensure_ascii=False)
 
 

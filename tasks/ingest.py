@@ -88,21 +88,29 @@ class Reading:
 
     def _records_of(self, path: Path, source: RowsOfFiles, place: str) -> Iterator[Record]:
         whole = origin_of(source)
+        last_id, repeats = "", 0
         for file, number, row in read_rows_of(path, source.encoding, place):
             self.read += 1
             inside = file.removeprefix(whole).strip("/!")
             row_id = f"{self.name}-{inside}:{number}" if inside else f"{self.name}-{number}"
-            origin = Origin(row_id, self.name, file, number)
-            if file not in self.formats:
-                named = source.format if isinstance(source.format, str) else "columns"
-                self.formats[file] = detect(row, origin.place) if named == "auto" else named
+            repeats = repeats + 1 if row_id == last_id else 0  # several texts may stand in one line
+            last_id = row_id
+            origin = Origin(f"{row_id}.{repeats + 1}" if repeats else row_id, self.name, file, number)
             try:
-                yield from parse(row, _form(source, self.formats[file]), origin)
+                form = self._form(source, row, origin)
+                yield from parse(row, form, origin)
+                self.formats.setdefault(file, form if isinstance(form, str) else "columns")
             except BadData as error:
                 self.refused.append(error)
                 self.excerpts.append(json.dumps(row, ensure_ascii=False, default=str)[:_EXCERPT_CHARACTERS])
                 if len(self.refused) == _REFUSALS_KEPT:
                     self._check_refused(source.max_refused)
+
+    def _form(self, source: RowsOfFiles, row: Any, origin: Origin) -> str | dict[str, str]:
+        """How a row is read: by the columns that are named, else by the format that its keys tell."""
+        if not isinstance(source.format, str):
+            return {str(ours): name for ours, name in source.format.items()}
+        return detect(row, origin.place) if source.format == "auto" else source.format
 
     def _check_refused(self, share: float) -> None:
         if len(self.refused) <= share * self.read:
@@ -123,11 +131,6 @@ class Reading:
             {"place": error.where, "reason": error.line(), "excerpt": excerpt}
             for error, excerpt in zip(self.refused, self.excerpts, strict=True)
         ]
-
-
-def _form(source: RowsOfFiles, detected: str) -> str | dict[str, str]:
-    """How the rows of a file are read: by the columns that are named, else by its format."""
-    return detected if isinstance(source.format, str) else {str(ours): name for ours, name in source.format.items()}
 
 
 def origin_of(source: AnySource) -> str:

@@ -48,7 +48,7 @@ class Verdict:
 
 def judge(
     tables: dict[str, pa.Table],
-    benchmarks: Mapping[str, pa.Table],
+    benchmarks: Mapping[str, list[str]],
     held_out: float,
     params: Validate,
     docs: Path,
@@ -58,7 +58,7 @@ def judge(
 
     Args:
         tables: the rows of each kind; rows that are repaired are changed in here.
-        benchmarks: chats of every benchmark.
+        benchmarks: the questions of every benchmark.
         held_out: the share of groups that is kept for evaluation.
         params: what is looked for, and what is done about it.
         docs: where Data Docs go.
@@ -148,9 +148,13 @@ def _merge(marks: Marks, reasons: Mapping[int, object], table: pd.DataFrame, par
     chosen = params.duplicates
     found = [*(marks.exact if chosen.exact == "merge" else []), *(marks.near if chosen.near == "merge" else [])]
     merged: dict[int, Duplicate] = {}
+    instead: dict[int, int] = {}  # of a row in quarantine, the first of its duplicates that is not
     for each in found:
-        if each.row not in reasons and each.kept not in reasons:
-            merged.setdefault(each.row, each)
+        if each.row in reasons:
+            continue
+        kept = instead.setdefault(each.kept, each.row) if each.kept in reasons else each.kept
+        if kept != each.row:
+            merged.setdefault(each.row, each._replace(kept=kept))
     return [merged[row]._replace(kept=_kept(row, merged)) for row in sorted(merged)]
 
 

@@ -44,7 +44,7 @@ def public_address(host: str, port: int) -> str:
     private = sorted(address for address in found if not ipaddress.ip_address(address.partition("%")[0]).is_global)
     if private:
         raise BadData("leads to a private address", where=host, got=private[0], expected="a public one")
-    return min(found)
+    return min(found, key=lambda address: (":" in address, address))  # IPv4 first: not every network has the other
 
 
 def fetch(

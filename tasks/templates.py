@@ -74,6 +74,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             where=str(folder),
             fix="put a chat_template.jinja beside tokenizer.json",
         )
+    if tokenizer.is_fast:  # what a training once saved would cut every text, or fill it up
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
     _find_stop_token(tokenizer)
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise BadModel(
@@ -240,10 +243,16 @@ def _reply_text(tokenizer: PreTrainedTokenizerBase, before: Any, after: Any, rep
     if not after.startswith(before):
         return BadData("the chat template rewrites the prompt once it is answered, so no loss mask can be told")
     added = after[len(before) :]
+    missing = [call["name"] for call in json.loads(reply.calls or "[]") if call["name"] not in added]
+    if missing:
+        return BadData("the chat template drops the assistant's tool calls", got=", ".join(missing))
     said = reply.content.strip()
     place = added.find(said)
     if place < 0:
-        said = said.rpartition("</think>")[2].strip()  # templates may set reasoning apart
+        reasoning, _, said = said.rpartition("</think>")  # templates may set reasoning apart
+        if reasoning.replace("<think>", "").strip() not in added:
+            return BadData("the chat template drops the assistant's reasoning", got=repr(reasoning[:60]))
+        said = said.strip()
         place = added.find(said)
     if place < 0:
         return BadData("the chat template drops or changes the assistant's text", got=repr(added[:60]))
@@ -288,6 +297,7 @@ def _apply(tokenizer: PreTrainedTokenizerBase, plain: list[Any], schemas: Any, a
     try:
         texts = tokenizer.apply_chat_template(plain, schemas, tokenize=False, add_generation_prompt=answering)
     except (
+        MemoryError,
         TemplateError,
         TypeError,
         ValueError,
@@ -310,8 +320,13 @@ def _plain(message: Message) -> Mapping[str, Any]:
 
 def _dropped(text: str, chat: Chat) -> BadData | None:
     """Notices that a template leaves out what the system or the user said."""
+    for tool in chat.tools:
+        schema = json.loads(tool)
+        name = schema.get("function", schema).get("name") if isinstance(schema, dict) else None
+        if name and name not in text:
+            return BadData("the chat template drops the tools", got=str(name), fix="take a template that knows tools")
     for message in chat.messages:
-        if message.role in ("system", "user") and message.content.strip() not in text:
+        if message.role != "assistant" and message.content.strip() not in text:
             return BadData(
                 f"the chat template drops the {message.role} turn",
                 got=repr(message.content[:60]),

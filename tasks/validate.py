@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks import process, profile
 from tasks.checks.repairs import Repair
+from tasks.compare import questions_of
 from tasks.errors import BadData
 from tasks.judge import Verdict, judge
 from tasks.outputs import as_json, read_manifest, whole_folder
@@ -71,11 +72,11 @@ def places_of(tables: Mapping[str, pa.Table]) -> list[str]:
 
 def read_raw(
     raw: Path, sources: Mapping[str, Source]
-) -> tuple[dict[str, pa.Table], dict[str, pa.Table], dict[str, Any]]:
-    """The rows to learn from by kind, the chats of each benchmark, and the manifests of all sources.
+) -> tuple[dict[str, pa.Table], dict[str, list[str]], dict[str, Any]]:
+    """The rows to learn from by kind, the questions of each benchmark, and the manifests of all sources.
 
     Raises:
-        BadData: a source was not read, or was changed since.
+        BadData: a source was not read, or was changed since; a benchmark asks nothing.
     """
     import pyarrow as pa
 
@@ -89,9 +90,11 @@ def read_raw(
         )
         for kind in KINDS
     }
-    benchmarks = {
-        name: read_table(raw / name / "chat.parquet") for name, source in sources.items() if source.use == "benchmark"
-    }
+    benchmarks = {}
+    for name in (name for name, source in sources.items() if source.use == "benchmark"):
+        benchmarks[name] = questions_of({kind: read_table(raw / name / f"{kind}.parquet") for kind in KINDS})
+        if not benchmarks[name]:
+            raise BadData("asks nothing, so no leak of it could be found", where=f"ingest.sources.{name}")
     return tables, benchmarks, manifests
 
 

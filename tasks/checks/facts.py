@@ -53,7 +53,9 @@ PATTERNS: Mapping[str, tuple[Pattern, ...]] = {
     ),
     "replacement_characters": (Pattern("\ufffd", "\ufffd"),),
     "mojibake": (Pattern(r"Ã[\x{80}-\x{bf}]|â€[\x{80}-\x{bf}™œ“”˜¦]|Â[\x{a0}-\x{bf}]|ï»¿"),),
-    "emails": (Pattern(r"[A-Za-z0-9._%+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,}", "@"),),
+    "emails": (
+        Pattern(r"\b[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){0,8}\.[A-Za-z]{2,24}", "@"),
+    ),
     "telephones": (
         Pattern(r"(?:\+\d{1,3}[ .-]?)?\(\d{3}\) ?\d{3}[ .-]\d{4}\b", "("),
         Pattern(r"(?:\b|\+)(?:\d{1,3}[ .-])?\d{3}[.-]\d{3}[.-]\d{4}\b|\+\d{1,3}(?:[ .-]?\d{2,4}){3,4}\b"),
@@ -61,7 +63,9 @@ PATTERNS: Mapping[str, tuple[Pattern, ...]] = {
     ),
     "keys": (
         Pattern(r"\b(?:sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{36,}|hf_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16})\b"),
-        Pattern(r"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----", "-----BEGIN"),
+        Pattern(
+            r"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----[^-]*(?:-----END (?:[A-Z]+ )?PRIVATE KEY-----)?", "-----BEGIN"
+        ),
     ),
 }
 """What each fact of that name counts, over all texts of a row."""
@@ -203,8 +207,9 @@ def _facts(table: pa.Table, kind: str) -> pd.DataFrame:
     question, reply = (_script(_by_row(scripts * who[:, None], turns.row, rows)) for who in (asked, replies))
     facts["language_mismatch"] = ((question != reply) & (question != "none") & (reply != "none")).astype(np.int64)
     facts |= _same(table, kind, rows)
+    scanned = _with_calls(table, turns, kind)
     for name, patterns in PATTERNS.items():
-        facts[name] = total(sum(_matches(turns.text, pattern, count=True) for pattern in patterns))
+        facts[name] = total(sum(_matches(scanned, pattern, count=True) for pattern in patterns))
     return pd.DataFrame(facts, columns=list(COLUMNS))
 
 
@@ -350,6 +355,17 @@ def _calls(table: pa.Table, turns: Turns, kind: str) -> NDArray[np.int64]:
         return np.zeros(len(turns.row), np.int64)
     calls = table["messages"].combine_chunks().flatten().field("calls")
     return np.asarray(pc.not_equal(calls, "").to_numpy(zero_copy_only=False), np.int64)
+
+
+def _with_calls(table: pa.Table, turns: Turns, kind: str) -> pa.Array:
+    """The texts, with what tools are called with: an address or a key may stand there too."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if kind != "chat" or not _calls(table, turns, kind).any():
+        return turns.text
+    calls = table["messages"].combine_chunks().flatten().field("calls").cast(pa.large_string())
+    return pc.binary_join_element_wise(turns.text, calls, pa.scalar("\n", pa.large_string()))
 
 
 def _unnormalised(texts: pa.Array) -> NDArray[np.int64]:

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 COMMON = 10
-"""A run of words that stands in more questions or in more rows than this is boilerplate and counts for nothing."""
+"""A run of words that stands in more questions than this, or in more rows of the data that the questions were held out
+of, is boilerplate and counts for nothing."""
 
 FEWEST_WORDS = 4
 """Shorter questions, such as "go on", stand anywhere by chance and are not looked for."""

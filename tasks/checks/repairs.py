@@ -98,10 +98,14 @@ def _texts_of(record: Record) -> dict[str, str | tuple[Message, ...]]:
 def _changed(value: str | tuple[Message, ...], how: Callable[[str], str]) -> str | tuple[Message, ...]:
     if isinstance(value, str):
         return how(value)
-    return tuple(message._replace(content=how(message.content)) for message in value)
+    return tuple(message._replace(content=how(message.content), calls=how(message.calls)) for message in value)
 
 
 def _pairs(before: Any, after: Any) -> list[tuple[str, str]]:
     if isinstance(before, str):
         return [(before, after)]
-    return [(one.content, other.content) for one, other in zip(before, after, strict=True)]
+    return [
+        (said, now)
+        for one, other in zip(before, after, strict=True)
+        for said, now in ((one.content, other.content), (one.calls, other.calls))
+    ]

@@ -6,6 +6,7 @@ between words. Words become 64-bit hashes in a few passes over the bytes, withou
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,28 +30,39 @@ class Words(NamedTuple):
 
 def normal_form(texts: pa.Array) -> pa.Array:
     """Texts as words with spaces between them: without case, width, punctuation; Chinese characters apart."""
+    return _form(texts, r"[^\p{L}\p{M}\p{N}]+", str.isalnum, apart=True)
+
+
+def spaced_form(texts: pa.Array) -> pa.Array:
+    """Texts without differences of case, width and white space; symbols and punctuation stay."""
+    return _form(texts, r"[\s\p{Z}]+", lambda character: not character.isspace(), apart=False)
+
+
+def _form(texts: pa.Array, between: str, keeps: Callable[[str], bool], *, apart: bool) -> pa.Array:
+    """Lower case, with spaces for whatever stands between; `keeps` says the same of ASCII as `between` of the rest."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     texts = texts.cast(pa.large_string())
     plain = pc.string_is_ascii(texts)
     if pc.all(plain).as_py() is not False:
-        return _plain_form(texts)
+        return _plain_form(texts, keeps)
     places = pc.indices_nonzero(pc.invert(plain))
     wide = pc.utf8_lower(pc.utf8_normalize(texts.take(places), form="NFKC"))
-    wide = pc.replace_substring_regex(wide, pattern=r"[^\p{L}\p{M}\p{N}]+", replacement=" ")
-    wide = pc.replace_substring_regex(wide, pattern=r"([\p{Han}\p{Hiragana}\p{Katakana}])", replacement=r" \1 ")
-    return pc.replace_with_mask(_plain_form(pc.if_else(plain, texts, "")), pc.invert(plain), wide)
+    wide = pc.replace_substring_regex(wide, pattern=between, replacement=" ")
+    if apart:
+        wide = pc.replace_substring_regex(wide, pattern=r"([\p{Han}\p{Hiragana}\p{Katakana}])", replacement=r" \1 ")
+    return pc.replace_with_mask(_plain_form(pc.if_else(plain, texts, ""), keeps), pc.invert(plain), wide)
 
 
-def _plain_form(texts: pa.Array) -> pa.Array:
+def _plain_form(texts: pa.Array, keeps: Callable[[str], bool]) -> pa.Array:
     """The same for ASCII: a table says what becomes of each byte."""
     import numpy as np
     import pyarrow as pa
 
     table = np.full(256, ord(" "), np.uint8)
     for byte in range(128):
-        if chr(byte).isalnum():
+        if keeps(chr(byte)):
             table[byte] = ord(chr(byte).lower())
     content = _compact(texts)
     _, offsets, data = content.buffers()

@@ -20,6 +20,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "data").mkdir()
     for name in ("dvc.yaml", "data/lexicon.yaml"):
         shutil.copyfile(ROOT / name, tmp_path / name)
+    (tmp_path / "data" / "templates").mkdir()
     (tmp_path / "tasks").symlink_to(ROOT / "tasks")
     for name in ("models/tiny", "a b/c"):
         (tmp_path / name).mkdir(parents=True)

@@ -263,6 +263,23 @@ def test_a_real_base_without_template_learns_to_chat_in_chatml(real_data: Path, 
     assert scored.replace(" ", "") == "first<|im_end|>second<|im_end|>"
 
 
+def test_qwens_template_knows_tools(pico_base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(pico_base, folder)
+    give_template(folder, ROOT / "data" / "templates" / "qwen.jinja")
+    tokenizer = load_tokenizer(folder)
+    calling = Message("assistant", "", '[{"name": "find", "arguments": {"x": 1}}]')
+    for before in ([], [Message("system", "Be brief.")]):
+        chat = [*before, Message("user", "q"), calling, Message("tool", "r"), Message("assistant", "a")]
+        ids, mask, _ = render_chat(tokenizer, chat, ('{"name": "find"}',))
+        text = str(tokenizer.decode(ids))
+        assert text.count("<|im_start|>system") == 1
+        assert "<tool_response>\nr\n</tool_response>" in text
+        scored = str(tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m]))
+        assert scored.count("<|im_end|>") == 2
+        assert '"name": "find"' in scored
+
+
 def test_an_unknown_template_is_refused(pico_base: Path, tmp_path: Path) -> None:
     with pytest.raises(BadModel) as caught:
         give_template(pico_base, ROOT / "data" / "templates" / "chatlm.jinja")

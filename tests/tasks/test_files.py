@@ -109,6 +109,19 @@ def test_texts_are_told_apart_by_marks_or_paragraphs(tmp_path: Path) -> None:
     assert [row.value["text"] for row in read_rows_of(tmp_path / "plain.txt")] == ["one\nstill one", "two"]
 
 
+def test_rows_under_the_name_of_a_text_are_rows(tmp_path: Path) -> None:
+    for name, content in (("a.txt", as_jsonl()), ("b.txt", as_json())):
+        (tmp_path / name).write_bytes(content)
+        assert [row.value for row in read_rows_of(tmp_path / name)] == ROWS
+
+
+def test_what_a_mac_packs_besides_is_passed_over(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.jsonl", as_jsonl())
+        archive.writestr("__MACOSX/._a.jsonl", b"\0\5\x16\7")
+    assert [row.value for row in read_rows_of(tmp_path / "a.zip")] == ROWS
+
+
 def test_another_encoding_can_be_named(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes("Äpfel".encode("latin-1"))
@@ -194,6 +207,7 @@ MALFORMED: dict[str, tuple[bytes, str, str]] = {
     "nan.jsonl": (b'{"output": NaN}\n', "NaN is not valid JSON", "nan.jsonl:1"),
     "nan.json": (b'[{"a": "b"},\n{"output": NaN}]', "NaN is not valid JSON", "nan.json:2"),
     "infinity.jsonl": (b'{"output": -Infinity}\n', "-Infinity is not valid JSON", "infinity.jsonl:1"),
+    "huge.jsonl": (b'{"a": 1e400}\n', "is too large for a number", "huge.jsonl:1"),
     "twice.jsonl": (GOOD + b'{"a": 1, "a": 2}\n', 'key "a" appears twice', "twice.jsonl:2"),
     "twice.json": (b'[{"b": {"a": 1, "a": 2}}]', 'key "a" appears twice', "twice.json:1"),
     "deep.json": (b"[" * 100_000, "nested too deeply", "deep.json"),
@@ -216,6 +230,11 @@ MALFORMED: dict[str, tuple[bytes, str, str]] = {
     # packings
     "cut.jsonl.gz": (gzip.compress(GOOD * 50)[:-9], "is a damaged gz file", "cut.jsonl.gz"),
     "flipped.jsonl.gz": (gzip.compress(GOOD)[:-6] + b"abcdef", "is a damaged gz file", "flipped.jsonl.gz"),
+    "middle.jsonl.gz": (
+        gzip.compress(as_jsonl() * 9)[:30] + b"\xff\xff" + gzip.compress(as_jsonl() * 9)[32:],
+        "is a damaged gz file",
+        "middle.jsonl.gz",
+    ),
     "cut.zst": (bytes(pa.compress(GOOD * 99, "zstd", asbytes=True))[:-5], "is a damaged zst file", "cut.zst"),
     "bomb.jsonl.gz": (gzip.compress(b"\0" * (64 << 20)), "expands too far", "bomb.jsonl.gz"),
     "bomb.zip": (a_zip(lambda z: z.writestr("a.jsonl", b"\0" * (64 << 20))), "expands too far", "bomb.zip"),

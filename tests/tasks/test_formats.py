@@ -197,6 +197,31 @@ UNDERSTOOD: dict[str, tuple[str, dict[str, Any], Record]] = {
         {"prompt": "q", "completion": "a", "label": True},
         LabelledReply(**HERE, prompt=(U,), reply="a", label=True),
     ),
+    "labelled completion of a table": (
+        "labelled",
+        {"prompt": "q", "completion": "a", "label": "False"},
+        LabelledReply(**HERE, prompt=(U,), reply="a", label=False),
+    ),
+    "preference beside the whole conversation": (
+        "preference",
+        {
+            "prompt": "q",
+            "messages": MESSAGES,
+            "chosen": MESSAGES,
+            "rejected": [MESSAGES[0], {"role": "assistant", "content": "b"}],
+        },
+        pair(),
+    ),
+    "preference with a system prompt": (
+        "preference",
+        {"system_prompt": "s", "question": "q", "chosen": "a", "rejected": "b"},
+        pair(prompt=(Message("system", "s"), U)),
+    ),
+    "instruction with context": (
+        "prompt_reply",
+        {"instruction": "q", "context": "c", "response": "a"},
+        chat(Message("user", "q\nc"), A),
+    ),
     "text": ("text", {"text": "t"}, TextExample(**HERE, text="t")),
     "pair": ("pair", {"input": "q", "target": "a"}, SeqPair(**HERE, input="q", target="a")),
 }
@@ -237,6 +262,20 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "no fields": ({}, "is of no known format"),
     "unknown fields": ({"mesages": []}, "is of no known format"),
     "token ids": ({"input_ids": [1, 2], "labels": [1]}, "holds token ids"),
+    "pictures by name": ({"conversations": TALK, "image": "x.jpg"}, "holds pictures or sound"),
+    "label that is neither": ({"prompt": "q", "completion": "a", "label": "maybe"}, "is not true or false"),
+    "labelled call": (
+        {"messages": [MESSAGES[0], {"role": "assistant", "tool_calls": [CALL]}], "label": True},
+        "labels a reply that calls a tool",
+    ),
+    "history beside messages": ({"messages": MESSAGES, "history": [["a", "b"]]}, 'both messages and "history"'),
+    "calls of nothing": ({"conversations": [TALK[0], {"from": "function_call", "value": "[]"}]}, "calls nothing"),
+    "too many choices": ({"query": "q", "choices": ["x"] * 30, "gold": 1}, "has no list of choices"),
+    "answer as a digit": ({"query": "q", "choices": ["x", "y"], "gold": "1"}, "which choice is right"),
+    "prompt said twice and differently": (
+        {"prompt": "other", "chosen": MESSAGES, "rejected": [MESSAGES[0], {"role": "assistant", "content": "b"}]},
+        "what its replies begin with differ",
+    ),
     "pictures": ({"messages": MESSAGES, "images": ["a.png"]}, "holds pictures or sound"),
     "output is a number": ({"instruction": "q", "output": 5}, 'field "output" is not text'),
     "output is null": ({"instruction": "q", "output": None}, 'field "output" is not text'),

@@ -101,6 +101,19 @@ def test_a_dataset_of_the_hub_is_read_at_its_revision(tmp_path: Path, monkeypatc
 BAD = {"instruction": "Add.", "output": None}
 
 
+def test_rows_of_several_kinds_may_stand_in_one_file(tmp_path: Path) -> None:
+    """Told row by row: none loses its label or its replies to the format of the first."""
+    labelled = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "label": False}
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    found = rows(write(tmp_path / "a.jsonl", [CHAT, labelled, pair, {"text": "t"}]))
+    assert [r.kind for r in found] == ["chat", "labelled", "preference", "text"]
+
+
+def test_texts_in_one_line_have_ids_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one<|endoftext|>two<|endoftext|>three\n<|endoftext|>four")
+    assert [r.id for r in rows(tmp_path / "a.txt")] == ["s-1", "s-1.2", "s-1.3", "s-2"]
+
+
 def test_one_malformed_row_is_told_whole(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [ALPACA, BAD])
     with pytest.raises(BadData) as caught:

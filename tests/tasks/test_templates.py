@@ -310,3 +310,39 @@ def test_masks_agree_with_the_marks_of_trls_training_templates(path: Path, pico_
     served = set(range(prompt_tokens)) | set(range(mask.index(False, prompt_tokens), len(ids)))
     assert served.issuperset(besides)
     assert sum(mask) >= 4
+
+
+# --- what a template must not drop ------------------------------------------------------------------------------------
+
+CALLING = Message("assistant", "", '[{"name": "find", "arguments": {"x": 1}}]')
+
+
+def test_dropped_tools_calls_and_reasoning_are_noticed(tokenizer: PreTrainedTokenizerBase, pico_base: Path) -> None:
+    """ChatML knows no tools: without this the model would learn to answer nothing at all."""
+    for what, messages, tools in (
+        ("drops the tools", CHAT, ('{"name": "find"}',)),
+        ("drops the assistant's tool calls", [CHAT[0], CALLING, Message("tool", "r"), *CHAT[1:]], ()),
+    ):
+        with pytest.raises(BadData, match=what):
+            render_chat(tokenizer, messages, tools)
+    dropping = load_tokenizer(pico_base)
+    dropping.chat_template = str(dropping.chat_template).replace(
+        "{{ message.content }}", "{{ message.content.split('</think>')[-1] }}"
+    )
+    with pytest.raises(BadData, match="drops the assistant's reasoning"):
+        render_chat(dropping, [CHAT[0], Message("assistant", "<think>secret</think>Yes")])
+
+
+def test_what_a_training_saved_in_the_tokenizer_cuts_nothing(pico_base: Path, tmp_path: Path) -> None:
+    def spoil(folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        saved = json.loads(path.read_text())
+        saved["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+        saved["padding"] = {
+            "strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None,
+            "pad_id": 0, "pad_type_id": 0, "pad_token": "<|pad|>",
+        }  # fmt: skip
+        path.write_text(json.dumps(saved))
+
+    spoiled = load_tokenizer(changed(pico_base, tmp_path / "base", spoil))
+    assert render_chat(spoiled, CHAT) == render_chat(load_tokenizer(pico_base), CHAT)

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from tasks import profile
+from tasks.compare import questions_of
 from tasks.errors import BadData
 from tasks.ingest import Reading
 from tasks.judge import Verdict, judge
@@ -167,6 +168,18 @@ def test_a_check_may_warn_or_be_left_out(tmp_path: Path) -> None:
     assert "html" not in verdict_on([bad], tmp_path / "b", validate_params({"html": "ignore"})).outcomes
 
 
+def test_the_same_rows_give_the_same_pages(tmp_path: Path) -> None:
+    """Also Data Docs, which come with random ids, the time of day, and a picture from elsewhere that counts views."""
+    records = [*GOOD, *(dataclasses.replace(row, id=name) for name, (row, _) in BAD.items())]
+    for folder in ("one", "two"):
+        verdict_on(records, tmp_path / folder)
+    pages = {path.relative_to(tmp_path / "one"): path for path in (tmp_path / "one").rglob("*") if path.is_file()}
+    assert len(pages) > 5
+    for name, path in pages.items():
+        assert path.read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    assert "amazonaws" not in (tmp_path / "one" / "index.html").read_text()
+
+
 def test_data_docs_and_the_profile_are_written(tmp_path: Path) -> None:
     found = verdict_on(GOOD, tmp_path / "docs")
     assert "rows" in (tmp_path / "docs" / "index.html").read_text()
@@ -205,17 +218,18 @@ def test_duplicates_are_merged_across_sources(tmp_path: Path) -> None:
     words = "the quick brown fox jumps over the lazy dog while twelve cats sit on one very old red wall and sing"
     one = chat("a", "ua", words)
     same = dataclasses.replace(
-        one, id="b", source="t", messages=tuple(m._replace(content=m.content.upper() + "!") for m in one.messages)
+        one, id="b", source="t", messages=tuple(m._replace(content=f"  {m.content.upper()}\n") for m in one.messages)
     )
     near = dataclasses.replace(
-        one, id="c", messages=(one.messages[0], one.messages[1]._replace(content=f"so {one.messages[1].content}"))
+        one, id="c", messages=(one.messages[0], one.messages[1]._replace(content=f"so then {one.messages[1].content}"))
     )
     other = chat("d", "ua", "something else entirely, which nobody said before")
-    found = verdict_on([one, same, near, other], tmp_path)
+    spaced = {"outer_space": "warn"}
+    found = verdict_on([one, same, near, other], tmp_path, validate_params(spaced))
     ids = found.facts["id"]
     assert [(ids[each.row], ids[each.kept]) for each in found.merged] == [("b", "a"), ("c", "a")]
     assert not found.reasons
-    longest = validate_params(duplicates={**validate_params().duplicates.model_dump(), "keep": "longest"})
+    longest = validate_params(spaced, duplicates={**validate_params().duplicates.model_dump(), "keep": "longest"})
     kept = verdict_on([one, same, near, other], tmp_path / "longest", longest)
     assert {kept.facts["id"][each.kept] for each in kept.merged} == {"c"}
 
@@ -232,12 +246,61 @@ def test_nothing_merges_into_a_row_in_quarantine(tmp_path: Path) -> None:
     assert found.merged == []
 
 
+def said(row_id: str, *texts: str, **about: Any) -> ChatExample:
+    messages = [Message("user" if place % 2 == 0 else "assistant", text) for place, text in enumerate(texts)]
+    return ChatExample(id=row_id, source="s", messages=tuple(messages), **about)
+
+
+def test_rows_that_differ_in_a_symbol_or_a_call_are_no_duplicates(tmp_path: Path) -> None:
+    calls = [Message("assistant", "", f'[{{"name": "f", "arguments": {{"x": {x}}}}}]') for x in (1, 2)]
+    records: list[Record] = [
+        said("more", "Is 3 > 2 true?", "yes"),
+        said("less", "Is 3 < 2 true?", "yes"),
+        said("minus", "What is -4 + 1?", "x = -3"),
+        said("plus", "What is 4 + 1?", "x = -3"),
+        *(ChatExample(id=f"call {n}", source="s", messages=(Message("user", "do it"), c)) for n, c in enumerate(calls)),
+        said("with a tool", "Say hello", "hello", tools=('{"name": "f"}',)),
+        said("without", "Say hello", "hello"),
+        said("again", "  say  HELLO\n", "hello"),
+    ]
+    exact = validate_params({"outer_space": "warn", "roles": "ignore"}, duplicates={
+        **validate_params().duplicates.model_dump(), "near": "ignore"})  # fmt: skip
+    found = verdict_on(records, tmp_path, exact)
+    ids = found.facts["id"]
+    assert [(ids[each.row], ids[each.kept]) for each in found.merged] == [("again", "without")]
+
+
+def test_of_duplicates_whose_first_is_in_quarantine_one_stays(tmp_path: Path) -> None:
+    records = [dataclasses.replace(said("", "hi", "ho"), id=name) for name in ("first", "second", "third")]
+    first = dataclasses.replace(records[0], id="one")  # the id of another row: both go to quarantine
+    other = dataclasses.replace(said("", "else", "what"), id="one")
+    found = verdict_on([first, other, *records[1:]], tmp_path)
+    ids = found.facts["id"]
+    assert [(ids[each.row], ids[each.kept]) for each in found.merged] == [("third", "second")]
+
+
+def test_a_key_is_masked_whole_and_found_in_calls(tmp_path: Path) -> None:
+    key = "-----BEGIN PRIVATE KEY-----\nMIIEvSECRET\n-----END PRIVATE KEY-----"
+    secret = "hf_" + "aB3" * 12
+    call = Message("assistant", "", f'[{{"name": "f", "arguments": {{"token": "{secret}"}}}}]')
+    chats: list[Record] = [
+        said("text", "here", f"see {key} there"),
+        ChatExample(id="call", source="s", messages=(Message("user", "log in"), call)),
+    ]
+    given = tables(chats)
+    judge(given, {}, 0.0, validate_params({"keys": "repair"}), tmp_path, Memory(None))
+    kept = str(list(as_records("chat", given["chat"])))
+    assert "SECRET" not in kept
+    assert secret not in kept
+    assert "see [key] there" in kept
+
+
 QUESTION = "Janet has sixteen ducks and each of them lays one egg a day: how many eggs does she get in a week?"
 
 
 def test_questions_of_a_benchmark_are_found(tmp_path: Path) -> None:
-    benchmark = {"exam": tables([chat("q", "ua", QUESTION)])["chat"]}
-    asked = next(iter(as_records("chat", benchmark["exam"]))).prompt_text()
+    asked = chat("q", "ua", QUESTION).prompt_text()
+    benchmark = {"exam": [asked]}
     records: list[Record] = [
         chat("good", "ua", "How many ducks does Janet have?"),
         ChatExample(id="whole", source="s", messages=(Message("user", asked.upper()), Message("assistant", "112"))),
@@ -352,8 +415,8 @@ def test_the_known_defects_of_other_real_files(real_data: Path, tmp_path: Path) 
 
 def test_the_known_leaks_of_a_real_training_file(real_data: Path, tmp_path: Path) -> None:
     exams = {
-        "gsm8k": tables(real(real_data / "gsm8k" / "test.jsonl"))["chat"],
-        "svamp": tables(real(real_data / "llm_adapters" / "SVAMP" / "test.json"))["chat"],
+        "gsm8k": questions_of(tables(real(real_data / "gsm8k" / "test.jsonl"))),
+        "svamp": questions_of(tables(real(real_data / "llm_adapters" / "SVAMP" / "test.json"))),
     }
     maths = verdict_on(
         real(real_data / "llm_adapters" / "ft-training_set" / "math_data.json"), tmp_path / "1", WIDE, benchmarks=exams
