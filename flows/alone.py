@@ -57,12 +57,15 @@ def inspect(path: Path, against: Sequence[Path]) -> dict[str, Any]:
     for file in _files(path):
         reading = Reading(str(file), _any_file(file))
         try:
-            records += list(reading.records())
+            found_here = list(reading.records())
+            if reading.holds_nothing:
+                raise reading.refused[0]
         except BadData as error:
             if path.is_file():
                 raise
             files.append(FileFound(str(file), "", 0, 0, error.line()))
             continue
+        records += found_here
         refused += reading.refused
         files.append(FileFound(str(file), _named(reading.formats), reading.read, len(reading.refused), ""))
     if not records and not refused:

@@ -115,7 +115,7 @@ class Reading:
     def _check_refused(self, share: float) -> None:
         if len(self.refused) <= share * self.read:
             return
-        if len(self.refused) == 1:
+        if len(self.refused) == 1 or self.holds_nothing:
             raise self.refused[0]
         raise BadData(
             f"{len(self.refused)} of {self.read} rows are malformed",
@@ -124,6 +124,11 @@ class Reading:
             examples=[error.line() for error in self.refused],
             fix=f"correct these rows, or raise ingest.sources.{self.name}.max_refused if they may be lost",
         )
+
+    @property
+    def holds_nothing(self) -> bool:
+        """Whether every row that was read was refused, and all for the same: then the file is no such data at all."""
+        return 0 < len(self.refused) == self.read and len({error.what for error in self.refused}) == 1
 
     def refusals(self) -> list[dict[str, Any]]:
         """The rows that were refused, as refused.parquet has them."""

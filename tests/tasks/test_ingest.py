@@ -229,7 +229,7 @@ def test_real_files_that_hold_no_rows_are_refused_as_what_they_are(real_data: Pa
         "fms_artifacts/testdata/json/malformatted_data.json": "is not JSON",
         "fms_artifacts/testdata/json/empty_data.json": "is empty",
         "fms_artifacts/testdata/parquet/chat_dataset_tokenized_sequence.parquet": "token ids",
-        "fms_artifacts/testdata/jsonl/image_dataset.jsonl": "malformed",
+        "fms_artifacts/testdata/jsonl/image_dataset.jsonl": "holds pictures",
         "llama_factory/dataset_info.json": "is one JSON object",
         "cs336_fixtures/corpus.en": "no kind of file that is known",
         "stories260k/stories260K.bin": "is not text",
