@@ -1,6 +1,6 @@
 """Times the quickstart in a fresh clone: the whole run, a run with nothing changed, and DVC alone on the same.
 
-    .venv/bin/python bench/quickstart.py [--again 3]
+    .venv/bin/python -m bench.quickstart [--again 3]
 
 Prints one table. Nothing else should run meanwhile; the load before the start is printed beside it.
 """
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -18,7 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from bench.clock import ROOT, machine
+
 TEMPER = [sys.executable, "-m", "flows.cli"]
 DVC = [sys.executable, "-m", "dvc"]
 
@@ -38,9 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--again", type=int, default=3, help="how often the unchanged graph is timed")
     again = parser.parse_args().again
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    bf16 = ", ".join(flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags) or "no fast bf16"
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {bf16}, load {os.getloadavg()[0]:.2f}")
+    print(machine())
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder) / "temper"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)

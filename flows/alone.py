@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks import graph
-from tasks.errors import BadData, BadInput, BadParams
+from tasks.errors import BadData, BadParams
 from tasks.files import is_prose
 from tasks.ingest import Reading
 from tasks.outputs import whole_file
@@ -52,24 +52,7 @@ def inspect(path: Path, against: Sequence[Path]) -> dict[str, Any]:
     from tasks.remembered import Memory
 
     params = _nearest_params()
-    records: list[Record] = []
-    files, refused = [], list[BadInput]()
-    for file in _files(path):
-        reading = Reading(str(file), _any_file(file))
-        try:
-            found_here = list(reading.records())
-            if reading.holds_nothing:
-                raise reading.refused[0]
-        except BadData as error:
-            if path.is_file():
-                raise
-            files.append(FileFound(str(file), "", 0, 0, error.line()))
-            continue
-        records += found_here
-        refused += reading.refused
-        files.append(FileFound(str(file), _named(reading.formats), reading.read, len(reading.refused), ""))
-    if not records and not refused:
-        raise BadData("no file here holds rows", where=str(path), examples=[file.error for file in files])
+    files, records, refused = _look_into(path)
     found = {
         "path": str(path),
         "format": _named({file.path: file.format for file in files if file.format}),
@@ -101,6 +84,30 @@ def inspect(path: Path, against: Sequence[Path]) -> dict[str, Any]:
         },
         "benchmarks": {name: leaks._asdict() for name, leaks in verdict.marks.benchmarks.items()},
     }
+
+
+def _look_into(path: Path) -> tuple[list[FileFound], list[Record], list[BadData]]:
+    """The files, their rows, and why rows were refused."""
+    files: list[FileFound] = []
+    records: list[Record] = []
+    refused: list[BadData] = []
+    for file in _files(path):
+        reading = Reading(str(file), _any_file(file))
+        try:
+            found = list(reading.records())
+            if reading.holds_nothing:
+                raise reading.refused[0]
+        except BadData as error:
+            if path.is_file():
+                raise
+            files.append(FileFound(str(file), "", 0, 0, error.line()))
+            continue
+        records += found
+        refused += reading.refused
+        files.append(FileFound(str(file), _named(reading.formats), reading.read, len(reading.refused), ""))
+    if not records and not refused:
+        raise BadData("no file here holds rows", where=str(path), examples=[file.error for file in files])
+    return files, records, refused
 
 
 class Shown(NamedTuple):

@@ -22,7 +22,7 @@ from tasks.hub import snapshot
 from tasks.models import MODEL_FILES, load_model, model_files
 from tasks.outputs import MANIFEST, read_manifest, whole_folder
 from tasks.params import HubBase, LocalBase, PretrainBase
-from tasks.pretraining import document, model_card, new_model, pack_blocks, pretrain, train_tokenizer
+from tasks.pretraining import PAD, document, model_card, new_model, pack_blocks, pretrain, train_tokenizer
 from tasks.progress import Progress
 from tasks.records import ChatExample, TextExample
 from tasks.tables import read_records
@@ -84,9 +84,6 @@ def give_template(folder: Path, template: Path) -> list[str]:
             file.unlink()
         model.save_pretrained(folder)
     return added
-
-
-PAD = "<|pad|>"
 
 
 def make_model(params: PretrainBase, out: Path, checkpoints: Path) -> None:

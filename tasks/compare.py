@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 from tasks.checks.duplicates import Duplicate, NearIndex, exact_duplicates
-from tasks.checks.facts import Turns, turns_of
+from tasks.checks.facts import Turns, calls_of, turns_of
 from tasks.checks.leaks import Hits, Index, without_common
 from tasks.checks.words import Words, mixed, normal_form, runs, spaced_form, whole_hash, words_of
 from tasks.params import Validate
@@ -90,10 +90,10 @@ def compare(
         index = NearIndex(*_near_settings(params)) if looking else None
         hashes = []
         for start, seen in _look(table, kind):
-            hashes.append(_row_hashes(seen, table.slice(start, seen.rows), kind))
+            hashes.append(seen.hashes)
             search.through(seen, first + start, withheld[kind][start : start + seen.rows])
             if index:
-                index.add(Words(seen.words.hash, seen.turns.row[seen.words.text]), seen.rows)
+                index.add(seen.words_by_row(), seen.rows)
         sides = np.concatenate(hashes)
         contradiction[first : first + len(table)] = _contradictions(sides, table, kind)
         order = np.argsort(-_lengths(table, kind), kind="stable") if params.duplicates.keep == "longest" else None
@@ -111,11 +111,25 @@ def compare(
 
 
 class _Seen(NamedTuple):
-    """A block of rows with its texts and their words; `words.text` is the text."""
+    """A block of rows with its texts, their words and hashes.
+
+    Attributes:
+        rows: how many.
+        turns: their texts.
+        words: of the texts; `words.text` is the text.
+        whole: (texts,) the hash of all words of each text.
+        hashes: (rows, 4) what `_row_hashes` makes of them.
+    """
 
     rows: int
     turns: Turns
     words: Words
+    whole: NDArray[np.uint64]
+    hashes: NDArray[np.uint64]
+
+    def words_by_row(self) -> Words:
+        """The words, with the row that each stands in."""
+        return _by_row(self.words, self.turns)
 
 
 def _look(table: pa.Table, kind: str) -> Iterator[tuple[int, _Seen]]:
@@ -124,7 +138,9 @@ def _look(table: pa.Table, kind: str) -> Iterator[tuple[int, _Seen]]:
     def see(start: int) -> tuple[int, _Seen]:
         block = table.slice(start, _BLOCK_ROWS)
         turns = turns_of(block, kind)
-        return start, _Seen(len(block), turns, words_of(normal_form(turns.text)))
+        words = words_of(normal_form(turns.text))
+        whole = whole_hash(words, len(turns.row))
+        return start, _Seen(len(block), turns, words, whole, _row_hashes(block, kind, turns, whole))
 
     starts = range(0, len(table), _BLOCK_ROWS)
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -146,51 +162,51 @@ def _near(index: NearIndex, table: pa.Table, kind: str, ranked: list[int]) -> li
     flagged = set(index.suspects().tolist())
     suspects = [row for row in ranked if row in flagged]
     turns = turns_of(table.take(pa.array(suspects, pa.int64())), kind)
-    words = words_of(normal_form(turns.text))
-    return index.duplicates(suspects, Words(words.hash, turns.row[words.text]))
+    return index.duplicates(suspects, _by_row(words_of(normal_form(turns.text)), turns))
+
+
+def _by_row(words: Words, turns: Turns) -> Words:
+    return Words(words.hash, turns.row[words.text])
 
 
 # --- equal and opposite rows ------------------------------------------------------------------------------------------
 
 
-def _row_hashes(seen: _Seen, block: pa.Table, kind: str) -> NDArray[np.uint64]:
+def _row_hashes(block: pa.Table, kind: str, turns: Turns, whole: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Hashes of all that a row says, of its prompt, and of its replies: (rows, 4) uint64; 0 for what it lacks."""
     import numpy as np
 
-    result = np.zeros((seen.rows, 4), np.uint64)
-    result[:, 0] = _said(seen, block, kind)
+    result = np.zeros((len(block), 4), np.uint64)
+    result[:, 0] = _said(block, kind, turns)
     if kind in ("preference", "labelled"):
-        each = whole_hash(seen.words, len(seen.turns.row))
         for column, letter in ((2, "c"), (3, "r")):
-            those = seen.turns.letter == ord(letter)
-            result[seen.turns.row[those], column] = each[those]
-        prompt = ~np.isin(seen.turns.letter, np.frombuffer(b"cr", np.uint8))
-        mixture = each * (seen.turns.letter.astype(np.uint64) * np.uint64(2) + np.uint64(1))
-        np.add.at(result[:, 1], seen.turns.row[prompt], mixture[prompt])
+            those = turns.letter == ord(letter)
+            result[turns.row[those], column] = whole[those]
+        prompt = ~np.isin(turns.letter, np.frombuffer(b"cr", np.uint8))
+        mixture = whole * (turns.letter.astype(np.uint64) * np.uint64(2) + np.uint64(1))
+        np.add.at(result[:, 1], turns.row[prompt], mixture[prompt])
     if kind == "labelled":  # the same reply with another label is no duplicate but a contradiction
         result[:, 0] += block["label"].to_numpy().astype(np.uint64)
     return result
 
 
-def _said(seen: _Seen, block: pa.Table, kind: str) -> NDArray[np.uint64]:
+def _said(block: pa.Table, kind: str, turns: Turns) -> NDArray[np.uint64]:
     """One hash for each row: equal when the same roles say the same and call the same tools, symbol by symbol."""
     import numpy as np
     import pyarrow.compute as pc
 
-    turns = seen.turns
     place = np.arange(len(turns.row)) - np.searchsorted(turns.row, turns.row)
     salt = mixed(turns.letter.astype(np.uint64) + mixed(place.astype(np.uint64)))
     each = whole_hash(words_of(spaced_form(turns.text)), len(turns.row))
     parts = np.where(each > 0, mixed(each + salt), 0)
-    if kind == "chat":
-        calls = block["messages"].combine_chunks().flatten().field("calls")
+    if (calls := calls_of(block, kind)) is not None:
         called = whole_hash(words_of(spaced_form(calls)), len(calls))
         parts += np.where(called > 0, mixed(called ^ salt), 0)
-    total = np.zeros(seen.rows, np.uint64)
+    total = np.zeros(len(block), np.uint64)
     np.add.at(total, turns.row, parts)
     if "tools" in block.column_names:
         tools = pc.binary_join(block["tools"].combine_chunks(), "\n")
-        total += whole_hash(words_of(spaced_form(tools)), seen.rows)
+        total += whole_hash(words_of(spaced_form(tools)), len(block))
     return total
 
 
@@ -295,9 +311,8 @@ class _Search:
         import numpy as np
 
         row = seen.turns.row
-        hashes = whole_hash(seen.words, len(row))
-        filled = np.flatnonzero(hashes)
-        whole, found = Words(hashes[filled], filled), runs(seen.words, self._run_words)
+        filled = np.flatnonzero(seen.whole)
+        whole, found = Words(seen.whole[filled], filled), runs(seen.words, self._run_words)
         for name, index in self._indexes.items():
             searched = (whole, found)
             if name in (HELD_OUT, HELD_OUT_GROUPS):

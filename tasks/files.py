@@ -18,6 +18,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -165,14 +166,16 @@ def _unpacked(source: _Named, packing: str) -> Iterator[IO[bytes]]:
     """The unpacked bytes in a temporary file, because tables are read from their end and packings are not."""
     import pyarrow as pa
 
+    packed_bytes = source.stream.seek(0, io.SEEK_END)
+    source.stream.seek(0)
     with tempfile.TemporaryFile() as file:
         try:
             if packing == "gz":
                 with gzip.open(source.stream) as stream:
-                    _copy(stream, file, source)
+                    _copy(stream, file, source.place, packed_bytes)
             else:
                 with pa.CompressedInputStream(pa.PythonFile(source.stream, mode="r"), "zstd") as stream:
-                    _copy(stream, file, source)
+                    _copy(stream, file, source.place, packed_bytes)
         except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
             _raise_if_storage(error)
             raise BadData(
@@ -191,17 +194,19 @@ def _raise_if_storage(error: Exception) -> None:
         raise error
 
 
-def _copy(stream: Any, file: IO[bytes], source: _Named, packed_bytes: int = 0) -> None:
-    packed_bytes = packed_bytes or source.stream.seek(0, io.SEEK_END)
-    source.stream.seek(0)
-    limit = min(MAX_EXPANDED_BYTES, max(_BLOCK << 4, packed_bytes * MAX_EXPANSION))
-    size = 0
+def _most_bytes(packed_bytes: int) -> int:
+    """What so many packed bytes may expand to."""
+    return min(MAX_EXPANDED_BYTES, max(_BLOCK << 4, packed_bytes * MAX_EXPANSION))
+
+
+def _copy(stream: Any, file: IO[bytes], place: str, packed_bytes: int) -> None:
+    limit, size = _most_bytes(packed_bytes), 0
     while block := stream.read(_BLOCK):
         size += len(block)
         if size > limit:
             raise BadData(
                 "expands too far; was it made to fill the disk?",
-                where=source.place,
+                where=place,
                 got=f"more than {size:,} bytes out of {packed_bytes:,}",
                 expected=f"at most {limit:,}",
             )
@@ -217,16 +222,14 @@ def _read_zip(source: _Named, encoding: str, inside: Sequence[str]) -> Iterator[
                 _check_member(member, source.place)
             data = [m for m in members if not is_prose(PurePosixPath(m.filename).name) and not _of_the_packer(m)]
             total = sum(m.file_size for m in data)
-            if total > MAX_EXPANDED_BYTES or any(
-                m.file_size > max(_BLOCK << 4, m.compress_size * MAX_EXPANSION) for m in data
-            ):
+            if total > MAX_EXPANDED_BYTES or any(m.file_size > _most_bytes(m.compress_size) for m in data):
                 raise BadData(
                     "expands too far; was it made to fill the disk?", where=source.place, got=f"{total:,} bytes"
                 )
             for member in data:
                 place = f"{source.place}!{member.filename}"
                 with archive.open(member) as packed, tempfile.TemporaryFile() as file:
-                    _copy(packed, file, _Named(io.BytesIO(), place, member.filename), max(1, member.compress_size))
+                    _copy(packed, file, place, member.compress_size)
                     file.seek(0)
                     name = PurePosixPath(member.filename).name
                     yield from _read(_Named(file, place, name), encoding, inside)
@@ -315,33 +318,28 @@ def _rows_of_batches(batches: Iterator[pa.RecordBatch], place: str) -> Iterator[
 
 def _read_text(source: _Named, head: bytes, encoding: str) -> Iterator[Row]:
     ending = PurePosixPath(source.name).suffix.lower()
-    for mark, name in ((codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16")):
-        if head.startswith(mark) and encoding == "utf-8":
-            raise BadData(f"is not UTF-8 but {name}", where=f"{source.place}:1", fix="convert it with iconv")
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and encoding == "utf-8":
+        raise BadData("is not UTF-8 but UTF-16", where=f"{source.place}:1", fix="convert it with iconv")
     if b"\0" in head and encoding == "utf-8":
         raise BadData(
             "is not text", where=source.place, got=f"bytes that begin with {head[:8].hex(' ')}", expected=EXPECTED
         )
-    first = head.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
-    if ending == ".txt" and re.match(rb'\s*(?:\[\s*)?\{\s*"', head.removeprefix(codecs.BOM_UTF8)):
+    beginning = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    if ending == ".txt" and re.match(rb'(?:\[\s*)?\{\s*"', beginning):
         ending = ".json"  # rows under the name of a text
     if ending in _BY_NAME:
         yield from _BY_NAME[ending](source, encoding)
-    elif first == b"[":
+    elif beginning.startswith(b"["):
         yield from _read_array(source, encoding)
-    elif first == b"{" or ending in (".json", ".jsonl", ".ndjson"):
+    elif beginning.startswith(b"{") or ending in (".json", ".jsonl", ".ndjson"):
         yield from _read_lines(source, encoding)
     else:
         raise BadData(
             "is no kind of file that is known",
             where=source.place,
-            got=f'"{ending or source.name}", which begins with {_shown(head[:40], encoding)}',
+            got=f'"{ending or source.name}", which begins with {head[:40].decode(encoding, "replace")!r}',
             expected=EXPECTED,
         )
-
-
-def _shown(content: bytes, encoding: str) -> str:
-    return repr(content.decode(encoding, "replace"))
 
 
 def _lines(source: _Named, encoding: str) -> Iterator[tuple[int, str]]:
@@ -367,12 +365,13 @@ def _decode(raw: bytes, place: str, number: int, encoding: str) -> str:
     try:
         return raw.decode(encoding)
     except UnicodeDecodeError as error:
-        raise BadData(
-            f"is not {encoding.upper()}",
-            where=f"{place}:{number}",
-            got=f"byte 0x{raw[error.start]:02X} at byte {error.start + 1} of the line",
-            fix="convert it with iconv, or name its encoding in the source's params",
-        ) from error
+        got = f"byte 0x{raw[error.start]:02X} at byte {error.start + 1} of the line"
+        raise _other_encoding(encoding, f"{place}:{number}", got) from error
+
+
+def _other_encoding(encoding: str, where: str, got: str) -> BadData:
+    fix = "convert it with iconv, or name its encoding in the source's params"
+    return BadData(f"is not {encoding.upper()}", where=where, got=got, fix=fix)
 
 
 def _read_lines(source: _Named, encoding: str) -> Iterator[Row]:
@@ -427,29 +426,25 @@ def _read_array(source: _Named, encoding: str) -> Iterator[Row]:
             block = text.read(_BLOCK)
         except UnicodeDecodeError as error:
             at = line + buffer.count("\n") + error.object[: error.start].count(b"\n")
-            raise BadData(
-                f"is not {encoding.upper()}",
-                where=f"{source.place}:{at}",
-                got=f"byte 0x{error.object[error.start]:02X}",
-                fix="convert it with iconv, or name its encoding in the source's params",
-            ) from error
+            got = f"byte 0x{error.object[error.start]:02X}"
+            raise _other_encoding(encoding, f"{source.place}:{at}", got) from error
         more = bool(block)
         buffer += block
 
-    def skip(characters: str) -> str:
-        """Drops white space and `characters` from the buffer's front; returns the next character, or nothing."""
+    def skip() -> str:
+        """Drops white space from the buffer's front; returns the next character, or nothing."""
         nonlocal buffer, line
         while True:
-            stripped = buffer.lstrip(characters)
+            stripped = buffer.lstrip(" \t\r\n")
             line += buffer.count("\n", 0, len(buffer) - len(stripped))
             buffer = stripped
             if buffer or not more:
                 return buffer[:1]
             fill()
 
-    skip(" \t\r\n")
+    skip()
     buffer = buffer[1:]  # the bracket
-    while (following := skip(" \t\r\n")) and following != "]":
+    while (following := skip()) and following != "]":
         try:
             value, end = _DECODER.raw_decode(buffer)
             if end == len(buffer) and more:
@@ -464,9 +459,9 @@ def _read_array(source: _Named, encoding: str) -> Iterator[Row]:
         yield Row(source.place, number, value)
         line += buffer.count("\n", 0, end)
         buffer = buffer[end:]
-        if (following := skip(" \t\r\n")) == ",":
+        if (following := skip()) == ",":
             buffer = buffer[1:]
-            if skip(" \t\r\n") == "]":
+            if skip() == "]":
                 raise BadData("is not valid JSON: a comma before the end", where=f"{source.place}:{line}")
         elif following != "]":
             cut = not following
@@ -479,7 +474,7 @@ def _read_array(source: _Named, encoding: str) -> Iterator[Row]:
     if not following:
         raise BadData("is cut off; was the download complete?", where=f"{source.place}:{line}", expected='"]"')
     buffer = buffer[1:]
-    if skip(" \t\r\n"):
+    if skip():
         raise BadData("goes on after the array's end", where=f"{source.place}:{line}", got=repr(buffer[:20]))
 
 
@@ -550,14 +545,6 @@ def _check_depth(value: Any, where: str) -> None:
         depth += 1
         if depth >= DEEPEST:
             raise BadData("is nested too deeply", where=where, expected=f"at most {DEEPEST} levels")
-
-
-def _read_csv(source: _Named, encoding: str) -> Iterator[Row]:
-    yield from _read_table(source, encoding, ",")
-
-
-def _read_tsv(source: _Named, encoding: str) -> Iterator[Row]:
-    yield from _read_table(source, encoding, "\t")
 
 
 def _read_table(source: _Named, encoding: str, delimiter: str) -> Iterator[Row]:
@@ -633,7 +620,7 @@ def _read_documents(source: _Named, encoding: str) -> Iterator[Row]:
 
 
 _BY_NAME: dict[str, Callable[[_Named, str], Iterator[Row]]] = {
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
+    ".csv": partial(_read_table, delimiter=","),
+    ".tsv": partial(_read_table, delimiter="\t"),
     ".txt": _read_documents,
 }

@@ -71,9 +71,7 @@ def parse(row: Any, form: str | Mapping[str, str], origin: Origin) -> Sequence[R
     Raises:
         BadData: the row is not of that format, or holds what would be lost.
     """
-    if not isinstance(row, Mapping):
-        got = "null" if row is None else type(row).__name__
-        raise BadData("is not an object", where=origin.place, got=got, expected="an object with named fields")
+    _check_object(row, origin.place)
     if any(row.get(key) for key in ("image", "images", "audio", "audios", "video", "videos")):
         raise BadData("holds pictures or sound, which temper does not train on", where=origin.place)
     if isinstance(form, Mapping):
@@ -87,9 +85,7 @@ def detect(row: Any, place: str) -> str:
     Raises:
         BadData: no format has such keys.
     """
-    if not isinstance(row, Mapping):
-        got = "null" if row is None else type(row).__name__
-        raise BadData("is not an object", where=place, got=got, expected="an object with named fields")
+    _check_object(row, place)
     for form, is_it in _SIGNS.items():
         if is_it(row):
             return form
@@ -104,6 +100,12 @@ def detect(row: Any, place: str) -> str:
         expected=", ".join(FORMATS),
         fix="say in the source's `format` which column is what, such as {prompt: Question, reply: Answer}",
     )
+
+
+def _check_object(row: Any, place: str) -> None:
+    if not isinstance(row, Mapping):
+        got = "null" if row is None else type(row).__name__
+        raise BadData("is not an object", where=place, got=got, expected="an object with named fields")
 
 
 # --- chats ------------------------------------------------------------------------------------------------------------

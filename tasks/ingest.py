@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tasks import process
 from tasks.errors import BadData
@@ -35,10 +35,7 @@ from tasks.params import (
 )
 from tasks.records import Record
 from tasks.remote import Pinned, fetch
-from tasks.tables import REFUSED, write_records, write_rows
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from tasks.tables import REFUSED, text_schema, write_records, write_rows
 
 _REFUSALS_KEPT = 100_000
 _EXCERPT_CHARACTERS = 200
@@ -164,13 +161,6 @@ def files_below(folder: Path, glob: str, *, within: Path) -> list[Path]:
     return files
 
 
-def refusal_schema() -> pa.Schema:
-    """The columns of refused.parquet."""
-    import pyarrow as pa
-
-    return pa.schema([(name, pa.string()) for name in ("place", "reason", "excerpt")])
-
-
 def main() -> None:
     """The stage `ingest@SOURCE`."""
     with process.stage(__doc__, "out", item="source", may_fetch=True) as stage:
@@ -184,7 +174,7 @@ def main() -> None:
         }
         with whole_folder(stage.path("out"), about) as folder:
             about["rows"] = write_records(folder, reading.records())
-            write_rows(folder / REFUSED, reading.refusals(), refusal_schema())
+            write_rows(folder / REFUSED, reading.refusals(), text_schema(("place", "reason", "excerpt")))
             about |= {"read": reading.read, "refused": len(reading.refused), "formats": reading.formats}
             path = Path(source.path)
             if isinstance(source, RemoteSource):

@@ -100,7 +100,7 @@ def judge(
                 else REASONS[name][1]
             )
             reasons.setdefault(row, []).append(why)
-    merged = _merge(marks, reasons, table, params)
+    merged = _merge(marks, reasons, params)
     return Verdict(table, reasons, merged, repaired, marks, outcomes, result)
 
 
@@ -143,7 +143,7 @@ def _outliers(table: pd.DataFrame, deviations: float) -> NDArray[np.int64]:
     return found
 
 
-def _merge(marks: Marks, reasons: Mapping[int, object], table: pd.DataFrame, params: Validate) -> list[Duplicate]:
+def _merge(marks: Marks, reasons: Mapping[int, object], params: Validate) -> list[Duplicate]:
     """The duplicates that are merged into a row that stays; rows in quarantine neither merge nor are merged into."""
     chosen = params.duplicates
     found = [*(marks.exact if chosen.exact == "merge" else []), *(marks.near if chosen.near == "merge" else [])]

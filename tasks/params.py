@@ -18,6 +18,8 @@ from tasks.errors import BadParams
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 FilePath = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^\x00-\x1f]+$")]
+HubName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+$")]
+Commit = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -122,9 +124,9 @@ class HubSource(RowsOfFiles):
     kind: Literal["hub"]
     path: Literal["data/remote.md"]
     """Stands in for what is not on this disk: a DVC dependency cannot be left out."""
-    id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+$")]
+    id: HubName
     """Owner and name."""
-    revision: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
+    revision: Commit
     """The whole commit hash; branches and tags move and are refused."""
     glob: Annotated[str, StringConstraints(min_length=1)]
     """Which files, such as `data/train-*.parquet`."""
@@ -269,9 +271,9 @@ class HubBase(Section):
     kind: Literal["hub"]
     path: Literal["data/remote.md"]
     """Stands in for what is not on this disk: a DVC dependency cannot be left out."""
-    id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+$")]
+    id: HubName
     """Owner and name."""
-    revision: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
+    revision: Commit
     """The whole commit hash; branches and tags move and are refused."""
     template: Name
     """`own` for the chat template that the model brings, or the name of one in data/templates/."""

@@ -63,11 +63,7 @@ def expectation(check: str, mostly: float, params: Validate) -> Expectation:
     meta = {"check": check, "reason": reason}
     if check == "ids":
         return gxe.ExpectColumnValuesToBeUnique(column=column, meta=meta)
-    if check == "turns":
-        top = params.max_turns
-        return gxe.ExpectColumnValuesToBeBetween(column=column, min_value=1, max_value=top, mostly=mostly, meta=meta)
-    if check == "characters":
-        top = params.max_characters
+    if top := {"turns": params.max_turns, "characters": params.max_characters}.get(check):
         return gxe.ExpectColumnValuesToBeBetween(column=column, min_value=1, max_value=top, mostly=mostly, meta=meta)
     # a set of one, since Great Expectations compares ranges value by value in Python
     return gxe.ExpectColumnValuesToBeInSet(column=column, value_set=[0], mostly=mostly, meta=meta)

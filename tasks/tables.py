@@ -40,6 +40,13 @@ def record_schema(kind: str) -> pa.Schema:
     return pa.schema([*about, *own])
 
 
+def text_schema(names: Sequence[str]) -> pa.Schema:
+    """Columns of text."""
+    import pyarrow as pa
+
+    return pa.schema([(name, pa.string()) for name in names])
+
+
 def write_records(folder: Path, records: Iterable[Record]) -> dict[str, int]:
     """Writes `KIND.parquet` for every kind, in order and also when empty, as the rows come.
 
@@ -101,9 +108,7 @@ def read_records(folder: Path, kinds: Sequence[str] = tuple(KINDS)) -> Iterator[
 
     for kind in kinds:
         with pq.ParquetFile(folder / f"{kind}.parquet") as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    yield _record(kind, row)
+            yield from _records(kind, file.iter_batches(batch_size=1024))
 
 
 def read_table(path: Path) -> pa.Table:
@@ -115,9 +120,7 @@ def read_table(path: Path) -> pa.Table:
 
 def as_records(kind: str, table: pa.Table) -> Iterator[Record]:
     """The rows of a table of one kind."""
-    for batch in table.to_batches(max_chunksize=1024):
-        for row in batch.to_pylist():
-            yield _record(kind, row)
+    return _records(kind, table.to_batches(max_chunksize=1024))
 
 
 def as_table(kind: str, records: Iterable[Record]) -> pa.Table:
@@ -146,9 +149,7 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a Parquet file."""
-    import pyarrow.parquet as pq
-
-    rows: list[dict[str, Any]] = pq.read_table(path, partitioning=None).to_pylist()
+    rows: list[dict[str, Any]] = read_table(path).to_pylist()
     return rows
 
 
@@ -158,6 +159,12 @@ def _row(record: Record) -> dict[str, Any]:
         if key in row:
             row[key] = [message._asdict() for message in row[key]]
     return row
+
+
+def _records(kind: str, batches: Iterable[pa.RecordBatch]) -> Iterator[Record]:
+    for batch in batches:
+        for row in batch.to_pylist():
+            yield _record(kind, row)
 
 
 def _record(kind: str, row: dict[str, Any]) -> Record:

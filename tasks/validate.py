@@ -23,7 +23,7 @@ from tasks.outputs import as_json, read_manifest, whole_folder
 from tasks.params import Source, Validate
 from tasks.records import KINDS
 from tasks.remembered import Memory
-from tasks.tables import REFUSED, read_rows, read_table, record_schema, write_rows, write_table
+from tasks.tables import REFUSED, read_rows, read_table, record_schema, text_schema, write_rows, write_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -125,7 +125,7 @@ def main() -> None:
             (validation / "result.json").write_text(as_json(verdict.result))
             (validation / "profile.json").write_text(as_json(numbers))
             (validation / "index.html").write_text(profile.page(numbers))
-            write_rows(validation / REPAIRS_FILE, [r._asdict() for r in verdict.repaired], _texts(Repair._fields))
+            write_rows(validation / REPAIRS_FILE, [r._asdict() for r in verdict.repaired], text_schema(Repair._fields))
         quarantined, _ = split(tables, list(verdict.reasons))
         merged = {each.row for each in verdict.merged}
         _, clean = split(tables, [*verdict.reasons, *merged])
@@ -133,7 +133,7 @@ def main() -> None:
             for kind, table in quarantined.items():
                 write_table(folder / f"{kind}.parquet", table)
             write_rows(
-                folder / REASONS_FILE, _reason_rows(verdict, places), _texts(("id", "source", "place", "reason"))
+                folder / REASONS_FILE, _reason_rows(verdict, places), text_schema(("id", "source", "place", "reason"))
             )
             write_rows(folder / DUPLICATES_FILE, _duplicate_rows(verdict), _duplicate_schema())
         check_share(verdict, places, params)  # after the two above, so that a refusal can be looked into
@@ -170,12 +170,6 @@ def _duplicate_schema() -> pa.Schema:
     import pyarrow as pa
 
     return pa.schema([("id", pa.string()), ("kept", pa.string()), ("similarity", pa.float64())])
-
-
-def _texts(names: Sequence[str]) -> pa.Schema:
-    import pyarrow as pa
-
-    return pa.schema([(name, pa.string()) for name in names])
 
 
 if __name__ == "__main__":

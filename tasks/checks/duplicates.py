@@ -26,10 +26,10 @@ class Duplicate(NamedTuple):
 
 
 def exact_duplicates(hashes: NDArray[np.uint64], order: Sequence[int]) -> list[Duplicate]:
-    """Rows whose words are all the same, in the same order.
+    """Rows that say the same.
 
     Args:
-        hashes: of each row's words, by `words.whole_hash`; 0 for a row without a word, which is nobody's duplicate.
+        hashes: of all that each row says; 0 for a row that says nothing, which is nobody's duplicate.
         order: the rows, the one to keep of any two first.
 
     Returns:
@@ -66,11 +66,8 @@ class NearIndex:
 
     def add(self, words: Words, rows: int) -> None:
         """Adds the next rows; `words.text` counts them from 0."""
-        from rensa import RMinHash
-
         shingles = runs(words, SHINGLE_WORDS)
-        offsets = _offsets(shingles, rows)
-        sketches = RMinHash.digest_matrix_from_flat_token_hashes(shingles.hash, offsets, self.permutations, 0)
+        sketches = self._sketch(shingles.hash, _offsets(shingles, rows))
         self._index.insert_matrix(sketches, self._rows)
         self._sketches.append(sketches)
         self._rows += rows
@@ -111,18 +108,19 @@ class NearIndex:
                     buckets.setdefault(key, []).append(place)
         return found
 
+    def _sketch(self, hashes: NDArray[np.uint64], offsets: NDArray[np.uint64]) -> Any:
+        from rensa import RMinHash
+
+        return RMinHash.digest_matrix_from_flat_token_hashes(hashes, offsets, self.permutations, 0)
+
     def _band_keys(self, sets: list[NDArray[np.uint64]]) -> Iterator[list[tuple[int, bytes]]]:
         import numpy as np
-        from rensa import RMinHash
 
         width = self.permutations // self.bands
         for start in range(0, len(sets), _SKETCHED_AT_ONCE):
             some = sets[start : start + _SKETCHED_AT_ONCE]
             offsets = np.cumsum([0, *(len(each) for each in some)]).astype(np.uint64)
-            sketches = RMinHash.digest_matrix_from_flat_token_hashes(
-                np.concatenate(some), offsets, self.permutations, 0
-            )
-            for row in np.asarray(sketches.to_rows(), np.uint32):
+            for row in np.asarray(self._sketch(np.concatenate(some), offsets).to_rows(), np.uint32):
                 yield [(band, row[band * width : (band + 1) * width].tobytes()) for band in range(self.bands)]
 
 

@@ -128,6 +128,15 @@ _TEXTS = {
 }
 
 
+def calls_of(table: pa.Table, kind: str) -> pa.LargeStringArray | None:
+    """The tools that each turn of a table of chats calls, as JSON text; None for kinds whose turns call none."""
+    import pyarrow as pa
+
+    return (
+        table["messages"].combine_chunks().flatten().field("calls").cast(pa.large_string()) if kind == "chat" else None
+    )
+
+
 def _letters(roles: pa.Array) -> NDArray[np.uint8]:
     import numpy as np
 
@@ -183,6 +192,10 @@ def _facts(table: pa.Table, kind: str) -> pd.DataFrame:
         return np.bincount(turns.row, weights=per_turn, minlength=rows).astype(np.int64)
 
     letters = _count_letters(turns.text)
+    calls = calls_of(table, kind)
+    calling = (
+        np.zeros(len(turns.row), bool) if calls is None else pc.not_equal(calls, "").to_numpy(zero_copy_only=False)
+    )
     roles = _roles(turns, rows)
     facts: dict[str, Any] = {
         "turns": np.bincount(turns.row, minlength=rows),
@@ -190,11 +203,11 @@ def _facts(table: pa.Table, kind: str) -> pd.DataFrame:
         "disorder": _disorder(roles, kind),
         "characters": total(letters["characters"]),
         "words": total(letters["words"]),
-        "blank_turns": total(_blank(table, turns, letters, kind)),
+        "blank_turns": total((letters["visible"] == 0) & ~calling),  # who only calls a tool says nothing by right
         "outer_space": total(_matches(turns.text, Pattern(r"\A\s|\s\z"))),
         "control_characters": total(letters["control"]),
         "unnormalised": total(_unnormalised(turns.text)),
-        "calls": total(_calls(table, turns, kind)),
+        "calls": total(calling),
     }
     replies = np.isin(turns.letter, np.frombuffer(b"acr", np.uint8))
     asked = turns.letter == ord("u")
@@ -207,7 +220,9 @@ def _facts(table: pa.Table, kind: str) -> pd.DataFrame:
     question, reply = (_script(_by_row(scripts * who[:, None], turns.row, rows)) for who in (asked, replies))
     facts["language_mismatch"] = ((question != reply) & (question != "none") & (reply != "none")).astype(np.int64)
     facts |= _same(table, kind, rows)
-    scanned = _with_calls(table, turns, kind)
+    scanned = turns.text
+    if calling.any():  # an address or a key may stand in what tools are called with, too
+        scanned = pc.binary_join_element_wise(turns.text, calls, pa.scalar("\n", pa.large_string()))
     for name, patterns in PATTERNS.items():
         facts[name] = total(sum(_matches(scanned, pattern, count=True) for pattern in patterns))
     return pd.DataFrame(facts, columns=list(COLUMNS))
@@ -336,36 +351,6 @@ def _disorder(roles: NDArray[np.object_], kind: str) -> NDArray[np.int64]:
     order = re.compile(r"s?(?:u(?:a+t+)*a)+")
     good = {text: order.fullmatch(text) is not None for text in set(roles)}
     return np.array([not good[text] for text in roles], np.int64)
-
-
-def _blank(table: pa.Table, turns: Turns, letters: Mapping[str, Any], kind: str) -> NDArray[np.bool_]:
-    """Turns that say nothing; an assistant that only calls a tool says nothing by right."""
-    import numpy as np
-
-    blank = letters["visible"] == 0
-    return np.asarray(blank & ~_calls(table, turns, kind).astype(bool))
-
-
-def _calls(table: pa.Table, turns: Turns, kind: str) -> NDArray[np.int64]:
-    """1 for each turn of a chat that calls a tool."""
-    import numpy as np
-    import pyarrow.compute as pc
-
-    if kind != "chat":
-        return np.zeros(len(turns.row), np.int64)
-    calls = table["messages"].combine_chunks().flatten().field("calls")
-    return np.asarray(pc.not_equal(calls, "").to_numpy(zero_copy_only=False), np.int64)
-
-
-def _with_calls(table: pa.Table, turns: Turns, kind: str) -> pa.Array:
-    """The texts, with what tools are called with: an address or a key may stand there too."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    if kind != "chat" or not _calls(table, turns, kind).any():
-        return turns.text
-    calls = table["messages"].combine_chunks().flatten().field("calls").cast(pa.large_string())
-    return pc.binary_join_element_wise(turns.text, calls, pa.scalar("\n", pa.large_string()))
 
 
 def _unnormalised(texts: pa.Array) -> NDArray[np.int64]:

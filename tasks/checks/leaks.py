@@ -32,15 +32,21 @@ def without_common(hits: Hits) -> Hits:
     """The hits but those by a run of words that was found in more than `COMMON` texts."""
     import numpy as np
 
-    if not len(hits.run):
-        return hits
-    order = np.lexsort((hits.text, hits.run))
-    run, text = hits.run[order], hits.text[order]
-    first = np.append(True, (run[1:] != run[:-1]) | (text[1:] != text[:-1]))
-    runs_found, texts = np.unique(run[first], return_counts=True)
+    runs_found, texts = np.unique(_distinct(hits.run, hits.text)[0], return_counts=True)
     common = runs_found[(texts > COMMON) & (runs_found > 0)]
     kept = ~np.isin(hits.run, common)
     return Hits(hits.text[kept], hits.question[kept], hits.run[kept])
+
+
+def _distinct(hashes: NDArray[np.uint64], numbers: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Every pair of a hash and a number once, in order."""
+    import numpy as np
+
+    order = np.lexsort((numbers, hashes))
+    hashes, numbers = hashes[order], numbers[order]
+    first = np.ones(len(hashes), bool)
+    first[1:] = (hashes[1:] != hashes[:-1]) | (numbers[1:] != numbers[:-1])
+    return hashes[first], numbers[first]
 
 
 class Index:
@@ -60,11 +66,7 @@ class Index:
         filled = np.flatnonzero(np.bincount(words.text, minlength=questions) >= FEWEST_WORDS)
         self._whole = _Table(whole[filled], filled)
         found = runs(words, run_words or len(words.hash) + 1)
-        order = np.lexsort((found.text, found.hash))
-        hashes, numbers = found.hash[order], found.text[order]
-        first = np.ones(len(hashes), bool)
-        first[1:] = (hashes[1:] != hashes[:-1]) | (numbers[1:] != numbers[:-1])
-        hashes, numbers = hashes[first], numbers[first]
+        hashes, numbers = _distinct(found.hash, found.text)
         distinct, counts = np.unique(hashes, return_counts=True)
         kept = np.isin(hashes, distinct[counts <= COMMON])
         self._runs = _Table(hashes[kept], numbers[kept])

@@ -72,20 +72,12 @@ def _plain_form(texts: pa.Array, keeps: Callable[[str], bool]) -> pa.Array:
 
 def _compact(texts: pa.Array) -> pa.Array:
     """The array as one piece that begins at its buffers' beginning and has no nulls."""
+    import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
 
     texts = pc.fill_null(texts.cast(pa.large_string()), "")
-    return (
-        texts if texts.offset == 0 else pa.concat_arrays([texts, pa.array([], pa.large_string())]).take(_range(texts))
-    )
-
-
-def _range(texts: pa.Array) -> pa.Array:
-    import numpy as np
-    import pyarrow as pa
-
-    return pa.array(np.arange(len(texts)))
+    return texts if texts.offset == 0 else texts.take(pa.array(np.arange(len(texts))))
 
 
 def content_of(texts: pa.Array) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -100,7 +92,7 @@ def content_of(texts: pa.Array) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def words_of(texts: pa.Array) -> Words:
-    """The words of texts in their normal form."""
+    """The words of texts in one of the two forms above."""
     import numpy as np
 
     content, offsets = content_of(texts)
