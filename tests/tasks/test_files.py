@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tasks import files
+from tasks import texts
 from tasks.errors import BadData
 from tasks.files import read_rows_of
 
@@ -134,7 +134,7 @@ def test_an_array_is_read_as_it_comes(tmp_path: Path, monkeypatch: pytest.Monkey
     values = [{"n": 123456, "s": 'x"]},\\ é☃', "l": [1, [2]]}, {}, {"t": True}]
     path.write_text(json.dumps(values, ensure_ascii=False, indent=1))
     for block in range(1, 40):
-        monkeypatch.setattr(files, "_BLOCK", block)
+        monkeypatch.setattr(texts, "_BLOCK", block)
         assert [row.value for row in read_rows_of(path)] == values
 
 
