@@ -21,6 +21,7 @@ DEEPEST = 64
 
 _BLOCK = 1 << 20
 _DOCUMENT_END = "<|endoftext|>"
+_WHITE = re.compile(r"[ \t\r\n]*")
 
 EXPECTED = "json, jsonl, csv, tsv, parquet, arrow or txt, also gz, zst or zip"
 
@@ -150,14 +151,14 @@ def _read_array(source: Named, encoding: str) -> Iterator[Row]:
     """The elements of a JSON array, decoded one by one while the file is read."""
     rest, number = _Rest(source, encoding), 0
     rest.skip()
-    rest.drop(1)  # the bracket
+    rest.drop()  # the bracket
     while (following := rest.skip()) and following != "]":
         value = rest.decode()
         number += 1
         _check_depth(value, f"{source.place}:{number}")
         yield Row(source.place, number, value)
         if (following := rest.skip()) == ",":
-            rest.drop(1)
+            rest.drop()
             if rest.skip() == "]":
                 raise BadData("is not valid JSON: a comma before the end", where=rest.where)
         elif following != "]":
@@ -165,21 +166,21 @@ def _read_array(source: Named, encoding: str) -> Iterator[Row]:
             raise BadData(
                 "is cut off; was the download complete?" if cut else "is not valid JSON: a comma is missing",
                 where=rest.where,
-                got=repr(rest.text[:20]),
+                got=repr(rest.peek(20)),
                 expected='"," or "]"',
             )
     if not following:
         raise BadData("is cut off; was the download complete?", where=rest.where, expected='"]"')
-    rest.drop(1)
+    rest.drop()
     if rest.skip():
-        raise BadData("goes on after the array's end", where=rest.where, got=repr(rest.text[:20]))
+        raise BadData("goes on after the array's end", where=rest.where, got=repr(rest.peek(20)))
 
 
 class _Rest:
     """What of a file was read and not yet used, and the line that it begins in."""
 
     def __init__(self, source: Named, encoding: str) -> None:
-        self.text, self._line, self._more = "", 1, True
+        self._text, self._at, self._line, self._more = "", 0, 1, True
         self._place, self._encoding = source.place, encoding
         self._reader = codecs.getreader("utf-8-sig" if encoding == "utf-8" else encoding)(source.stream)
 
@@ -187,44 +188,61 @@ class _Rest:
     def where(self) -> str:
         return f"{self._place}:{self._line}"
 
-    def drop(self, characters: int) -> None:
-        """Counts so many characters as used."""
-        self._line += self.text.count("\n", 0, characters)
-        self.text = self.text[characters:]
+    def peek(self, characters: int) -> str:
+        """The next characters, as far as they were read."""
+        return self._text[self._at : self._at + characters]
+
+    def use(self, stop: int) -> None:
+        """Counts what was read up to `stop` as used; it is only cut off with the next block."""
+        self._line += self._text.count("\n", self._at, stop)
+        self._at = stop
+
+    def drop(self) -> None:
+        """Counts one character as used."""
+        self.use(self._at + 1)
 
     def skip(self) -> str:
         """Drops white space; returns the next character, or nothing."""
         while True:
-            self.drop(len(self.text) - len(self.text.lstrip(" \t\r\n")))
-            if self.text or not self._more:
-                return self.text[:1]
+            self.use(_WHITE.match(self._text, self._at).end())  # type: ignore[union-attr]  # it matches nothing, too
+            if self._at < len(self._text) or not self._more:
+                return self.peek(1)
             self._fill()
 
     def decode(self) -> Any:
         """The JSON value that comes next."""
         while True:
             try:
-                value, end = _DECODER.raw_decode(self.text)
-                if end == len(self.text) and self._more:
-                    raise json.JSONDecodeError("may go on", self.text, end)
+                value, stop = _DECODER.raw_decode(self._text, self._at)
+                if stop == len(self._text) and self._more:
+                    raise json.JSONDecodeError("may go on", self._text, stop)
             except (RecursionError, ValueError) as error:
-                unfinished = isinstance(error, json.JSONDecodeError) and len(self.text) < MAX_VALUE_CHARACTERS
-                if not (self._more and unfinished):
-                    raise _json_error(error, self.text, self._place, self._line) from error
-                self._fill()
+                unfinished = (
+                    isinstance(error, json.JSONDecodeError) and len(self._text) - self._at < MAX_VALUE_CHARACTERS
+                )
+                if self._more and unfinished:
+                    self._fill()
+                elif self._at:
+                    self._cut()  # so that the error counts from where the value begins
+                else:
+                    raise _json_error(error, self._text, self._place, self._line) from error
             else:
-                self.drop(end)
+                self.use(stop)
                 return value
+
+    def _cut(self) -> None:
+        self._text, self._at = self._text[self._at :], 0
 
     def _fill(self) -> None:
         try:
             block = self._reader.read(_BLOCK)
         except UnicodeDecodeError as error:
-            at = self._line + self.text.count("\n") + error.object[: error.start].count(b"\n")
+            at = self._line + self._text.count("\n", self._at) + error.object[: error.start].count(b"\n")
             got = f"byte 0x{error.object[error.start]:02X}"
             raise _other_encoding(self._encoding, f"{self._place}:{at}", got) from error
         self._more = bool(block)
-        self.text += block
+        self._cut()
+        self._text += block
 
 
 def _parse(text: str, place: str, line: int) -> Any:
