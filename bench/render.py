@@ -10,6 +10,7 @@ the clone, else generated ones. Nothing else should run meanwhile.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import tempfile
 import time
@@ -174,6 +175,7 @@ def main() -> None:
             folder = Path(name)
             records = rows_of(kind, given.rows)
             theirs = anchor(records, folder)
+            gc.freeze()  # the stage does so too; it helps the anchor as well
             mine = partial(ours, records, tokenizer, folder)
             different = theirs.difference(mine(), theirs(None), tokenizer.eos_token_id)
             print(f"{kind}: {len(records)} rows, {different} with other tokens than TRL's")

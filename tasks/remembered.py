@@ -14,10 +14,13 @@ from tasks.checks import facts, words
 from tasks.outputs import write_whole
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
     import pyarrow as pa
+    from numpy.typing import NDArray
 
-BLOCK_ROWS = 8192
+LEAST_ROWS, USUAL_ROWS, MOST_ROWS = 1024, 4096, 16384
+"""How many rows a block has. To look at so many again costs less than a key for every row would."""
 
 
 class Memory:
@@ -36,7 +39,7 @@ class Memory:
 
         if self._folder is None or not len(table):
             return facts.facts_of(table, kind)
-        blocks = [self._block(block, kind, self._folder) for block in _blocks(table)]
+        blocks = [self._block(block, kind, self._folder) for block in _blocks(table, kind)]
         return pd.concat(blocks, ignore_index=True)
 
     def forget_others(self) -> None:
@@ -62,16 +65,40 @@ class Memory:
         return known
 
 
-def _blocks(table: pa.Table) -> list[pa.Table]:
-    """Blocks that begin anew with each source, so that rows added to one leave the others' blocks as they were."""
+def _blocks(table: pa.Table, kind: str) -> list[pa.Table]:
+    """Blocks that begin anew with each source, and within it where the rows themselves say so.
+
+    So a row that is added, changed or taken away alters the block that it stands in, and leaves all others alone.
+    """
+    import numpy as np
     import pyarrow.compute as pc
 
-    runs = pc.run_end_encode(table["source"].combine_chunks())
+    begins = np.flatnonzero(_row_endings(table, kind) % np.uint64(USUAL_ROWS) == 0)
     blocks, start = [], 0
-    for end in runs.run_ends.to_pylist():
-        blocks += [table.slice(at, min(BLOCK_ROWS, end - at)) for at in range(start, end, BLOCK_ROWS)]
-        start = end
+    for end in pc.run_end_encode(table["source"].combine_chunks()).run_ends.to_pylist():
+        while start < end:
+            place = np.searchsorted(begins, start + LEAST_ROWS)
+            wanted = int(begins[place]) if place < len(begins) else end
+            stop = min(wanted, start + MOST_ROWS, end)
+            blocks.append(table.slice(start, stop - start))
+            start = stop
     return blocks
+
+
+def _row_endings(table: pa.Table, kind: str) -> NDArray[np.uint64]:
+    """A number for each row, (rows,), of the length and the last bytes of the last text in it."""
+    import numpy as np
+
+    turns = facts.turns_of(table, kind)
+    content, offsets = words.content_of(turns.text)
+    found = np.zeros(len(table), np.uint64)
+    length, ends = np.diff(offsets), offsets[1:]
+    ending = length.astype(np.uint64)
+    for back in range(1, 9):
+        inside = np.flatnonzero(length >= back)
+        ending[inside] = ending[inside] * np.uint64(257) + content[ends[inside] - back]
+    found[turns.row] = ending  # of several texts in a row the last one stays
+    return words.mixed(found)
 
 
 def _content_key(block: pa.Table, kind: str, rules: str) -> str:

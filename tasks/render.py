@@ -11,9 +11,11 @@ Fails:  a row with nothing to learn, a template that does not fit (65, never ret
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks import process
 from tasks.errors import BadData
@@ -23,7 +25,15 @@ from tasks.params import Render
 from tasks.progress import Progress
 from tasks.records import ChatExample, LabelledReply, PreferencePair, Record, SeqPair, held_out
 from tasks.tables import read_records, write_rows
-from tasks.templates import Chat, load_tokenizer, render_chats, render_replies, template_digest
+from tasks.templates import (
+    Chat,
+    load_tokenizer,
+    template_digest,
+    texts_of_chats,
+    texts_of_replies,
+    tokens_of_chats,
+    tokens_of_replies,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -95,40 +105,69 @@ def render_rows(
 def _tokens_of(
     records: Iterator[Record], tokenizer: PreTrainedTokenizerBase, params: Render
 ) -> Iterator[tuple[Record, Any]]:
-    """Every row with its tokens, or with the reason that it has none; many are tokenised at once."""
-    while some := list(islice(records, AT_ONCE)):
-        tokens: dict[int, Any] = {}
-        for kind in RENDERED:
-            places = [place for place, record in enumerate(some) if record.kind == kind]
-            tokens |= zip(places, _RENDER[kind](tokenizer, [some[p] for p in places], params), strict=True)
-        for place, record in enumerate(some):
-            yield record, tokens[place]
+    """Every row with its tokens, or with the reason that it has none.
+
+    Many are tokenised at once, in a thread of its own, while the template makes the next ones' texts.
+    """
+    before: Future[Iterator[tuple[Record, Any]]] | None = None
+    with ThreadPoolExecutor(1) as pool:
+        while some := list(islice(records, AT_ONCE)):
+            places = {kind: [n for n, record in enumerate(some) if record.kind == kind] for kind in RENDERED}
+            texts = {kind: _HALVES[kind].texts(tokenizer, [some[n] for n in places[kind]], params) for kind in RENDERED}
+            now = pool.submit(_tokenised, tokenizer, some, places, texts)
+            if before:
+                yield from before.result()
+            before = now
+        if before:
+            yield from before.result()
 
 
-def _chats(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], params: Render) -> list[Any]:
-    return list(render_chats(tokenizer, [Chat(row.messages, row.tools) for row in rows], params.loss_on))
+def _tokenised(
+    tokenizer: PreTrainedTokenizerBase,
+    some: Sequence[Record],
+    places: Mapping[str, Sequence[int]],
+    texts: Mapping[str, Any],
+) -> Iterator[tuple[Record, Any]]:
+    tokens: dict[int, Any] = {}
+    for kind in RENDERED:
+        tokens |= zip(places[kind], _HALVES[kind].tokens(tokenizer, texts[kind]), strict=True)
+    return zip(some, (tokens[place] for place in range(len(some))), strict=True)
 
 
-def _preferences(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], params: Render) -> list[Any]:
+class Halves(NamedTuple):
+    """How rows of a kind become tokens: what the template does, and what the tokenizer."""
+
+    texts: Callable[[PreTrainedTokenizerBase, Sequence[Any], Render], Any]
+    tokens: Callable[[PreTrainedTokenizerBase, Any], Iterable[Any]]
+
+
+def _chats(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], params: Render) -> Any:
+    return texts_of_chats(tokenizer, [Chat(row.messages, row.tools) for row in rows], params.loss_on)
+
+
+def _preferences(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], params: Render) -> Any:
     prompts = [Chat(row.prompt, row.tools) for row in rows]
-    return list(render_replies(tokenizer, prompts, [(row.chosen, row.rejected) for row in rows]))
+    return texts_of_replies(tokenizer, prompts, [(row.chosen, row.rejected) for row in rows])
 
 
-def _labelled(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], params: Render) -> list[Any]:
-    return list(
-        render_replies(tokenizer, [Chat(row.prompt, row.tools) for row in rows], [(row.reply,) for row in rows])
-    )
+def _labelled(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], params: Render) -> Any:
+    return texts_of_replies(tokenizer, [Chat(row.prompt, row.tools) for row in rows], [(row.reply,) for row in rows])
 
 
-def _pairs(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], params: Render) -> list[Any]:
+def _pairs(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any]) -> Iterable[Any]:
     """For encoder-decoder models: both sides as the tokenizer itself ends them, without a chat template."""
     if not rows:
-        return []
+        return ()
     inputs = tokenizer([row.input for row in rows])["input_ids"]
-    return list(zip(inputs, tokenizer(text_target=[row.target for row in rows])["input_ids"], strict=True))
+    return zip(inputs, tokenizer(text_target=[row.target for row in rows])["input_ids"], strict=True)
 
 
-_RENDER = {"chat": _chats, "preference": _preferences, "labelled": _labelled, "pair": _pairs}
+_HALVES = {
+    "chat": Halves(_chats, tokens_of_chats),
+    "preference": Halves(_preferences, tokens_of_replies),
+    "labelled": Halves(_labelled, tokens_of_replies),
+    "pair": Halves(lambda tokenizer, rows, params: rows, _pairs),
+}
 
 
 def _fit(record: Record, tokens: Any, params: Render) -> tuple[dict[str, Any], bool]:
@@ -198,6 +237,7 @@ def main() -> None:
         params = stage.params.render
         tokenizer = load_tokenizer(stage.path("base"))
         records = list(read_records(stage.path("clean"), RENDERED))
+        gc.freeze()  # or the collector would look through all of them again and again
         with Progress("render", len(records), "rows") as progress:
             rendered, counts = render_rows(progress.over(records), tokenizer, params)
         about: dict[str, Any] = {**counts, "template_sha256": template_digest(tokenizer)}

@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from tasks.errors import BadData, BadModel
 from tasks.records import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Row = TypeVar("Row")
 
 TEMPLATE_SECONDS = 2.0
 """How long a template may take for one conversation."""
@@ -42,6 +45,13 @@ class Rendered(NamedTuple):
     ids: list[int]
     mask: list[bool]
     prompt_tokens: int
+
+
+class Text(NamedTuple):
+    """What a template made of a chat; `marks` are its `{% generation %}` parts, None for a template that has none."""
+
+    text: str
+    marks: Sequence[tuple[int, int]] | None = None
 
 
 class Answered(NamedTuple):
@@ -95,9 +105,9 @@ def _find_stop_token(tokenizer: PreTrainedTokenizerBase) -> None:
     """
     asked, answered, again = (Message(role, f"qxzv{n}") for n, role in enumerate(("user", "assistant", "user")))
     (text,) = _texts(tokenizer, [Chat([asked, answered, again])], answering=False)
-    if isinstance(text, BadData) or answered.content not in text:
+    if isinstance(text, BadData) or answered.content not in text.text:
         return  # what is wrong with the template is told where a row is rendered
-    tail = text.partition(answered.content)[2].partition(again.content)[0]
+    tail = text.text.partition(answered.content)[2].partition(again.content)[0]
     written = [str(token) for token in tokenizer.added_tokens_decoder.values() if str(token) in tail]
     if written and str(tokenizer.eos_token) not in written:
         tokenizer.eos_token = min(written, key=lambda token: (tail.index(token), -len(token)))
@@ -117,7 +127,7 @@ def render_prompt(
         BadData: the template refuses it, or drops what somebody said.
     """
     (text,) = _texts(tokenizer, [Chat(messages, tools)], answering=True)
-    return _encode(tokenizer, [_whole(text)])[0]
+    return _encode(tokenizer, [_whole(text).text])[0]
 
 
 def render_reply(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], reply: str) -> list[int]:
@@ -136,6 +146,13 @@ def render_replies(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Chat], replies: Sequence[Sequence[str]]
 ) -> list[Answered | BadData]:
     """Prompts with one or more replies each, as tokens; for a row that cannot be rendered, the reason."""
+    return tokens_of_replies(tokenizer, texts_of_replies(tokenizer, prompts, replies))
+
+
+def texts_of_replies(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Chat], replies: Sequence[Sequence[str]]
+) -> list[list[str] | BadData]:
+    """The template's half of `render_replies`: of each row the text of its prompt, then those of its replies."""
     asked = _texts(tokenizer, prompts, answering=True)
     each = [(place, Message("assistant", text)) for place, texts in enumerate(replies) for text in texts]
     given = _texts(
@@ -143,15 +160,19 @@ def render_replies(
         [Chat([*prompts[place].messages, reply], prompts[place].tools) for place, reply in each],
         answering=False,
     )
-    pieces: list[Any] = [text if isinstance(text, BadData) else [text] for text in asked]
-    for (place, reply), text in zip(each, given, strict=True):
+    pieces: list[Any] = [text if isinstance(text, BadData) else [text.text] for text in asked]
+    for (place, reply), after in zip(each, given, strict=True):
         if not isinstance(pieces[place], BadData):
-            piece = _reply_text(tokenizer, asked[place], text, reply)
+            piece = _reply_text(tokenizer, asked[place], after, reply)
             pieces[place] = piece if isinstance(piece, BadData) else [*pieces[place], piece]
-    whole = [place for place, piece in enumerate(pieces) if isinstance(piece, list)]
-    for place, ids in zip(whole, _encode_answers(tokenizer, [pieces[place] for place in whole]), strict=True):
-        pieces[place] = ids if isinstance(ids, BadData) else Answered(ids[0], ids[1:])
     return pieces
+
+
+def tokens_of_replies(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[list[str] | BadData]
+) -> list[Answered | BadData]:
+    """The tokenizer's half of `render_replies`; it may run in another thread than the template's."""
+    return _encode_rows(tokenizer, texts, _encode_answers, lambda ids: Answered(ids[0], ids[1:]))
 
 
 def render_chat(
@@ -176,8 +197,17 @@ def render_chats(
         chats: any number of them; they are rendered and tokenised together.
         loss_on: `all` of the assistant's turns, or the `last` one. Turns with `learn` false are never learnt.
 
-    What stands after the last turn that is learnt is left out: nothing is learnt from it.
+    Where a template marks by `{% generation %}` what the assistant says, the loss falls on what is marked, else on all
+    that it adds for the turn to the prompt for answering; never on what follows the stop token. What stands after the
+    last turn that is learnt is left out: nothing is learnt from it.
     """
+    return tokens_of_chats(tokenizer, texts_of_chats(tokenizer, chats, loss_on))
+
+
+def texts_of_chats(
+    tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], loss_on: str = "all"
+) -> list[list[str] | BadData]:
+    """The template's half of `render_chats`: each chat in parts that are in turn read and learnt."""
     learnt = [_learnt(chat, loss_on) for chat in chats]
     turns = [(place, index) for place, places in enumerate(learnt) for index in places]
     asked = _texts(tokenizer, [Chat(chats[p].messages[:i], chats[p].tools) for p, i in turns], answering=True)
@@ -187,27 +217,38 @@ def render_chats(
         if isinstance(pieces[place], BadData):
             continue
         reply = _reply_text(tokenizer, before, after, chats[place].messages[index])
-        so_far = "".join(pieces[place])
-        if isinstance(reply, BadData) or isinstance(before, BadData):
+        if isinstance(reply, BadData):
             pieces[place] = reply
-        elif not before.startswith(so_far):
+            continue
+        so_far, prompt = "".join(pieces[place]), _whole(before).text
+        if not prompt.startswith(so_far):
             pieces[place] = BadData(
                 "the tokens of an earlier turn change when the next is added",
                 got=f"turn {index + 1}",
                 fix="set render.loss_on to last, so that only the last reply is learnt",
             )
+            continue
+        learnt_parts = _marked(reply, len(prompt), _whole(after).marks)
+        if isinstance(learnt_parts, BadData):
+            pieces[place] = learnt_parts
         else:
-            pieces[place] += [before[len(so_far) :], reply]
-    whole = [place for place, piece in enumerate(pieces) if isinstance(piece, list)]
-    for place, ids in zip(whole, _encode_pieces(tokenizer, [pieces[place] for place in whole]), strict=True):
-        pieces[place] = ids if isinstance(ids, BadData) else _joined(ids)
+            pieces[place] += [prompt[len(so_far) :] + learnt_parts[0], *learnt_parts[1:]]
     return pieces
 
 
+def tokens_of_chats(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[list[str] | BadData]
+) -> list[Rendered | BadData]:
+    """The tokenizer's half of `render_chats`; it may run in another thread than the template's."""
+    return _encode_rows(tokenizer, texts, _encode_pieces, _joined)
+
+
 def _joined(pieces: Sequence[Sequence[int]]) -> Rendered:
-    """Pieces that alternate between what is read and what is learnt."""
-    ids = [token for piece in pieces for token in piece]
-    mask = [learn for place, piece in enumerate(pieces) for learn in [place % 2 == 1] * len(piece)]
+    """Pieces that are in turn read and learnt."""
+    ids, mask = list[int](), list[bool]()
+    for place, piece in enumerate(pieces):
+        ids += piece
+        mask += [place % 2 == 1] * len(piece)
     return Rendered(ids, mask, len(pieces[0]))
 
 
@@ -235,14 +276,17 @@ def _whole(value: Any) -> Any:
     return value
 
 
-def _reply_text(tokenizer: PreTrainedTokenizerBase, before: Any, after: Any, reply: Message) -> str | BadData:
+def _reply_text(
+    tokenizer: PreTrainedTokenizerBase, before: Text | BadData, after: Text | BadData, reply: Message
+) -> str | BadData:
     """What the template adds for a reply, up to and including the stop token."""
     for text in (before, after):
         if isinstance(text, BadData):
             return text
-    if not after.startswith(before):
+    prompt, answered = _whole(before).text, _whole(after).text
+    if not answered.startswith(prompt):
         return BadData("the chat template rewrites the prompt once it is answered, so no loss mask can be told")
-    added = after[len(before) :]
+    added = answered[len(prompt) :]
     missing = [call["name"] for call in json.loads(reply.calls or "[]") if call["name"] not in added]
     if missing:
         return BadData("the chat template drops the assistant's tool calls", got=", ".join(missing))
@@ -263,7 +307,26 @@ def _reply_text(tokenizer: PreTrainedTokenizerBase, before: Any, after: Any, rep
     return str(added[: end + len(stop)])
 
 
-def _texts(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], *, answering: bool) -> list[str | BadData]:
+def _marked(reply: str, start: int, marks: Sequence[tuple[int, int]] | None) -> list[str] | BadData:
+    """The reply in parts that are in turn read, even if empty, and learnt; `start` is its place in what is marked."""
+    if marks is None:
+        return ["", reply]
+    parts, place = [], 0
+    for first, last in marks:
+        first, last = max(first - start, place), min(last - start, len(reply))
+        if first < last:
+            parts += [reply[place:first], reply[first:last]]
+            place = last
+    if not parts or place < len(reply):
+        return BadData(
+            "the chat template's generation marks leave out the stop token, which would never be learnt",
+            got=repr(reply[place:][-60:]),
+            fix="mark it too, or take the marks out: then all that the template adds for a reply is learnt",
+        )
+    return parts
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], *, answering: bool) -> list[Text | BadData]:
     """What the template makes of each conversation; `answering` adds what comes before an answer."""
     result: list[Any] = [None] * len(chats)
     by_tools: dict[tuple[str, ...], list[int]] = {}
@@ -278,12 +341,12 @@ def _texts(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], *, answeri
         except BadData:  # some row is at fault: see which
             texts = [_apply_alone(tokenizer, one, schemas, answering) for one in plain]
         for place, text in zip(places, texts, strict=True):
-            dropped = _dropped(text, chats[place]) if isinstance(text, str) else None
+            dropped = _dropped(text.text, chats[place]) if isinstance(text, Text) else None
             result[place] = dropped or text
     return result
 
 
-def _apply_alone(tokenizer: PreTrainedTokenizerBase, one: Any, schemas: Any, answering: bool) -> str | BadData:
+def _apply_alone(tokenizer: PreTrainedTokenizerBase, one: Any, schemas: Any, answering: bool) -> Text | BadData:
     try:
         with _limited(TEMPLATE_SECONDS):
             return _apply(tokenizer, [one], schemas, answering)[0]
@@ -291,11 +354,19 @@ def _apply_alone(tokenizer: PreTrainedTokenizerBase, one: Any, schemas: Any, ans
         return error
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, plain: list[Any], schemas: Any, answering: bool) -> list[str]:
+def _apply(tokenizer: PreTrainedTokenizerBase, plain: list[Any], schemas: Any, answering: bool) -> list[Text]:
+    """As the tokenizer's `apply_chat_template` does, by its own sandbox, without its copies of every message."""
     from jinja2 import TemplateError
+    from transformers.utils import chat_template_utils as sandbox
 
+    source = tokenizer.get_chat_template(tools=schemas)
     try:
-        texts = tokenizer.apply_chat_template(plain, schemas, tokenize=False, add_generation_prompt=answering)
+        template = sandbox._compile_jinja_template(source)
+        given = {"tools": schemas, "documents": None, "add_generation_prompt": answering} | tokenizer.special_tokens_map
+        if not answering and _MARKED.search(source):  # never in a served model: marks are not kept apart by thread
+            marked = [sandbox._render_with_assistant_indices(template, messages, **given) for messages in plain]
+            return [Text(text, marks) for text, marks in marked]
+        return [Text(template.render(messages=messages, **given)) for messages in plain]
     except (
         MemoryError,
         TemplateError,
@@ -307,7 +378,9 @@ def _apply(tokenizer: PreTrainedTokenizerBase, plain: list[Any], schemas: Any, a
         AttributeError,
     ) as error:
         raise BadData("the chat template refuses this conversation", got=str(error)) from error
-    return [str(text) for text in texts]
+
+
+_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def _plain(message: Message) -> Mapping[str, Any]:
@@ -366,6 +439,18 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[li
         return [each.ids for each in encoded]
     ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
     return ids
+
+
+def _encode_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[list[str] | BadData],
+    encode: Callable[[PreTrainedTokenizerBase, Sequence[Sequence[str]]], list[list[list[int]] | BadData]],
+    made_of: Callable[[list[list[int]]], Row],
+) -> list[Row | BadData]:
+    """What is made of the tokens of each row's texts; a row that has a reason instead keeps it."""
+    tokens = iter(encode(tokenizer, [row for row in texts if not isinstance(row, BadData)]))
+    found = [row if isinstance(row, BadData) else next(tokens) for row in texts]
+    return [row if isinstance(row, BadData) else made_of(row) for row in found]
 
 
 def _encode_pieces(

@@ -17,6 +17,7 @@ from tasks.templates import (
     Answered,
     Chat,
     _find_stop_token,
+    _texts,
     load_tokenizer,
     render_chat,
     render_chats,
@@ -310,6 +311,40 @@ def test_masks_agree_with_the_marks_of_trls_training_templates(path: Path, pico_
     served = set(range(prompt_tokens)) | set(range(mask.index(False, prompt_tokens), len(ids)))
     assert served.issuperset(besides)
     assert sum(mask) >= 4
+
+
+def test_the_loss_is_where_a_template_marks_it(pico_base: Path) -> None:
+    """By the marks of a template that has the model read its reasoning and not learn it."""
+    real = load_tokenizer(pico_base)
+    real.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}thought. "
+        "{% generation %}{{ m.content }}<|im_end|>\n{% endgeneration %}{% else %}{{ m.content }}<|im_end|>\n{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    ids, mask, _ = render_chat(real, CHAT)
+    learnt = [m.content for m in CHAT if m.role == "assistant"]
+    assert real.decode([token for token, on in zip(ids, mask, strict=True) if on]) == "".join(
+        f"{text}<|im_end|>" for text in learnt
+    )
+    assert real.decode(ids).count("assistant\nthought. ") == len(learnt)
+    assert sum(render_chat(real, CHAT, loss_on="last").mask) == sum(mask[len(mask) - mask[::-1].index(False) :])
+    real.chat_template = real.chat_template.replace(
+        "<|im_end|>\n{% endgeneration %}", "{% endgeneration %}<|im_end|>\n"
+    )
+    with pytest.raises(BadData, match="leave out the stop token"):
+        render_chat(real, CHAT)
+
+
+@pytest.mark.parametrize("path", MARKED, ids=lambda path: path.stem)
+def test_texts_are_those_of_the_tokenizers_own_call(path: Path, pico_base: Path) -> None:
+    real: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(pico_base)
+    real.chat_template = path.read_text()
+    plain = [{"role": m.role, "content": m.content} for m in CHAT]
+    for answering in (True, False):
+        (ours,) = _texts(real, [Chat(CHAT)], answering=answering)
+        if isinstance(ours, BadData):
+            continue  # a template of pictures
+        assert ours.text == real.apply_chat_template(plain, tokenize=False, add_generation_prompt=answering)
 
 
 # --- what a template must not drop ------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from tasks.ingest import Reading
 from tasks.judge import Verdict, judge
 from tasks.params import Validate
 from tasks.records import KINDS, ChatExample, LabelledReply, Message, PreferencePair, Record, TextExample
-from tasks.remembered import Memory
+from tasks.remembered import MOST_ROWS, Memory
 from tasks.tables import as_records, as_table
 from tasks.validate import check_share, places_of, split
 from tests.samples import file_source, validate_params
@@ -353,6 +353,18 @@ def test_rows_that_did_not_change_are_not_looked_at_again(tmp_path: Path, monkey
     assert list(reasons_of(more)) == ["n0", "n1"]
     (next((tmp_path / "memory").iterdir())).write_bytes(b"damaged")
     assert verdict_on([*first, *added], tmp_path / "d", memory=tmp_path / "memory").facts.equals(more.facts)
+
+
+def test_a_row_put_between_others_leaves_all_blocks_but_its_own_as_they_were(tmp_path: Path) -> None:
+    rows = as_table("chat", [said(str(n), f"question {n}", f"answer {n * n}") for n in range(20_000)])
+    new = as_table("chat", [said("new", "what is new?", "this one")])
+    memory = Memory(tmp_path)
+    memory.facts_of(rows, "chat")
+    assert memory.known_rows == 0
+    memory = Memory(tmp_path)
+    memory.facts_of(pa.concat_tables([rows[:50], new, rows[50:]]), "chat")
+    assert 20_000 - MOST_ROWS <= memory.known_rows < 20_000
+    assert memory.known_rows > 10_000
 
 
 def test_the_share_that_may_fail(tmp_path: Path) -> None:
