@@ -48,7 +48,7 @@ def seconds(table: Any, *, near: bool) -> tuple[float, int]:
     from tasks import profile
     from tasks.compare import questions_of
     from tasks.judge import judge
-    from tasks.params import load
+    from tasks.params_reading import load
     from tasks.records import KINDS
     from tasks.remembered import Memory
     from tasks.tables import record_schema, write_table

@@ -14,7 +14,8 @@ from tasks.errors import BadData, BadParams
 from tasks.files import is_prose
 from tasks.ingest import Reading
 from tasks.outputs import whole_file
-from tasks.params import FileSource, Params, load
+from tasks.params import FileSource, Params
+from tasks.params_reading import load
 from tasks.records import KINDS, ChatExample, LabelledReply, PreferencePair, Record
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tasks import graph
 from tasks.errors import BadModel, BadParams
-from tasks.params import load
+from tasks.params_reading import load
 from tasks.process import quiet_libraries
 from tasks.registry import CHAMPION
 from tasks.tracking import connect

@@ -7,7 +7,7 @@ from typing import Any
 
 from flows.results import read_results
 from tasks import graph
-from tasks.params import load
+from tasks.params_reading import load
 from tasks.registry import champion_of, versions
 from tasks.runner import changed_stages, last_seconds
 from tasks.tracking import connect

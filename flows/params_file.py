@@ -13,7 +13,7 @@ from typing import Any
 from tasks import graph
 from tasks.errors import BadParams
 from tasks.outputs import write_whole
-from tasks.params import check, read_yaml
+from tasks.params_reading import check, read_yaml
 
 
 def change_params(workspace: Path, recipe: Path | None, settings: Sequence[str]) -> str:

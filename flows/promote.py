@@ -17,7 +17,8 @@ from prefect import flow
 
 from tasks import graph
 from tasks.errors import BadParams
-from tasks.params import Promote, load
+from tasks.params import Promote
+from tasks.params_reading import load
 from tasks.registry import (
     champions,
     find_version,

@@ -15,7 +15,8 @@ from flows import data_page, display, servers
 from flows.results import read_results, table
 from flows.workspace import held, keep_lock_copy, put_in_order
 from tasks import graph
-from tasks.params import Params, load
+from tasks.params import Params
+from tasks.params_reading import load
 from tasks.registry import find_version
 from tasks.runner import Session, opened
 from tasks.stages import TRAINING

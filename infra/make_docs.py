@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def params_page() -> str:
     """Every key of params.yaml: type, range, its value in the quickstart, meaning."""
-    from tasks.params import Params, load
+    from tasks.params import Params
+    from tasks.params_reading import load
 
     schema = Params.model_json_schema()
     quickstart = load(ROOT / "recipes" / "quickstart.yaml").model_dump(by_alias=True)

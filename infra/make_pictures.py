@@ -26,7 +26,7 @@ CLOSE_ASSISTANT = "document.querySelector('[data-component-id=\"mlflow.assistant
 
 def main() -> None:
     """Serves MLflow for the workspace given as the first argument (else this clone) and photographs it."""
-    from tasks.params import load
+    from tasks.params_reading import load
     from tasks.process import quiet_libraries
     from tasks.tracking import EXPERIMENT, connect, tracking_uri
 

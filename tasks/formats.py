@@ -6,7 +6,6 @@ cannot keep whole.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
@@ -14,8 +13,20 @@ from typing import Any, NamedTuple
 
 from tasks.errors import BadData
 from tasks.records import ChatExample, LabelledReply, Message, PreferencePair, Record, SeqPair, TextExample
-
-Row = Mapping[str, Any]
+from tasks.turns import (
+    Row,
+    check_tools,
+    history_of,
+    list_of,
+    mapping_of,
+    prompt_of,
+    reply_of,
+    stated_prompt_of,
+    system_of,
+    text_of,
+    tools_of,
+    turns_of,
+)
 
 
 class Origin(NamedTuple):
@@ -30,30 +41,6 @@ class Origin(NamedTuple):
     def place(self) -> str:
         """`file:row`, for errors."""
         return f"{self.file}:{self.row}"
-
-
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "human": "user",
-    "user": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "tool_response": "tool",
-}
-"""What roles are called, and what they are."""
-
-_CALLING = ("function_call", "tool_call")
-_THOUGHT = "<think>\n{}\n</think>\n\n"
-"""How a turn of reasoning before the answer is written: as Qwen3 and DeepSeek-R1 have it in their templates."""
 
 
 def parse(row: Any, form: str | Mapping[str, str], origin: Origin) -> Sequence[Record]:
@@ -114,21 +101,21 @@ def _check_object(row: Any, place: str) -> None:
 def parse_alpaca(row: Row, origin: Origin) -> Sequence[Record]:
     """`instruction`, `output`, and perhaps `input`, `system`, `history` (a list of [question, answer])."""
     place, prefix = origin.place, _language(row)
-    instruction = _text(row, f"{prefix}instruction", place)
-    context = _text(row, f"{prefix}input", place) if row.get(f"{prefix}input") is not None else ""
-    before = [*_system(row, place), *_history(row, place)]
+    instruction = text_of(row, f"{prefix}instruction", place)
+    context = text_of(row, f"{prefix}input", place) if row.get(f"{prefix}input") is not None else ""
+    before = [*system_of(row, place), *history_of(row, place)]
     question = Message("user", f"{instruction}\n{context}" if context else instruction)
-    reply = Message("assistant", _text(row, f"{prefix}output", place))
+    reply = Message("assistant", text_of(row, f"{prefix}output", place))
     return [_chat(origin, [*before, question, reply], row)]
 
 
 def parse_seed_tasks(row: Row, origin: Origin) -> Sequence[Record]:
     """`instruction` and `instances`, a list of {input, output} (arXiv:2212.10560)."""
-    instances = _list(row, "instances", origin.place)
+    instances = list_of(row, "instances", origin.place)
     rows: list[Record] = []
     for number, instance in enumerate(instances):
         inner = origin if len(instances) == 1 else origin._replace(id=f"{origin.id}.{number + 1}")
-        rows += parse_alpaca({"instruction": row.get("instruction"), **_mapping(instance, origin.place)}, inner)
+        rows += parse_alpaca({"instruction": row.get("instruction"), **mapping_of(instance, origin.place)}, inner)
     return rows
 
 
@@ -137,25 +124,27 @@ def parse_conversations(row: Row, origin: Origin) -> Sequence[Record]:
     key = next((k for k in ("messages", "conversations", "conversation") if k in row), "messages")
     if row.get("history"):
         raise BadData('has both messages and "history"', where=origin.place, fix="put all turns into one list")
-    return [_chat(origin, [*_system(row, origin.place), *_turns(row, key, origin.place)], row)]
+    return [_chat(origin, [*system_of(row, origin.place), *turns_of(row, key, origin.place)], row)]
 
 
 def parse_prompt_reply(row: Row, origin: Origin) -> Sequence[Record]:
     """One question and its answer, under one of the pairs of names in `PROMPT_REPLY`; perhaps `system`, `history`."""
     place = origin.place
     asked, answered = next((pair for pair in PROMPT_REPLY if pair[0] in row and pair[1] in row), ("prompt", "reply"))
-    before = [*_system(row, place), *_history(row, place)]
-    prompt = _prompt(row, asked, place)
+    before = [*system_of(row, place), *history_of(row, place)]
+    prompt = prompt_of(row, asked, place)
     for name in ("context", "input"):
         if name != asked and row.get(name):
             if len(prompt) != 1:
                 raise BadData(
                     f'has both messages and "{name}"', where=place, fix="put all of the prompt into one place"
                 )
-            prompt = [prompt[0]._replace(content=f"{prompt[0].content}\n{_text(row, name, place)}")]
+            prompt = [prompt[0]._replace(content=f"{prompt[0].content}\n{text_of(row, name, place)}")]
     reply = row.get(answered)
     replies = (
-        _turns(row, answered, place) if isinstance(reply, list) else [Message("assistant", _text(row, answered, place))]
+        turns_of(row, answered, place)
+        if isinstance(reply, list)
+        else [Message("assistant", text_of(row, answered, place))]
     )
     return [_chat(origin, [*before, *prompt, *replies], row)]
 
@@ -183,7 +172,7 @@ def parse_choices(row: Row, origin: Origin) -> Sequence[Record]:
     A question of a test without answers becomes a chat without a reply, which is good to look for leaks with.
     """
     place, row = origin.place, {str(key).lower() if len(str(key)) > 1 else key: value for key, value in row.items()}
-    asked = _text(row, "question" if "question" in row else "query", place)
+    asked = text_of(row, "question" if "question" in row else "query", place)
     passage = row.get("passage")
     options = row.get("choices", row.get("options"))
     if options is None:
@@ -232,10 +221,10 @@ def parse_preference(row: Row, origin: Origin) -> Sequence[Record]:
     for name in names:
         if row.get(name) is None:
             raise BadData(f'"{name}" is missing', where=place, expected="two replies to one prompt")
-    first, second = (_whole_reply(row, name, place) for name in names)
+    first, second = (reply_of(row, name, place) for name in names)
     if isinstance(row[names[0]], str) != isinstance(row[names[1]], str):
         raise BadData("chosen is text and rejected is messages, or the reverse", where=place, fix="use one form")
-    stated = [*_system(row, place), *_history(row, place), *_stated_prompt(row, place)]
+    stated = [*system_of(row, place), *history_of(row, place), *stated_prompt_of(row, place)]
     prompts = [reply[:-1] for reply in (first, second)]
     shared = _shared(stated, prompts[0], first, place)
     if prompts[0] != prompts[1]:
@@ -265,10 +254,10 @@ def parse_ranked(row: Row, origin: Origin) -> Sequence[Record]:
     """Replies in order, best first (`output` or `responses` as a list), or with `scores` or `ranks`: all pairs."""
     place = origin.place
     key = next(k for k in ("responses", "answers", "outputs", "output") if isinstance(row.get(k), list))
-    replies = [item if isinstance(item, str) else _mapping(item, place) for item in row[key]]
-    texts = [r if isinstance(r, str) else _text(r, "text" if "text" in r else "content", place) for r in replies]
+    replies = [item if isinstance(item, str) else mapping_of(item, place) for item in row[key]]
+    texts = [r if isinstance(r, str) else text_of(r, "text" if "text" in r else "content", place) for r in replies]
     scores = _scores(row, replies, place)
-    prompt = [*_system(row, place), *_history(row, place), *_stated_prompt(row, place)]
+    prompt = [*system_of(row, place), *history_of(row, place), *stated_prompt_of(row, place)]
     if not prompt:
         raise BadData("has no prompt", where=place, expected="prompt, question or instruction")
     pairs = []
@@ -330,14 +319,14 @@ def _truth(label: Any, place: str) -> bool:
 
 def parse_text(row: Row, origin: Origin) -> Sequence[Record]:
     """`text` or `content`."""
-    return [TextExample(**origin._asdict(), text=_text(row, "text" if "text" in row else "content", origin.place))]
+    return [TextExample(**origin._asdict(), text=text_of(row, "text" if "text" in row else "content", origin.place))]
 
 
 def parse_pair(row: Row, origin: Origin) -> Sequence[Record]:
     """An input and its target, under one of the pairs of names in `INPUT_TARGET`."""
     given, wanted = next((pair for pair in INPUT_TARGET if pair[0] in row and pair[1] in row), INPUT_TARGET[0])
     place = origin.place
-    return [SeqPair(**origin._asdict(), input=_text(row, given, place), target=_text(row, wanted, place))]
+    return [SeqPair(**origin._asdict(), input=text_of(row, given, place), target=text_of(row, wanted, place))]
 
 
 INPUT_TARGET = (("input", "target"), ("inputs", "targets"), ("source", "target"), ("document", "summary"))
@@ -403,13 +392,13 @@ def _renamed(row: Row, columns: Mapping[str, str], place: str) -> tuple[Row, str
 
 
 def _chat(origin: Origin, messages: Sequence[Message], row: Row) -> ChatExample:
-    _check_tools(messages, origin.place)
-    return ChatExample(**origin._asdict(), messages=tuple(messages), tools=_tools(row, origin.place))
+    check_tools(messages, origin.place)
+    return ChatExample(**origin._asdict(), messages=tuple(messages), tools=tools_of(row, origin.place))
 
 
 def _preference(origin: Origin, prompt: Sequence[Message], chosen: str, rejected: str, row: Row) -> PreferencePair:
-    _check_tools(prompt, origin.place)
-    tools = _tools(row, origin.place)
+    check_tools(prompt, origin.place)
+    tools = tools_of(row, origin.place)
     return PreferencePair(**origin._asdict(), prompt=tuple(prompt), chosen=chosen, rejected=rejected, tools=tools)
 
 
@@ -419,204 +408,3 @@ def _language(row: Row) -> str:
         return ""
     prefixes = [str(key)[: -len("instruction")] for key in row if str(key).endswith("_instruction")]
     return next((prefix for prefix in prefixes if prefix != "en_"), prefixes[0] if prefixes else "")
-
-
-def _system(row: Row, place: str) -> list[Message]:
-    key = "system" if "system" in row else "system_prompt"
-    return [Message("system", _text(row, key, place))] if row.get(key) else []
-
-
-def _history(row: Row, place: str) -> list[Message]:
-    """Earlier turns: `history`, a list of [question, answer]."""
-    turns = []
-    for number, pair in enumerate(row.get("history") or []):
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            where = f"{place} history[{number}]"
-            raise BadData("is not a pair of texts", where=where, got=repr(pair)[:60], expected="[question, answer]")
-        turns += [Message("user", pair[0]), Message("assistant", pair[1])]
-    return turns
-
-
-def _stated_prompt(row: Row, place: str) -> list[Message]:
-    """The prompt that stands beside the replies."""
-    for key in ("prompt", "question", "query"):
-        if key in row:
-            return _prompt(row, key, place)
-    for key in ("conversations", "messages"):
-        if key in row:
-            return _turns(row, key, place)
-    if "instruction" in row:
-        context = _text(row, "input", place) if row.get("input") else ""
-        instruction = _text(row, "instruction", place)
-        return [Message("user", f"{instruction}\n{context}" if context else instruction)]
-    return []
-
-
-def _prompt(row: Row, key: str, place: str) -> list[Message]:
-    """A prompt as text, as a transcript, or as a list of messages."""
-    if isinstance(row.get(key), list):
-        return _turns(row, key, place)
-    text = _text(row, key, place)
-    return (
-        _transcript(text.removesuffix("\n\nAssistant:")) if text.startswith("\n\nHuman:") else [Message("user", text)]
-    )
-
-
-def _whole_reply(row: Row, key: str, place: str) -> list[Message]:
-    """A reply as messages: the last one is the reply itself, those before it are its prompt."""
-    value = row[key]
-    if isinstance(value, str):
-        return _transcript(value) if value.startswith("\n\nHuman:") else [Message("assistant", _text(row, key, place))]
-    if isinstance(value, Mapping):
-        return [_turn(value, f"{place} {key}")]
-    return _turns(row, key, place)
-
-
-def _transcript(text: str) -> list[Message]:
-    """Paragraphs that begin with `Human:` and `Assistant:` as messages (the form of hh-rlhf, arXiv:2204.05862)."""
-    parts = re.split(r"\n\n(Human|Assistant):", text)[1:]
-    return [
-        Message("user" if speaker == "Human" else "assistant", said.strip())
-        for speaker, said in zip(parts[::2], parts[1::2], strict=True)
-    ]
-
-
-def _turns(row: Row, key: str, place: str) -> list[Message]:
-    return [_turn(turn, f"{place} {key}[{number}]") for number, turn in enumerate(_list(row, key, place))]
-
-
-def _turn(turn: Any, where: str) -> Message:
-    """One turn, {from, value} or {role, content}, perhaps with tool_calls, weight or loss_weight."""
-    if not isinstance(turn, Mapping):
-        got = "null" if turn is None else repr(turn)[:60]
-        raise BadData("is not a turn", where=where, got=got, expected="{from, value} or {role, content}")
-    speaker, said = ("from", "value") if "from" in turn else ("role", "content")
-    name = _text(turn, speaker, where)
-    if name not in ROLES:
-        raise BadData(
-            "has an unknown role", where=where, got=repr(name), expected=", ".join(sorted(set(ROLES.values())))
-        )
-    weight = turn.get("weight", turn.get("loss_weight", 1))
-    if weight not in (0, 1, None):
-        raise BadData("has a weight between", where=where, got=repr(weight), expected="0 or 1")
-    learn = weight != 0 or ROLES[name] != "assistant"
-    if name in _CALLING:
-        return Message("assistant", "", _calls([turn.get(said)], where), learn)
-    given = turn.get("tool_calls") or []
-    calls = [given] if isinstance(given, (str, dict)) else list(given)
-    if turn.get("function_call"):
-        calls.append(turn["function_call"])
-    content = turn.get(said)
-    if isinstance(content, list):
-        text, inner = _content_parts(content, where)
-        calls += inner
-    elif content is None and calls:
-        text = ""
-    else:
-        text = _text(turn, said, where)
-    reasoning = turn.get("reasoning_content")
-    if isinstance(reasoning, str) and reasoning:
-        text = _THOUGHT.format(reasoning) + text
-    return Message(ROLES[name], text, _calls(calls, where) if calls else "", learn)
-
-
-def _content_parts(parts: Sequence[Any], where: str) -> tuple[str, list[Any]]:
-    """Typed parts: texts joined, reasoning before them in its tags, tool calls apart."""
-    texts, calls = [], []
-    for number, part in enumerate(parts):
-        inner = f"{where}.content[{number}]"
-        part = {"type": "text", "text": part} if isinstance(part, str) else _mapping(part, inner)
-        kind, key = part.get("type"), "value" if "value" in part else "text"
-        if kind == "text":
-            texts.append(_text(part, key, inner))
-        elif kind == "reasoning":
-            texts.append(_THOUGHT.format(_text(part, key, inner)))
-        elif kind in ("tool_call", "function"):
-            calls.append(part.get("value", part))
-        else:
-            raise BadData("is no text", where=inner, got=repr(kind), expected="text, reasoning or tool_call")
-    return "".join(texts), calls
-
-
-def _calls(calls: Sequence[Any], where: str) -> str:
-    """Tool calls as one JSON list of {name, arguments}, whatever they were wrapped in."""
-    found: list[dict[str, Any]] = []
-    for call in calls:
-        value = _json(call, where, "a tool call") if isinstance(call, str) else call
-        for each in value if isinstance(value, list) else [value]:
-            inner = _mapping(each, where)
-            inner = _mapping(inner.get("function", inner), where)
-            arguments = inner.get("arguments", inner.get("parameters", {}))
-            if not isinstance(inner.get("name"), str):
-                raise BadData("a tool call names no tool", where=where, got=repr(dict(inner))[:80])
-            if isinstance(arguments, str):
-                arguments = _json(arguments or "{}", where, "the arguments of a tool call")
-            found.append({"name": inner["name"], "arguments": arguments})
-    if not found:
-        raise BadData("a tool call calls nothing", where=where, expected="{name, arguments}")
-    return json.dumps(found, ensure_ascii=False)
-
-
-def _tools(row: Row, place: str) -> tuple[str, ...]:
-    """JSON schemas of the tools that a chat may use, each as text."""
-    value = row.get("tools") or row.get("functions") or []
-    if isinstance(value, str):
-        value = _json(value, place, "tools") if value.strip() else []
-    if isinstance(value, Mapping):
-        value = [value]
-    if not isinstance(value, list):
-        raise BadData('"tools" is not a list', where=place, got=type(value).__name__, expected="a list of JSON schemas")
-    tools = [_json(tool, place, "a tool") if isinstance(tool, str) else tool for tool in value]
-    return tuple(json.dumps(tool, ensure_ascii=False) for tool in tools)
-
-
-def _check_tools(messages: Sequence[Message], place: str) -> None:
-    """A tool's result must follow the call that asked for it."""
-    called = False
-    for number, message in enumerate(messages):
-        if message.role == "tool" and not called:
-            raise BadData(
-                "has a tool's result that no call asked for",
-                where=f"{place} turn {number + 1}",
-                expected="an assistant's turn with a tool call before it",
-            )
-        called = bool(message.calls) or (called and message.role == "tool")
-
-
-def _json(text: str, where: str, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadData(f"{what} is not valid JSON", where=where, got=text[:80], fix="correct this row") from error
-
-
-def _list(row: Row, key: str, place: str) -> list[Any]:
-    value = row.get(key)
-    if not isinstance(value, list) or not value:
-        raise BadData(
-            f'"{key}" holds no turns', where=place, got=repr(value)[:60], expected="a list with something in it"
-        )
-    return value
-
-
-def _mapping(value: Any, where: str) -> Row:
-    if not isinstance(value, Mapping):
-        raise BadData("is not an object", where=where, got=repr(value)[:60], expected="an object with named fields")
-    return value
-
-
-def _text(row: Row, field: str, place: str) -> str:
-    value = row.get(field)
-    if not isinstance(value, str):
-        got = "nothing" if field not in row else "null" if value is None else type(value).__name__
-        raise BadData(f'field "{field}" is not text', where=place, got=got, expected="a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise BadData(
-            f'field "{field}" holds half a character (a lone surrogate)',
-            where=place,
-            got=repr(value[error.start : error.end]),
-            fix="write the file again in UTF-8",
-        ) from error
-    return value

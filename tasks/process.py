@@ -24,7 +24,8 @@ from pathlib import Path
 
 from tasks import graph
 from tasks.errors import BadInput, BadParams, InputsChanged, TemperError, Transient
-from tasks.params import Params, load
+from tasks.params import Params
+from tasks.params_reading import load
 
 OWNER = "TEMPER_OWNER"
 """Environment variable: process id of the flow that started this stage."""

@@ -13,7 +13,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from flows.params_file import change_params
-from tasks.params import check
+from tasks.params_reading import check
 from tests.conftest import ROOT, temper
 
 BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

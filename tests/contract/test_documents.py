@@ -15,7 +15,8 @@ from pydantic import BaseModel
 from ruamel.yaml import YAML
 
 from tasks import graph
-from tasks.params import Params, load
+from tasks.params import Params
+from tasks.params_reading import load
 from tests.conftest import ROOT, git
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

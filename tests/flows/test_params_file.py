@@ -7,7 +7,7 @@ import pytest
 
 from flows.params_file import change_params
 from tasks.errors import BadParams
-from tasks.params import load
+from tasks.params_reading import load
 from tests.conftest import ROOT
 
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"

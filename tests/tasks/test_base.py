@@ -13,7 +13,8 @@ from tasks.errors import BadData, BadModel, Transient
 from tasks.generate import Recipe, generate, read_lexicon
 from tasks.hub import snapshot
 from tasks.models import MODEL_FILES, load_model
-from tasks.params import GeneratorSource, HubBase, load
+from tasks.params import GeneratorSource, HubBase
+from tasks.params_reading import load
 from tasks.pretraining import Shuffle, document, pack_blocks, train_tokenizer
 from tasks.records import ChatExample, Message, TextExample, held_out
 from tasks.tables import write_records

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tasks.errors import BadParams
-from tasks.params import load
+from tasks.params_reading import load
 from tests.conftest import ROOT
 
 QUICKSTART = (ROOT / "recipes" / "quickstart.yaml").read_text()
