@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, T5Tokenizer
 
 from tasks.errors import BadData
 from tasks.params import Render
@@ -63,6 +63,18 @@ def test_every_kind_of_row_is_rendered(tokenizer: PreTrainedTokenizerBase) -> No
     assert tokenizer.decode(rows["labelled"]["reply_ids"]) == "left<|im_end|>"
     assert rows["labelled"]["label"] is False
     assert rows["pair"]["target_ids"] == tokenizer("zwei")["input_ids"]
+
+
+def test_pairs_end_as_t5_ends_them() -> None:
+    """mT5's tokenizer is of the same class, with other pieces."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0), ("▁is", -4.0), ("▁complaint", -4.0)]
+    t5 = T5Tokenizer(vocab=pieces + [(letter, -5.0) for letter in "abcdefghijklmnopqrstuvwxyz:"])
+    record = SeqPair(id="p", source="s", input="is it", target="complaint")
+    rendered, _ = render_rows([record], t5, RENDER)
+    (row,) = (row for (_, kind), rows in rendered.items() if kind == "pair" for row in rows)
+    end = t5.convert_tokens_to_ids("</s>")
+    assert row["target_ids"] == [t5.convert_tokens_to_ids("▁complaint"), end]
+    assert row["input_ids"] == [*t5.convert_tokens_to_ids(["▁is", "▁", "i", "t"]), end]
 
 
 def test_many_rows_at_once_are_the_rows_one_by_one(tokenizer: PreTrainedTokenizerBase) -> None:
