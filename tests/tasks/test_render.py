@@ -72,9 +72,8 @@ def test_pairs_end_as_t5_ends_them() -> None:
     record = SeqPair(id="p", source="s", input="is it", target="complaint")
     rendered, _ = render_rows([record], t5, RENDER)
     (row,) = (row for (_, kind), rows in rendered.items() if kind == "pair" for row in rows)
-    end = t5.convert_tokens_to_ids("</s>")
-    assert row["target_ids"] == [t5.convert_tokens_to_ids("▁complaint"), end]
-    assert row["input_ids"] == [*t5.convert_tokens_to_ids(["▁is", "▁", "i", "t"]), end]
+    assert t5.convert_ids_to_tokens(row["target_ids"]) == ["▁complaint", "</s>"]
+    assert t5.convert_ids_to_tokens(row["input_ids"]) == ["▁is", "▁", "i", "t", "</s>"]
 
 
 def test_many_rows_at_once_are_the_rows_one_by_one(tokenizer: PreTrainedTokenizerBase) -> None:
