@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: run test check format docs pictures install lock base clean help
+.PHONY: run test check format docs pictures install lock base pyreft clean help
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -51,6 +51,9 @@ lock: install ## write requirements.lock from pyproject.toml
 		--no-emit-trusted-host --allow-unsafe --output-file requirements.lock.new pyproject.toml
 	@sed -E 's/^(torch==[0-9.]+)\+[a-z0-9]+/\1/' requirements.lock.new > requirements.lock
 	@rm requirements.lock.new
+
+pyreft: ## the environment of the anchor of bench.reft
+	@infra/make_pyreft
 
 base: install ## pretrain the base model of the quickstart anew (about an hour)
 	@infra/make_base

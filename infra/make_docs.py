@@ -59,7 +59,7 @@ def _named(field: dict[str, Any]) -> dict[str, Any]:
 def _choice(body: dict[str, Any]) -> str:
     """Which alternative of a section this is, as a heading says it."""
     key = next((key for key in ("kind", "name") if key in body["properties"]), None)
-    return f" ({key}: {body['properties'][key]['const']})" if key else ""
+    return f" ({key}: {_kind(body['properties'][key]).replace('`', '')})" if key else ""
 
 
 def _kind(field: dict[str, Any]) -> str:
@@ -82,7 +82,8 @@ def _value(quickstart: Any, path: str, key: str, body: dict[str, Any]) -> str:
         nodes = [inner for node in nodes for inner in (node.values() if part == "NAME" else [node[part]])]
     choice = next((name for name in ("kind", "name") if name in body["properties"]), None)
     if choice:
-        nodes = [node for node in nodes if node[choice] == body["properties"][choice]["const"]]
+        own = body["properties"][choice]
+        nodes = [node for node in nodes if node[choice] in own.get("enum", [own.get("const")])]
     return ", ".join(f"`{value}`" for value in dict.fromkeys(_plain(node[key]) for node in nodes))
 
 

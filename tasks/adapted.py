@@ -10,69 +10,60 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.adapter_params import AnyAdapter, LoraAdapter, PeftAdapter, QloraAdapter, ReftAdapter
 from tasks.errors import BadModel
 from tasks.models import Model, load_model
 from tasks.outputs import as_json, write_whole
-from tasks.params import LoreftAdapter, QloraAdapter
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from torch import Tensor
     from transformers import PreTrainedModel
-
-    from tasks.adapters.reft import Reft
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 FOLDER = "adapter"
 """Where a model folder keeps an adapter that cannot be merged."""
 
-Adapter = QloraAdapter | LoreftAdapter
+
+def mergeable(adapter: AnyAdapter) -> bool:
+    """Whether an adapter can be added to the weights; others are kept beside them."""
+    return isinstance(adapter, LoraAdapter | QloraAdapter)
 
 
-def fresh(base: Path, adapter: Adapter) -> Model:
-    """The base model with a new, trainable adapter on it."""
-    if isinstance(adapter, LoreftAdapter):
-        model = load_model(base)
-        _attach_reft(model, adapter.model_dump())
-        return model
-    from peft import LoraConfig, get_peft_model
+def fresh(base: Path, adapter: AnyAdapter) -> PeftModel:
+    """The base model with a new, trainable adapter on it.
 
-    config = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
-        target_modules=adapter.targets,
-        task_type="CAUSAL_LM",
-    )
+    Raises:
+        BadModel: the adapter does not fit the model.
+    """
     # not through PEFT's prepare_model_for_kbit_training: it turns norms and embeddings to float32, which the model that
     # is merged, evaluated and served does not have
-    return get_peft_model(load_model(base, adapter), config)
+    return _adapted(_base_for(base, adapter), config_of(adapter), "params")
 
 
-def load_adapted(base: Path, folder: Path, adapter: Adapter) -> Model:
+def load_adapted(base: Path, folder: Path, adapter: AnyAdapter) -> PeftModel:
     """The model that was trained: the base in the form it was trained on, with a published adapter.
 
     Raises:
         BadModel: the adapter is damaged, unknown, does not fit this base, or would change nothing.
     """
-    return attach(load_model(base, adapter if isinstance(adapter, QloraAdapter) else None), folder)
+    return attach(_base_for(base, adapter), folder)
 
 
-def attach(model: PreTrainedModel, folder: Path) -> Model:
-    """Puts a published adapter on a model, for inference."""
+def attach(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Puts a published adapter on a model, for inference.
+
+    Raises:
+        BadModel: the adapter is damaged, unknown, does not fit this model, or would change nothing.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
     config, state = _read(folder)
-    if config["peft_type"] == "REFT":
-        reft = _attach_reft(model, config)
-        reft.freeze()
-        _fill(reft.state_dict(), state, folder)
-        model.eval()
-        return model
-    from peft import LoraConfig, get_peft_model
-
-    adapted = get_peft_model(model, LoraConfig.from_pretrained(str(folder)))
-    _fill(_lora_state(adapted), state, folder)
-    return adapted.requires_grad_(False).eval()
+    adapted = _adapted(model, config, str(folder)).requires_grad_(False).eval()
+    _check_places(get_peft_model_state_dict(adapted), state, folder)
+    set_peft_model_state_dict(adapted, state)
+    return adapted
 
 
 def load_packaged(folder: Path) -> Model:
@@ -81,80 +72,116 @@ def load_packaged(folder: Path) -> Model:
     return attach(model, folder / FOLDER) if (folder / FOLDER).is_dir() else model
 
 
-def publish(model: Model, adapter: Adapter, folder: Path) -> None:
+def publish(model: PeftModel, folder: Path) -> None:
     """Writes the adapter of a trained model in its published form."""
     from safetensors.torch import save_file
 
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in published_state(model).items()}
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-    write_whole(folder / CONFIG, as_json(_config(model, adapter)))
-
-
-def published_state(model: Model) -> dict[str, Tensor]:
-    """The tensors that an adapter is published as; of ReFT the orthogonal matrices, not what they are made from."""
-    from tasks.adapters.reft import edits_on
-
-    edits = edits_on(model)
-    return edits.published_state() if edits else _lora_state(model)
-
-
-def _config(model: Model, adapter: Adapter) -> dict[str, Any]:
-    if isinstance(adapter, LoreftAdapter):
-        return {"peft_type": "REFT", **adapter.model_dump()}
-    config: dict[str, Any] = model.peft_config["default"].to_dict()  # type: ignore[union-attr]
+    config: dict[str, Any] = model.peft_config["default"].to_dict()
     # PEFT holds target modules as a set, whose order differs from process to process
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()} | {
-        "base_model_name_or_path": None
-    }
+    ordered = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    write_whole(folder / CONFIG, as_json(ordered | {"base_model_name_or_path": None}))
 
 
-def _lora_state(model: PeftModel) -> dict[str, Tensor]:
+def published_state(model: PeftModel) -> dict[str, Tensor]:
+    """The tensors that an adapter is published as; of ReFT the orthogonal matrices, not what they are made from."""
     from peft import get_peft_model_state_dict
 
     state: dict[str, Tensor] = get_peft_model_state_dict(model)
     return state
 
 
-def _attach_reft(model: PreTrainedModel, config: Mapping[str, Any]) -> Reft:
-    from tasks.adapters.reft import Reft
+def config_of(adapter: AnyAdapter) -> PeftConfig:
+    """What PEFT makes the adapter from.
 
-    count, hidden = model.config.num_hidden_layers, model.config.hidden_size
-    layers = range(count) if config["layers"] == "all" else config["layers"]
-    if outside := [layer for layer in layers if not 0 <= layer < count]:
-        raise BadModel("has no such layer", where="adapter.layers", got=str(outside), expected=f"0 to {count - 1}")
-    if config["rank"] > hidden:
-        raise BadModel(
-            "exceeds the hidden size", where="adapter.rank", got=str(config["rank"]), expected=f"at most {hidden}"
+    Raises:
+        BadModel: a method that PEFT does not have, or a field that the method does not have.
+    """
+    from peft import LoraConfig
+
+    if isinstance(adapter, PeftAdapter):
+        return _config_of_any(adapter)
+    if isinstance(adapter, ReftAdapter):
+        from tasks.adapters.tuner import ReftConfig
+
+        return ReftConfig(
+            intervention=adapter.name,
+            r=adapter.rank,
+            layers=adapter.layers,
+            component=adapter.component,
+            positions=adapter.positions,
+            share_weights=adapter.share_weights,
+            dropout=adapter.dropout,
+            task_type="CAUSAL_LM",
         )
-    reft = Reft(hidden, layers, config["rank"], config["dropout"]).to(model.device)
-    reft.attach(model.get_decoder())
-    model.add_module("reft", reft)
-    return reft
+    return LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=adapter.targets,
+        use_rslora=adapter.name == "rslora",
+        use_dora=adapter.name == "dora",
+        task_type="CAUSAL_LM",
+    )
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _config_of_any(adapter: PeftAdapter) -> PeftConfig:
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
+
+    known = {str(name.value): config for name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    chosen = known.get(adapter.method.upper())
+    if chosen is None:
+        names = ", ".join(sorted(known))
+        raise BadModel("PEFT has no such method", where="adapter.method", got=adapter.method, expected=names)
+    try:
+        config: PeftConfig = chosen(**adapter.config, task_type="CAUSAL_LM")
+    except (TypeError, ValueError) as error:
+        raise BadModel("is no configuration of this method", where="adapter.config", got=str(error)) from error
+    if config.is_prompt_learning or config.peft_type in (PeftType.XLORA, PeftType.POLY):
+        raise BadModel("is a method that temper cannot train", where="adapter.method", got=adapter.method)
+    return config
+
+
+def _base_for(base: Path, adapter: AnyAdapter) -> PreTrainedModel:
+    return load_model(base, adapter if isinstance(adapter, QloraAdapter) else None)
+
+
+def _adapted(model: PreTrainedModel, config: PeftConfig, where: str) -> PeftModel:
+    from peft import get_peft_model
+
+    try:
+        adapted: PeftModel = get_peft_model(model, config)
+    except (ValueError, TypeError) as error:  # NoMatchingPeftModuleError too
+        raise BadModel("the adapter does not fit this model", where=where, got=str(error)) from error
+    return adapted
+
+
+def _read(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    import tasks.adapters.tuner  # noqa: F401  # makes the method known to PEFT
+
     try:
-        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+        kind = str(json.loads((folder / CONFIG).read_text()).get("peft_type"))
         state = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise BadModel("is not a readable adapter", where=str(folder), got=str(error), fix="train it again") from error
-    if config.get("peft_type") not in ("LORA", "REFT"):
-        raise BadModel(
-            "is of an unknown kind",
-            where=str(folder / CONFIG),
-            got=str(config.get("peft_type")),
-            expected="LORA or REFT",
-        )
+    if kind not in {name.value for name in PEFT_TYPE_TO_CONFIG_MAPPING}:
+        raise BadModel("is of an unknown kind", where=str(folder / CONFIG), got=kind, expected="a method of PEFT")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError) as error:
+        raise BadModel("is not a readable adapter", where=str(folder / CONFIG), got=str(error)) from error
     if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
         raise BadModel("has values that are not finite; refused", where=str(folder), examples=broken)
     return config, state
 
 
-def _fill(target: Mapping[str, Tensor], state: Mapping[str, Tensor], folder: Path) -> None:
-    """Copies an adapter's tensors into a model's. PEFT itself loads an adapter that matches nothing without a word."""
+def _check_places(target: Mapping[str, Tensor], state: Mapping[str, Tensor], folder: Path) -> None:
+    """Refuses tensors that have no place, or a place without one: PEFT itself loads such an adapter without a word."""
     wrong = [f"{name}: the model has no such place" for name in state.keys() - target.keys()]
     wrong += [f"{name}: missing in the adapter" for name in target.keys() - state.keys()]
     wrong += [
@@ -169,5 +196,3 @@ def _fill(target: Mapping[str, Tensor], state: Mapping[str, Tensor], folder: Pat
             examples=sorted(wrong),
             fix="use the base that the adapter was trained on",
         )
-    for name, tensor in state.items():
-        target[name].data.copy_(tensor)

@@ -82,8 +82,9 @@ def unpack(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], opti
     """Puts back what `pack` took; the parameters and optimizers must be those of the same configuration."""
     import torch
 
-    for name, tensor in parameters.items():
-        tensor.data.copy_(tensors[f"parameter/{name}"])
+    with torch.no_grad():  # not through .data, whose changes rotations would not notice
+        for name, tensor in parameters.items():
+            tensor.copy_(tensors[f"parameter/{name}"])
     for number, optimizer in enumerate(optimizers):
         states: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():

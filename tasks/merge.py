@@ -10,18 +10,18 @@ Fails:  a merged model that differs from the adapter model by more than merge.ma
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from tasks import process
-from tasks.adapted import CONFIG, FOLDER, WEIGHTS, load_adapted, load_packaged
+from tasks.adapted import CONFIG, FOLDER, WEIGHTS, load_adapted, load_packaged, mergeable
 from tasks.device import settle
 from tasks.errors import BadModel, NotEquivalent
 from tasks.models import Model, model_files
 from tasks.outputs import as_json, read_manifest, whole_folder
-from tasks.params import LoreftAdapter
 from tasks.tables import read_rows
 
 if TYPE_CHECKING:
@@ -39,16 +39,19 @@ class Difference(NamedTuple):
 
 
 def lora_updates(adapter: Path) -> dict[str, Tensor]:
-    """What a LoRA adapter adds to each weight: alpha / rank * B A, float32, by the weight's name in the base."""
+    """What a LoRA adapter adds to each weight, float32, by the weight's name in the base.
+
+    That is alpha / rank * B A, and alpha / sqrt(rank) * B A for rank-stabilised LoRA (arXiv:2312.03732).
+    """
     from safetensors.torch import load_file
 
     config = json.loads((adapter / CONFIG).read_text())
-    if config.get("use_rslora") or config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
+    if config.get("rank_pattern") or config.get("alpha_pattern") or config.get("fan_in_fan_out"):
         raise BadModel(
-            "is of a LoRA variant that is not merged yet", where=str(adapter / CONFIG), expected="plain LoRA"
+            "is of a LoRA variant that is not merged yet", where=str(adapter / CONFIG), expected="LoRA, rsLoRA or DoRA"
         )
     tensors = load_file(adapter / WEIGHTS)
-    scale = config["lora_alpha"] / config["r"]
+    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
     updates = {}
     for name, a in tensors.items():
         if name.endswith(".lora_A.weight"):
@@ -58,7 +61,25 @@ def lora_updates(adapter: Path) -> dict[str, Tensor]:
     return updates
 
 
-def merge_shards(base: Path, updates: Mapping[str, Tensor], replaced: Mapping[str, Tensor], out: Path) -> None:
+def dora_norms(adapter: Path) -> dict[str, Tensor]:
+    """The norm that a DoRA adapter (arXiv:2402.09353) gives each row of a weight, float32, by its name in the base."""
+    from safetensors.torch import load_file
+
+    mark = ".lora_magnitude_vector"
+    return {
+        f"{name.removeprefix('base_model.model.').removesuffix(mark)}.weight": tensor.float()
+        for name, tensor in load_file(adapter / WEIGHTS).items()
+        if name.endswith(mark)
+    }
+
+
+def merge_shards(
+    base: Path,
+    updates: Mapping[str, Tensor],
+    replaced: Mapping[str, Tensor],
+    out: Path,
+    norms: Mapping[str, Tensor] | None = None,
+) -> None:
     """Writes the base's weights plus the updates, shard by shard; each sum is made in float32 and rounded once.
 
     Args:
@@ -66,6 +87,7 @@ def merge_shards(base: Path, updates: Mapping[str, Tensor], replaced: Mapping[st
         updates: float32 tensors to add, by weight name.
         replaced: float32 tensors that stand in for the base's own before the sum.
         out: the folder that gets shards of the same names.
+        norms: what each row of a sum is scaled to, by weight name; of DoRA.
 
     Raises:
         BadModel: an update has no weight in the base.
@@ -82,6 +104,8 @@ def merge_shards(base: Path, updates: Mapping[str, Tensor], replaced: Mapping[st
                 if name in updates or name in replaced:
                     total = replaced.get(name, weight).float()
                     total = total + updates[name] if name in updates else total
+                    if norms and name in norms:
+                        total = total * (norms[name] / total.norm(dim=1))[:, None]
                     weight = total.to(weight.dtype)
                     unused.discard(name)
                 tensors[name] = weight
@@ -131,17 +155,17 @@ def main() -> None:
         model = load_adapted(base, trained, adapter)
         with whole_folder(stage.path("out")) as folder:
             for file in model_files(base):
-                if file.suffix != ".safetensors" or isinstance(adapter, LoreftAdapter):
+                if file.suffix != ".safetensors" or not mergeable(adapter):
                     shutil.copyfile(file, folder / file.name)
-            if isinstance(adapter, LoreftAdapter):
-                form = "packaged: the base and the edits, because an edit depends on the hidden state it edits"
+            if not mergeable(adapter):
+                form = f"packaged: the base and the adapter, because {adapter.name} cannot be added to weights"
                 (folder / FOLDER).mkdir()
                 for name in (CONFIG, WEIGHTS):
                     shutil.copyfile(trained / name, folder / FOLDER / name)
             else:
                 form = f"merged onto the {params.onto} weights"
                 replaced = dequantized(model) if params.onto == "dequantized" else {}
-                merge_shards(base, lora_updates(trained), replaced, folder)
+                merge_shards(base, lora_updates(trained), replaced, folder, dora_norms(trained))
             found = difference(model, load_packaged(folder), [row["ids"] for row in rows])
             (folder / EQUIVALENCE).write_text(as_json({"form": form, **found._asdict()}))
             print(

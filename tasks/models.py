@@ -8,14 +8,16 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from tasks.adapter_params import QloraAdapter
 from tasks.device import compute_dtype, device
 from tasks.errors import BadModel
-from tasks.params import QloraAdapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from tasks.adapters.below import Below
 
 MODEL_FILES = (
     "config.json",
@@ -212,36 +214,48 @@ class Scored(NamedTuple):
         return self.row_sums() / self.row.bincount(minlength=self.rows)
 
 
-def score_tokens(model: Model, rows: Sequence[TokenRow]) -> Scored:
+def score_tokens(model: Model, rows: Sequence[TokenRow], below: Below | None = None) -> Scored:
     """The log-probability of every scored token of some rows, given what stands before it.
 
-    The vocabulary head runs on scored positions only: the logits of prompts and padding never exist.
+    The vocabulary head runs on scored positions only: the logits of prompts and padding never exist. Nor is anything
+    computed twice that `below` keeps.
     """
     import torch
     from torch.nn import functional as F
 
-    longest = max(len(row.ids) for row in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    attended = torch.zeros(len(rows), longest, dtype=torch.long)
-    scored = torch.zeros(len(rows), longest, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        ids[i, : len(row.ids)] = torch.tensor(row.ids)
-        attended[i, : len(row.ids)] = 1
-        scored[i, : len(row.mask)] = torch.tensor(row.mask)
-    scored[:, 0] = False  # nothing stands before the first token
-    ids, attended, scored = (t.to(model.device) for t in (ids, attended, scored))
-    with _prompt_ends(model, rows):
-        hidden = model.get_decoder()(input_ids=ids, attention_mask=attended, use_cache=False).last_hidden_state
+    prompts = [row.prompt_tokens for row in rows]
+    with below.known([row.ids for row in rows], prompts) if below else nullcontext() as reuse:
+        start = reuse.start if reuse else [0] * len(rows)
+        longest = max(len(row.ids) - first for row, first in zip(rows, start, strict=True))
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        attended = torch.zeros(len(rows), longest, dtype=torch.long)
+        scored = torch.zeros(len(rows), longest, dtype=torch.bool)
+        for i, (row, first) in enumerate(zip(rows, start, strict=True)):
+            ids[i, : len(row.ids) - first] = torch.tensor(row.ids[first:])
+            attended[i, : len(row.ids) - first] = 1
+            scored[i, : len(row.mask) - first] = torch.tensor(row.mask[first:])
+        scored[:, 0] = False  # nothing stands before the first token
+        ids, attended, scored = (t.to(model.device) for t in (ids, attended, scored))
+        given: dict[str, Any] = {"input_ids": ids, "attention_mask": attended, "use_cache": False}
+        if reuse and reuse.cache:
+            given["attention_mask"] = torch.cat([reuse.attended, attended], dim=1)
+            places = torch.arange(longest, device=ids.device)
+            given["position_ids"] = torch.tensor(start, device=ids.device)[:, None] + places
+            given["past_key_values"] = reuse.cache
+        with _prompt_ends(model, prompts, start):
+            hidden = model.get_decoder()(**given).last_hidden_state
     before = scored.roll(-1, dims=1)  # position t predicts token t + 1
     logits = model.get_output_embeddings()(hidden[before])
     logp = -F.cross_entropy(logits.float(), ids[scored], reduction="none")
     return Scored(logp, scored.nonzero()[:, 0], len(rows))
 
 
-def _prompt_ends(model: Model, rows: Sequence[TokenRow]) -> Any:
+def _prompt_ends(model: Model, lengths: Sequence[int], start: Sequence[int]) -> Any:
     import torch
 
-    from tasks.adapters.reft import edits_on
+    from tasks.adapters.prompts import prompts_of
 
-    edits = edits_on(model)
-    return edits.prompts_end_at(torch.tensor([row.prompt_tokens - 1 for row in rows])) if edits else nullcontext()
+    prompts = prompts_of(model)
+    if prompts is None:
+        return nullcontext()
+    return prompts.given(*(torch.tensor(numbers, device=model.device) for numbers in (lengths, start)))

@@ -8,25 +8,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
-FilePath = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^\x00-\x1f]+$")]
-HubName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+$")]
-Commit = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
-Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
+from tasks.adapter_params import AnyAdapter
+from tasks.fields import Commit, Count, FilePath, HubName, Name, NotNegative, Positive, Section, Seed, Share
 
 REMOTE = "data/remote.md"
-
-
-class Section(BaseModel):
-    """One mapping of params.yaml."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
 # --- ingest -----------------------------------------------------------------------------------------------------------
@@ -337,38 +324,6 @@ class Render(Section):
 # --- train: one method per key, each an adapter x an objective --------------------------------------------------------
 
 
-class QloraAdapter(Section):
-    """Low-rank updates on a 4-bit base (arXiv:2305.14314)."""
-
-    name: Literal["qlora"]
-    rank: Annotated[int, Field(ge=1, le=1024)]
-    """The paper's r."""
-    alpha: Positive
-    """The update is scaled by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)]
-    """Share of the update's inputs that is zeroed in training."""
-    targets: Literal["all-linear"] | list[str]
-    """Module names such as `[q_proj, v_proj]`, or every linear layer but the head."""
-    quantization: Literal["nf4", "fp4"]
-    """The 4-bit data type of the frozen weights."""
-    double_quantization: bool
-    """Whether the quantization constants are quantized too (section 3 of the paper)."""
-
-
-class LoreftAdapter(Section):
-    """Low-rank edits of hidden states at the last prompt token (arXiv:2404.03592)."""
-
-    name: Literal["loreft"]
-    rank: Annotated[int, Field(ge=1, le=1024)]
-    """Dimensions of the edited subspace, the paper's r."""
-    layers: Literal["all"] | Annotated[list[int], Field(min_length=1)]
-    """Whose outputs are edited, from 0."""
-    positions: Literal["last"]
-    """The last prompt token."""
-    dropout: Annotated[float, Field(ge=0, lt=1)]
-    """Share of the edit's inputs that is zeroed in training."""
-
-
 class SftObjective(Section):
     """Cross-entropy on the assistant's tokens."""
 
@@ -386,7 +341,7 @@ class OrpoObjective(Section):
 class Method(Section):
     """A named pair of adapter and objective, and how it is optimised."""
 
-    adapter: Annotated[QloraAdapter | LoreftAdapter, Field(discriminator="name")]
+    adapter: Annotated[AnyAdapter, Field(discriminator="name")]
     objective: Annotated[SftObjective | OrpoObjective, Field(discriminator="name")]
     epochs: Count
     """Passes over the rows."""

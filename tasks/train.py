@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks import process
 from tasks.adapted import fresh, publish, published_state
+from tasks.adapter_params import ReftAdapter
 from tasks.checkpoints import checkpoint_folder
 from tasks.device import settle
 from tasks.errors import BadData, BadInput
@@ -31,6 +32,8 @@ from tasks.tracking import Tracker, flat
 
 if TYPE_CHECKING:
     import torch
+
+    from tasks.adapters.below import Below
 
 Example = tuple[TokenRow, ...]
 """What one row of the data gives to learn from: one sequence, or a chosen and a rejected one with the same prompt."""
@@ -95,15 +98,21 @@ def steps_per_epoch(rows: int, batch_rows: int) -> int:
 # --- one step ---------------------------------------------------------------------------------------------------------
 
 
-def loss_of(model: Model, examples: Sequence[Example], method: Method) -> tuple[torch.Tensor, dict[str, float]]:
-    """The objective on some examples: a scalar to differentiate, and what to log beside it."""
+def loss_of(
+    model: Model, examples: Sequence[Example], method: Method, below: Below | None = None
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The objective on some examples: a scalar to differentiate, and what to log beside it.
+
+    `below` keeps what does not change from epoch to epoch.
+    """
     from tasks.objectives.orpo import orpo_loss
     from tasks.objectives.sft import sft_loss
 
     if not isinstance(method.objective, OrpoObjective):
-        return sft_loss(score_tokens(model, [example[0] for example in examples]).logp), {}
+        return sft_loss(score_tokens(model, [example[0] for example in examples], below).logp), {}
     n = len(examples)
-    scored = score_tokens(model, [example[i] for i in (0, 1) for example in examples])  # chosen first, then rejected
+    rows = [example[i] for i in (0, 1) for example in examples]  # chosen first, then rejected
+    scored = score_tokens(model, rows, below)
     means = scored.row_means()
     nll = -scored.logp[scored.row < n].mean()
     terms = orpo_loss(means[:n], means[n:], nll, weight=method.objective.weight)
@@ -142,14 +151,20 @@ def train(
     import torch
 
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    # PyTorch keeps the signs of an orthogonal matrix as +-1.0 among its numbers and cuts them to integers: the least
-    # decay makes them 0, and the matrix with them
-    signed = [p for name, p in parameters.items() if ".parametrizations." in name]
-    decayed = [p for name, p in parameters.items() if ".parametrizations." not in name]
-    groups = [{"params": decayed, "weight_decay": method.weight_decay}, {"params": signed, "weight_decay": 0.0}]
+    # angles say how far a rotation is from where it began: decayed, it would be drawn back there
+    angles = [p for name, p in parameters.items() if name.endswith(".angles")]
+    others = [p for name, p in parameters.items() if not name.endswith(".angles")]
+    groups = [{"params": others, "weight_decay": method.weight_decay}, {"params": angles, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups)
     lengths = [sum(len(sequence.ids) for sequence in example) for example in examples]
     steps = method.epochs * steps_per_epoch(len(examples), method.batch_rows)
+
+    below = None
+    if isinstance(method.adapter, ReftAdapter) and method.epochs > 1:
+        from tasks.adapters.below import Below
+
+        shapes = [(len(sequence.ids), sequence.prompt_tokens) for example in examples for sequence in example]
+        below = Below.of(model, shapes, method.adapter.cache_mib << 20)
 
     def chosen(step: int) -> list[int]:
         return batch_of(step, lengths, method.batch_rows, method.seed)
@@ -159,7 +174,7 @@ def train(
         learning_rate=lambda step: schedule(
             step, steps, peak=method.learning_rate, warmup_steps=method.warmup_steps, shape=method.schedule
         ),
-        loss=lambda step: loss_of(model, [examples[i] for i in chosen(step)], method),
+        loss=lambda step: loss_of(model, [examples[i] for i in chosen(step)], method, below),
         describe=lambda step: [f"row {i} of the rendered training rows" for i in chosen(step)],
         max_grad_norm=method.max_grad_norm,
         checkpoint_every_steps=method.checkpoint_every_steps,
@@ -201,7 +216,7 @@ def main() -> None:
             "params": method.model_dump(),
         }
         with whole_folder(stage.path("out")) as folder:
-            publish(model, method.adapter, folder)
+            publish(model, folder)
             (folder / "log.jsonl").write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in log))
             (folder / "summary.json").write_text(as_json(summary))
         print(f"train {stage.item}: {len(log)} steps, held-out loss {before:.3f} -> {after:.3f}", flush=True)

@@ -57,7 +57,16 @@ QLORA = {
     "quantization": "nf4",
     "double_quantization": True,
 }
-LOREFT = {"name": "loreft", "rank": 2, "layers": "all", "positions": "last", "dropout": 0.0}
+LOREFT = {
+    "name": "loreft",
+    "rank": 2,
+    "layers": "all",
+    "component": "block_output",
+    "positions": "last",
+    "share_weights": False,
+    "dropout": 0.0,
+    "cache_mib": 16,
+}
 SFT = {"name": "sft"}
 ORPO = {"name": "orpo", "weight": 0.1}
 

@@ -107,7 +107,7 @@ def test_no_defaults_hide_in_python() -> None:
         for other in model.__subclasses__():
             yield from sections(other)
 
-    from tasks.params import Section
+    from tasks.fields import Section
 
     for section in sections(Section):
         for name, field in section.model_fields.items():
@@ -115,10 +115,11 @@ def test_no_defaults_hide_in_python() -> None:
 
 
 def test_every_knob_is_explained_beside_its_declaration() -> None:
-    from tasks import params
+    from tasks import adapter_params, params
+    from tasks.fields import Section
 
-    for section in vars(params).values():
-        if isinstance(section, type) and issubclass(section, params.Section) and section is not params.Params:
+    for section in (*vars(params).values(), *vars(adapter_params).values()):
+        if isinstance(section, type) and issubclass(section, Section) and section is not params.Params:
             for name, field in section.model_fields.items():
                 assert field.description or name in ("kind", "name", "sources", "adapter", "objective"), (section, name)
 

@@ -10,15 +10,26 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tasks.adapted import CONFIG, WEIGHTS, Adapter, attach, fresh, load_adapted, publish, published_state
+from tasks.adapted import CONFIG, WEIGHTS, attach, fresh, load_adapted, publish, published_state
+from tasks.adapter_params import AnyAdapter, LoraAdapter, PeftAdapter, QloraAdapter, ReftAdapter
 from tasks.errors import BadModel
 from tasks.models import Model, load_model
-from tasks.params import LoreftAdapter, QloraAdapter
 from tests.samples import LOREFT, QLORA
 
-ADAPTERS: dict[str, Adapter] = {
+LORA = {key: value for key, value in QLORA.items() if "quantiz" not in key}
+ADAPTERS: dict[str, AnyAdapter] = {
     "qlora": QloraAdapter.model_validate(QLORA),
-    "loreft": LoreftAdapter.model_validate(LOREFT),
+    **{name: LoraAdapter.model_validate({**LORA, "name": name}) for name in ("lora", "rslora", "dora")},
+    **{
+        name: ReftAdapter.model_validate({**LOREFT, "name": name})
+        for name in ("loreft", "noreft", "consreft", "lobireft", "direft", "nodireft")
+    },
+    "ia3": PeftAdapter(
+        name="peft",
+        method="ia3",
+        config={"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    ),
+    "oft": PeftAdapter(name="peft", method="OFT", config={"target_modules": "all-linear", "oft_block_size": 8}),
 }
 
 
@@ -28,13 +39,13 @@ def logits(model: Model) -> torch.Tensor:
     return result
 
 
-def trained(base: Path, name: str) -> Model:
+def trained(base: Path, name: str) -> Any:
     """An adapter with numbers in it, as a training would leave them."""
     torch.manual_seed(0)
     model = fresh(base, ADAPTERS[name])
     with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter.requires_grad and "parametrizations" not in parameter_name:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
                 parameter += 0.05 * torch.randn_like(parameter)
     model.eval()
     return model
@@ -45,7 +56,7 @@ def test_saved_and_loaded_elsewhere_it_is_the_same_model_bit_for_bit(
     pico_base: Path, tmp_path: Path, name: str
 ) -> None:
     model = trained(pico_base, name)
-    publish(model, ADAPTERS[name], tmp_path)
+    publish(model, tmp_path)
     again = load_adapted(pico_base, tmp_path, ADAPTERS[name])
     assert torch.equal(logits(again), logits(model))
     assert not torch.equal(logits(again), logits(load_model(pico_base)))
@@ -56,7 +67,7 @@ def test_saved_and_loaded_elsewhere_it_is_the_same_model_bit_for_bit(
 def test_the_published_form_is_the_same_twice(pico_base: Path, tmp_path: Path, name: str) -> None:
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
-        publish(trained(pico_base, name), ADAPTERS[name], tmp_path / folder)
+        publish(trained(pico_base, name), tmp_path / folder)
     for file in (CONFIG, WEIGHTS):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
@@ -65,9 +76,16 @@ def test_a_lora_adapter_loads_in_peft_itself(pico_base: Path, tmp_path: Path) ->
     from peft import PeftModel
 
     model = trained(pico_base, "qlora")
-    publish(model, ADAPTERS["qlora"], tmp_path)
+    publish(model, tmp_path)
     theirs = PeftModel.from_pretrained(load_model(pico_base, QloraAdapter.model_validate(QLORA)), tmp_path)
     assert torch.equal(logits(theirs), logits(model))
+
+
+MARKS = {
+    "ia3": "ia3_",
+    "oft": "oft_",
+    **dict.fromkeys([name for name in ADAPTERS if "reft" in name], "reft.reft_edits."),
+}
 
 
 def test_only_the_adapter_is_trained(pico_base: Path) -> None:
@@ -75,7 +93,7 @@ def test_only_the_adapter_is_trained(pico_base: Path) -> None:
         model = fresh(pico_base, ADAPTERS[name])
         trainable = {n for n, p in model.named_parameters() if p.requires_grad}
         assert trainable
-        assert all("lora_" in n or n.startswith("reft.") for n in trainable)
+        assert all(f".{mark}" in n for n in trainable for mark in [MARKS.get(name, "lora_")])
     # LoReFT: R and W of 2 x 64 numbers and b of 2 at each of two layers
     assert sum(int(p.numel()) for p in published_state(fresh(pico_base, ADAPTERS["loreft"])).values()) == 2 * (
         128 + 128 + 2
@@ -109,7 +127,7 @@ HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.fixture(scope="module")
 def adapter_folder(pico_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapter")
-    publish(trained(pico_base, "qlora"), ADAPTERS["qlora"], folder)
+    publish(trained(pico_base, "qlora"), folder)
     return folder
 
 
@@ -125,8 +143,24 @@ def test_a_damaged_adapter_is_refused(pico_base: Path, adapter_folder: Path, tmp
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"), [({"layers": [0, 2]}, "no such layer"), ({"rank": 65}, "exceeds the hidden size")]
+    ("changes", "said"), [({"layers": [0, 2]}, "expected 0 to 1"), ({"rank": 65}, "at most the hidden size")]
 )
 def test_edits_that_do_not_fit_the_model_are_refused(pico_base: Path, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(BadModel, match=said):
-        fresh(pico_base, LoreftAdapter.model_validate({**LOREFT, **changes}))
+        fresh(pico_base, ReftAdapter.model_validate({**LOREFT, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("method", "config", "said"),
+    [
+        ("nothing", {}, "no such method"),
+        ("IA3", {"ranks": 3}, "no configuration of this method"),
+        ("PREFIX_TUNING", {"num_virtual_tokens": 2}, "cannot train"),
+        ("OFT", {"target_modules": ["nowhere"]}, "does not fit this model"),
+    ],
+)
+def test_methods_that_peft_does_not_have_are_refused(
+    pico_base: Path, method: str, config: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(BadModel, match=said):
+        fresh(pico_base, PeftAdapter(name="peft", method=method, config=config))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from tasks.adapted import CONFIG, WEIGHTS, fresh, load_adapted, load_packaged, publish
+from tasks.adapter_params import LoraAdapter, QloraAdapter
 from tasks.errors import BadModel
-from tasks.merge import dequantized, difference, lora_updates, merge_shards
+from tasks.merge import dequantized, difference, dora_norms, lora_updates, merge_shards
 from tasks.models import load_model
-from tasks.params import QloraAdapter
 from tests.samples import QLORA
 
 ADAPTER = QloraAdapter.model_validate(QLORA)
@@ -29,7 +30,7 @@ def adapter(pico_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn_like(parameter)
-    publish(model, ADAPTER, folder)
+    publish(model, folder)
     return folder
 
 
@@ -50,6 +51,33 @@ def test_merged_tensors_are_the_float64_sum_rounded_once(pico_base: Path, adapte
         assert merged[name].dtype == torch.bfloat16
         changed += 1
     assert changed == 14  # seven projections in each of two layers
+
+
+@pytest.mark.parametrize("name", ["lora", "rslora", "dora"])
+def test_lora_and_its_variants_merge_as_peft_merges_them(pico_base: Path, tmp_path: Path, name: str) -> None:
+    """In float32 within its rounding, by PEFT's own merge_and_unload."""
+    torch.manual_seed(1)
+    chosen = {key: value for key, value in QLORA.items() if "quantiz" not in key}
+    model: Any = fresh(
+        pico_base, LoraAdapter.model_validate({**chosen, "name": name, "targets": r".*(q_proj|up_proj)"})
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    publish(model, tmp_path)
+    theirs = dict(model.float().merge_and_unload().named_parameters())
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({k: v.float() for k, v in load_file(pico_base / "model.safetensors").items()}, base / "model.safetensors")
+    (tmp_path / "out").mkdir()
+    updates = lora_updates(tmp_path)
+    merge_shards(base, updates, {}, tmp_path / "out", dora_norms(tmp_path))
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert len(updates) == 4
+    for weight, tensor in merged.items():
+        torch.testing.assert_close(tensor, theirs[weight].data, rtol=1e-5, atol=1e-6)
+        assert weight in updates or torch.equal(tensor, theirs[weight].data)
 
 
 def test_what_the_four_bit_weights_stand_for(pico_base: Path) -> None:
@@ -124,6 +152,6 @@ def test_shards_stay_apart(pico_base: Path, adapter: Path, tmp_path: Path) -> No
 def test_a_variant_that_is_not_merged_yet_is_refused(adapter: Path, tmp_path: Path) -> None:
     shutil.copytree(adapter, tmp_path / "a")
     text = (tmp_path / "a" / CONFIG).read_text()
-    (tmp_path / "a" / CONFIG).write_text(text.replace('"use_dora": false', '"use_dora": true'))
+    (tmp_path / "a" / CONFIG).write_text(text.replace('"fan_in_fan_out": false', '"fan_in_fan_out": true'))
     with pytest.raises(BadModel, match="not merged yet"):
         lora_updates(tmp_path / "a")

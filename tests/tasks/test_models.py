@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from tasks.adapter_params import QloraAdapter
 from tasks.errors import BadModel
 from tasks.models import TokenRow, load_model, model_files, score_tokens
-from tasks.params import QloraAdapter
 from tests.samples import QLORA
 
 

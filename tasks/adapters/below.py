@@ -1,0 +1,194 @@
+"""What no edit of a ReFT model can change is the same in every epoch: it is computed once and kept.
+
+Layers up to the first edited one see neither edits nor anything that is trained; and where only tokens at the end of
+the prompt are edited, what stands before those is the same in all layers, so that the layers above need no more of it
+than its keys and values. Both are computed for a row alone, so that they depend neither on its batch nor on when a
+training was interrupted.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from tasks.adapters.prompts import parse_positions, prompts_of
+from tasks.adapters.tuner import ReftConfig, ReftLayer, body_of, layers_of
+
+
+class Reuse(NamedTuple):
+    """What a forward pass of some rows can leave out.
+
+    Attributes:
+        start: how many tokens at the beginning of each row need not be given.
+        cache: their keys and values, padded on the left; None if there are none.
+        attended: 1 for each of them, 0 for that padding, (rows, longest) int64.
+    """
+
+    start: list[int]
+    cache: Any
+    attended: Tensor
+
+
+class State(NamedTuple):
+    """What is kept of a row.
+
+    Attributes:
+        hidden: hidden states at the cut, (tokens, hidden).
+        attention: keys and values of the layers above it, (layers, 2, heads, tokens, width).
+    """
+
+    hidden: Tensor
+    attention: Tensor | None
+
+
+class Below:
+    """Keeps what lies below the first edit, and before the first edited token."""
+
+    def __init__(self, body: nn.Module, layers: Sequence[nn.Module], cut: int, last: int, prompts: Any) -> None:
+        """Keeps the output of layer number `cut` - 1; `last` tokens of each prompt are edited, 0: more."""
+        self._body, self._layers, self._cut, self._last, self._prompts = body, layers, cut, last, prompts
+        self._states: dict[bytes, State] = {}
+
+    @classmethod
+    def of(cls, model: Any, rows: Sequence[tuple[int, int]], max_bytes: int) -> Below | None:
+        """For a model with edits and rows of so many tokens, of which so many are the prompt's.
+
+        Where keys and values would need more than `max_bytes`, hidden states alone are kept. None where those are too
+        many too, or would be wrong: dropout below the first edit, no layer below, an encoder.
+        """
+        config = getattr(model, "peft_config", {}).get(getattr(model, "active_adapter", ""))
+        if not isinstance(config, ReftConfig):
+            return None
+        base, spans = model.get_base_model(), parse_positions(config.positions)
+        layers = list(layers_of(base).values())
+        edited = [any(isinstance(part, ReftLayer) for part in layer.modules()) for layer in layers]
+        cut = edited.index(True) + (config.component == "block_output")
+        if cut == 0 or base.config.is_encoder_decoder or _drops(base, layers[:cut]):
+            return None
+        below = cls(body_of(base), layers, cut, 0, prompts_of(base))
+        if not spans.first and not spans.all and not _slides(base.config) and not _drops(base, layers):
+            below._last = spans.last
+        for last in (below._last, 0):
+            below._last = last
+            state = below._one([0, 1, 2, 3], 4)
+            if state is None:
+                return None
+            token = state.hidden[0].nbytes
+            before = state.attention[:, :, :, 0].nbytes if state.attention is not None else 0
+            kept = [below._start(prompt) for _, prompt in rows]
+            if (
+                sum((size - start) * token + start * before for (size, _), start in zip(rows, kept, strict=True))
+                <= max_bytes
+            ):
+                return below
+        return None
+
+    @contextmanager
+    def known(self, rows: Sequence[Sequence[int]], prompts: Sequence[int]) -> Iterator[Reuse]:
+        """Around a forward pass of rows of token ids with prompts of such lengths; they are padded on the right."""
+        states = [self._state(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
+        start = [self._start(prompt) for prompt in prompts]
+        hidden = nn.utils.rnn.pad_sequence([state.hidden for state in states], batch_first=True)
+        *passed, last = self._layers[: self._cut]
+        with _instead({**dict.fromkeys(passed, _unchanged), last: partial(_given, hidden)}):
+            yield Reuse(start, *self._cached([state.attention for state in states], start, hidden.device))
+
+    def _cached(self, states: list[Tensor | None], start: list[int], device: torch.device) -> tuple[Any, Tensor]:
+        from transformers import DynamicCache
+
+        longest = max(start)
+        attended = torch.tensor([[0] * (longest - size) + [1] * size for size in start], device=device)
+        if not longest:
+            return None, attended
+        every = torch.stack([pad(state, (0, 0, longest - state.shape[3], 0)) for state in states if state is not None])
+        cache, nothing = DynamicCache(), every.new_zeros(len(start), 1, longest, 1)
+        for number in range(len(self._layers)):  # of layers that are passed over no more is asked than the length
+            above = number - self._cut
+            cache.update(*((every[:, above, 0], every[:, above, 1]) if above >= 0 else (nothing, nothing)), number)
+        return cache, attended
+
+    def _start(self, prompt: int) -> int:
+        return prompt - min((prompt + 1) // 2, self._last) if self._last else 0
+
+    def _state(self, row: Sequence[int], prompt: int) -> State:
+        key = array("q", [prompt, *row]).tobytes()
+        if key not in self._states:
+            state = self._one(row, prompt)
+            if state is None:
+                raise AssertionError("a layer gave a tensor before, and now something else")
+            self._states[key] = state
+        return self._states[key]
+
+    @torch.no_grad()
+    def _one(self, row: Sequence[int], prompt: int) -> State | None:
+        """What a row alone gives, without edits; None if the layers give more than a tensor each."""
+        found: list[Any] = []
+        start, ids = self._start(prompt), torch.tensor([list(row)], device=next(self._body.parameters()).device)
+
+        def take(layer: nn.Module, args: Any, output: Any) -> None:
+            found.append(output)
+            if not self._last:
+                raise _Enough
+
+        handle = self._layers[self._cut - 1].register_forward_hook(take, prepend=True)
+        cache = None
+        try:
+            with self._prompts.nowhere():
+                cache = self._body(input_ids=ids, use_cache=True).past_key_values
+        except _Enough:
+            pass
+        finally:
+            handle.remove()
+        if not isinstance(found[0], Tensor):
+            return None
+        hidden = found[0][0, start:].clone()
+        if cache is None:
+            return State(hidden, None)
+        above = [cache.layers[number] for number in range(self._cut, len(self._layers))]
+        kept = [torch.stack([layer.keys[0, :, :start], layer.values[0, :, :start]]) for layer in above]
+        return State(hidden, torch.stack(kept) if kept else None)
+
+
+class _Enough(Exception):  # no error
+    """Ends a forward pass of which nothing more is wanted."""
+
+
+@contextmanager
+def _instead(forwards: dict[nn.Module, Any]) -> Iterator[None]:
+    """Gives modules other forward passes for a while."""
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in forwards:
+            del module.forward
+
+
+def _drops(base: Any, layers: Sequence[nn.Module]) -> bool:
+    """Whether something other than the edits drops out in these layers."""
+    edits = {id(part) for each in base.modules() if isinstance(each, ReftLayer) for part in each.modules()}
+    parts = (part for layer in layers for part in layer.modules() if id(part) not in edits)
+    dropout = any(isinstance(part, nn.Dropout) and part.p > 0 for part in parts)
+    return dropout or bool(getattr(base.config, "attention_dropout", 0))
+
+
+def _slides(config: Any) -> bool:
+    """Whether a layer attends to a window alone."""
+    kinds = getattr(config, "layer_types", None) or []
+    return bool(getattr(config, "sliding_window", None)) or any(kind != "full_attention" for kind in kinds)
+
+
+def _unchanged(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden
+
+
+def _given(states: Tensor, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    return states

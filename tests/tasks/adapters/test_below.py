@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tasks.adapters.below import Below
+from tasks.models import TokenRow, score_tokens
+from tests.tasks.adapters.test_reft import DECODERS, pico_model, with_reft
+
+ROWS = [
+    TokenRow([3, 4, 5, 6, 7, 8], [False] * 4 + [True] * 2, 4),
+    TokenRow([9, 10, 11, 12], [False] * 1 + [True] * 3, 1),
+    TokenRow([13, 14, 15, 16, 17, 18, 19], [False] * 5 + [True, False], 5),
+]
+SHAPES = [(len(row.ids), row.prompt_tokens) for row in ROWS]
+
+
+def model_of(kind: str, **changes: Any) -> Any:
+    model = pico_model(kind)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return with_reft(model, **changes).train()
+
+
+def learnt(model: Any, below: Below | None, times: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Log-probabilities and gradients of the last of several passes."""
+    for _ in range(times):
+        model.zero_grad()
+        scored = score_tokens(model, ROWS, below)
+        scored.row_means().sum().backward()
+    return scored.logp.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DECODERS if kind != "falcon"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"positions": "last", "layers": [1]},
+        {"positions": "l2", "layers": "all"},
+        {"positions": "f1+l2", "layers": [1, 2]},
+        {"positions": "all", "layers": [2]},
+        {"positions": "last", "layers": [2], "component": "mlp_output"},
+    ],
+    ids=str,
+)
+def test_what_is_kept_gives_the_values_and_gradients_of_what_is_not(kind: str, changes: dict[str, Any]) -> None:
+    model = model_of(kind, **changes)
+    below = Below.of(model, SHAPES, 1 << 20)
+    assert below is not None
+    expected, gradients = learnt(model, None, 1)
+    for times in (1, 2):  # while it is filled, and afterwards
+        found, again = learnt(model, below, times)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert again.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(again[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_a_row_gives_the_same_bits_whenever_and_beside_whatever_it_comes() -> None:
+    model = model_of("llama", positions="last", layers=[1])
+    one, two = (Below.of(model, SHAPES, 1 << 20) for _ in range(2))
+    assert one is not None
+    assert two is not None
+    for row in ROWS:
+        one._state(row.ids, row.prompt_tokens)
+    score_tokens(model, ROWS[::-1], two)
+    for row in ROWS:
+        kept, other = (each._state(row.ids, row.prompt_tokens) for each in (one, two))
+        assert torch.equal(kept.hidden, other.hidden)
+        assert kept.attention is not None
+        assert other.attention is not None
+        assert torch.equal(kept.attention, other.attention)
+
+
+def test_fewer_layers_run_and_fewer_tokens() -> None:
+    model = model_of("llama", positions="last", layers=[1])
+    below = Below.of(model, SHAPES, 1 << 20)
+    learnt(model, below, 1)
+    seen: list[tuple[int, ...]] = []
+    layers = model.get_base_model().model.layers
+    for layer in layers:
+        layer.mlp.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
+    learnt(model, below, 1)
+    assert seen == [(3, 4, 16)]  # the layer above the edit, on the last prompt token and three of a reply at most
+
+
+def test_where_nothing_can_be_kept_nothing_is() -> None:
+    assert Below.of(pico_model(), SHAPES, 1 << 20) is None
+    assert Below.of(model_of("llama", layers=[0], component="mlp_output"), SHAPES, 1 << 20) is None
+    assert Below.of(model_of("llama"), SHAPES, 16) is None
+    assert Below.of(with_reft(pico_model("gpt2")), SHAPES, 1 << 20) is None  # it has dropout
+    assert Below.of(model_of("falcon"), SHAPES, 1 << 20) is None  # its layers give more than a tensor
+    hidden_alone = Below.of(model_of("llama"), SHAPES, 17 * 16 * 4)
+    assert hidden_alone is not None
+    assert hidden_alone._state(ROWS[0].ids, 4).attention is None
