@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.adapter_params import AnyAdapter, LoraAdapter, PeftAdapter, QloraAdapter, ReftAdapter
+from tasks.adapter_params import AnyAdapter, BottleneckAdapter, LoraAdapter, PeftAdapter, QloraAdapter, ReftAdapter
 from tasks.errors import BadModel
 from tasks.models import Model, load_model
 from tasks.outputs import as_json, write_whole
@@ -115,6 +115,10 @@ def config_of(adapter: AnyAdapter) -> PeftConfig:
             dropout=adapter.dropout,
             task_type="CAUSAL_LM",
         )
+    if isinstance(adapter, BottleneckAdapter):
+        from tasks.adapters.bottleneck import BottleneckConfig
+
+        return BottleneckConfig(**adapter.model_dump(exclude={"name"}), task_type="CAUSAL_LM")
     return LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
@@ -162,7 +166,8 @@ def _read(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    import tasks.adapters.tuner  # noqa: F401  # makes the method known to PEFT
+    import tasks.adapters.bottleneck
+    import tasks.adapters.tuner  # noqa: F401  # both make their methods known to PEFT
 
     try:
         kind = str(json.loads((folder / CONFIG).read_text()).get("peft_type"))

@@ -75,6 +75,24 @@ class ReftAdapter(Section):
         return value
 
 
+class BottleneckAdapter(Section):
+    """Small networks with a residual connection inside the layers."""
+
+    name: Literal["bottleneck"]
+    form: Literal["houlsby", "pfeiffer", "parallel"]
+    """After attention and MLP (arXiv:1902.00751), after layers (arXiv:2005.00052), beside MLPs (arXiv:2110.04366)."""
+    reduction_factor: Positive
+    """The hidden size divided by the network's own."""
+    non_linearity: Literal["relu", "silu", "gelu", "tanh"]
+    """What stands between its two linear maps."""
+    scaling: Positive
+    """What the network's output is multiplied by."""
+    layers: Literal["all"] | Annotated[list[int], Field(min_length=1)]
+    """Which layers get one, from 0."""
+    dropout: Dropout
+    """Share of the network's inner values that is zeroed in training."""
+
+
 class PeftAdapter(Section):
     """Any other method of PEFT that changes modules; it is packaged with its base instead of merged."""
 
@@ -85,4 +103,4 @@ class PeftAdapter(Section):
     """The fields of its configuration class."""
 
 
-AnyAdapter = LoraAdapter | QloraAdapter | ReftAdapter | PeftAdapter
+AnyAdapter = LoraAdapter | QloraAdapter | ReftAdapter | BottleneckAdapter | PeftAdapter

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from tasks.adapters.hooked import body_of, layers_of
 from tasks.adapters.prompts import parse_positions, prompts_of
-from tasks.adapters.tuner import ReftConfig, ReftLayer, body_of, layers_of
+from tasks.adapters.tuner import ReftConfig, ReftLayer
 
 
 class Reuse(NamedTuple):

@@ -19,8 +19,9 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from tasks.adapters.edits import KINDS, Edit, Rotation
+from tasks.adapters.hooked import COMPONENTS, layers_of
 from tasks.adapters.prompts import parse_positions
-from tasks.adapters.tuner import COMPONENTS, ReftConfig, ReftLayer, layers_of
+from tasks.adapters.tuner import ReftConfig, ReftLayer
 from tasks.errors import BadModel
 
 _KEY = re.compile(r"layer_(\d+)_comp_(block_output|attention_output|mlp_output)_unit_pos_nunit_1#(\d)")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tasks.adapted import CONFIG, WEIGHTS, attach, fresh, load_adapted, publish, published_state
-from tasks.adapter_params import AnyAdapter, LoraAdapter, PeftAdapter, QloraAdapter, ReftAdapter
+from tasks.adapter_params import AnyAdapter, BottleneckAdapter, LoraAdapter, PeftAdapter, QloraAdapter, ReftAdapter
 from tasks.errors import BadModel
 from tasks.models import Model, load_model
 from tests.samples import LOREFT, QLORA
@@ -23,6 +23,20 @@ ADAPTERS: dict[str, AnyAdapter] = {
     **{
         name: ReftAdapter.model_validate({**LOREFT, "name": name})
         for name in ("loreft", "noreft", "consreft", "lobireft", "direft", "nodireft")
+    },
+    **{
+        form: BottleneckAdapter.model_validate(
+            {
+                "name": "bottleneck",
+                "form": form,
+                "reduction_factor": 8.0,
+                "non_linearity": "gelu",
+                "scaling": 2.0,
+                "layers": "all",
+                "dropout": 0.0,
+            }
+        )
+        for form in ("houlsby", "pfeiffer", "parallel")
     },
     "ia3": PeftAdapter(
         name="peft",
@@ -85,6 +99,7 @@ MARKS = {
     "ia3": "ia3_",
     "oft": "oft_",
     **dict.fromkeys([name for name in ADAPTERS if "reft" in name], "reft.reft_edits."),
+    **dict.fromkeys(("houlsby", "pfeiffer", "parallel"), "bottleneck.bottleneck_parts."),
 }
 
 

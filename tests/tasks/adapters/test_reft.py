@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tasks.adapters.edits import KINDS, Edit, Rotation
 from tasks.adapters.prompts import find, parse_positions, places, prompts_of
 from tasks.adapters.reft import ReftConfig, ReftLayer, from_pyreft, to_pyreft
-from tasks.adapters.tuner import CHILD
+from tasks.adapters.tuner import ReftModel
 from tasks.errors import BadModel
 from tests.conftest import REAL_DATA
 
@@ -415,7 +415,7 @@ def test_adapters_are_switched_disabled_deleted_and_unloaded(tmp_path: Path) -> 
     assert torch.equal(again(input_ids=ids).logits, two)
     base = model.unload()
     assert torch.equal(base(input_ids=ids).logits, plain)
-    assert not any(CHILD in name.split(".") for name, _ in base.named_modules())
+    assert not any(ReftModel.child in name.split(".") for name, _ in base.named_modules())
     with pytest.raises(ValueError, match="no weights can say"):
         again.merge_and_unload()
 
@@ -491,6 +491,40 @@ def test_parity_with_pyreft(name: str, tmp_path: Path) -> None:
     }
     again = from_pyreft(stories(), tmp_path / "written").eval()
     torch.testing.assert_close(again(**inputs).logits, after, rtol=0, atol=1e-5)
+
+
+def test_parity_with_a_case_of_our_own(tmp_path: Path) -> None:
+    """The same by values that infra/make_pyreft_values.py had pyreft compute: two spans of two layers."""
+    from safetensors import safe_open
+
+    with safe_open(Path(__file__).with_name("pyreft.safetensors"), framework="pt") as file:
+        about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    (tmp_path / "config.json").write_text(about["config"])
+    states: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("checkpoint/"):
+            _, stem, own = name.split("/")
+            states.setdefault(stem, {})[own] = tensor
+    for stem, state in states.items():
+        torch.save(state, tmp_path / stem)
+    base = pico_model(vocab_size=32, pad_token_id=None, tie_word_embeddings=True, max_position_embeddings=2048)
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            parameter.copy_(tensors[f"base.{name}"])
+    model = from_pyreft(base, tmp_path, positions=about["positions"]).eval()
+    inputs = {"input_ids": tensors["ids"], "labels": tensors["labels"], "use_cache": False}
+    torch.testing.assert_close(model(**inputs).logits, tensors["logits"], rtol=0, atol=1e-5)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, eps=1e-3, weight_decay=0.0)
+    losses = []
+    for _ in range(20):
+        loss = model(**inputs).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == pytest.approx(json.loads(about["losses"]), rel=1e-4)
+    torch.testing.assert_close(model(**inputs).logits, tensors["logits_after"], rtol=0, atol=1e-4)
 
 
 def test_folders_that_are_no_checkpoint_of_pyreft_are_refused(tmp_path: Path) -> None:
