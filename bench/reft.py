@@ -198,6 +198,7 @@ def main() -> None:
                     times[which].append((theirs(label, epochs) if which else ours(mine, epochs))[1])
             ratio = Ratio([b / a for a, b in zip(*times, strict=True)], *times)
             lines.append(f"| {label}, {epochs} epochs | {ratio.row()} |")
+            print(lines[-1], flush=True)
             if "tuned" in label:
                 again = [ours(mine, 1)[1] for _ in range(2)]
                 print(f"{label}: ours against ours {again[0] / again[1]:.2f}")
