@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from tasks.fields import Positive, Section
+from tasks.positions import parse_positions
 
 Rank = Annotated[int, Field(ge=1, le=1024)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
@@ -70,8 +70,7 @@ class ReftAdapter(Section):
     @field_validator("positions")
     @classmethod
     def _known_positions(cls, value: str) -> str:
-        if not re.fullmatch(r"last|all|f[1-9]\d*(\+l[1-9]\d*)?|l[1-9]\d*", value):
-            raise ValueError("expected last, all, fN, lN or fN+lM")
+        parse_positions(value)
         return value
 
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from tasks.adapters.hooked import body_of, layers_of
-from tasks.adapters.prompts import parse_positions, prompts_of
+from tasks.adapters.prompts import prompts_of
 from tasks.adapters.tuner import ReftConfig, ReftLayer
+from tasks.positions import parse_positions
 
 
 class Reuse(NamedTuple):
@@ -83,11 +84,9 @@ class Below:
                 return None
             token = state.hidden[0].nbytes
             before = state.attention[:, :, :, 0].nbytes if state.attention is not None else 0
-            kept = [below._start(prompt) for _, prompt in rows]
-            if (
-                sum((size - start) * token + start * before for (size, _), start in zip(rows, kept, strict=True))
-                <= max_bytes
-            ):
+            starts = [below._start(prompt) for _, prompt in rows]
+            size = sum(tokens for tokens, _ in rows) * token + sum(starts) * (before - token)
+            if size <= max_bytes:
                 return below
         return None
 

@@ -7,7 +7,6 @@ it, and rows packed one after another, which begin where `position_ids` are 0, h
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,36 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from tasks.positions import Spans
+
 IGNORED = -100
 """The label of tokens that are not learnt."""
-
-
-class Spans(NamedTuple):
-    """Which tokens of each prompt: so many at its beginning, so many at its end, or all."""
-
-    first: int
-    last: int
-    all: bool = False
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The spans there are, each with an edit of its own unless edits are shared."""
-        return ("all",) if self.all else tuple(name for name in ("first", "last") if getattr(self, name))
-
-
-def parse_positions(text: str) -> Spans:
-    """Reads `last`, `all`, `fN`, `lN` or `fN+lM`.
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    if text in ("last", "all"):
-        return Spans(0, 1) if text == "last" else Spans(0, 0, all=True)
-    found = re.fullmatch(r"(?:f(\d+))?(?:(?:^|\+)l(\d+))?", text)
-    spans = Spans(int(found[1] or 0), int(found[2] or 0)) if found else Spans(0, 0)
-    if not spans.names or not text:
-        raise ValueError(f"positions: got {text!r}, expected last, all, fN, lN or fN+lM")
-    return spans
 
 
 class Segments(NamedTuple):

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from tasks.adapters.edits import KINDS, Edit, Rotation
 from tasks.adapters.hooked import COMPONENTS, layers_of
-from tasks.adapters.prompts import parse_positions
 from tasks.adapters.tuner import ReftConfig, ReftLayer
 from tasks.errors import BadModel
+from tasks.positions import parse_positions
 
 _KEY = re.compile(r"layer_(\d+)_comp_(block_output|attention_output|mlp_output)_unit_pos_nunit_1#(\d)")
 _TYPES = {

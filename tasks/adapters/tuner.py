@@ -22,7 +22,8 @@ from tasks.adapters.hooked import (
     peft_type,
     register,
 )
-from tasks.adapters.prompts import Prompts, Spans, parse_positions, prompts_of
+from tasks.adapters.prompts import Prompts, prompts_of
+from tasks.positions import Spans, parse_positions
 
 
 @dataclass

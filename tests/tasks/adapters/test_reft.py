@@ -13,10 +13,11 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from tasks.adapters.edits import KINDS, Edit, Rotation
-from tasks.adapters.prompts import find, parse_positions, places, prompts_of
+from tasks.adapters.prompts import find, places, prompts_of
 from tasks.adapters.reft import ReftConfig, ReftLayer, from_pyreft, to_pyreft
 from tasks.adapters.tuner import ReftModel
 from tasks.errors import BadModel
+from tasks.positions import parse_positions
 from tests.conftest import REAL_DATA
 
 GOLDEN = REAL_DATA.parent / "pyreft_golden"
@@ -165,7 +166,7 @@ def test_packed_rows_have_a_prompt_each() -> None:
     assert [each.tolist() for each in found] == [[0, 0, 0], [0, 4, 7], [2, 1, 2]]
 
 
-@pytest.mark.parametrize("text", ["", "f", "l0", "f0+l0", "x3", "f1+f2", "l2+f1", "last+f1", "f-1"])
+@pytest.mark.parametrize("text", ["", "f", "l0", "f0+l0", "x3", "f1+f2", "l2+f1", "last+f1", "f-1", "+l2", "f0+l2"])
 def test_positions_that_there_are_not_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="positions"):
         parse_positions(text)
@@ -460,6 +461,17 @@ def stories() -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(REAL_DATA / "stories260k" / "hf", dtype=torch.float32)
 
 
+def twenty_steps(model: Any, inputs: dict[str, Any], optimizer: torch.optim.Optimizer) -> list[float]:
+    losses = []
+    for _ in range(20):
+        loss = model(**inputs).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 @pytest.mark.parametrize("name", CASES or [pytest.param("", marks=pytest.mark.skip("no reference values here"))])
 def test_parity_with_pyreft(name: str, tmp_path: Path) -> None:
     """Its logits within 1e-5, 20 steps of its losses within 1e-4, its logits after them within 1e-4; and back again."""
@@ -475,13 +487,7 @@ def test_parity_with_pyreft(name: str, tmp_path: Path) -> None:
         off = float((model(**inputs).logits - tensors["logits_base"]).abs().max())
     torch.testing.assert_close(model(**inputs).logits, tensors["logits"], rtol=0, atol=1e-5 + 2 * off)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
-    losses = []
-    for _ in range(20):
-        loss = model(**inputs).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = twenty_steps(model, inputs, optimizer)
     assert losses == pytest.approx(case["losses"], rel=1e-4)
     after = model(**inputs).logits
     torch.testing.assert_close(after, tensors["logits_after_20_steps"], rtol=0, atol=1e-4)
@@ -516,13 +522,7 @@ def test_parity_with_a_case_of_our_own(tmp_path: Path) -> None:
     torch.testing.assert_close(model(**inputs).logits, tensors["logits"], rtol=0, atol=1e-5)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, eps=1e-3, weight_decay=0.0)
-    losses = []
-    for _ in range(20):
-        loss = model(**inputs).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = twenty_steps(model, inputs, optimizer)
     assert losses == pytest.approx(json.loads(about["losses"]), rel=1e-4)
     torch.testing.assert_close(model(**inputs).logits, tensors["logits_after"], rtol=0, atol=1e-4)
 

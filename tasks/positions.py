@@ -1,0 +1,33 @@
+"""Which tokens of a prompt ReFT edits, as params and adapters say it. Without torch, so that params can be checked."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+
+class Spans(NamedTuple):
+    """Which tokens of each prompt: so many at its beginning, so many at its end, or all."""
+
+    first: int
+    last: int
+    all: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The spans there are, each with an edit of its own unless edits are shared."""
+        return ("all",) if self.all else tuple(name for name in ("first", "last") if getattr(self, name))
+
+
+def parse_positions(text: str) -> Spans:
+    """Reads `last`, `all`, `fN`, `lN` or `fN+lM`.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if text in ("last", "all"):
+        return Spans(0, 1) if text == "last" else Spans(0, 0, all=True)
+    found = re.fullmatch(r"f([1-9]\d*)(?:\+l([1-9]\d*))?|l([1-9]\d*)", text)
+    if not found:
+        raise ValueError(f"positions: got {text!r}, expected last, all, fN, lN or fN+lM")
+    return Spans(int(found[1] or 0), int(found[2] or found[3] or 0))
