@@ -1,16 +1,28 @@
 """Adapters on models: a fresh one to train, its published form on disk, and a model with a published one on it.
 
-The published form is PEFT's: `adapter_config.json` and `adapter_model.safetensors`.
+The published form is PEFT's: `adapter_config.json` and `adapter_model.safetensors`. Where all weights are trained there
+is no adapter: then it is a model folder without a tokenizer, in float32.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.adapter_params import AnyAdapter, BottleneckAdapter, LoraAdapter, PeftAdapter, QloraAdapter, ReftAdapter
+from tasks.adapter_configs import config_of
+from tasks.adapter_params import (
+    AdaloraAdapter,
+    AnyAdapter,
+    FullAdapter,
+    Ia3Adapter,
+    Int8Adapter,
+    LowRank,
+    PromptTuningAdapter,
+    QloraAdapter,
+)
 from tasks.errors import BadModel
 from tasks.models import Model, load_model
 from tasks.outputs import as_json, write_whole
@@ -28,26 +40,49 @@ FOLDER = "adapter"
 
 def mergeable(adapter: AnyAdapter) -> bool:
     """Whether an adapter can be added to the weights; others are kept beside them."""
-    return isinstance(adapter, LoraAdapter | QloraAdapter)
+    return isinstance(adapter, FullAdapter | LowRank | AdaloraAdapter | Ia3Adapter)
 
 
-def fresh(base: Path, adapter: AnyAdapter) -> PeftModel:
-    """The base model with a new, trainable adapter on it.
+def fresh(base: Path, adapter: AnyAdapter, steps: int = 1) -> Model:
+    """The base model with a new, trainable adapter on it, or with trainable weights.
+
+    Args:
+        base: a model folder.
+        adapter: of params.
+        steps: how many the training will take.
 
     Raises:
         BadModel: the adapter does not fit the model.
     """
+    if isinstance(adapter, FullAdapter):
+        return _unfrozen(load_model(base, full_precision=True), adapter)
     # not through PEFT's prepare_model_for_kbit_training: it turns norms and embeddings to float32, which the model that
     # is merged, evaluated and served does not have
-    return _adapted(_base_for(base, adapter), config_of(adapter), "params")
+    model = _adapted(_base_for(base, adapter), config_of(adapter, steps), "params")
+    if isinstance(adapter, AdaloraAdapter):
+        from tasks.adapters.adalora import freeze_ranks
+
+        freeze_ranks(model)
+    if isinstance(adapter, LowRank) and isinstance(adapter.targets, dict):
+        from tasks.adapters.fused import keep_parts_apart
+
+        keep_parts_apart(model, adapter.targets)
+    if isinstance(adapter, PromptTuningAdapter) and adapter.start == "text":
+        from tasks.adapters.virtual import start_from_text
+        from tasks.templates import load_tokenizer
+
+        start_from_text(model, load_tokenizer(base)(adapter.text, add_special_tokens=False)["input_ids"])
+    return model
 
 
-def load_adapted(base: Path, folder: Path, adapter: AnyAdapter) -> PeftModel:
+def load_adapted(base: Path, folder: Path, adapter: AnyAdapter) -> Model:
     """The model that was trained: the base in the form it was trained on, with a published adapter.
 
     Raises:
         BadModel: the adapter is damaged, unknown, does not fit this base, or would change nothing.
     """
+    if isinstance(adapter, FullAdapter):
+        return load_model(folder, full_precision=True)
     return attach(_base_for(base, adapter), folder)
 
 
@@ -57,13 +92,18 @@ def attach(model: PreTrainedModel, folder: Path) -> PeftModel:
     Raises:
         BadModel: the adapter is damaged, unknown, does not fit this model, or would change nothing.
     """
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
 
     config, state = _read(folder)
-    adapted = _adapted(model, config, str(folder)).requires_grad_(False).eval()
-    _check_places(get_peft_model_state_dict(adapted), state, folder)
+    config.inference_mode = True  # what wrote a learnt prompt while it was trained is not published
+    adapted = _adapted(model, config, str(folder))
+    if config.peft_type == "ADALORA":
+        from tasks.adapters.adalora import take_ranks
+
+        take_ranks(adapted)
+    _check_places(published_state(adapted), state, folder)
     set_peft_model_state_dict(adapted, state)
-    return adapted
+    return adapted.requires_grad_(False).eval()
 
 
 def load_packaged(folder: Path) -> Model:
@@ -72,10 +112,14 @@ def load_packaged(folder: Path) -> Model:
     return attach(model, folder / FOLDER) if (folder / FOLDER).is_dir() else model
 
 
-def publish(model: PeftModel, folder: Path) -> None:
-    """Writes the adapter of a trained model in its published form."""
+def publish(model: Model, folder: Path) -> None:
+    """Writes what was trained in its published form."""
+    from peft import PeftModel
     from safetensors.torch import save_file
 
+    if not isinstance(model, PeftModel):
+        model.save_pretrained(folder)
+        return
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in published_state(model).items()}
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     config: dict[str, Any] = model.peft_config["default"].to_dict()
@@ -84,71 +128,32 @@ def publish(model: PeftModel, folder: Path) -> None:
     write_whole(folder / CONFIG, as_json(ordered | {"base_model_name_or_path": None}))
 
 
-def published_state(model: PeftModel) -> dict[str, Tensor]:
+def published_state(model: Model) -> dict[str, Tensor]:
     """The tensors that an adapter is published as; of ReFT the orthogonal matrices, not what they are made from."""
-    from peft import get_peft_model_state_dict
+    from peft import PeftModel, get_peft_model_state_dict
 
-    state: dict[str, Tensor] = get_peft_model_state_dict(model)
+    if not isinstance(model, PeftModel):
+        return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+    # an embedding that is adapted would be saved along, whole
+    state: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
     return state
 
 
-def config_of(adapter: AnyAdapter) -> PeftConfig:
-    """What PEFT makes the adapter from.
-
-    Raises:
-        BadModel: a method that PEFT does not have, or a field that the method does not have.
-    """
-    from peft import LoraConfig
-
-    if isinstance(adapter, PeftAdapter):
-        return _config_of_any(adapter)
-    if isinstance(adapter, ReftAdapter):
-        from tasks.adapters.tuner import ReftConfig
-
-        return ReftConfig(
-            intervention=adapter.name,
-            r=adapter.rank,
-            layers=adapter.layers,
-            component=adapter.component,
-            positions=adapter.positions,
-            share_weights=adapter.share_weights,
-            dropout=adapter.dropout,
-            task_type="CAUSAL_LM",
-        )
-    if isinstance(adapter, BottleneckAdapter):
-        from tasks.adapters.bottleneck import BottleneckConfig
-
-        return BottleneckConfig(**adapter.model_dump(exclude={"name"}), task_type="CAUSAL_LM")
-    return LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
-        target_modules=adapter.targets,
-        use_rslora=adapter.name == "rslora",
-        use_dora=adapter.name == "dora",
-        task_type="CAUSAL_LM",
-    )
-
-
-def _config_of_any(adapter: PeftAdapter) -> PeftConfig:
-    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
-
-    known = {str(name.value): config for name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    chosen = known.get(adapter.method.upper())
-    if chosen is None:
-        names = ", ".join(sorted(known))
-        raise BadModel("PEFT has no such method", where="adapter.method", got=adapter.method, expected=names)
-    try:
-        config: PeftConfig = chosen(**adapter.config, task_type="CAUSAL_LM")
-    except (TypeError, ValueError) as error:
-        raise BadModel("is no configuration of this method", where="adapter.config", got=str(error)) from error
-    if config.is_prompt_learning or config.peft_type in (PeftType.XLORA, PeftType.POLY):
-        raise BadModel("is a method that temper cannot train", where="adapter.method", got=adapter.method)
-    return config
-
-
 def _base_for(base: Path, adapter: AnyAdapter) -> PreTrainedModel:
-    return load_model(base, adapter if isinstance(adapter, QloraAdapter) else None)
+    return load_model(base, adapter if isinstance(adapter, QloraAdapter | Int8Adapter) else None)
+
+
+def _unfrozen(model: PreTrainedModel, adapter: FullAdapter) -> PreTrainedModel:
+    """Makes the chosen modules' weights trainable."""
+    chosen = adapter.modules
+    names = [chosen] if isinstance(chosen, str) else chosen
+    for name, module in model.named_modules():
+        of_name = name.rpartition(".")[2] in names if isinstance(chosen, list) else re.fullmatch(chosen, name)
+        if chosen == "all" or of_name:
+            module.requires_grad_(True)
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise BadModel("the model has no such modules", where="adapter.modules", got=", ".join(names))
+    return model
 
 
 def _adapted(model: PreTrainedModel, config: PeftConfig, where: str) -> PeftModel:
@@ -158,6 +163,10 @@ def _adapted(model: PreTrainedModel, config: PeftConfig, where: str) -> PeftMode
         adapted: PeftModel = get_peft_model(model, config)
     except (ValueError, TypeError) as error:  # NoMatchingPeftModuleError too
         raise BadModel("the adapter does not fit this model", where=where, got=str(error)) from error
+    if config.is_prompt_learning:
+        from tasks.adapters.virtual import count_only_what_is_attended
+
+        count_only_what_is_attended(adapted)
     return adapted
 
 

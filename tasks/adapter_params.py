@@ -4,47 +4,170 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from tasks.fields import Positive, Section
+from tasks.fields import Count, NotNegative, Positive, Section
 from tasks.positions import parse_positions
 
+OTHERS = "others"
+"""The key of the value for modules that no pattern names."""
+
+
+def _has_others(value: Any) -> Any:
+    if isinstance(value, dict) and OTHERS not in value:
+        raise ValueError(f"a value for each pattern needs one for `{OTHERS}`, too")
+    return value
+
+
 Rank = Annotated[int, Field(ge=1, le=1024)]
+Ranks = Annotated[Rank | dict[str, Rank], AfterValidator(_has_others)]
+Alphas = Annotated[Positive | dict[str, Positive], AfterValidator(_has_others)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
-Targets = Literal["all-linear"] | str | Annotated[list[str], Field(min_length=1)]
+Part = Literal["q", "k", "v", "gate", "up"]
+Parts = Annotated[list[Part], Field(min_length=1)]
+Names = str | Annotated[list[str], Field(min_length=1)]
+Targets = Names | Annotated[dict[str, Literal["all"] | Parts], Field(min_length=1)]
 
 
-class LoraAdapter(Section):
+class FullAdapter(Section):
+    """No adapter: the base's own weights are trained, in float32, and computed with in the machine's fast format."""
+
+    name: Literal["full"]
+    modules: Names
+    """Every parameter (`all`), those of modules with these names, or of modules that a regular expression matches."""
+
+
+class LowRank(Section):
+    """What low-rank updates of weights have in common."""
+
+    rank: Ranks
+    """The paper's r; or one for each pattern of module names, such as {others: 8, "layers.0.*q_proj": 16}."""
+    alpha: Alphas
+    """The update is scaled by alpha / rank; or one for each pattern."""
+    dropout: Dropout
+    """Share of the update's inputs that is zeroed in training."""
+    targets: Targets
+    """Every linear layer but the head (`all-linear`), names such as `[q_proj, embed_tokens]`, a regular expression, or
+    what is updated of fused projections: {qkv_proj: [q, v], o_proj: all}."""
+
+
+class LoraAdapter(LowRank):
     """Low-rank updates of weights (arXiv:2106.09685); rslora scales them by another rule, dora learns norms too."""
 
     name: Literal["lora", "rslora", "dora"]
     """`rslora`: scaled by alpha / sqrt(rank) (arXiv:2312.03732); `dora`: arXiv:2402.09353."""
-    rank: Rank
-    """The paper's r."""
-    alpha: Positive
-    """The update is scaled by alpha / rank."""
-    dropout: Dropout
-    """Share of the update's inputs that is zeroed in training."""
-    targets: Targets
-    """Every linear layer but the head (`all-linear`), names such as `[q_proj, v_proj]`, or a regular expression."""
 
 
-class QloraAdapter(Section):
+class QloraAdapter(LowRank):
     """Low-rank updates on a 4-bit base (arXiv:2305.14314)."""
 
     name: Literal["qlora"]
-    rank: Rank
-    """The paper's r."""
-    alpha: Positive
-    """The update is scaled by alpha / rank."""
-    dropout: Dropout
-    """Share of the update's inputs that is zeroed in training."""
-    targets: Targets
-    """Every linear layer but the head (`all-linear`), names such as `[q_proj, v_proj]`, or a regular expression."""
     quantization: Literal["nf4", "fp4"]
     """The 4-bit data type of the frozen weights."""
     double_quantization: bool
     """Whether the quantization constants are quantized too (section 3 of the paper)."""
+    compute_dtype: Literal["auto", "bfloat16", "float32"]
+    """What the 4-bit weights are multiplied in; `auto` is what the machine is fast at."""
+
+
+class Int8Adapter(LowRank):
+    """Low-rank updates on an 8-bit base, LLM.int8() (arXiv:2208.07339)."""
+
+    name: Literal["lora8bit"]
+    outlier_threshold: NotNegative
+    """Columns of inputs with a number above it are multiplied in 16 bits (section 3.2 of the paper: 6.0)."""
+
+
+class AdaloraAdapter(Section):
+    """Low-rank updates whose ranks are moved to where they matter (arXiv:2303.10512)."""
+
+    name: Literal["adalora"]
+    rank: Rank
+    """Of every update in the beginning."""
+    target_rank: Rank
+    """What the ranks are on average in the end; below `rank`."""
+    alpha: Positive
+    """The update is scaled by alpha / rank."""
+    dropout: Dropout
+    """Share of the update's inputs that is zeroed in training."""
+    targets: Names
+    """Every linear layer but the head (`all-linear`), names such as `[q_proj, v_proj]`, or a regular expression."""
+    warmup_steps: Annotated[int, Field(ge=0)]
+    """Steps before the first rank is taken away, the paper's t_i."""
+    final_steps: Annotated[int, Field(ge=0)]
+    """Steps at the end in which ranks stay as they are, the paper's t_f."""
+    every_steps: Count
+    """Ranks are moved each so many steps."""
+    orthogonality: NotNegative
+    """Weight of the penalty on singular vectors that are not orthogonal (equation 4, gamma)."""
+    smoothing: Annotated[float, Field(gt=0, lt=1)]
+    """Of the importance of weights over steps (equations 9 and 10, beta)."""
+
+    @model_validator(mode="after")
+    def _ranks_are_taken_away(self) -> AdaloraAdapter:
+        if self.target_rank >= self.rank:
+            raise ValueError("target_rank must be below rank; with equal ranks use lora")
+        return self
+
+
+class Ia3Adapter(Section):
+    """Learnt factors of keys, values and the MLP's inner values (arXiv:2205.05638)."""
+
+    name: Literal["ia3"]
+    targets: Names
+    """Modules whose outputs are scaled, such as `[k_proj, v_proj, down_proj]`, or a regular expression."""
+    inputs_of: list[str] | str
+    """Those of them whose inputs are scaled instead, such as `[down_proj]`."""
+
+
+class PromptTuningAdapter(Section):
+    """Learnt embeddings before each prompt (arXiv:2104.08691)."""
+
+    name: Literal["prompt_tuning"]
+    tokens: Count
+    """How many."""
+    start: Literal["random", "text", "vocabulary"]
+    """What they are in the beginning: random numbers, the embeddings of `text`, or of random words."""
+    text: str
+    """For `start: text`, repeated or cut to the number of tokens; else empty."""
+
+    @model_validator(mode="after")
+    def _text_if_any(self) -> PromptTuningAdapter:
+        if bool(self.text) != (self.start == "text"):
+            raise ValueError("text must be given for `start: text`, and be empty otherwise")
+        return self
+
+
+class PTuningAdapter(Section):
+    """Learnt embeddings before each prompt, as a small network writes them: P-tuning v1 (arXiv:2103.10385)."""
+
+    name: Literal["p_tuning"]
+    tokens: Count
+    """How many."""
+    encoder: Literal["mlp", "lstm"]
+    """The network; after the training it is left out."""
+    hidden_size: Count
+    """Its width."""
+    dropout: Dropout
+    """Of the LSTM's inner values."""
+
+
+class PrefixAdapter(Section):
+    """Learnt keys and values before each prompt, in every layer, as a network writes them (arXiv:2101.00190)."""
+
+    name: Literal["prefix"]
+    tokens: Count
+    """How many."""
+    hidden_size: Count
+    """Width of the network; after the training it is left out."""
+
+
+class PTuningV2Adapter(Section):
+    """Learnt keys and values before each prompt, in every layer, without a network: P-tuning v2 (arXiv:2110.07602)."""
+
+    name: Literal["p_tuning_v2"]
+    tokens: Count
+    """How many."""
 
 
 class ReftAdapter(Section):
@@ -93,13 +216,27 @@ class BottleneckAdapter(Section):
 
 
 class PeftAdapter(Section):
-    """Any other method of PEFT that changes modules; it is packaged with its base instead of merged."""
+    """Any other method of PEFT; it is packaged with its base instead of merged."""
 
     name: Literal["peft"]
     method: str
-    """PEFT's name of the method, such as IA3, OFT or VERA."""
+    """PEFT's name of the method, such as OFT or VERA."""
     config: dict[str, Any]
     """The fields of its configuration class."""
 
 
-AnyAdapter = LoraAdapter | QloraAdapter | ReftAdapter | BottleneckAdapter | PeftAdapter
+AnyAdapter = (
+    FullAdapter
+    | LoraAdapter
+    | QloraAdapter
+    | Int8Adapter
+    | AdaloraAdapter
+    | Ia3Adapter
+    | PromptTuningAdapter
+    | PTuningAdapter
+    | PrefixAdapter
+    | PTuningV2Adapter
+    | ReftAdapter
+    | BottleneckAdapter
+    | PeftAdapter
+)

@@ -11,16 +11,33 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from tasks.errors import BadData
 from tasks.outputs import as_json, read_manifest, whole_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.optim import Optimizer
 
 KEPT = 2
+
+
+class Stepper(Protocol):
+    """An optimizer, or what else acts after each step and has a state of tensors."""
+
+    param_groups: list[dict[str, Any]]
+
+    def step(self) -> object:
+        """Acts on the gradients there are."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """`state`: for each number its tensors by name; `param_groups`."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Puts back what `state_dict` gave."""
 
 
 class Checkpoint(NamedTuple):
@@ -64,7 +81,7 @@ def latest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def pack(parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+def pack(parameters: Mapping[str, Tensor], optimizers: Sequence[Stepper]) -> dict[str, Tensor]:
     """Parameters, optimizer states and the random state, as one flat mapping of tensors."""
     import torch
 
@@ -78,7 +95,7 @@ def pack(parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> d
     return tensors
 
 
-def unpack(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> None:
+def unpack(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], optimizers: Sequence[Stepper]) -> None:
     """Puts back what `pack` took; the parameters and optimizers must be those of the same configuration."""
     import torch
 

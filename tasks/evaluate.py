@@ -82,8 +82,10 @@ def answer_rows(
         BadData: a prompt does not tokenise to the tokens it was trained as, or leaves the model no room to answer
             (lm-eval would cut its beginning off).
     """
+    from tasks.adapters.virtual import virtual_tokens
+
     prompts = [row["ids"][: last_turn(row)] for row in rows]
-    room = model.config.max_position_embeddings - params.max_new_tokens
+    room = model.config.max_position_embeddings - params.max_new_tokens - virtual_tokens(model)
     if cramped := [
         f"{row['id']}: {len(ids)} tokens" for row, ids in zip(rows, prompts, strict=True) if len(ids) > room
     ]:

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.checkpoints import Checkpoint, latest, pack, save, unpack
+from tasks.checkpoints import Checkpoint, Stepper, latest, pack, save, unpack
 from tasks.errors import Diverged, Interrupted
 from tasks.progress import Progress
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from torch.optim import Optimizer
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Course:
 def run(
     course: Course,
     parameters: Mapping[str, Tensor],
-    optimizers: Sequence[Optimizer],
+    optimizers: Sequence[Stepper],
     checkpoints: Path,
     progress: Progress,
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,

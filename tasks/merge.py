@@ -10,7 +10,6 @@ Fails:  a merged model that differs from the adapter model by more than merge.ma
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,9 @@ from tasks.device import settle
 from tasks.errors import BadModel, NotEquivalent
 from tasks.models import Model, model_files
 from tasks.outputs import as_json, read_manifest, whole_folder
+from tasks.quantized import dequantized
 from tasks.tables import read_rows
+from tasks.updates import Change, changes_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,93 +39,68 @@ class Difference(NamedTuple):
     tokens: int
 
 
-def lora_updates(adapter: Path) -> dict[str, Tensor]:
-    """What a LoRA adapter adds to each weight, float32, by the weight's name in the base.
-
-    That is alpha / rank * B A, and alpha / sqrt(rank) * B A for rank-stabilised LoRA (arXiv:2312.03732).
-    """
-    from safetensors.torch import load_file
-
-    config = json.loads((adapter / CONFIG).read_text())
-    if config.get("rank_pattern") or config.get("alpha_pattern") or config.get("fan_in_fan_out"):
-        raise BadModel(
-            "is of a LoRA variant that is not merged yet", where=str(adapter / CONFIG), expected="LoRA, rsLoRA or DoRA"
-        )
-    tensors = load_file(adapter / WEIGHTS)
-    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
-    updates = {}
-    for name, a in tensors.items():
-        if name.endswith(".lora_A.weight"):
-            b = tensors[name.replace(".lora_A.", ".lora_B.")]
-            module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            updates[f"{module}.weight"] = scale * (b.float() @ a.float())
-    return updates
-
-
-def dora_norms(adapter: Path) -> dict[str, Tensor]:
-    """The norm that a DoRA adapter (arXiv:2402.09353) gives each row of a weight, float32, by its name in the base."""
-    from safetensors.torch import load_file
-
-    mark = ".lora_magnitude_vector"
-    return {
-        f"{name.removeprefix('base_model.model.').removesuffix(mark)}.weight": tensor.float()
-        for name, tensor in load_file(adapter / WEIGHTS).items()
-        if name.endswith(mark)
-    }
-
-
 def merge_shards(
     base: Path,
-    updates: Mapping[str, Tensor],
+    changes: Mapping[str, Change],
     replaced: Mapping[str, Tensor],
     out: Path,
-    norms: Mapping[str, Tensor] | None = None,
+    copies: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes the base's weights plus the updates, shard by shard; each sum is made in float32 and rounded once.
+    """Writes the base's weights with their changes, shard by shard; each is made in float32 and rounded once.
 
     Args:
         base: a model folder.
-        updates: float32 tensors to add, by weight name.
-        replaced: float32 tensors that stand in for the base's own before the sum.
+        changes: what becomes of weights, by name.
+        replaced: float32 tensors that stand in for the base's own before that.
         out: the folder that gets shards of the same names.
-        norms: what each row of a sum is scaled to, by weight name; of DoRA.
+        copies: weights that the base does not have, by the name of the one of which they are an unchanged copy.
 
     Raises:
-        BadModel: an update has no weight in the base.
+        BadModel: a change has no weight in the base.
     """
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    unused = set(updates)
+    copies = copies or {}
+    unused = {name for name in changes if name.endswith(".weight")}  # there need not be a bias
     for shard in sorted(base.glob("*.safetensors")):
         tensors = {}
         with safe_open(shard, framework="pt") as source:
             for name in source.keys():  # noqa: SIM118  # not a mapping
-                weight = source.get_tensor(name)
-                if name in updates or name in replaced:
+                tensors[name] = weight = source.get_tensor(name)
+                tensors |= {copy: weight.clone() for copy, of in copies.items() if of == name}
+                if name in changes or name in replaced:
                     total = replaced.get(name, weight).float()
-                    total = total + updates[name] if name in updates else total
-                    if norms and name in norms:
-                        total = total * (norms[name] / total.norm(dim=1))[:, None]
-                    weight = total.to(weight.dtype)
+                    total = changes[name](total) if name in changes else total
+                    tensors[name] = total.to(weight.dtype).contiguous()
                     unused.discard(name)
-                tensors[name] = weight
         save_file(tensors, out / shard.name, metadata={"format": "pt"})
     if unused:
         raise BadModel("has no such weights to add the adapter to", where=str(base), examples=sorted(unused))
 
 
-def dequantized(model: Model) -> dict[str, Tensor]:
-    """What the 4-bit weights of a model stand for, float32, by their name in the base."""
-    from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit
+def untie(model: Model, changes: Mapping[str, Change], folder: Path) -> dict[str, str]:
+    """Gives a merged model a head of its own where it was tied to an embedding that the adapter changes.
 
-    weights = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Linear4bit):
-            name = name.removeprefix("base_model.model.").removesuffix(".base_layer")
-            weights[f"{name}.weight"] = dequantize_4bit(module.weight.data, module.weight.quant_state).float().cpu()
-    return weights
+    The adapter changes what tokens are read as, not what the head compares with.
+
+    Returns:
+        For `merge_shards`: the head's weight, and which one it is a copy of; empty where nothing has to be untied.
+    """
+    named = {id(module): name.removeprefix("base_model.model.") for name, module in model.named_modules()}
+    embedding, head = (
+        f"{named[id(module)].removesuffix('.base_layer')}.weight"
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
+    if embedding not in changes or not model.config.tie_word_embeddings:
+        return {}
+    path, index = folder / "config.json", folder / "model.safetensors.index.json"
+    path.write_text(as_json({**json.loads(path.read_text()), "tie_word_embeddings": False}))
+    if index.is_file():
+        known = json.loads(index.read_text())
+        known["weight_map"][head] = known["weight_map"][embedding]
+        index.write_text(as_json(known))
+    return {head: embedding}
 
 
 def difference(first: Model, second: Model, probes: Sequence[Sequence[int]]) -> Difference:
@@ -135,7 +111,8 @@ def difference(first: Model, second: Model, probes: Sequence[Sequence[int]]) -> 
     for probe in probes:
         ids = torch.tensor([list(probe)], device=first.device)
         with torch.no_grad():
-            one, two = (model(input_ids=ids, use_cache=False).logits.float() for model in (first, second))
+            # a learnt prompt's own positions come first; they are no probe's
+            one, two = (model(input_ids=ids).logits[:, -len(probe) :].float() for model in (first, second))
         log_p, log_q = one.log_softmax(-1), two.log_softmax(-1)
         kl += (log_p.exp() * (log_p - log_q)).sum().item()
         largest = max(largest, (one - two).abs().max().item())
@@ -164,8 +141,9 @@ def main() -> None:
                     shutil.copyfile(trained / name, folder / FOLDER / name)
             else:
                 form = f"merged onto the {params.onto} weights"
+                changes = changes_of(trained)
                 replaced = dequantized(model) if params.onto == "dequantized" else {}
-                merge_shards(base, lora_updates(trained), replaced, folder, dora_norms(trained))
+                merge_shards(base, changes, replaced, folder, untie(model, changes, folder))
             found = difference(model, load_packaged(folder), [row["ids"] for row in rows])
             (folder / EQUIVALENCE).write_text(as_json({"form": form, **found._asdict()}))
             print(

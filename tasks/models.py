@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from tasks.adapter_params import QloraAdapter
+from tasks.adapter_params import Int8Adapter, QloraAdapter
 from tasks.device import compute_dtype, device
 from tasks.errors import BadModel
 
@@ -39,9 +39,6 @@ MODEL_FILES = (
 
 Model: TypeAlias = "PreTrainedModel | PeftModel"
 """A model with or without an adapter of PEFT's on it."""
-
-_WIDEST_GAP = 0.34
-"""Between neighbouring levels of NF4 (0.304) and FP4 (0.333), of the largest number of a block."""
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -100,91 +97,45 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_model(folder: Path, quantized_for: QloraAdapter | None = None) -> PreTrainedModel:
+def load_model(
+    folder: Path, quantized_for: QloraAdapter | Int8Adapter | None = None, *, full_precision: bool = False
+) -> PreTrainedModel:
     """A causal language model from a folder, in this machine's compute dtype, ready to run.
 
     Args:
         folder: a Hugging Face model folder.
-        quantized_for: asks for the weights in the 4-bit form that this adapter is trained on.
+        quantized_for: asks for the weights in the 4-bit or 8-bit form that this adapter is trained on.
+        full_precision: asks for the weights in float32, whatever they are computed with.
 
     Raises:
         BadModel: the folder is unsafe, incomplete, or not of a known architecture.
     """
+    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+
+    from tasks.quantized import prepare, quantization
 
     model_files(folder)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=compute_dtype(),
+            dtype=torch.float32 if full_precision else compute_dtype(),
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
             device_map={"": device()},
-            quantization_config=_quantization(quantized_for) if quantized_for else None,
+            quantization_config=quantization(quantized_for) if quantized_for else None,
         )
     except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise BadModel(
             "does not load", where=str(folder), got=f"{type(error).__name__}: {error}".split("\n")[0]
         ) from error
     if quantized_for:
-        _keep_trainable(model)
-        _check_four_bit(model, quantized_for)
+        prepare(model, quantized_for)
     model.requires_grad_(False)
     model.eval()
     return model
-
-
-def _keep_trainable(model: PreTrainedModel) -> None:
-    """Stops bitsandbytes from repacking 4-bit weights at the first forward pass in eval mode.
-
-    On CPUs with AVX512-BF16 it does so for good, and the packed product has no gradient: a training that looks at its
-    held-out loss first would then learn next to nothing, with no more than a warning (bench/LOG.md).
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-
-
-def _check_four_bit(model: PreTrainedModel, adapter: QloraAdapter) -> None:
-    """Refuses widths whose 4-bit weights bitsandbytes reads back wrongly.
-
-    On CPUs with AVX-512, version 0.50.2 does so, silently, for widths that are multiples of 16 but not of 64 (688, say;
-    bench/LOG.md). What is read back of random numbers is compared with the widest gap between 4-bit levels.
-
-    Raises:
-        BadModel: the model has such a width on this machine.
-    """
-    import torch
-    from bitsandbytes import functional
-    from bitsandbytes.nn import Linear4bit
-
-    widths = {module.in_features for module in model.modules() if isinstance(module, Linear4bit)}
-    for width in sorted(widths):
-        weights = torch.randn(3 * 64, width, generator=torch.Generator().manual_seed(0)).to(model.device)
-        packed, state = functional.quantize_4bit(weights, quant_type=adapter.quantization)
-        off = (functional.dequantize_4bit(packed, state) - weights).abs() / weights.abs().max()
-        if off.max() > _WIDEST_GAP:
-            raise BadModel(
-                f"bitsandbytes reads 4-bit weights of width {width} back wrongly on this machine",
-                got=f"off by {off.max():.2f} of the largest weight",
-                expected=f"at most {_WIDEST_GAP}, such as with widths that are multiples of 64",
-                fix="train on a GPU, or choose a base with other widths",
-            )
-
-
-def _quantization(adapter: QloraAdapter) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=adapter.quantization,
-        bnb_4bit_use_double_quant=adapter.double_quantization,
-        bnb_4bit_compute_dtype=compute_dtype(),
-    )
 
 
 # --- what stages read off a model -------------------------------------------------------------------------------------
@@ -223,6 +174,8 @@ def score_tokens(model: Model, rows: Sequence[TokenRow], below: Below | None = N
     import torch
     from torch.nn import functional as F
 
+    from tasks.adapters.virtual import with_virtual_tokens
+
     prompts = [row.prompt_tokens for row in rows]
     with below.known([row.ids for row in rows], prompts) if below else nullcontext() as reuse:
         start = reuse.start if reuse else [0] * len(rows)
@@ -242,8 +195,9 @@ def score_tokens(model: Model, rows: Sequence[TokenRow], below: Below | None = N
             places = torch.arange(longest, device=ids.device)
             given["position_ids"] = torch.tensor(start, device=ids.device)[:, None] + places
             given["past_key_values"] = reuse.cache
+        given, learnt = with_virtual_tokens(model, given)
         with _prompt_ends(model, prompts, start):
-            hidden = model.get_decoder()(**given).last_hidden_state
+            hidden = model.get_decoder()(**given).last_hidden_state[:, learnt:]
     before = scored.roll(-1, dims=1)  # position t predicts token t + 1
     logits = model.get_output_embeddings()(hidden[before])
     logp = -F.cross_entropy(logits.float(), ids[scored], reduction="none")

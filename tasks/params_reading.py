@@ -96,7 +96,7 @@ def _plain(value: Any) -> Any:
 
 def _problems(errors: list[ErrorDetails], content: Mapping[str, Any]) -> list[str]:
     """One line per problem. An unknown key next to a missing one of a similar name is a misspelling: said once."""
-    places = [_place(error["loc"], content) for error in errors]
+    places = [_place(error["loc"], content, missing=error["type"] == "missing") for error in errors]
     missing = {place for place, error in zip(places, errors, strict=True) if error["type"] == "missing"}
     lines: dict[tuple[str, ...], str] = {}
     for place, error in zip(places, errors, strict=True):
@@ -108,12 +108,17 @@ def _problems(errors: list[ErrorDetails], content: Mapping[str, Any]) -> list[st
                 missing.discard(siblings[near[0]])
         elif error["type"] != "missing":
             shown = error["input"] if not isinstance(error["input"], (dict, list)) else "a mapping or list"
-            lines[place] = f"{error['msg']}; got {shown!r}"
+            # of a key that may be one thing or another, what is wrong with each
+            before = f"{lines[place].rpartition('; got ')[0]}, or: " if place in lines else ""
+            lines[place] = f"{before}{error['msg']}; got {shown!r}"
     lines |= dict.fromkeys(missing, "is missing")
+    # what is wrong inside says more than that the whole is not the other thing it could be
+    inner = {place[:n] for place in lines for n in range(len(place))}
+    lines = {place: text for place, text in lines.items() if place not in inner}
     return [f"line {_line(place, content)}: {'.'.join(place)}: {text}" for place, text in sorted(lines.items())]
 
 
-def _place(loc: tuple[int | str, ...], content: Mapping[str, Any]) -> tuple[str, ...]:
+def _place(loc: tuple[int | str, ...], content: Mapping[str, Any], *, missing: bool) -> tuple[str, ...]:
     """The error's path through the file, without the chosen alternative of a union, which pydantic puts in between."""
     place: list[str] = []
     node: Any = content
@@ -121,7 +126,7 @@ def _place(loc: tuple[int | str, ...], content: Mapping[str, Any]) -> tuple[str,
         inside = key in node if isinstance(node, Mapping) else isinstance(node, list) and isinstance(key, int)
         if inside:
             node = node[key]
-        elif index < len(loc) - 1:
+        elif not missing or index < len(loc) - 1:
             continue
         place.append(str(key))
     return tuple(place)

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import process
 from tasks.adapted import fresh, publish, published_state
-from tasks.adapter_params import ReftAdapter
-from tasks.checkpoints import checkpoint_folder
-from tasks.device import settle
+from tasks.adapter_params import AdaloraAdapter, FullAdapter, ReftAdapter
+from tasks.checkpoints import Stepper, checkpoint_folder
+from tasks.device import compute_dtype, device, settle
 from tasks.errors import BadData, BadInput
 from tasks.loop import Course, run, schedule
 from tasks.models import Model, TokenRow, score_tokens
@@ -105,6 +106,22 @@ def loss_of(
 
     `below` keeps what does not change from epoch to epoch.
     """
+    with _fast_products(method):
+        return _loss_of(model, examples, method, below)
+
+
+def _fast_products(method: Method) -> AbstractContextManager[object]:
+    """Multiplies float32 weights in the machine's fast format where all of them are trained."""
+    import torch
+
+    if not isinstance(method.adapter, FullAdapter):
+        return nullcontext()
+    return torch.autocast(device().type, compute_dtype(), enabled=compute_dtype() != torch.float32)
+
+
+def _loss_of(
+    model: Model, examples: Sequence[Example], method: Method, below: Below | None
+) -> tuple[torch.Tensor, dict[str, float]]:
     from tasks.objectives.orpo import orpo_loss
     from tasks.objectives.sft import sft_loss
 
@@ -148,14 +165,7 @@ def train(
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
     """Trains the model's adapter in place; goes on from the newest checkpoint. Returns the log of the loop."""
-    import torch
-
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    # angles say how far a rotation is from where it began: decayed, it would be drawn back there
-    angles = [p for name, p in parameters.items() if name.endswith(".angles")]
-    others = [p for name, p in parameters.items() if not name.endswith(".angles")]
-    groups = [{"params": others, "weight_decay": method.weight_decay}, {"params": angles, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups)
     lengths = [sum(len(sequence.ids) for sequence in example) for example in examples]
     steps = method.epochs * steps_per_epoch(len(examples), method.batch_rows)
 
@@ -174,12 +184,41 @@ def train(
         learning_rate=lambda step: schedule(
             step, steps, peak=method.learning_rate, warmup_steps=method.warmup_steps, shape=method.schedule
         ),
-        loss=lambda step: loss_of(model, [examples[i] for i in chosen(step)], method, below),
+        loss=lambda step: _penalised(model, method, loss_of(model, [examples[i] for i in chosen(step)], method, below)),
         describe=lambda step: [f"row {i} of the rendered training rows" for i in chosen(step)],
         max_grad_norm=method.max_grad_norm,
         checkpoint_every_steps=method.checkpoint_every_steps,
     )
-    return run(course, parameters, [optimizer], checkpoints, progress, on_row)
+    return run(course, parameters, _steppers(model, parameters, method), checkpoints, progress, on_row)
+
+
+def _steppers(model: Model, parameters: Mapping[str, torch.Tensor], method: Method) -> list[Stepper]:
+    """AdamW, and what moves AdaLoRA's ranks after it."""
+    import torch
+
+    # angles say how far a rotation is from where it began: decayed, it would be drawn back there
+    angles = [p for name, p in parameters.items() if name.endswith(".angles")]
+    others = [p for name, p in parameters.items() if not name.endswith(".angles")]
+    groups = [{"params": others, "weight_decay": method.weight_decay}, {"params": angles, "weight_decay": 0.0}]
+    steppers: list[Stepper] = [torch.optim.AdamW(groups)]
+    if isinstance(method.adapter, AdaloraAdapter):
+        from tasks.adapters.adalora import RankSteps
+
+        steppers.append(RankSteps(model))
+    return steppers
+
+
+def _penalised(
+    model: Model, method: Method, found: tuple[torch.Tensor, dict[str, float]]
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The objective with what the adapter adds to it in training."""
+    if not isinstance(method.adapter, AdaloraAdapter):
+        return found
+    from tasks.adapters.adalora import orthogonality_penalty
+
+    loss, logged = found
+    penalty = orthogonality_penalty(model)
+    return loss + method.adapter.orthogonality * penalty, {**logged, "orthogonality_penalty": penalty.item()}
 
 
 def main() -> None:
@@ -190,10 +229,10 @@ def main() -> None:
         examples = read_examples(stage.path("rendered"), "train", method)
         held_out = read_examples(stage.path("rendered"), "held_out", method)[:HELD_OUT_ROWS]
         settle(method.seed)
-        model = fresh(stage.path("base"), method.adapter)
+        steps = method.epochs * steps_per_epoch(len(examples), method.batch_rows)
+        model = fresh(stage.path("base"), method.adapter, steps)
         initial = {name: tensor.clone() for name, tensor in published_state(model).items()}
         before = held_out_loss(model, held_out, method)
-        steps = method.epochs * steps_per_epoch(len(examples), method.batch_rows)
         tags = {"temper.method": stage.item, "temper.stage": f"train@{stage.item}"}
         with (
             Progress(f"train {stage.item}", steps, "steps") as progress,
@@ -203,7 +242,11 @@ def main() -> None:
             log = train(model, examples, method, checkpoint_folder(stage.workspace, stage.key), progress, tracker.log)
             after = held_out_loss(model, held_out, method)
             tracker.log({"step": len(log), "held_out_loss": after})
-        if all(tensor.equal(initial[name]) for name, tensor in published_state(model).items()):
+        after_training = published_state(model)
+        if all(
+            tensor.shape == initial[name].shape and tensor.equal(initial[name])
+            for name, tensor in after_training.items()
+        ):
             raise BadInput("the training changed nothing", where=stage.item, fix="raise learning_rate")
         summary = {
             "key": stage.key,

@@ -48,7 +48,7 @@ def pretrain_params(**changes: Any) -> PretrainBase:
     return PretrainBase.model_validate({**values, **changes})
 
 
-QLORA = {
+QLORA: dict[str, Any] = {
     "name": "qlora",
     "rank": 2,
     "alpha": 4.0,
@@ -56,8 +56,24 @@ QLORA = {
     "targets": "all-linear",
     "quantization": "nf4",
     "double_quantization": True,
+    "compute_dtype": "auto",
 }
-LOREFT = {
+LORA: dict[str, Any] = {"name": "lora", "rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": "all-linear"}
+ADALORA: dict[str, Any] = {
+    "name": "adalora",
+    "rank": 4,
+    "target_rank": 2,
+    "alpha": 4.0,
+    "dropout": 0.0,
+    "targets": "all-linear",
+    "warmup_steps": 1,
+    "final_steps": 2,
+    "every_steps": 1,
+    "orthogonality": 0.5,
+    "smoothing": 0.85,
+}
+IA3: dict[str, Any] = {"name": "ia3", "targets": ["k_proj", "v_proj", "down_proj"], "inputs_of": ["down_proj"]}
+LOREFT: dict[str, Any] = {
     "name": "loreft",
     "rank": 2,
     "layers": "all",

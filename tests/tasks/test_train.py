@@ -18,9 +18,23 @@ from tasks.render import rendered_schema
 from tasks.tables import write_rows
 from tasks.tracking import flat
 from tasks.train import Example, batch_of, held_out_loss, loss_of, read_examples, steps_per_epoch, train
-from tests.samples import LOREFT, ORPO, QLORA, SFT, method
+from tests.samples import ADALORA, IA3, LORA, LOREFT, ORPO, QLORA, SFT, method
 
-METHODS = {"qlora": method(QLORA, SFT), "orpo": method(QLORA, ORPO), "reft": method(LOREFT, SFT)}
+METHODS = {
+    "qlora": method(QLORA, SFT),
+    "orpo": method(QLORA, ORPO),
+    "reft": method(LOREFT, SFT),
+    "full": method({"name": "full", "modules": "all"}, SFT),
+    "lora8bit": method({**LORA, "name": "lora8bit", "outlier_threshold": 6.0}, SFT),
+    "adalora": method({**ADALORA, "final_steps": 0}, SFT, learning_rate=0.05),
+    "ia3": method(IA3, SFT, learning_rate=0.1),
+    "prompt_tuning": method({"name": "prompt_tuning", "tokens": 4, "start": "vocabulary", "text": ""}, SFT),
+    "p_tuning": method(
+        {"name": "p_tuning", "tokens": 4, "encoder": "lstm", "hidden_size": 8, "dropout": 0.1}, SFT, learning_rate=0.1
+    ),
+    "prefix": method({"name": "prefix", "tokens": 4, "hidden_size": 8}, SFT),
+    "orpo by p_tuning_v2": method({"name": "p_tuning_v2", "tokens": 4}, ORPO, learning_rate=0.1),
+}
 
 
 def examples(objective: str, count: int = 10) -> list[Example]:
@@ -33,7 +47,7 @@ def examples(objective: str, count: int = 10) -> list[Example]:
     made: list[Example] = []
     for n in range(count):
         prompt = torch.randint(5, 300, (3 + n % 4,)).tolist()
-        made.append(tuple(row(prompt, 2 + (n + i) % 3) for i in range(2 if objective == "orpo" else 1)))
+        made.append(tuple(row(prompt, 2 + (n + i) % 3) for i in range(2 if objective.startswith("orpo") else 1)))
     return made
 
 
@@ -42,7 +56,7 @@ def trained(
 ) -> dict[str, torch.Tensor]:
     params = params or METHODS[name]
     settle(params.seed)
-    model = fresh(base, params.adapter)
+    model = fresh(base, params.adapter, params.epochs * 3)
 
     def on_row(row: dict[str, Any]) -> None:
         if row["step"] == die_after:
@@ -71,7 +85,7 @@ def test_the_same_seed_gives_the_same_adapter_and_so_does_a_resumed_training(
 def test_training_lowers_the_loss_on_what_it_sees(pico_base: Path, tmp_path: Path, name: str) -> None:
     params = METHODS[name].model_copy(update={"epochs": 8})
     settle(1)
-    model = fresh(pico_base, params.adapter)
+    model = fresh(pico_base, params.adapter, 8 * 3)
     rows = examples(name)
     before = held_out_loss(model, rows, params)
     train(model, rows, params, tmp_path, Progress("t", 1, "steps"))
@@ -89,13 +103,13 @@ def test_weight_decay_leaves_the_rows_of_r_orthonormal(pico_base: Path, tmp_path
 @pytest.mark.parametrize("name", METHODS)
 def test_the_order_of_rows_in_a_batch_and_their_padding_do_not_matter(pico_base: Path, name: str) -> None:
     settle(1)
-    model = fresh(pico_base, METHODS[name].adapter).float()
+    model = fresh(pico_base, METHODS[name].adapter, 3).float().eval()
     rows = examples(name, 6)
     loss, logged = loss_of(model, rows, METHODS[name])
     reversed_loss, _ = loss_of(model, rows[::-1], METHODS[name])
     assert reversed_loss.item() == pytest.approx(loss.item(), rel=1e-5)
     assert all(math.isfinite(value) for value in logged.values())
-    if name == "orpo":
+    if name.startswith("orpo"):
         assert set(logged) == {"nll", "odds_penalty", "log_odds_ratio", "accuracy"}
     else:
         singles = [loss_of(model, [row], METHODS[name])[0].item() for row in rows]
