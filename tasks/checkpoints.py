@@ -88,7 +88,9 @@ def pack(parameters: Mapping[str, Tensor], optimizers: Sequence[Stepper]) -> dic
     tensors = {f"parameter/{name}": tensor for name, tensor in parameters.items()}
     for number, optimizer in enumerate(optimizers):
         for index, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{number}/{index}/{name}": torch.as_tensor(value) for name, value in state.items()}
+            for name, value in state.items():  # bitsandbytes has what is in 8 bits in a mapping of its own
+                named = value if isinstance(value, dict) else {name: value}
+                tensors |= {f"optimizer/{number}/{index}/{key}": torch.as_tensor(each) for key, each in named.items()}
     tensors["random/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random/cuda"] = torch.cuda.get_rng_state()
@@ -103,11 +105,12 @@ def unpack(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], opti
         for name, tensor in parameters.items():
             tensor.copy_(tensors[f"parameter/{name}"])
     for number, optimizer in enumerate(optimizers):
-        states: dict[int, dict[str, Tensor]] = {}
+        states: dict[int, dict[str, Any]] = {}
         for name, tensor in tensors.items():
             if name.startswith(f"optimizer/{number}/"):
                 _, _, index, field = name.split("/")
-                states.setdefault(int(index), {})[field] = tensor
+                counts = tensor.ndim == 0 and not tensor.is_floating_point()  # bitsandbytes wants a plain number
+                states.setdefault(int(index), {})[field] = tensor.item() if counts else tensor
         optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(tensors["random/cpu"])
     if torch.cuda.is_available() and "random/cuda" in tensors:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ class Course:
     Attributes:
         steps: how many there are.
         learning_rate: the rate at a step.
-        loss: the loss to differentiate at a step, and what to log beside it.
+        losses: the loss to differentiate at a step, in parts that add up to it, each with its share of what is logged.
         describe: names the rows of a step, for errors.
         max_grad_norm: gradients are scaled down to this norm.
         checkpoint_every_steps: how much work a kill may cost.
@@ -39,7 +39,7 @@ class Course:
 
     steps: int
     learning_rate: Callable[[int], float]
-    loss: Callable[[int], tuple[Tensor, dict[str, float]]]
+    losses: Callable[[int], Iterable[tuple[Tensor, dict[str, float]]]]
     describe: Callable[[int], Sequence[str]]
     max_grad_norm: float
     checkpoint_every_steps: int
@@ -56,7 +56,7 @@ def run(
     """Trains `parameters` in place, going on from the newest whole checkpoint.
 
     Returns:
-        The log: for every step its number from 1, loss, gradient norm, learning rate, and what `course.loss` adds.
+        The log: for every step its number from 1, loss, gradient norm, learning rate, and what `course.losses` adds.
 
     Raises:
         Diverged: a loss or gradient is not finite; checkpoints before it stay.
@@ -77,22 +77,21 @@ def run(
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 optimizer.zero_grad(set_to_none=True)
-            loss, extra = course.loss(step)
-            loss.backward()
+            loss, extra = _differentiate(course.losses(step))
             norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), course.max_grad_norm).item()
-            if not (math.isfinite(loss.item()) and math.isfinite(norm)):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise Diverged(
                     "the training diverged; nothing was published",
                     where=f"step {step + 1} of {course.steps}",
-                    got=f"loss {loss.item()}, gradient norm {norm}",
+                    got=f"loss {loss}, gradient norm {norm}",
                     examples=course.describe(step),
                     fix="lower learning_rate or raise warmup_steps",
                 )
             for optimizer in optimizers:
                 optimizer.step()
-            log.append({"step": step + 1, "loss": loss.item(), "grad_norm": norm, "learning_rate": rate, **extra})
+            log.append({"step": step + 1, "loss": loss, "grad_norm": norm, "learning_rate": rate, **extra})
             on_row(log[-1])
-            progress.step(f"loss {loss.item():.3f}")
+            progress.step(f"loss {loss:.3f}")
             due = (step + 1) % course.checkpoint_every_steps == 0 or step + 1 == course.steps
             if due or stopping.is_set():
                 _check_finite(parameters, step + 1)
@@ -104,6 +103,16 @@ def run(
                     fix="run it again: it goes on from here",
                 )
     return log
+
+
+def _differentiate(parts: Iterable[tuple[Tensor, dict[str, float]]]) -> tuple[float, dict[str, float]]:
+    """Adds the gradients of all parts, each before the next is computed; returns the sums of what they say."""
+    total, extra = 0.0, dict[str, float]()
+    for part, logged in parts:
+        part.backward()
+        total += part.item()
+        extra = {name: extra.get(name, 0.0) + value for name, value in logged.items()}
+    return total, extra
 
 
 def _check_finite(parameters: Mapping[str, torch.Tensor], step: int) -> None:

@@ -338,6 +338,9 @@ class OrpoObjective(Section):
     """The paper's lambda; TRL calls it beta."""
 
 
+OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "lion_8bit"]
+
+
 class Method(Section):
     """A named pair of adapter and objective, and how it is optimised."""
 
@@ -347,6 +350,10 @@ class Method(Section):
     """Passes over the rows."""
     batch_rows: Count
     """Rows in a step."""
+    micro_batch_rows: Count
+    """Rows in a forward pass; a step adds up the gradients of as many passes as it takes."""
+    optimizer: OptimizerName
+    """AdamW or Lion; with states in 8 bits (`_8bit`), or that a GPU may move to the host (`paged_`)."""
     learning_rate: Positive
     """The peak, after warm-up."""
     schedule: Literal["constant", "linear", "cosine"]
@@ -361,6 +368,12 @@ class Method(Section):
     """What a kill loses at most."""
     seed: Seed
     """Of the adapter's initial weights, the order of rows, and dropout."""
+
+    @model_validator(mode="after")
+    def _passes_fit(self) -> Method:
+        if self.micro_batch_rows > self.batch_rows:
+            raise ValueError("micro_batch_rows must be at most batch_rows")
+        return self
 
 
 # --- merge, evaluate, register, promote -------------------------------------------------------------------------------

@@ -144,18 +144,18 @@ def pretrain(
     def chosen(step: int) -> list[int]:
         return [place(n) for n in range(step * batch, (step + 1) * batch)]
 
-    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+    def losses(step: int) -> list[tuple[Tensor, dict[str, float]]]:
         ids = torch.from_numpy(blocks[chosen(step)]).to(target)  # (batch, context)
         with torch.autocast(target.type, dtype, enabled=dtype != torch.float32):
             logits = model.lm_head(model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1])
-        return F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten()), {}
+        return [(F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten()), {})]
 
     course = Course(
         steps=steps,
         learning_rate=lambda step: schedule(
             step, steps, peak=params.learning_rate, warmup_steps=params.warmup_steps, shape="cosine"
         ),
-        loss=loss,
+        losses=losses,
         describe=lambda step: [f"block {block}" for block in chosen(step)],
         max_grad_norm=1.0,
         checkpoint_every_steps=params.checkpoint_every_steps,

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks import process
 from tasks.adapted import fresh, publish, published_state
@@ -25,6 +25,7 @@ from tasks.device import compute_dtype, device, settle
 from tasks.errors import BadData, BadInput
 from tasks.loop import Course, run, schedule
 from tasks.models import Model, TokenRow, score_tokens
+from tasks.optimizers import optimizer_of
 from tasks.outputs import as_json, read_manifest, whole_folder
 from tasks.params import Method, OrpoObjective
 from tasks.progress import Progress
@@ -99,15 +100,47 @@ def steps_per_epoch(rows: int, batch_rows: int) -> int:
 # --- one step ---------------------------------------------------------------------------------------------------------
 
 
-def loss_of(
+def losses_of(
     model: Model, examples: Sequence[Example], method: Method, below: Below | None = None
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """The objective on some examples: a scalar to differentiate, and what to log beside it.
+) -> Iterator[tuple[torch.Tensor, dict[str, float]]]:
+    """The objective on the examples of a step, in parts of `micro_batch_rows` that add up to it.
 
-    `below` keeps what does not change from epoch to epoch.
+    Each is a scalar to differentiate, and its share of what is logged. `below` keeps what does not change from epoch to
+    epoch.
     """
+    for some in _batches(examples, method.micro_batch_rows):
+        loss, logged = loss_of(model, some, method, below, share=_share(some, examples))
+        if isinstance(method.adapter, AdaloraAdapter):
+            from tasks.adapters.adalora import orthogonality_penalty
+
+            penalty = orthogonality_penalty(model) * len(some) / len(examples)
+            loss, logged = loss + method.adapter.orthogonality * penalty, {**logged, "penalty": penalty.item()}
+        yield loss, logged
+
+
+class Share(NamedTuple):
+    """Which share of a step's scored tokens and of its rows belongs to some of its examples."""
+
+    tokens: float
+    rows: float
+
+
+def _share(some: Sequence[Example], examples: Sequence[Example]) -> Share:
+    def tokens(of: Sequence[Example]) -> int:
+        return sum(sum(example[0].mask[1:]) for example in of)
+
+    return Share(tokens(some) / tokens(examples), len(some) / len(examples))
+
+
+WHOLE = Share(1.0, 1.0)
+
+
+def loss_of(
+    model: Model, examples: Sequence[Example], method: Method, below: Below | None = None, share: Share = WHOLE
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The objective on some examples, as far as they are a part of a step: what all parts give adds up to it."""
     with _fast_products(method):
-        return _loss_of(model, examples, method, below)
+        return _loss_of(model, examples, method, below, share)
 
 
 def _fast_products(method: Method) -> AbstractContextManager[object]:
@@ -120,21 +153,22 @@ def _fast_products(method: Method) -> AbstractContextManager[object]:
 
 
 def _loss_of(
-    model: Model, examples: Sequence[Example], method: Method, below: Below | None
+    model: Model, examples: Sequence[Example], method: Method, below: Below | None, share: Share
 ) -> tuple[torch.Tensor, dict[str, float]]:
     from tasks.objectives.orpo import orpo_loss
     from tasks.objectives.sft import sft_loss
 
     if not isinstance(method.objective, OrpoObjective):
-        return sft_loss(score_tokens(model, [example[0] for example in examples], below).logp), {}
+        return sft_loss(score_tokens(model, [example[0] for example in examples], below).logp) * share.tokens, {}
     n = len(examples)
     rows = [example[i] for i in (0, 1) for example in examples]  # chosen first, then rejected
     scored = score_tokens(model, rows, below)
     means = scored.row_means()
-    nll = -scored.logp[scored.row < n].mean()
+    # the likelihood is a mean over tokens, the penalty one over pairs
+    nll = -scored.logp[scored.row < n].mean() * (share.tokens / share.rows)
     terms = orpo_loss(means[:n], means[n:], nll, weight=method.objective.weight)
-    logged = terms._asdict()
-    return logged.pop("loss"), {name: value.item() for name, value in logged.items()}
+    logged = {name: value.item() * share.rows for name, value in terms._asdict().items() if name != "loss"}
+    return terms.loss * share.rows, logged
 
 
 def held_out_loss(model: Model, examples: Sequence[Example], method: Method) -> float:
@@ -143,8 +177,8 @@ def held_out_loss(model: Model, examples: Sequence[Example], method: Method) -> 
 
     model.eval()
     with torch.no_grad():
-        sizes = [len(batch) for batch in _batches(examples, method.batch_rows)]
-        losses = [loss_of(model, batch, method)[0].item() for batch in _batches(examples, method.batch_rows)]
+        sizes = [len(batch) for batch in _batches(examples, method.micro_batch_rows)]
+        losses = [loss_of(model, batch, method)[0].item() for batch in _batches(examples, method.micro_batch_rows)]
     model.train()
     return sum(size * loss for size, loss in zip(sizes, losses, strict=True)) / sum(sizes)
 
@@ -184,7 +218,7 @@ def train(
         learning_rate=lambda step: schedule(
             step, steps, peak=method.learning_rate, warmup_steps=method.warmup_steps, shape=method.schedule
         ),
-        loss=lambda step: _penalised(model, method, loss_of(model, [examples[i] for i in chosen(step)], method, below)),
+        losses=lambda step: losses_of(model, [examples[i] for i in chosen(step)], method, below),
         describe=lambda step: [f"row {i} of the rendered training rows" for i in chosen(step)],
         max_grad_norm=method.max_grad_norm,
         checkpoint_every_steps=method.checkpoint_every_steps,
@@ -193,32 +227,17 @@ def train(
 
 
 def _steppers(model: Model, parameters: Mapping[str, torch.Tensor], method: Method) -> list[Stepper]:
-    """AdamW, and what moves AdaLoRA's ranks after it."""
-    import torch
-
+    """The optimizer, and what moves AdaLoRA's ranks after it."""
     # angles say how far a rotation is from where it began: decayed, it would be drawn back there
     angles = [p for name, p in parameters.items() if name.endswith(".angles")]
     others = [p for name, p in parameters.items() if not name.endswith(".angles")]
     groups = [{"params": others, "weight_decay": method.weight_decay}, {"params": angles, "weight_decay": 0.0}]
-    steppers: list[Stepper] = [torch.optim.AdamW(groups)]
+    steppers: list[Stepper] = [optimizer_of(method.optimizer, groups)]
     if isinstance(method.adapter, AdaloraAdapter):
         from tasks.adapters.adalora import RankSteps
 
         steppers.append(RankSteps(model))
     return steppers
-
-
-def _penalised(
-    model: Model, method: Method, found: tuple[torch.Tensor, dict[str, float]]
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """The objective with what the adapter adds to it in training."""
-    if not isinstance(method.adapter, AdaloraAdapter):
-        return found
-    from tasks.adapters.adalora import orthogonality_penalty
-
-    loss, logged = found
-    penalty = orthogonality_penalty(model)
-    return loss + method.adapter.orthogonality * penalty, {**logged, "orthogonality_penalty": penalty.item()}
 
 
 def main() -> None:

@@ -17,13 +17,14 @@ from tasks.progress import Progress
 from tasks.render import rendered_schema
 from tasks.tables import write_rows
 from tasks.tracking import flat
-from tasks.train import Example, batch_of, held_out_loss, loss_of, read_examples, steps_per_epoch, train
+from tasks.train import Example, batch_of, held_out_loss, loss_of, losses_of, read_examples, steps_per_epoch, train
 from tests.samples import ADALORA, IA3, LORA, LOREFT, ORPO, QLORA, SFT, method
 
 METHODS = {
     "qlora": method(QLORA, SFT),
     "orpo": method(QLORA, ORPO),
     "reft": method(LOREFT, SFT),
+    "in small parts": method(QLORA, ORPO, micro_batch_rows=1, optimizer="paged_adamw_8bit"),
     "full": method({"name": "full", "modules": "all"}, SFT),
     "lora8bit": method({**LORA, "name": "lora8bit", "outlier_threshold": 6.0}, SFT),
     "adalora": method({**ADALORA, "final_steps": 0}, SFT, learning_rate=0.05),
@@ -35,6 +36,7 @@ METHODS = {
     "prefix": method({"name": "prefix", "tokens": 4, "hidden_size": 8}, SFT),
     "orpo by p_tuning_v2": method({"name": "p_tuning_v2", "tokens": 4}, ORPO, learning_rate=0.1),
 }
+PREFERENCES = {name for name, params in METHODS.items() if params.objective.name == "orpo"}
 
 
 def examples(objective: str, count: int = 10) -> list[Example]:
@@ -47,7 +49,7 @@ def examples(objective: str, count: int = 10) -> list[Example]:
     made: list[Example] = []
     for n in range(count):
         prompt = torch.randint(5, 300, (3 + n % 4,)).tolist()
-        made.append(tuple(row(prompt, 2 + (n + i) % 3) for i in range(2 if objective.startswith("orpo") else 1)))
+        made.append(tuple(row(prompt, 2 + (n + i) % 3) for i in range(2 if objective in PREFERENCES else 1)))
     return made
 
 
@@ -109,13 +111,46 @@ def test_the_order_of_rows_in_a_batch_and_their_padding_do_not_matter(pico_base:
     reversed_loss, _ = loss_of(model, rows[::-1], METHODS[name])
     assert reversed_loss.item() == pytest.approx(loss.item(), rel=1e-5)
     assert all(math.isfinite(value) for value in logged.values())
-    if name.startswith("orpo"):
+    if name in PREFERENCES:
         assert set(logged) == {"nll", "odds_penalty", "log_odds_ratio", "accuracy"}
     else:
         singles = [loss_of(model, [row], METHODS[name])[0].item() for row in rows]
         tokens = [sum(row[0].mask) for row in rows]
         weighted = sum(s * t for s, t in zip(singles, tokens, strict=True)) / sum(tokens)
         assert loss.item() == pytest.approx(weighted, rel=1e-4)
+
+
+EXACT = {**QLORA, "compute_dtype": "float32"}
+ADDED = {"qlora": method(EXACT, SFT), "orpo": method(EXACT, ORPO)} | {n: METHODS[n] for n in ("reft", "adalora")}
+
+
+@pytest.mark.parametrize("name", ADDED)
+@pytest.mark.parametrize("rows_at_once", [1, 4])
+def test_gradients_added_up_are_those_of_the_whole_batch(pico_base: Path, name: str, rows_at_once: int) -> None:
+    """Rows with replies of different lengths: a token weighs the same whichever part it is in."""
+    found = []
+    for at_once in (8, rows_at_once):
+        params = ADDED[name].model_copy(update={"micro_batch_rows": at_once})
+        settle(1)
+        model = fresh(pico_base, params.adapter, 3).float()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter += 0.05 * torch.randn_like(parameter)
+        total, logged = 0.0, Counter[str]()
+        for loss, extra in losses_of(model, examples(name, 8), params):
+            loss.backward()
+            total += loss.item()
+            for key, value in extra.items():
+                logged[key] += value  # type: ignore[assignment]
+        found.append((total, dict(logged), [p.grad for p in parameters]))
+    (whole, whole_logged, whole_gradients), (parts, parts_logged, gradients) = found
+    assert parts == pytest.approx(whole, rel=1e-5)
+    assert parts_logged == pytest.approx(whole_logged, rel=1e-4, abs=1e-6)
+    for one, other in zip(whole_gradients, gradients, strict=True):
+        assert one is not None
+        assert other is not None
+        assert (one - other).norm() < 1e-4 * one.norm()
 
 
 def test_every_epoch_sees_every_row_once() -> None:

@@ -1,0 +1,42 @@
+"""The optimizers of params: PyTorch's AdamW, and those of bitsandbytes, which take less memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tasks.device import device
+from tasks.params import OptimizerName
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+_OF_BITSANDBYTES = {
+    "adamw_8bit": "AdamW8bit",
+    "paged_adamw": "PagedAdamW32bit",
+    "paged_adamw_8bit": "PagedAdamW8bit",
+    "lion": "Lion",
+    "lion_8bit": "Lion8bit",
+}
+
+
+def optimizer_of(name: OptimizerName, groups: Sequence[dict[str, Any]]) -> Optimizer:
+    """An optimizer over groups of parameters, each with its `weight_decay`; the loop sets the learning rate.
+
+    AdamW is arXiv:1711.05101, its form with states in 8 bits arXiv:2110.02861, paged states are those of
+    arXiv:2305.14314 (section 3), Lion is arXiv:2302.06675. Paged states move to the host when a GPU's memory is full;
+    where there is no GPU they are plain ones, and this says so.
+    """
+    groups = [group for group in groups if group["params"]]
+    if name == "adamw":
+        import torch
+
+        return torch.optim.AdamW(groups)
+    import bitsandbytes.optim
+
+    made: Optimizer = getattr(bitsandbytes.optim, _OF_BITSANDBYTES[name])(groups)
+    if name.startswith("paged") and device().type == "cpu":
+        print(f"{name}: there is no GPU to page from; the states stay in this machine's memory", flush=True)
+        warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+    return made
