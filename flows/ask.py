@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tasks import graph
 from tasks.errors import BadModel, BadParams
+from tasks.generation_params import GREEDY, Generation
 from tasks.params_reading import load
 from tasks.process import quiet_libraries
 from tasks.registry import CHAMPION
@@ -21,15 +22,17 @@ def champion_uri(workspace: Path) -> str:
     return f"models:/{load(workspace / graph.PARAMS).register_.model}@{CHAMPION}"
 
 
-def ask(workspace: Path, model: str, turns: Sequence[tuple[str, str]], max_tokens: int) -> str:
+def ask(
+    workspace: Path, model: str, turns: Sequence[tuple[str, str]], max_tokens: int, generation: Generation = GREEDY
+) -> str:
     """The reply to a conversation, given as (role, text) turns.
 
     Raises:
-        BadParams: the registry has no such model.
+        BadParams: the registry has no such model, or only one that knows no options.
         BadModel: the folder is no model folder.
     """
     if not model.startswith(REGISTERED):
-        return _ask_folder(Path(model), turns, max_tokens)
+        return _ask_folder(Path(model), turns, max_tokens, generation)
     quiet_libraries()
     connect(workspace)
     import mlflow
@@ -45,11 +48,18 @@ def ask(workspace: Path, model: str, turns: Sequence[tuple[str, str]], max_token
             fix="run `temper status` to see what there is",
         ) from error
     messages = [{"role": role, "content": content} for role, content in turns]
-    reply = loaded.predict({"messages": messages, "max_tokens": max_tokens})
+    asked = dict(generation.model_dump().items() - GREEDY.model_dump().items())
+    if unknown := sorted(asked.keys() - set(loaded.metadata.signature.inputs.input_names())):
+        raise BadParams(
+            f"was registered before models could be asked with {', '.join(unknown)}",  # MLflow would leave them out
+            where=model,
+            fix="register it anew with `temper run`, or ask for a greedy reply",
+        )
+    reply = loaded.predict({"messages": messages, "max_tokens": max_tokens, **asked})
     return str(reply[0]["choices"][0]["message"]["content"])
 
 
-def _ask_folder(folder: Path, turns: Sequence[tuple[str, str]], max_tokens: int) -> str:
+def _ask_folder(folder: Path, turns: Sequence[tuple[str, str]], max_tokens: int, generation: Generation) -> str:
     from tasks.adapted import load_packaged
     from tasks.chat import answer
     from tasks.records import Message
@@ -58,7 +68,7 @@ def _ask_folder(folder: Path, turns: Sequence[tuple[str, str]], max_tokens: int)
     if not folder.is_dir():
         raise BadModel("there is no such folder", where=str(folder), expected="models:/NAME@ALIAS, or a model folder")
     model, tokenizer = load_packaged(folder), load_tokenizer(folder)
-    return answer(model, tokenizer, [Message(*turn) for turn in turns], max_tokens).text
+    return answer(model, tokenizer, [Message(*turn) for turn in turns], max_tokens, generation).text
 
 
 def sample(workspace: Path) -> tuple[list[tuple[str, str]], str]:

@@ -125,16 +125,33 @@ def chat(
         str | None, typer.Option(help="A registered model such as models:/NAME@champion, or a model folder.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="A reply is at most so long.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; above, the reply is drawn.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many of the likeliest tokens; 0: from all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the fewest tokens that have this probability together.")
+    ] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1, tokens that were generated before become less likely.")
+    ] = 1.0,
+    repetition_range: Annotated[
+        int, typer.Option(help="Only among the last so many generated tokens; 0: among all.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed and text give the same reply.")] = 0,
     workspace: Workspace = None,
 ) -> None:
-    """Ask the champion, or another model."""
+    """Ask the champion, or another model; greedily, unless the options say otherwise."""
     from flows.ask import REGISTERED, ask, champion_uri
+    from tasks.generation_params import generation_of
+
+    asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    asked |= {"repetition_penalty": repetition_penalty, "repetition_range": repetition_range}
+    generation = generation_of(asked, "temper chat")
 
     if model and not model.startswith(REGISTERED):
         model = str(Path(model).resolve())  # seen from here, not from the workspace
     root = _ready(workspace)
 
-    typer.echo(ask(root, model or champion_uri(root), [("user", text)], max_tokens))
+    typer.echo(ask(root, model or champion_uri(root), [("user", text)], max_tokens, generation))
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from tasks.generation_params import GREEDY, Generation
 from tasks.records import Message
 from tasks.templates import decode, render_prompt
 
@@ -24,19 +25,28 @@ class Reply(NamedTuple):
     tokens: int
 
 
-def answer(model: Model, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], max_tokens: int) -> Reply:
-    """The model's greedy reply to a conversation that ends with a user turn."""
+def answer(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    max_tokens: int,
+    generation: Generation = GREEDY,
+) -> Reply:
+    """The model's reply to a conversation that ends with a user turn."""
     import torch
 
+    from tasks.generation import decoding
+
     ids = torch.tensor([render_prompt(tokenizer, messages)], device=model.device)
+    attended = torch.ones_like(ids)
     with torch.no_grad():
         out: Tensor = model.generate(  # type: ignore[operator]
             input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+            attention_mask=attended,
             max_new_tokens=max_tokens,
-            do_sample=False,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            **decoding(model, generation, ids, attended),
         )
     new = out[0, ids.shape[1] :].tolist()
     stopped = tokenizer.eos_token_id in new

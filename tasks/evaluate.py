@@ -6,7 +6,7 @@ Writes: data/reports/METHOD/examples.parquet (one row per example) and metrics.j
 Params: evaluate
 Fails:  no held-out rows (65, never retried).
 
-Greedy exact match runs through lm-eval; the loss per token is read off the model directly, because rows may have
+Exact match runs through lm-eval; the loss per token is read off the model directly, because rows may have
 several scored turns, which no task form of lm-eval has.
 """
 
@@ -76,7 +76,7 @@ def last_turn(row: Mapping[str, Any]) -> int:
 def answer_rows(
     model: Model, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], params: Evaluate
 ) -> list[Answer]:
-    """Answers rendered chats greedily and scores them.
+    """Answers rendered chats and scores them.
 
     Raises:
         BadData: a prompt does not tokenise to the tokens it was trained as, or leaves the model no room to answer
@@ -111,11 +111,13 @@ def answer_rows(
 
 
 def generate(model: Model, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], params: Evaluate) -> list[str]:
-    """Greedy continuations of rendered prompts, through lm-eval, without white space around them."""
+    """Continuations of rendered prompts, through lm-eval, without white space around them."""
     import datasets
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
+
+    from tasks.generation import decoding
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     task = {
@@ -125,11 +127,7 @@ def generate(model: Model, tokenizer: PreTrainedTokenizerBase, prompts: Sequence
         "doc_to_text": lambda doc: doc["prompt"],
         "doc_to_target": lambda doc: "",
         "output_type": "generate_until",
-        "generation_kwargs": {
-            "until": [tokenizer.eos_token],
-            "max_gen_toks": params.max_new_tokens,
-            "do_sample": False,
-        },
+        "generation_kwargs": {"until": [tokenizer.eos_token], "max_gen_toks": params.max_new_tokens},
         "metric_list": [{"metric": "bypass"}],
     }
     with Progress("answer", len(prompts), "rows") as progress:
@@ -139,6 +137,7 @@ def generate(model: Model, tokenizer: PreTrainedTokenizerBase, prompts: Sequence
                 return super().generate_until(requests, disable_tqdm=True)
 
             def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
+                kwargs |= decoding(model, params.generation, context, kwargs["attention_mask"])
                 answered = super()._model_generate(context, *args, **kwargs)
                 progress.step(by=len(context))
                 return answered

@@ -12,6 +12,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from tasks.adapter_params import AnyAdapter
 from tasks.fields import Commit, Count, FilePath, HubName, Name, NotNegative, Positive, Section, Seed, Share
+from tasks.generation_params import Generation
 
 REMOTE = "data/remote.md"
 
@@ -391,7 +392,7 @@ class Merge(Section):
 
 
 class Evaluate(Section):
-    """Greedy answers to the held-out rows."""
+    """Answers to the held-out rows."""
 
     rows: Count
     """Held-out rows to answer, at most."""
@@ -405,6 +406,8 @@ class Evaluate(Section):
     """Of the intervals."""
     seed: Seed
     """Of the resampling."""
+    generation: Generation
+    """How answers are generated."""
 
 
 class Register(Section):

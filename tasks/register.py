@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks import process
 from tasks.evaluate import EXAMPLES, METRICS
+from tasks.generation_params import Generation
 from tasks.outputs import MANIFEST, as_json, digest, read_manifest, write_whole
 from tasks.registry import CHALLENGER, find_version
 from tasks.templates import load_tokenizer, template_digest
@@ -82,15 +83,20 @@ def git_commit(workspace: Path) -> str:
 
 
 def chat_signature() -> ModelSignature:
-    """The request and the reply of llm/v1/chat, as far as a small model has them."""
+    """The request and the reply of llm/v1/chat, as far as a small model has them, and how a reply is generated.
+
+    Of the options the model itself checks the values: MLflow would refuse a temperature of 2, being no 2.0, and nulls.
+    """
     from mlflow.models import ModelSignature
-    from mlflow.types.schema import Array, ColSpec, DataType, Object, Property, Schema
+    from mlflow.types.schema import AnyType, Array, ColSpec, DataType, Object, Property, Schema
 
     text, number = DataType.string, DataType.long
     message = Object([Property("role", text), Property("content", text)])
     choice = Object([Property("index", number), Property("message", message), Property("finish_reason", text)])
     usage = Object([Property(name, number) for name in ("prompt_tokens", "completion_tokens", "total_tokens")])
-    request = Schema([ColSpec(Array(message), "messages"), ColSpec(number, "max_tokens", required=False)])
+    anything = AnyType()  # type: ignore[no-untyped-call]
+    options = [ColSpec(anything, name, required=False) for name in ("max_tokens", *Generation.model_fields)]
+    request = Schema([ColSpec(Array(message), "messages"), *options])
     reply = Schema(
         [ColSpec(text, "object"), ColSpec(text, "model"), ColSpec(Array(choice), "choices"), ColSpec(usage, "usage")]
     )

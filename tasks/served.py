@@ -3,18 +3,24 @@
     mlflow.pyfunc.load_model("models:/NAME@champion").predict({"messages": [{"role": "user", "content": "..."}]})
 
 MLflow runs this file when it loads a model ("models from code"), so nothing is ever unpickled. The request and the
-reply have the shape of llm/v1/chat; a request holds one conversation, a data frame holds one per line.
+reply have the shape of llm/v1/chat; a request holds one conversation, a data frame holds one per line. Replies are
+greedy unless the request says otherwise: `temperature`, `top_k`, `top_p`, `repetition_penalty`, `repetition_range` and
+`seed` are as in params.yaml, below `evaluate.generation`. The same request gets the same reply, also when it is drawn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
+
+if TYPE_CHECKING:
+    from tasks.generation_params import Generation
 
 ARTIFACT = "model"
 """The name under which a version keeps its model folder."""
@@ -40,7 +46,7 @@ class ChatModel(PythonModel):
     def predict(
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> list[dict[str, Any]]:
-        """Answers each conversation of the input greedily; one chat completion for each."""
+        """Answers each conversation of the input; one chat completion for each."""
         return [self._complete(row) for row in model_input.to_dict("records")]
 
     def _complete(self, row: Mapping[Any, Any]) -> dict[str, Any]:
@@ -48,8 +54,7 @@ class ChatModel(PythonModel):
         from tasks.records import Message
 
         turns = [Message(message["role"], message["content"]) for message in row["messages"]]
-        limit = row.get("max_tokens")
-        reply = answer(self.model, self.tokenizer, turns, MAX_TOKENS if pd.isna(limit) else int(limit))
+        reply = answer(self.model, self.tokenizer, turns, *options(row))
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": reply.text},
@@ -61,6 +66,30 @@ class ChatModel(PythonModel):
             "total_tokens": reply.prompt_tokens + reply.tokens,
         }
         return {"object": "chat.completion", "model": "temper", "choices": [choice], "usage": used}
+
+
+def options(row: Mapping[Any, Any]) -> tuple[int, Generation]:
+    """How long a reply to a request may be, and how it is generated.
+
+    Raises:
+        MlflowException: an option is out of range; a server answers it with status 400.
+    """
+    from tasks.errors import BadParams
+    from tasks.generation_params import Generation, generation_of
+
+    # a data frame turns whole numbers into floats where another line has none
+    asked = {
+        name: int(row[name]) if isinstance(row[name], float) and row[name].is_integer() else row[name]
+        for name in ("max_tokens", *Generation.model_fields)
+        if name in row and not (pd.api.types.is_scalar(row[name]) and pd.isna(row[name]))
+    }
+    limit = asked.pop("max_tokens", MAX_TOKENS)
+    try:
+        if not isinstance(limit, int) or limit < 1:
+            raise BadParams("is no length", where="max_tokens", got=repr(limit), expected="a whole number, at least 1")
+        return limit, generation_of(asked, "the request")
+    except BadParams as error:
+        raise MlflowException.invalid_parameter_value(str(error)) from error
 
 
 set_model(ChatModel())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tasks.generation_params import GREEDY
 from tasks.params import Checks, Evaluate, FileSource, Method, PretrainBase, Render, Validate
 
 PICO_SETTINGS = [
@@ -150,4 +151,6 @@ def file_source(path: Path, **changes: Any) -> FileSource:
     return FileSource.model_validate({**values, **changes})
 
 
-EVALUATE = Evaluate(rows=8, batch_rows=4, max_new_tokens=3, bootstrap_samples=200, confidence=0.95, seed=1)
+EVALUATE = Evaluate(
+    rows=8, batch_rows=4, max_new_tokens=3, bootstrap_samples=200, confidence=0.95, seed=1, generation=GREEDY
+)

@@ -13,6 +13,7 @@ import pytest
 
 from flows.params_file import change_params
 from tasks import graph
+from tasks.generation_params import Generation
 from tests.conftest import FIRST_RUN, digests, dvc, pico_workspace, temper
 
 METHODS = ("qlora", "orpo", "reft")
@@ -94,7 +95,7 @@ def test_a_version_has_its_signature_example_and_aliases(factory: Path) -> None:
     assert set(aliases) == {"champion", "challenger", *METHODS}
     about = mlflow.models.get_model_info("models:/temper-tiny@champion")
     assert about.signature is not None
-    assert about.signature.inputs.input_names() == ["messages", "max_tokens"]
+    assert about.signature.inputs.input_names() == ["messages", "max_tokens", *Generation.model_fields]
     assert about.signature.outputs.input_names() == ["object", "model", "choices", "usage"]
     assert about.saved_input_example_info is not None
 
@@ -193,6 +194,7 @@ def test_bad_rows_stop_the_run_at_once_with_one_block(workspace: Path) -> None:
         (["schedule"], "say one of"),
         (["chat", "hello", "--model", "models:/temper-tiny@nobody"], "cannot be loaded from the registry"),
         (["chat", "hello", "--model", "no/such/folder"], "there is no such folder"),
+        (["chat", "hello", "--temperature", "-0.5"], "temperature: Input should be greater than or equal to 0"),
     ],
 )
 def test_a_wrong_word_is_one_readable_block_and_changes_nothing(factory: Path, words: list[str], said: str) -> None:

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from tasks.chat import answer
 from tasks.errors import BadData
 from tasks.evaluate import Answer, answer_rows, bootstrap, last_turn, mean_loss, metrics_of, token_losses
+from tasks.generation_params import GREEDY
 from tasks.models import load_model
-from tasks.params import Evaluate
 from tasks.records import Message
 from tasks.templates import render_chat
 from tests.samples import EVALUATE
@@ -47,6 +47,21 @@ def test_answers_are_those_that_serving_gives(
         assert one.target == reply
         assert one.correct == (one.answer == reply)
         assert question in one.prompt
+
+
+@pytest.mark.parametrize("batch_rows", [1, 3, 4])
+def test_drawn_answers_are_those_that_serving_gives_in_any_batch(
+    pico_base: Path, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], batch_rows: int
+) -> None:
+    """lm-eval sorts rows by length and pads them; a row's draws depend on the seed and its prompt alone."""
+    model = load_model(pico_base).float()
+    options = {"temperature": 1.0, "top_p": 0.95, "repetition_penalty": 1.2, "repetition_range": 4, "seed": 5}
+    generation = GREEDY.model_copy(update=options)
+    params = EVALUATE.model_copy(update={"batch_rows": batch_rows, "max_new_tokens": 12, "generation": generation})
+    found = [each.answer for each in answer_rows(model, tokenizer, rows, params)]
+    served = [answer(model, tokenizer, [Message("user", q)], 12, generation).text for q, _ in QUESTIONS]
+    assert found == served
+    assert found != [answer(model, tokenizer, [Message("user", q)], 12).text for q, _ in QUESTIONS]
 
 
 def test_losses_are_those_of_the_model_on_its_own_labels(pico_base: Path, rows: list[dict[str, Any]]) -> None:
@@ -89,7 +104,7 @@ def made(correct: list[bool], losses: list[float], tokens: list[int], family: st
 
 def test_the_bootstrap_interval_is_scipys() -> None:
     sample = np.random.default_rng(0).random(80) < 0.7
-    params = Evaluate(rows=80, batch_rows=8, max_new_tokens=1, bootstrap_samples=20_000, confidence=0.9, seed=3)
+    params = EVALUATE.model_copy(update={"bootstrap_samples": 20_000, "confidence": 0.9, "seed": 3})
     ours = bootstrap(sample.tolist(), params)
     theirs = stats.bootstrap(
         (sample.astype(float),), np.mean, n_resamples=20_000, confidence_level=0.9, method="percentile"
