@@ -40,7 +40,8 @@ def as_llama(model: BaichuanForCausalLM, **sizes: Any) -> Any:
 
 def test_its_logits_and_answers_are_those_of_a_llama_with_the_projections_apart() -> None:
     torch.manual_seed(0)
-    model: Any = BaichuanForCausalLM(BaichuanConfig(**SIZES)).eval()
+    model: Any = BaichuanForCausalLM(BaichuanConfig(**SIZES))
+    model.eval()
     llama = as_llama(model)
     ids = torch.randint(1, 60, (2, 9))
     mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9])
@@ -55,7 +56,8 @@ def test_the_second_has_a_head_of_rows_of_length_one() -> None:
     torch.manual_seed(0)
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes = {**SIZES, **small, "vocab_size": VOCABULARY_OF_2}
-    model: Any = BaichuanForCausalLM(BaichuanConfig(**sizes)).eval()
+    model: Any = BaichuanForCausalLM(BaichuanConfig(**sizes))
+    model.eval()
     llama = as_llama(model, **sizes)
     with torch.no_grad():
         llama.lm_head.weight.copy_(F.normalize(model.lm_head.weight))

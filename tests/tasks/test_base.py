@@ -203,6 +203,7 @@ CHATML = (
 )
 LOOKS = {
     "alpaca": "Be brief.\n\n### Instruction:\none?\n\n### Response:\nfirst<|im_end|>\n\n",
+    "baichuan": "Be brief.<reserved_106>one?<reserved_107>first<|im_end|>",
     "chatml": CHATML,
     "gemma": "<start_of_turn>user\nBe brief.\n\none?<end_of_turn>\n<start_of_turn>model\nfirst<end_of_turn>\n",
     "llama3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
