@@ -125,16 +125,54 @@ def chat(
         str | None, typer.Option(help="A registered model such as models:/NAME@champion, or a model folder.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="A reply is at most so long.")] = 128,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Put this adapter on the model, by default the workspace's base: a folder, hub:OWNER/NAME@COMMIT, "
+            "models:/NAME/VERSION or models:/NAME@ALIAS. May be repeated: each answers, on one base in memory."
+        ),
+    ] = None,
+    any_base: Annotated[bool, typer.Option("--any-base", help="Also adapters that name another base.")] = False,
     workspace: Workspace = None,
 ) -> None:
-    """Ask the champion, or another model."""
-    from flows.ask import REGISTERED, ask, champion_uri
+    """Ask the champion, or another model, or a base with one or several adapters."""
+    from flows.ask import REGISTERED, ask, ask_adapters, champion_uri
 
     if model and not model.startswith(REGISTERED):
         model = str(Path(model).resolve())  # seen from here, not from the workspace
+    references = [_seen_from_here(reference) for reference in adapter or []]
     root = _ready(workspace)
 
-    typer.echo(ask(root, model or champion_uri(root), [("user", text)], max_tokens))
+    if not references:
+        typer.echo(ask(root, model or champion_uri(root), [("user", text)], max_tokens))
+        return
+    base = Path(model) if model else root / next(out for out in graph.load(root)["base"].outs)
+    for reference, reply in ask_adapters(root, base, references, text, max_tokens, any_base=any_base):
+        typer.echo(f"{reference}: {reply}" if len(references) > 1 else reply)
+
+
+@app.command()
+def push(
+    reference: Annotated[
+        str,
+        typer.Argument(help="A folder of an adapter or a model, or the adapter of models:/NAME/VERSION or @ALIAS."),
+    ],
+    name: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub.")],
+    private: Annotated[bool, typer.Option("--private", help="A new repository is for its owner alone.")] = False,
+    message: Annotated[str, typer.Option(help="The message of the commit.")] = "Upload with temper",
+    workspace: Workspace = None,
+) -> None:
+    """Upload an adapter or a model folder to the Hugging Face hub, and print the commit that pins it.
+
+    The token is the hub client's own: HF_TOKEN, or what `hf auth login` stored.
+    """
+    from tasks.adapter_sources import find
+    from tasks.push import push as upload
+
+    reference = _seen_from_here(reference)
+    root = _ready(workspace)
+    done = upload(find(reference, root), name, private=private, message=message)
+    typer.echo(f"hub:{name}@{done.commit}" + ("" if done.changed else "\nnothing changed: this is what was there"))
 
 
 @app.command()
@@ -228,6 +266,13 @@ def _workspace(given: Path | None) -> Path:
     root = graph.find_workspace((given or Path.cwd()).resolve())
     os.chdir(root)
     return root
+
+
+def _seen_from_here(reference: str) -> str:
+    """A reference to an adapter; a path is made absolute before the workspace becomes the present folder."""
+    from tasks.adapter_sources import is_folder
+
+    return str(Path(reference).resolve()) if is_folder(reference) else reference
 
 
 def _ready(given: Path | None, *, terminal: bool = True) -> Path:
