@@ -16,6 +16,7 @@ from tasks.adapted import FOLDER
 from tasks.adapter_files import CONFIG, PUBLISHED, read_config, read_weights, said_base
 from tasks.errors import BadInput, BadModel, BadParams, TemperError, Transient
 from tasks.fields import HUB_NAME
+from tasks.merge import EQUIVALENCE
 from tasks.models import model_files
 from tasks.outputs import MANIFEST, read_manifest
 
@@ -87,6 +88,8 @@ def pushable(folder: Path) -> dict[str, Path]:
     for path in files.values():
         if path.suffix == ".safetensors":
             _check_finite(path)
+    if (folder / EQUIVALENCE).is_file():
+        files.pop(CARD, None)  # it is the base's, which `merge` copies
     if (folder / FOLDER).is_dir():
         files |= {f"{FOLDER}/{name}": path for name, path in _adapter(folder / FOLDER).items()}
     return files
@@ -119,10 +122,7 @@ def _check_finite(path: Path) -> None:
 def card(folder: Path) -> str:
     """A model card made of what the folder says of itself: base, method, figures, params."""
     if not (folder / CONFIG).is_file():
-        config = json.loads((folder / "config.json").read_text())
-        return _page(
-            {"library_name": "transformers", "tags": ["temper"]}, "Model", {"architecture": config["model_type"]}
-        )
+        return _model_card(folder)
     config, base = read_config(folder), said_base(folder)
     summary = json.loads((folder / SUMMARY).read_text()) if (folder / SUMMARY).is_file() else {}
     adapter = summary.get("params", {}).get("adapter", {})
@@ -142,6 +142,16 @@ def card(folder: Path) -> str:
         "held-out loss after": summary.get("held_out_loss_after"),
     }
     return _page(head, "Adapter", facts, summary.get("params"))
+
+
+def _model_card(folder: Path) -> str:
+    facts = {"architecture": json.loads((folder / "config.json").read_text()).get("model_type")}
+    if (folder / EQUIVALENCE).is_file():
+        found = json.loads((folder / EQUIVALENCE).read_text())
+        facts |= {"form": found["form"], "mean KL from the model that was trained, nats a token": found["mean_kl"]}
+    if (folder / FOLDER).is_dir():
+        facts["base weights, SHA-256"] = said_base(folder / FOLDER).weights_sha256
+    return _page({"library_name": "transformers", "tags": ["temper"]}, "Model", facts)
 
 
 def _page(

@@ -6,6 +6,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from tasks.adapted import attach
+from tasks.adapter_files import PUBLISHED
+from tasks.chat import answer
+from tasks.models import load_model
+from tasks.records import Message
+from tasks.registry import fetch_adapter
+from tasks.templates import load_tokenizer
 from tests import hub as hubs
 from tests.conftest import temper
 from tests.tasks.test_adapter_files import published
@@ -33,8 +40,19 @@ def test_push_then_ask_one_base_with_adapters_from_a_folder_and_the_hub(
     ]
     assert mine == theirs
     assert mine != edits  # of random numbers, but not the same ones
-    alone = temper(workspace, *words, "--adapter", "mine").stdout
-    assert alone == mine
+    alone = attach(load_model(pico_base), workspace / "mine")
+    said = answer(alone, load_tokenizer(pico_base), [Message("user", "What is 17 plus 25?")], 8)
+    assert mine == f"{said.text}\n"
+
+
+def test_a_registered_version_gives_its_adapter(copy: Path) -> None:
+    """Also of a method whose model holds it merged."""
+    for method in ("qlora", "reft"):
+        folder = fetch_adapter(copy, f"models:/temper-tiny@{method}")
+        for name in PUBLISHED:
+            assert (folder / name).read_bytes() == (copy / "data" / "adapters" / method / name).read_bytes()
+    words = ("chat", "What is 17 plus 25?", "--max-tokens", "4", "--adapter", "models:/temper-tiny@reft")
+    assert temper(copy, *words).stdout == temper(copy, *words[:4], "--model", "data/models/reft").stdout
 
 
 def test_what_cannot_be_used_is_one_message(workspace: Path, tmp_path: Path) -> None:

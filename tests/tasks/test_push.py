@@ -93,6 +93,23 @@ def test_a_model_folder_is_pushed_with_what_a_model_needs_and_its_adapter(
     assert files["model.safetensors"] == (pico_base / "model.safetensors").read_bytes()
     assert {"config.json", "tokenizer.json", f"adapter/{WEIGHTS}", f"adapter/{CONFIG}"} <= files.keys()
     assert "notes.txt" not in files
+    assert "README.md" in files
+
+
+def test_the_card_of_a_merged_model_is_not_its_bases(
+    hub: hubs.Hub, adapter: Path, pico_base: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(pico_base, tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("---\n---\n# The base\n")
+    pushed(tmp_path / "model", "me/base")
+    assert hub.repositories["me/base"][-1][1]["README.md"] == b"---\n---\n# The base\n"
+    found = {"form": "merged onto the original weights", "mean_kl": 0.001, "max_logit_difference": 0.1, "tokens": 9}
+    (tmp_path / "model" / "equivalence.json").write_text(json.dumps(found))
+    pushed(tmp_path / "model", "me/model")
+    text = hub.repositories["me/model"][-1][1]["README.md"].decode()
+    assert "| architecture | llama |" in text
+    assert "| form | merged onto the original weights |" in text
+    assert "The base" not in text
 
 
 def test_the_card_says_what_is_known(adapter: Path, tmp_path: Path) -> None:
@@ -156,7 +173,10 @@ def test_a_hub_that_does_not_take_it_is_told_of(
         pushed(adapter, name)
 
 
-def test_a_hub_that_does_not_answer_may_do_so_later(hub: hubs.Hub, adapter: Path, tmp_path: Path) -> None:
+def test_a_hub_that_does_not_answer_may_do_so_later(
+    hub: hubs.Hub, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # it asks again five times
     hub.shutdown()
     hub.server_close()
     with pytest.raises(Transient, match="the hub does not answer") as caught:
