@@ -121,7 +121,7 @@ def test_what_both_know_must_agree(tmp_path: Path, said: Base, base: Base, wrong
         ("owner/base", None, Base("owner/base", None, None)),
         ("owner/base", COMMIT, Base("owner/base", COMMIT, None)),
         ("owner/base", "main", Base("owner/base", None, None)),
-        ("/home/someone/models/base", None, Base(None, None, None)),
+        ("../models/the base", None, Base(None, None, None)),
         (None, None, Base(None, None, None)),
     ],
 )
