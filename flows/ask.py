@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tasks import graph
@@ -69,6 +69,49 @@ def _ask_folder(folder: Path, turns: Sequence[tuple[str, str]], max_tokens: int,
         raise BadModel("there is no such folder", where=str(folder), expected="models:/NAME@ALIAS, or a model folder")
     model, tokenizer = load_packaged(folder), load_tokenizer(folder)
     return answer(model, tokenizer, [Message(*turn) for turn in turns], max_tokens, generation).text
+
+
+def ask_adapters(
+    workspace: Path,
+    base: Path,
+    references: Sequence[str],
+    text: str,
+    max_tokens: int,
+    generation: Generation = GREEDY,
+    *,
+    any_base: bool,
+) -> Iterator[tuple[str, str]]:
+    """What one base says with each of some adapters, as (reference, reply); the base is loaded once.
+
+    Args:
+        workspace: whose registry `models:/` references are of.
+        base: the model folder that the adapters go on.
+        references: where the adapters come from.
+        text: what the user says.
+        max_tokens: a reply is at most so long.
+        generation: how tokens are chosen.
+        any_base: also with adapters that name another base.
+
+    Raises:
+        BadParams, BadModel: a reference, an adapter or the base cannot be used.
+        Transient: the hub or MLflow does not answer.
+    """
+    from tasks.adapter_sources import find
+    from tasks.chat import answer
+    from tasks.models import load_model
+    from tasks.records import Message
+    from tasks.resident import Resident
+    from tasks.templates import load_tokenizer
+
+    folders = {reference: find(reference, workspace) for reference in references}
+    if not base.is_dir():
+        raise BadModel("there is no such folder", where=str(base), expected="the model folder that adapters go on")
+    resident, tokenizer = Resident(load_model(base)), load_tokenizer(base)
+    for reference, folder in folders.items():
+        resident.load(reference, folder, any_base=any_base)
+    for reference in folders:
+        resident.use(reference)
+        yield reference, answer(resident.model, tokenizer, [Message("user", text)], max_tokens, generation).text
 
 
 def sample(workspace: Path) -> tuple[list[tuple[str, str]], str]:

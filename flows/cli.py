@@ -137,10 +137,18 @@ def chat(
         int, typer.Option(help="Only among the last so many generated tokens; 0: among all.")
     ] = 0,
     seed: Annotated[int, typer.Option(help="The same seed and text give the same reply.")] = 0,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Put this adapter on the model, by default the workspace's base: a folder, hub:OWNER/NAME@COMMIT, "
+            "models:/NAME/VERSION or models:/NAME@ALIAS. May be repeated: each answers, on one base in memory."
+        ),
+    ] = None,
+    any_base: Annotated[bool, typer.Option("--any-base", help="Also adapters that name another base.")] = False,
     workspace: Workspace = None,
 ) -> None:
-    """Ask the champion, or another model; greedily, unless the options say otherwise."""
-    from flows.ask import REGISTERED, ask, champion_uri
+    """Ask the champion, or another model, or a base with one or several adapters; greedily, unless told otherwise."""
+    from flows.ask import REGISTERED, ask, ask_adapters, champion_uri
     from tasks.generation_params import generation_of
 
     asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
@@ -149,9 +157,39 @@ def chat(
 
     if model and not model.startswith(REGISTERED):
         model = str(Path(model).resolve())  # seen from here, not from the workspace
+    references = [_seen_from_here(reference) for reference in adapter or []]
     root = _ready(workspace)
 
-    typer.echo(ask(root, model or champion_uri(root), [("user", text)], max_tokens, generation))
+    if not references:
+        typer.echo(ask(root, model or champion_uri(root), [("user", text)], max_tokens, generation))
+        return
+    base = Path(model) if model else root / next(out for out in graph.load(root)["base"].outs)
+    for reference, reply in ask_adapters(root, base, references, text, max_tokens, generation, any_base=any_base):
+        typer.echo(f"{reference}: {reply}" if len(references) > 1 else reply)
+
+
+@app.command()
+def push(
+    reference: Annotated[
+        str,
+        typer.Argument(help="A folder of an adapter or a model, or the adapter of models:/NAME/VERSION or @ALIAS."),
+    ],
+    name: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub.")],
+    private: Annotated[bool, typer.Option("--private", help="A new repository is for its owner alone.")] = False,
+    message: Annotated[str, typer.Option(help="The message of the commit.")] = "Upload with temper",
+    workspace: Workspace = None,
+) -> None:
+    """Upload an adapter or a model folder to the Hugging Face hub, and print the commit that pins it.
+
+    The token is the hub client's own: HF_TOKEN, or what `hf auth login` stored.
+    """
+    from tasks.adapter_sources import find
+    from tasks.push import push as upload
+
+    reference = _seen_from_here(reference)
+    root = _ready(workspace)
+    done = upload(find(reference, root), name, private=private, message=message)
+    typer.echo(f"hub:{name}@{done.commit}" + ("" if done.changed else "\nnothing changed: this is what was there"))
 
 
 @app.command()
@@ -245,6 +283,13 @@ def _workspace(given: Path | None) -> Path:
     root = graph.find_workspace((given or Path.cwd()).resolve())
     os.chdir(root)
     return root
+
+
+def _seen_from_here(reference: str) -> str:
+    """A reference to an adapter; a path is made absolute before the workspace becomes the present folder."""
+    from tasks.adapter_sources import is_folder
+
+    return str(Path(reference).resolve()) if is_folder(reference) else reference
 
 
 def _ready(given: Path | None, *, terminal: bool = True) -> Path:

@@ -1,18 +1,28 @@
 """Adapters on models: a fresh one to train, its published form on disk, and a model with a published one on it.
 
-The published form is PEFT's: `adapter_config.json` and `adapter_model.safetensors`. Where all weights are trained there
-is no adapter: then it is a model folder without a tokenizer, in float32.
+What the published form is, `tasks/adapter_files.py` says. Where all weights are trained there is no adapter: then it is
+a model folder without a tokenizer, in float32.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks.adapter_configs import config_of
+from tasks.adapter_files import (
+    CONFIG,
+    UNKNOWN,
+    WEIGHTS,
+    Base,
+    base_of,
+    check_base,
+    read_config,
+    read_weights,
+    write_base,
+)
 from tasks.adapter_params import (
     AdaloraAdapter,
     AnyAdapter,
@@ -32,8 +42,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 FOLDER = "adapter"
 """Where a model folder keeps an adapter that cannot be merged."""
 
@@ -86,30 +94,60 @@ def load_adapted(base: Path, folder: Path, adapter: AnyAdapter) -> Model:
     return attach(_base_for(base, adapter), folder)
 
 
-def attach(model: PreTrainedModel, folder: Path) -> PeftModel:
+class Adapter(NamedTuple):
+    """A published adapter in memory."""
+
+    config: PeftConfig
+    state: dict[str, Tensor]
+    where: Path
+
+
+def attach(model: PreTrainedModel, folder: Path, *, any_base: bool = False) -> PeftModel:
     """Puts a published adapter on a model, for inference.
 
+    Args:
+        model: a base model without an adapter.
+        folder: the adapter's.
+        any_base: also on a base that is not the one that the adapter names.
+
     Raises:
-        BadModel: the adapter is damaged, unknown, does not fit this model, or would change nothing.
+        BadModel: the adapter is damaged, unknown, of another base, does not fit this model, or would change nothing.
+    """
+    if not any_base:
+        check_base(folder, folder_base(model))
+    return put_on(model, read_adapter(folder))
+
+
+def put_on(model: PreTrainedModel | PeftModel, adapter: Adapter, name: str = "default") -> PeftModel:
+    """Puts an adapter on a model under a name; a model that has adapters gets one more.
+
+    Raises:
+        BadModel: the adapter does not fit this model, or would change nothing.
     """
     from peft import set_peft_model_state_dict
 
-    config, state = _read(folder)
-    config.inference_mode = True  # what wrote a learnt prompt while it was trained is not published
-    adapted = _adapted(model, config, str(folder))
-    if config.peft_type == "ADALORA":
+    adapter.config.inference_mode = True  # what wrote a learnt prompt while it was trained is not published
+    adapted = _adapted(model, adapter.config, str(adapter.where), name)
+    if adapter.config.peft_type == "ADALORA":
         from tasks.adapters.adalora import take_ranks
 
-        take_ranks(adapted)
-    _check_places(published_state(adapted), state, folder)
-    set_peft_model_state_dict(adapted, state)
+        take_ranks(adapted, name)
+    state = _without_base(adapted, adapter.state)
+    _check_places(published_state(adapted, name), state, adapter.where)
+    set_peft_model_state_dict(adapted, state, adapter_name=name)
     return adapted.requires_grad_(False).eval()
+
+
+def folder_base(model: PreTrainedModel) -> Base:
+    """Which base a model is, by the folder that it was loaded from."""
+    return base_of(Path(model.name_or_path)) if model.name_or_path else UNKNOWN
 
 
 def load_packaged(folder: Path) -> Model:
     """The model of a folder that `merge` wrote: with its adapter, when it holds one that could not be merged."""
     model = load_model(folder)
-    return attach(model, folder / FOLDER) if (folder / FOLDER).is_dir() else model
+    # the folder's own manifest says that they belong together
+    return attach(model, folder / FOLDER, any_base=True) if (folder / FOLDER).is_dir() else model
 
 
 def publish(model: Model, folder: Path) -> None:
@@ -123,19 +161,22 @@ def publish(model: Model, folder: Path) -> None:
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in published_state(model).items()}
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     config: dict[str, Any] = model.peft_config["default"].to_dict()
+    base = folder_base(model.get_base_model())
+    of = {"base_model_name_or_path": base.name, "revision": base.revision}
     # PEFT holds target modules as a set, whose order differs from process to process
     ordered = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    write_whole(folder / CONFIG, as_json(ordered | {"base_model_name_or_path": None}))
+    write_whole(folder / CONFIG, as_json(ordered | of))
+    write_base(folder, base)
 
 
-def published_state(model: Model) -> dict[str, Tensor]:
+def published_state(model: Model, name: str = "default") -> dict[str, Tensor]:
     """The tensors that an adapter is published as; of ReFT the orthogonal matrices, not what they are made from."""
     from peft import PeftModel, get_peft_model_state_dict
 
     if not isinstance(model, PeftModel):
         return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
     # an embedding that is adapted would be saved along, whole
-    state: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    state: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return state
 
 
@@ -156,11 +197,14 @@ def _unfrozen(model: PreTrainedModel, adapter: FullAdapter) -> PreTrainedModel:
     return model
 
 
-def _adapted(model: PreTrainedModel, config: PeftConfig, where: str) -> PeftModel:
-    from peft import get_peft_model
+def _adapted(model: PreTrainedModel | PeftModel, config: PeftConfig, where: str, name: str = "default") -> PeftModel:
+    from peft import PeftModel, get_peft_model
 
     try:
-        adapted: PeftModel = get_peft_model(model, config)
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, config)
+            return model
+        adapted: PeftModel = get_peft_model(model, config, name)
     except (ValueError, TypeError) as error:  # NoMatchingPeftModuleError too
         raise BadModel("the adapter does not fit this model", where=where, got=str(error)) from error
     if config.is_prompt_learning:
@@ -170,28 +214,32 @@ def _adapted(model: PreTrainedModel, config: PeftConfig, where: str) -> PeftMode
     return adapted
 
 
-def _read(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
+def read_adapter(folder: Path) -> Adapter:
+    """A published adapter, after checking that it is safe and whole.
+
+    Raises:
+        BadModel: the adapter is damaged or unknown.
+    """
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     import tasks.adapters.bottleneck
     import tasks.adapters.tuner  # noqa: F401  # both make their methods known to PEFT
 
-    try:
-        kind = str(json.loads((folder / CONFIG).read_text()).get("peft_type"))
-        state = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, AttributeError, SafetensorError) as error:
-        raise BadModel("is not a readable adapter", where=str(folder), got=str(error), fix="train it again") from error
+    kind = str(read_config(folder).get("peft_type"))
     if kind not in {name.value for name in PEFT_TYPE_TO_CONFIG_MAPPING}:
         raise BadModel("is of an unknown kind", where=str(folder / CONFIG), got=kind, expected="a method of PEFT")
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (TypeError, ValueError) as error:
         raise BadModel("is not a readable adapter", where=str(folder / CONFIG), got=str(error)) from error
-    if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
-        raise BadModel("has values that are not finite; refused", where=str(folder), examples=broken)
-    return config, state
+    config.base_model_name_or_path = None  # it has been checked; PEFT would tell of every base with another path
+    return Adapter(config, read_weights(folder), folder)
+
+
+def _without_base(adapted: PeftModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leaves out what is the base's own anyway: PEFT saves an embedding along, whole, that an adapter is on."""
+    own = {name: weight for name, weight in adapted.state_dict().items() if ".base_layer." in name and name in state}
+    return {name: t for name, t in state.items() if name not in own or not t.to(own[name]).equal(own[name])}
 
 
 def _check_places(target: Mapping[str, Tensor], state: Mapping[str, Tensor], folder: Path) -> None:

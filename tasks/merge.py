@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from tasks import process
-from tasks.adapted import CONFIG, FOLDER, WEIGHTS, load_adapted, load_packaged, mergeable
+from tasks.adapted import FOLDER, load_adapted, load_packaged, mergeable
+from tasks.adapter_files import PUBLISHED
 from tasks.device import settle
 from tasks.errors import BadModel, NotEquivalent
 from tasks.models import Model, model_files
@@ -137,7 +138,7 @@ def main() -> None:
             if not mergeable(adapter):
                 form = f"packaged: the base and the adapter, because {adapter.name} cannot be added to weights"
                 (folder / FOLDER).mkdir()
-                for name in (CONFIG, WEIGHTS):
+                for name in PUBLISHED:
                     shutil.copyfile(trained / name, folder / FOLDER / name)
             else:
                 form = f"merged onto the {params.onto} weights"

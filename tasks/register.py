@@ -1,7 +1,8 @@
 """Registers a model in MLflow with its evidence and its lineage, once for the same content.
 
-Reads:  data/models/METHOD/, data/reports/METHOD/ (metrics, examples), data/adapters/METHOD/ (training log, summary).
-Writes: a version of `register.model` with the alias `challenger` and an alias named like the method;
+Reads:  data/models/METHOD/, data/reports/METHOD/ (metrics, examples), data/adapters/METHOD/ (adapter, log, summary).
+Writes: a version of `register.model` with the alias `challenger` and an alias named like the method, and in its run the
+        adapter, also where the model has it merged;
         data/reports/METHOD/registered.json (model, version, run, key).
 Params: register
 Fails:  MLflow does not answer (75, retried).
@@ -16,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import process
+from tasks.adapter_files import CONFIG, PUBLISHED
 from tasks.evaluate import EXAMPLES, METRICS
 from tasks.generation_params import Generation
 from tasks.outputs import MANIFEST, as_json, digest, read_manifest, write_whole
-from tasks.registry import CHALLENGER, find_version
+from tasks.registry import ADAPTER, CHALLENGER, find_version
 from tasks.templates import load_tokenizer, template_digest
 from tasks.tracking import KEY_TAG, answering, connect, flat, log_params, log_rows, logged_steps, run_of
 
@@ -113,6 +115,13 @@ def complete_run(client: MlflowClient, run: Run, log: Path, summary: Mapping[str
         log_rows(client, run, [{"step": summary["steps"], "held_out_loss": summary["held_out_loss_after"]}])
 
 
+def log_adapter(client: MlflowClient, run: Run, adapter: Path) -> None:
+    """Keeps the adapter itself with the run; methods that tune the model whole have none."""
+    if (adapter / CONFIG).is_file():
+        for name in (*PUBLISHED, "summary.json"):
+            client.log_artifact(run.info.run_id, str(adapter / name), ADAPTER)
+
+
 def log_model(client: MlflowClient, run: Run, models: Path, key: str) -> tuple[str, str]:
     """The model's artifacts in MLflow, logged once for this content; returns their id and their URI."""
     from importlib.metadata import version
@@ -158,6 +167,7 @@ def register(workspace: Path, model: str, models: Path, reports: Path, adapter: 
         client.log_metric(run.info.run_id, name, value)
     for file in (METRICS, EXAMPLES):
         client.log_artifact(run.info.run_id, str(reports / file), "report")
+    log_adapter(client, run, adapter)
     model_id, uri = log_model(client, run, models, key)
     client.set_terminated(run.info.run_id)
     _ensure_model(client, model)

@@ -8,17 +8,28 @@ before it.
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple
 
-from tasks.tracking import KEY_TAG
+from tasks.adapter_files import CONFIG
+from tasks.errors import BadModel, BadParams
+from tasks.outputs import read_manifest, whole_folder
+from tasks.tracking import KEY_TAG, answering, connect
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION, CHALLENGER = "champion", "challenger"
+ADAPTER = "adapter"
+"""Under what name the run of a version keeps its adapter."""
+
 _MOVE = "temper.move."
+_ADDRESS = re.compile(r"models:/([^/@]+)(?:/(\d+)|@([^/@]+))")
 
 
 class Move(NamedTuple):
@@ -41,6 +52,64 @@ def versions(client: MlflowClient, model: str) -> list[ModelVersion]:
     """All versions of a model, oldest first; none when the model does not exist."""
     found = client.search_model_versions(f"name = '{model}'", max_results=1000)
     return sorted(found, key=lambda version: int(version.version))
+
+
+def version_at(client: MlflowClient, address: str) -> ModelVersion:
+    """The version at `models:/NAME/VERSION` or `models:/NAME@ALIAS`.
+
+    Raises:
+        BadParams: the address has another form, or the registry has no such version.
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST, ErrorCode
+
+    found = _ADDRESS.fullmatch(address)
+    if found is None:
+        raise BadParams(
+            "is no version of a model", where=address, expected="models:/NAME/VERSION or models:/NAME@ALIAS"
+        )
+    name, version, alias = found.groups()
+    try:
+        return client.get_model_version(name, version) if version else client.get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        if error.error_code not in {
+            ErrorCode.Name(code) for code in (INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST)
+        }:
+            raise
+        raise BadParams(
+            "the registry has no such version",
+            where=address,
+            got=str(error).split("\n")[0],
+            fix="run `temper status` to see what there is",
+        ) from error
+
+
+def fetch_adapter(workspace: Path, address: str) -> Path:
+    """The adapter of a registered version, in a local folder; it is fetched once.
+
+    Raises:
+        BadParams: the registry has no such version.
+        BadModel: the version holds no adapter.
+        RegistryUnreachable: MLflow does not answer.
+    """
+    client = connect(workspace)
+    with answering(workspace):
+        run = version_at(client, address).run_id or ""  # one that was made by hand may have no run
+        held = {PurePosixPath(file.path).name for file in client.list_artifacts(run, ADAPTER)} if run else set()
+        if CONFIG not in held:
+            raise BadModel(
+                "this version holds no adapter",
+                where=address,
+                expected=f"{ADAPTER}/{CONFIG} among the artifacts of its run",
+                fix="register it again; a model that was tuned whole has none",
+            )
+        target = workspace / ".temper" / "adapters" / run
+        if not target.is_dir():
+            with TemporaryDirectory() as place, whole_folder(target, {"from": address}) as folder:
+                for file in Path(client.download_artifacts(run, ADAPTER, place)).iterdir():
+                    shutil.copyfile(file, folder / file.name)
+    read_manifest(target)
+    return target
 
 
 def moves(client: MlflowClient, model: str) -> list[Move]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from tasks.adapted import CONFIG, WEIGHTS
+from tasks.adapter_files import CONFIG, WEIGHTS
 from tasks.errors import BadModel
 
 if TYPE_CHECKING:

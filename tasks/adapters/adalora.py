@@ -18,17 +18,17 @@ def freeze_ranks(model: PeftModel) -> None:
             number.requires_grad_(False)
 
 
-def take_ranks(model: PeftModel) -> None:
+def take_ranks(model: PeftModel, name: str) -> None:
     """Gives a fresh adapter the ranks that were left to a published one.
 
     PEFT does so when it puts the tensors in, but then in the number format of the base.
     """
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
-    config: Any = model.peft_config["default"]
+    config: Any = model.peft_config[name]
     if config.rank_pattern:
-        model.base_model.resize_modules_by_rank_pattern(config.rank_pattern, "default")
-        cast_adapter_dtype(model.base_model, adapter_name="default", autocast_adapter_dtype=True)
+        model.base_model.resize_modules_by_rank_pattern(config.rank_pattern, name)
+        cast_adapter_dtype(model.base_model, adapter_name=name, autocast_adapter_dtype=True)
         config.rank_pattern = None
 
 

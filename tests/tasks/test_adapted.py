@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from tasks.adapted import CONFIG, WEIGHTS, attach, fresh, load_adapted, publish, published_state
+from tasks.adapted import attach, fresh, load_adapted, publish, published_state
+from tasks.adapter_files import CONFIG, WEIGHTS
 from tasks.adapter_params import AnyAdapter, FullAdapter, PeftAdapter, QloraAdapter, ReftAdapter
 from tasks.errors import BadModel
 from tasks.models import Model, TokenRow, load_model, score_tokens
@@ -191,9 +192,9 @@ HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "wrong shape": (lambda f: rewrite(f, lambda s: {k: v[:1].clone() for k, v in s.items()}), "the model wants"),
     "not a number": (lambda f: rewrite(f, lambda s: {k: v * float("nan") for k, v in s.items()}), "not finite"),
     "unknown kind": (lambda f: configure(f, peft_type="FOO"), "unknown kind"),
-    "cut": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-10]), "not a readable adapter"),
-    "no config": (lambda f: (f / CONFIG).unlink(), "not a readable adapter"),
-    "pickled": (lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"), "not a readable adapter"),
+    "cut": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-10]), "is torn"),
+    "no config": (lambda f: (f / CONFIG).unlink(), "is no adapter"),
+    "pickled": (lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"), "pickle weights are refused"),
 }
 
 

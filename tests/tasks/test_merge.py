@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from tasks.adapted import CONFIG, WEIGHTS, fresh, load_adapted, load_packaged, publish
+from tasks.adapted import fresh, load_adapted, load_packaged, publish
+from tasks.adapter_files import CONFIG, WEIGHTS
 from tasks.adapter_params import (
     AdaloraAdapter,
     AnyAdapter,

@@ -7,7 +7,7 @@ from typing import cast
 
 import pytest
 
-from tasks.errors import Interrupted, RegistryUnreachable
+from tasks.errors import BadData, BadModel, BadParams, Interrupted, RegistryUnreachable
 from tasks.registry import (
     CHAMPION,
     Move,
@@ -170,3 +170,61 @@ def test_a_training_goes_on_without_mlflow(
 
 def test_the_local_database_is_whole(place: Path) -> None:
     assert sqlite3.connect(place / ".temper" / "mlflow.db").execute("pragma integrity_check").fetchone() == ("ok",)
+
+
+def test_a_version_gives_its_adapter_also_where_its_model_has_it_merged(place: Path, tmp_path: Path) -> None:
+    from tasks.adapter_files import PUBLISHED
+    from tasks.register import log_adapter
+    from tasks.registry import fetch_adapter
+
+    client = connect(place)
+    run = run_of(client, place, "key-adapter", "train", {})
+    for name in (*PUBLISHED, "summary.json"):
+        (tmp_path / name).write_text(f"the {name}")
+    for _ in range(2):  # a retry logs the same again
+        log_adapter(client, run, tmp_path)
+    client.create_registered_model("adapted")
+    version = client.create_model_version("adapted", str(place), run.info.run_id)
+    client.set_registered_model_alias("adapted", "lora", version.version)
+    for address in ("models:/adapted/1", "models:/adapted@lora"):
+        folder = fetch_adapter(place, address)
+        assert {p.name for p in folder.iterdir()} == {*PUBLISHED, "summary.json", "manifest.json"}
+        assert all((folder / name).read_text() == f"the {name}" for name in PUBLISHED)
+    (folder / PUBLISHED[0]).write_text("altered")
+    with pytest.raises(BadData, match="was changed after it was written"):
+        fetch_adapter(place, "models:/adapted/1")
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "said"),
+    [
+        ("models:/whole/1", BadModel, "this version holds no adapter"),
+        ("models:/whole/2", BadModel, "this version holds no adapter"),
+        ("models:/whole/3", BadParams, "the registry has no such version"),
+        ("models:/whole@nobody", BadParams, "the registry has no such version"),
+        ("models:/nothing/1", BadParams, "the registry has no such version"),
+        ("models:/whole", BadParams, "is no version of a model"),
+        ("models:/whole/latest", BadParams, "is no version of a model"),
+    ],
+)
+def test_addresses_without_an_adapter(place: Path, address: str, error: type[Exception], said: str) -> None:
+    from tasks.register import log_adapter
+    from tasks.registry import fetch_adapter
+
+    client = connect(place)
+    if not versions(client, "whole"):
+        add_version(place, "whole", "k")
+        run = run_of(client, place, "key-whole", "train", {})
+        log_adapter(client, run, place / "no adapter here")
+        client.create_model_version("whole", str(place), run.info.run_id)
+    with pytest.raises(error, match=said):
+        fetch_adapter(place, address)
+
+
+def test_a_registry_that_does_not_answer_has_no_adapter_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tasks.registry import fetch_adapter
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(RegistryUnreachable):
+        fetch_adapter(tmp_path, "models:/m/1")

@@ -1,0 +1,203 @@
+"""Uploads an adapter or a model folder to the Hugging Face hub, as one commit that others can pin.
+
+The token is the one of the hub's own client: HF_TOKEN, or what `hf auth login` stored.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tasks.adapted import FOLDER
+from tasks.adapter_files import CONFIG, PUBLISHED, read_config, read_weights, said_base
+from tasks.errors import BadInput, BadModel, BadParams, TemperError, Transient
+from tasks.fields import HUB_NAME
+from tasks.merge import EQUIVALENCE
+from tasks.models import model_files
+from tasks.outputs import MANIFEST, read_manifest
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
+
+CARD = "README.md"
+SUMMARY = "summary.json"
+LOGIN = "run `hf auth login`, or set HF_TOKEN to a token that may write there"
+
+
+class Pushed(NamedTuple):
+    """Where a push ended: the commit that the repository is at, and whether this push made it."""
+
+    commit: str
+    changed: bool
+
+
+def push(folder: Path, name: str, *, private: bool, message: str) -> Pushed:
+    """Uploads a folder; one that is there already changes nothing.
+
+    Args:
+        folder: an adapter's in its published form, or a model folder.
+        name: owner/name on the hub; the repository is made if there is none.
+        private: a new repository is for its owner alone, and one that others can see is refused.
+        message: the commit's.
+
+    Raises:
+        BadParams: the name is none.
+        BadData: a file is not what the folder's manifest says.
+        BadModel: the folder is neither, or not safe to publish.
+        BadInput: the hub does not let this user write there.
+        Transient: the hub does not answer.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+
+    if not re.fullmatch(HUB_NAME, name):
+        raise BadParams("is no name on the hub", got=name, expected="OWNER/NAME")
+    files = pushable(folder)
+    operations = [CommitOperationAdd(inner, path) for inner, path in sorted(files.items())]
+    if CARD not in files:
+        operations.append(CommitOperationAdd(CARD, card(folder).encode()))
+    if get_token() is None:
+        raise BadInput("there is no token for the hub", where=name, fix=LOGIN)
+    api = HfApi()
+    with _told(name):
+        api.create_repo(name, private=private or None, exist_ok=True)
+        before = api.model_info(name)
+        if private and not before.private:
+            raise BadInput("is public already", where=name, fix="make it private on the hub, or leave --private out")
+        done = api.create_commit(name, operations, commit_message=message)
+    return Pushed(str(done.oid), done.oid != before.sha)
+
+
+def pushable(folder: Path) -> dict[str, Path]:
+    """The files of an adapter or model folder that are published, by their names in the repository, after checks.
+
+    Raises:
+        BadData: a file is not what the folder's manifest says.
+        BadModel: the folder is neither, not safe, torn, or holds numbers that are not finite.
+    """
+    if not folder.is_dir():
+        raise BadModel("there is no such folder", where=str(folder), expected="an adapter or a model folder")
+    if (folder / MANIFEST).is_file():
+        read_manifest(folder)
+    if (folder / CONFIG).is_file():
+        return _adapter(folder)
+    files = {path.name: path for path in model_files(folder)}
+    for path in files.values():
+        if path.suffix == ".safetensors":
+            _check_finite(path)
+    if (folder / EQUIVALENCE).is_file():
+        files.pop(CARD, None)  # it is the base's, which `merge` copies
+    if (folder / FOLDER).is_dir():
+        files |= {f"{FOLDER}/{name}": path for name, path in _adapter(folder / FOLDER).items()}
+    return files
+
+
+def _adapter(folder: Path) -> dict[str, Path]:
+    read_config(folder)
+    read_weights(folder)
+    wanted = [folder / name for name in (*PUBLISHED, CARD)] + sorted(folder.glob("LICENSE*"))
+    return {path.name: path for path in wanted if path.is_file()}
+
+
+def _check_finite(path: Path) -> None:
+    """Reads one tensor after the other; a whole shard may be larger than memory."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118  # not a mapping
+                tensor = shard.get_tensor(name)
+                if tensor.is_floating_point() and not tensor.float().isfinite().all():
+                    raise BadModel("has values that are not finite; refused", where=str(path), examples=[name])
+    except SafetensorError as error:
+        raise BadModel("is torn, or no safetensors file", where=str(path), got=str(error)) from error
+
+
+# --- the model card ---------------------------------------------------------------------------------------------------
+
+
+def card(folder: Path) -> str:
+    """A model card made of what the folder says of itself: base, method, figures, params."""
+    if not (folder / CONFIG).is_file():
+        return _model_card(folder)
+    config, base = read_config(folder), said_base(folder)
+    summary = json.loads((folder / SUMMARY).read_text()) if (folder / SUMMARY).is_file() else {}
+    adapter = summary.get("params", {}).get("adapter", {})
+    method = str(adapter.get("name") or config["peft_type"]).lower()
+    head: dict[str, Any] = {"library_name": "peft", "tags": ["temper", method]}
+    if base.name:
+        head["base_model"] = base.name
+    facts = {
+        "method": method,
+        "base": base.name,
+        "base revision": base.revision,
+        "base weights, SHA-256": base.weights_sha256,
+        "trainable parameters": summary.get("trainable_parameters"),
+        "rows learnt from": summary.get("rows"),
+        "steps": summary.get("steps"),
+        "held-out loss before": summary.get("held_out_loss_before"),
+        "held-out loss after": summary.get("held_out_loss_after"),
+    }
+    return _page(head, "Adapter", facts, summary.get("params"))
+
+
+def _model_card(folder: Path) -> str:
+    facts = {"architecture": json.loads((folder / "config.json").read_text()).get("model_type")}
+    if (folder / EQUIVALENCE).is_file():
+        found = json.loads((folder / EQUIVALENCE).read_text())
+        facts |= {"form": found["form"], "mean KL from the model that was trained, nats a token": found["mean_kl"]}
+    if (folder / FOLDER).is_dir():
+        facts["base weights, SHA-256"] = said_base(folder / FOLDER).weights_sha256
+    return _page({"library_name": "transformers", "tags": ["temper"]}, "Model", facts)
+
+
+def _page(
+    head: Mapping[str, Any], title: str, facts: Mapping[str, Any], params: Mapping[str, Any] | None = None
+) -> str:
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "", f"# {title}", ""]
+    lines += ["Made by temper.", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in facts.items() if value is not None]
+    if params:
+        lines += ["", "Params:", "", "```json", json.dumps(params, indent=2, sort_keys=True), "```"]
+    return "\n".join(lines) + "\n"
+
+
+# --- what the hub answers ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Turns what the hub's client raises into one error that says what to do."""
+    import httpx2
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except HfHubHTTPError as error:
+        raise _refusal(name, error) from error
+    except (httpx2.HTTPError, OSError) as error:
+        raise _unanswered(name, error) from error
+    except RuntimeError as error:  # around what an upload of one file raised
+        cause = error.__cause__
+        raise (_refusal(name, cause) if isinstance(cause, HfHubHTTPError) else _unanswered(name, error)) from error
+    except ValueError as error:
+        raise BadInput("the hub refuses it", where=name, got=" ".join(str(error).split())) from error
+
+
+def _refusal(name: str, error: HfHubHTTPError) -> TemperError:
+    status, got = error.response.status_code, str(error).split("\n")[0]
+    if status == 401:
+        return BadInput("the hub does not know this token", where=name, got=got, fix=LOGIN)
+    if status in (403, 404):
+        return BadInput("no permission to push there", where=name, got=got, fix=LOGIN)
+    if status in (408, 409, 412, 429) or status >= 500:
+        return Transient("the hub is in trouble", where=name, got=got, fix="push again later")
+    return BadInput("the hub refuses it", where=name, got=got)
+
+
+def _unanswered(name: str, error: Exception) -> Transient:
+    got = f"{type(error).__name__}: {error}".split("\n")[0]
+    return Transient("the hub does not answer", where=name, got=got, fix="check the network, then push again")
