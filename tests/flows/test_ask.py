@@ -59,7 +59,7 @@ class Version:
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Puts a version in the place of the registry's."""
-    import mlflow
+    import mlflow.pyfunc  # not the stand-in that `import mlflow` leaves there
 
     monkeypatch.setattr("flows.ask.connect", lambda workspace: None)
     return lambda version: monkeypatch.setattr(mlflow.pyfunc, "load_model", lambda uri: version)
