@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.adapter_params import AnyAdapter, BottleneckAdapter, LoraAdapter, PeftAdapter, QloraAdapter, ReftAdapter
+from tasks.architecture import architecture_of
 from tasks.errors import BadModel
 from tasks.models import Model, load_model
 from tasks.outputs import as_json, write_whole
@@ -39,7 +40,8 @@ def fresh(base: Path, adapter: AnyAdapter) -> PeftModel:
     """
     # not through PEFT's prepare_model_for_kbit_training: it turns norms and embeddings to float32, which the model that
     # is merged, evaluated and served does not have
-    return _adapted(_base_for(base, adapter), config_of(adapter), "params")
+    model = _base_for(base, adapter)
+    return _adapted(model, config_of(adapter, architecture_of(model).task_type), "params")
 
 
 def load_adapted(base: Path, folder: Path, adapter: AnyAdapter) -> PeftModel:
@@ -92,8 +94,8 @@ def published_state(model: PeftModel) -> dict[str, Tensor]:
     return state
 
 
-def config_of(adapter: AnyAdapter) -> PeftConfig:
-    """What PEFT makes the adapter from.
+def config_of(adapter: AnyAdapter, task_type: str) -> PeftConfig:
+    """What PEFT makes the adapter from; `task_type` is its name for the kind of model.
 
     Raises:
         BadModel: a method that PEFT does not have, or a field that the method does not have.
@@ -101,7 +103,7 @@ def config_of(adapter: AnyAdapter) -> PeftConfig:
     from peft import LoraConfig
 
     if isinstance(adapter, PeftAdapter):
-        return _config_of_any(adapter)
+        return _config_of_any(adapter, task_type)
     if isinstance(adapter, ReftAdapter):
         from tasks.adapters.tuner import ReftConfig
 
@@ -113,12 +115,12 @@ def config_of(adapter: AnyAdapter) -> PeftConfig:
             positions=adapter.positions,
             share_weights=adapter.share_weights,
             dropout=adapter.dropout,
-            task_type="CAUSAL_LM",
+            task_type=task_type,
         )
     if isinstance(adapter, BottleneckAdapter):
         from tasks.adapters.bottleneck import BottleneckConfig
 
-        return BottleneckConfig(**adapter.model_dump(exclude={"name"}), task_type="CAUSAL_LM")
+        return BottleneckConfig(**adapter.model_dump(exclude={"name"}), task_type=task_type)
     return LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
@@ -126,11 +128,11 @@ def config_of(adapter: AnyAdapter) -> PeftConfig:
         target_modules=adapter.targets,
         use_rslora=adapter.name == "rslora",
         use_dora=adapter.name == "dora",
-        task_type="CAUSAL_LM",
+        task_type=task_type,
     )
 
 
-def _config_of_any(adapter: PeftAdapter) -> PeftConfig:
+def _config_of_any(adapter: PeftAdapter, task_type: str) -> PeftConfig:
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
 
     known = {str(name.value): config for name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
@@ -139,7 +141,7 @@ def _config_of_any(adapter: PeftAdapter) -> PeftConfig:
         names = ", ".join(sorted(known))
         raise BadModel("PEFT has no such method", where="adapter.method", got=adapter.method, expected=names)
     try:
-        config: PeftConfig = chosen(**adapter.config, task_type="CAUSAL_LM")
+        config: PeftConfig = chosen(**adapter.config, task_type=task_type)
     except (TypeError, ValueError) as error:
         raise BadModel("is no configuration of this method", where="adapter.config", got=str(error)) from error
     if config.is_prompt_learning or config.peft_type in (PeftType.XLORA, PeftType.POLY):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from tasks.adapter_params import QloraAdapter
+from tasks.architecture import architecture_in
 from tasks.device import compute_dtype, device
 from tasks.errors import BadModel
 
@@ -31,6 +32,7 @@ MODEL_FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
+    "spiece.model",
     "chat_template.jinja",
     "README.md",
     "LICENSE*",
@@ -101,7 +103,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def load_model(folder: Path, quantized_for: QloraAdapter | None = None) -> PreTrainedModel:
-    """A causal language model from a folder, in this machine's compute dtype, ready to run.
+    """A language model from a folder, of whichever kind it is, in this machine's compute dtype, ready to run.
 
     Args:
         folder: a Hugging Face model folder.
@@ -110,12 +112,13 @@ def load_model(folder: Path, quantized_for: QloraAdapter | None = None) -> PreTr
     Raises:
         BadModel: the folder is unsafe, incomplete, or not of a known architecture.
     """
+    import transformers
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     model_files(folder)
+    loader = getattr(transformers, architecture_in(folder).loader)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = loader.from_pretrained(
             folder,
             dtype=compute_dtype(),
             local_files_only=True,
@@ -196,6 +199,11 @@ class TokenRow(NamedTuple):
     ids: Sequence[int]
     mask: Sequence[bool]
     prompt_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """How long the row is."""
+        return len(self.ids)
 
 
 class Scored(NamedTuple):

@@ -13,9 +13,10 @@ import json
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks import process
+from tasks.architecture import ENCODER_DECODER, architecture_in
 from tasks.evaluate import EXAMPLES, METRICS
 from tasks.outputs import MANIFEST, as_json, digest, read_manifest, write_whole
 from tasks.registry import CHALLENGER, find_version
@@ -97,6 +98,36 @@ def chat_signature() -> ModelSignature:
     return ModelSignature(inputs=request, outputs=reply)
 
 
+def text_signature() -> ModelSignature:
+    """An input and what is written for it, of an encoder-decoder model."""
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import ColSpec, DataType, Object, Property, Schema
+
+    text, number = DataType.string, DataType.long
+    usage = Object([Property(name, number) for name in ("prompt_tokens", "completion_tokens")])
+    request = Schema([ColSpec(text, "input"), ColSpec(number, "max_tokens", required=False)])
+    reply = Schema([ColSpec(text, "output"), ColSpec(text, "finish_reason"), ColSpec(usage, "usage")])
+    return ModelSignature(inputs=request, outputs=reply)
+
+
+class Serving(NamedTuple):
+    """How models of a kind are served: the file that MLflow runs, its signature, and a request as an example."""
+
+    code: Path
+    signature: ModelSignature
+    example: dict[str, Any]
+
+
+def serving_of(models: Path) -> Serving:
+    """How the model of a folder is served."""
+    from tasks import served, served_text
+
+    asked = "What is 17 plus 25?"
+    if architecture_in(models) is ENCODER_DECODER:
+        return Serving(Path(served_text.__file__), text_signature(), {"input": asked})
+    return Serving(Path(served.__file__), chat_signature(), {"messages": [{"role": "user", "content": asked}]})
+
+
 def complete_run(client: MlflowClient, run: Run, log: Path, summary: Mapping[str, Any]) -> None:
     """Sends params and training log to the run if the training could not, or came out of DVC's cache."""
     log_params(client, run, flat(summary["params"]))
@@ -114,20 +145,20 @@ def log_model(client: MlflowClient, run: Run, models: Path, key: str) -> tuple[s
     import mlflow
     from mlflow.entities import LoggedModelStatus
 
-    from tasks import served
+    from tasks.served import ARTIFACT
 
     for found in client.search_logged_models([run.info.experiment_id], f"tags.`{KEY_TAG}` = '{key}'"):
         if found.status == LoggedModelStatus.READY:
             return found.model_id, found.model_uri
-    code = Path(served.__file__)
+    serving = serving_of(models)
     with mlflow.start_run(run_id=run.info.run_id):
         info = mlflow.pyfunc.log_model(
             name="model",
-            python_model=str(code),
-            code_paths=[str(code.parent)],
-            artifacts={served.ARTIFACT: str(models)},
-            signature=chat_signature(),
-            input_example={"messages": [{"role": "user", "content": "What is 17 plus 25?"}]},
+            python_model=str(serving.code),
+            code_paths=[str(serving.code.parent)],
+            artifacts={ARTIFACT: str(models)},
+            signature=serving.signature,
+            input_example=serving.example,
             pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in SERVED_WITH],
             tags={KEY_TAG: key},
         )
@@ -148,7 +179,10 @@ def register(workspace: Path, model: str, models: Path, reports: Path, adapter: 
     method = metrics["model"]
     run = run_of(client, workspace, summary["key"], f"train {method}", {"temper.method": method})
     complete_run(client, run, adapter / "log.jsonl", summary)
-    for name, value in (("exact_match", metrics["exact_match"]["mean"]), ("evaluation_loss", metrics["loss"])):
+    figures = {"exact_match": metrics["exact_match"]["mean"], "evaluation_loss": metrics["loss"]}
+    if "labels" in metrics:
+        figures["macro_f1"] = metrics["labels"]["macro_f1"]["mean"]
+    for name, value in figures.items():
         client.log_metric(run.info.run_id, name, value)
     for file in (METRICS, EXAMPLES):
         client.log_artifact(run.info.run_id, str(reports / file), "report")

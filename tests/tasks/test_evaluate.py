@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tasks.chat import answer
 from tasks.errors import BadData
-from tasks.evaluate import Answer, answer_rows, bootstrap, last_turn, mean_loss, metrics_of, token_losses
+from tasks.evaluate import Answer, answer_rows, last_turn, mean_loss, metrics_of, token_losses
+from tasks.intervals import bootstrap
 from tasks.models import load_model
 from tasks.params import Evaluate
 from tasks.records import Message
