@@ -234,14 +234,13 @@ def check_kinds(records: Iterable[Record], base: Architecture) -> None:
     else:
         wrong = dict(found) if set(found) == {ENCODER_DECODER.rows} else {}
     if wrong:
-        expected = "inputs and targets" if base is ENCODER_DECODER else "chats"
-        columns = "{input: ..., target: ...}" if base is ENCODER_DECODER else "{prompt: ..., reply: ...}"
+        forms = {"chat": "chats, {prompt: ..., reply: ...}", "pair": "inputs and targets, {input: ..., target: ...}"}
         raise BadData(
             f"the base is of the kind {base.name}, which cannot learn these rows",
             where="data/clean",
             got=", ".join(f"{count} {kind} rows" for kind, count in sorted(wrong.items())),
-            expected=f"{base.rows} rows: {expected}",
-            fix=f"set the source's format to {columns}, or choose another base",
+            expected=forms[base.rows],
+            fix="give the source such a format, or choose another base",
         )
 
 

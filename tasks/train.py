@@ -58,7 +58,7 @@ def kind_of_rows(method: Method, architecture: Architecture) -> str:
     if architecture is ENCODER_DECODER:
         raise BadParams(
             "preferences are learnt by decoders only",
-            where="train: objective",
+            where="train.*.objective",
             got=f"{method.objective.name} on an {architecture.name} base",
             expected="sft, which learns inputs and their targets",
         )

@@ -30,7 +30,7 @@ def pieces_of(texts: Sequence[str], vocabulary: int = 300) -> list[tuple[str, fl
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     special = ["<pad>", "</s>", "<unk>"]
     trainer = trainers.UnigramTrainer(
         vocab_size=vocabulary, special_tokens=special, unk_token="<unk>", show_progress=False

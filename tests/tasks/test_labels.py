@@ -4,7 +4,11 @@ from random import Random
 
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
+from sklearn.metrics import (  # type: ignore[import-untyped]
+    accuracy_score,
+    f1_score,
+    precision_recall_fscore_support,
+)
 
 from tasks.evaluate import Answer, metrics_of
 from tasks.labels import label_metrics, labels_of, macro_f1

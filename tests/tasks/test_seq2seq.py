@@ -166,7 +166,7 @@ def test_rows_that_a_kind_of_base_cannot_learn_are_refused() -> None:
     with pytest.raises(BadData, match="of the kind encoder-decoder, which cannot learn these rows") as refused:
         check_kinds(mixed, ENCODER_DECODER)
     assert refused.value.got == "1 chat rows, 1 preference rows"
-    assert "{input: ..., target: ...}" in refused.value.fix
+    assert refused.value.expected == "inputs and targets, {input: ..., target: ...}"
     with pytest.raises(BadData, match="of the kind decoder, which cannot learn these rows") as refused:
         check_kinds([pair("1"), pair("2")], DECODER)
     assert refused.value.got == "2 pair rows"

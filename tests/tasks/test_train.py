@@ -100,7 +100,7 @@ def test_the_order_of_rows_in_a_batch_and_their_padding_do_not_matter(pico_base:
         assert set(logged) == {"nll", "odds_penalty", "log_odds_ratio", "accuracy"}
     else:
         singles = [loss_of(model, [row], METHODS[name])[0].item() for row in rows]
-        tokens = [sum(row[0].mask) for row in rows]
+        tokens = [sum(chat.mask) for row in rows for chat in row if isinstance(chat, TokenRow)]
         weighted = sum(s * t for s, t in zip(singles, tokens, strict=True)) / sum(tokens)
         assert loss.item() == pytest.approx(weighted, rel=1e-4)
 
