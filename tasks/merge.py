@@ -141,13 +141,14 @@ def difference(first: Model, second: Model, probes: Sequence[Mapping[str, Sequen
 
     kl, largest, tokens = 0.0, 0.0, 0
     for probe in probes:
+        written = len(probe.get("labels", probe["input_ids"]))  # a learnt prompt's own positions come before these
         given = {name: torch.tensor([list(ids)], device=first.device) for name, ids in probe.items()}
         with torch.no_grad():
-            one, two = (model(**given, use_cache=False).logits.float() for model in (first, second))
+            one, two = (model(**given).logits[:, -written:].float() for model in (first, second))
         log_p, log_q = one.log_softmax(-1), two.log_softmax(-1)
         kl += (log_p.exp() * (log_p - log_q)).sum().item()
         largest = max(largest, (one - two).abs().max().item())
-        tokens += one.shape[1]
+        tokens += written
     return Difference(kl / tokens, largest, tokens)
 
 

@@ -68,6 +68,7 @@ def score_pairs(model: Model, rows: Sequence[PairRow]) -> Scored:
         decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels=labels),  # type: ignore[operator]
         use_cache=False,
     ).logits
+    logits = logits[:, -labels.shape[1] :]  # after the positions of a learnt prompt, where the decoder has one
     scored = labels != IGNORED
     logp = -F.cross_entropy(logits[scored].float(), labels[scored], reduction="none")
     return Scored(logp, scored.nonzero()[:, 0], len(rows))

@@ -214,6 +214,27 @@ def test_a_row_has_the_same_scores_alone_and_in_a_batch(bases: dict[str, Path], 
     assert together.row.tolist() == [n for n, row in enumerate(rows) for _ in row.target_ids]
 
 
+@pytest.mark.parametrize("learnt", ["PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig"])
+def test_learnt_prompts_are_scored_and_answered_as_peft_does(
+    bases: dict[str, Path], unigram: PreTrainedTokenizerBase, rows: list[PairRow], learnt: str
+) -> None:
+    """Which put vectors before the encoder's input, the decoder's, or both's keys and values."""
+    import peft
+
+    torch.manual_seed(0)
+    config = getattr(peft, learnt)(task_type=ENCODER_DECODER.task_type, num_virtual_tokens=3)
+    model: Any = peft.get_peft_model(model_of("mt5", bases), config).eval()
+    labels = torch.nn.utils.rnn.pad_sequence([torch.tensor(r.target_ids) for r in rows], True, -100)
+    inputs = torch.nn.utils.rnn.pad_sequence([torch.tensor(r.input_ids) for r in rows], True, 0)
+    with torch.no_grad():
+        loss = -score_pairs(model, rows).logp.mean().item()
+        theirs = model(input_ids=inputs, attention_mask=(inputs != 0).long(), labels=labels).loss.item()
+    assert loss == pytest.approx(theirs, rel=1e-5)
+    given = [row.input_ids for row in rows]
+    alone = [generate_targets(model, unigram, [ids], 5)[0] for ids in given]
+    assert generate_targets(model, unigram, given, 5) == alone
+
+
 def test_rows_are_scored_by_what_they_are(
     bases: dict[str, Path], pico_base: Path, rendered: list[dict[str, Any]]
 ) -> None:
