@@ -16,7 +16,7 @@ from tasks.ingest import Reading
 from tasks.outputs import whole_file
 from tasks.params import FileSource, Params
 from tasks.params_reading import load
-from tasks.records import KINDS, ChatExample, LabelledReply, PreferencePair, Record
+from tasks.records import KINDS, ChatExample, LabelledReply, PreferencePair, Record, SeqPair
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -122,7 +122,7 @@ class Shown(NamedTuple):
 
 
 def render(path: Path, tokenizer_folder: Path, show: int) -> tuple[list[Shown], dict[str, int], Counter[str]]:
-    """Renders a file's rows with a tokenizer's chat template.
+    """Renders a file's rows with a tokenizer, chats by its template.
 
     Returns:
         The first rows to show, counts (rows, rendered, tokens, learnt tokens), and why rows were refused.
@@ -149,7 +149,8 @@ def render(path: Path, tokenizer_folder: Path, show: int) -> tuple[list[Shown], 
 
 
 def _rendered(record: Record, tokenizer: Any) -> list[tuple[str, list[int], list[bool]]]:
-    """A row as token ids and what is learnt; of a pair, both replies."""
+    """A row as token ids and what is learnt; of two replies both, and of an input and its target both."""
+    from tasks.render import tokens_of_pairs
     from tasks.templates import Answered, Chat, render_chat, render_replies
 
     if isinstance(record, ChatExample):
@@ -166,7 +167,10 @@ def _rendered(record: Record, tokenizer: Any) -> list[tuple[str, list[int], list
             (name, answered.prompt + reply, [False] * len(answered.prompt) + [True] * len(reply))
             for name, reply in zip(names, answered.replies, strict=True)
         ]
-    raise BadData(f"rows of the kind {record.kind} have no chat to render")
+    if isinstance(record, SeqPair):
+        ((given, wanted),) = tokens_of_pairs(tokenizer, [record])
+        return [(" input", given, [False] * len(given)), (" target", wanted, [True] * len(wanted))]
+    raise BadData(f"rows of the kind {record.kind} are not rendered")
 
 
 def _as_text(tokenizer: Any, ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[str, bool]]:

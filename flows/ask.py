@@ -25,7 +25,7 @@ def champion_uri(workspace: Path) -> str:
 def ask(
     workspace: Path, model: str, turns: Sequence[tuple[str, str]], max_tokens: int, generation: Generation = GREEDY
 ) -> str:
-    """The reply to a conversation, given as (role, text) turns.
+    """The reply to a conversation, given as (role, text) turns; an encoder-decoder model reads the last one alone.
 
     Raises:
         BadParams: the registry has no such model, or only one that knows no options.
@@ -47,27 +47,33 @@ def ask(
             got=str(error).split("\n")[0],
             fix="run `temper status` to see what there is",
         ) from error
-    messages = [{"role": role, "content": content} for role, content in turns]
+    names = set(loaded.metadata.signature.inputs.input_names())
     asked = dict(generation.model_dump().items() - GREEDY.model_dump().items())
-    if unknown := sorted(asked.keys() - set(loaded.metadata.signature.inputs.input_names())):
+    if unknown := sorted(asked.keys() - names):
         raise BadParams(
             f"was registered before models could be asked with {', '.join(unknown)}",  # MLflow would leave them out
             where=model,
             fix="register it anew with `temper run`, or ask for a greedy reply",
         )
+    if "input" in names:
+        return str(loaded.predict({"input": turns[-1][1], "max_tokens": max_tokens, **asked})[0]["output"])
+    messages = [{"role": role, "content": content} for role, content in turns]
     reply = loaded.predict({"messages": messages, "max_tokens": max_tokens, **asked})
     return str(reply[0]["choices"][0]["message"]["content"])
 
 
 def _ask_folder(folder: Path, turns: Sequence[tuple[str, str]], max_tokens: int, generation: Generation) -> str:
     from tasks.adapted import load_packaged
-    from tasks.chat import answer
+    from tasks.architecture import ENCODER_DECODER, architecture_of
+    from tasks.chat import answer, answer_text
     from tasks.records import Message
     from tasks.templates import load_tokenizer
 
     if not folder.is_dir():
         raise BadModel("there is no such folder", where=str(folder), expected="models:/NAME@ALIAS, or a model folder")
     model, tokenizer = load_packaged(folder), load_tokenizer(folder)
+    if architecture_of(model) is ENCODER_DECODER:
+        return answer_text(model, tokenizer, turns[-1][1], max_tokens, generation).text
     return answer(model, tokenizer, [Message(*turn) for turn in turns], max_tokens, generation).text
 
 
@@ -115,13 +121,17 @@ def ask_adapters(
 
 
 def sample(workspace: Path) -> tuple[list[tuple[str, str]], str]:
-    """A held-out conversation that every model answered, and what the row expects."""
+    """A held-out conversation or input that every model answered, and what the row expects."""
     from tasks.evaluate import EXAMPLES
+    from tasks.records import SeqPair
     from tasks.tables import read_records, read_rows
 
     nodes = graph.load(workspace)
     report = next(out for out in nodes["baseline"].outs if out.endswith(EXAMPLES))
     clean = next(out for out in nodes["validate"].outs if out.endswith("clean"))
     first = read_rows(workspace / report)[0]
-    record = next(record for record in read_records(workspace / clean, ("chat",)) if record.id == first["id"])
+    records = read_records(workspace / clean, ("chat", "pair"))
+    record = next(record for record in records if record.id == first["id"])
+    if isinstance(record, SeqPair):
+        return [("user", record.input)], record.target
     return [(m.role, m.content) for m in record.messages[:-1]], record.messages[-1].content  # type: ignore[attr-defined]

@@ -33,6 +33,7 @@ from tasks.adapter_params import (
     PromptTuningAdapter,
     QloraAdapter,
 )
+from tasks.architecture import architecture_of
 from tasks.errors import BadModel
 from tasks.models import Model, load_model
 from tasks.outputs import as_json, write_whole
@@ -66,7 +67,8 @@ def fresh(base: Path, adapter: AnyAdapter, steps: int = 1) -> Model:
         return _unfrozen(load_model(base, full_precision=True), adapter)
     # not through PEFT's prepare_model_for_kbit_training: it turns norms and embeddings to float32, which the model that
     # is merged, evaluated and served does not have
-    model = _adapted(_base_for(base, adapter), config_of(adapter, steps), "params")
+    model = _base_for(base, adapter)
+    model = _adapted(model, config_of(adapter, steps, architecture_of(model).task_type), "params")
     if isinstance(adapter, AdaloraAdapter):
         from tasks.adapters.adalora import freeze_ranks
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from tasks.adapter_params import (
     OTHERS,
@@ -26,8 +26,6 @@ from tasks.errors import BadModel
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-Task = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM"]
-
 _NEED_MORE = {
     "ADALORA": "steps that move its ranks: `name: adalora`",
     "CARTRIDGE": "a text to be taken from",
@@ -39,13 +37,13 @@ _NEED_MORE = {
 """Methods of PEFT that a training on rows is not enough for."""
 
 
-def config_of(adapter: AnyAdapter, steps: int = 1, task: Task = "CAUSAL_LM") -> PeftConfig:
+def config_of(adapter: AnyAdapter, steps: int = 1, task: str = "CAUSAL_LM") -> PeftConfig:
     """The configuration of an adapter.
 
     Args:
         adapter: any but `full`, which is no adapter.
         steps: how many the training takes; AdaLoRA plans with it.
-        task: what the base is.
+        task: what PEFT calls the kind of model.
 
     Raises:
         BadModel: a method that PEFT does not have, a field that the method does not have, or steps that AdaLoRA cannot
@@ -129,7 +127,7 @@ def _by_pattern(value: float | Mapping[str, Any]) -> dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else {OTHERS: value}
 
 
-def _adalora(adapter: AdaloraAdapter, steps: int, task: Task) -> PeftConfig:
+def _adalora(adapter: AdaloraAdapter, steps: int, task: str) -> PeftConfig:
     import peft
 
     first, last = adapter.warmup_steps, adapter.final_steps
@@ -157,7 +155,7 @@ def _adalora(adapter: AdaloraAdapter, steps: int, task: Task) -> PeftConfig:
     )
 
 
-def _any(adapter: PeftAdapter, task: Task) -> PeftConfig:
+def _any(adapter: PeftAdapter, task: str) -> PeftConfig:
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
     known = {str(name.value): config for name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}

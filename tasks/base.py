@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks import process
+from tasks.architecture import ENCODER_DECODER, architecture_in, architecture_of
 from tasks.checkpoints import checkpoint_folder
 from tasks.device import settle
 from tasks.errors import BadModel
@@ -48,7 +49,8 @@ def give_template(folder: Path, template: Path) -> list[str]:
         The tokens that were added.
 
     Raises:
-        BadModel: there is no such template, or the tokenizer has no stop token that it could write.
+        BadModel: there is no such template, the tokenizer has no stop token that it could write, or the model is an
+            encoder-decoder, which is given no chats.
     """
     import torch
     from tokenizers import AddedToken
@@ -57,6 +59,13 @@ def give_template(folder: Path, template: Path) -> list[str]:
     if not template.is_file():
         known = ", ".join(sorted(path.stem for path in template.parent.glob("*.jinja")))
         raise BadModel("there is no such chat template", where=str(template), expected=f"own, {known}")
+    if architecture_in(folder) is ENCODER_DECODER:
+        raise BadModel(
+            "an encoder-decoder model reads inputs without a chat template",
+            where="base.template",
+            got=template.stem,
+            expected="own",
+        )
     text = template.read_text(encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     tokenizer.chat_template = text
@@ -84,6 +93,29 @@ def give_template(folder: Path, template: Path) -> list[str]:
             file.unlink()
         model.save_pretrained(folder)
     return added
+
+
+def check(folder: Path) -> int:
+    """Loads a model folder and its tokenizer as every later stage does; returns how many parameters there are.
+
+    Raises:
+        BadModel: one of them does not load, or they do not fit each other.
+    """
+    tokenizer, model = load_tokenizer(folder), load_model(folder)
+    if len(tokenizer) > model.config.vocab_size:
+        raise BadModel(
+            "its tokenizer has more tokens than it has embeddings",
+            where=str(folder),
+            got=f"{len(tokenizer)} tokens",
+            expected=f"at most {model.config.vocab_size}",
+        )
+    if architecture_of(model) is ENCODER_DECODER and model.config.decoder_start_token_id is None:
+        raise BadModel(
+            "its configuration does not say with which token a target begins",
+            where=str(folder / "config.json"),
+            expected="decoder_start_token_id (of T5 the padding token's number)",
+        )
+    return model.num_parameters()
 
 
 def make_model(params: PretrainBase, out: Path, checkpoints: Path) -> None:
@@ -123,15 +155,8 @@ def main() -> None:
                 about["added_tokens"] = added
                 if added:
                     print(f"base: added {', '.join(added)}; adapters that leave embeddings frozen learn them poorly")
-            tokenizer, model = load_tokenizer(folder), load_model(folder)
-            if len(tokenizer) > model.config.vocab_size:
-                raise BadModel(
-                    "its tokenizer has more tokens than it has embeddings",
-                    where=params.path,
-                    got=f"{len(tokenizer)} tokens",
-                    expected=f"at most {model.config.vocab_size}",
-                )
-        print(f"base: {model.num_parameters():,} parameters from {params.kind} {params.path}", flush=True)
+            parameters = check(folder)
+        print(f"base: {parameters:,} parameters from {params.kind} {params.path}", flush=True)
 
 
 if __name__ == "__main__":

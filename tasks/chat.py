@@ -1,4 +1,4 @@
-"""One reply to one conversation: the same prompt tokens that training and evaluation use."""
+"""One reply to one conversation, or to one input: the same tokens that training and evaluation use."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tasks.generation_params import GREEDY, Generation
 from tasks.records import Message
+from tasks.seq2seq import generate_targets
 from tasks.templates import decode, render_prompt
 
 if TYPE_CHECKING:
@@ -51,3 +52,12 @@ def answer(
     new = out[0, ids.shape[1] :].tolist()
     stopped = tokenizer.eos_token_id in new
     return Reply(decode(tokenizer, new), stopped, ids.shape[1], len(new))
+
+
+def answer_text(
+    model: Model, tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int, generation: Generation = GREEDY
+) -> Reply:
+    """What an encoder-decoder model writes for an input."""
+    ids = list(tokenizer(text)["input_ids"])
+    (new,) = generate_targets(model, tokenizer, [ids], max_tokens, generation)
+    return Reply(decode(tokenizer, new), tokenizer.eos_token_id in new, len(ids), len(new))

@@ -1,13 +1,15 @@
 """Lets a model answer the held-out rows and scores it, against the base model too.
 
-Reads:  data/models/METHOD/ (or data/base/ for the stage `baseline`), held-out chats of data/rendered/, the base's
-        answers.
+Reads:  data/models/METHOD/ (or data/base/ for the stage `baseline`), held-out chats of data/rendered/ (of an
+        encoder-decoder model: pairs), the base's answers.
 Writes: data/reports/METHOD/examples.parquet (one row per example) and metrics.json.
 Params: evaluate
 Fails:  no held-out rows (65, never retried).
 
-Exact match runs through lm-eval; the loss per token is read off the model directly, because rows may have
-several scored turns, which no task form of lm-eval has.
+Exact match of chats runs through lm-eval; the loss per token is read off the model directly, because rows may
+have several scored turns, which no task form of lm-eval has. Pairs are answered without lm-eval: its seq2seq backend
+(0.4.13) gives a decoder as many tokens more as the longest input of the batch has, so that answers depend on their
+batch, fills inputs up on the left, where encoders that count positions go wrong, and makes tokens of texts anew.
 """
 
 from __future__ import annotations
@@ -19,12 +21,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 from tasks import process
 from tasks.adapted import load_packaged
+from tasks.architecture import ENCODER_DECODER, architecture_in
 from tasks.device import settle
 from tasks.errors import BadData
-from tasks.models import Model, TokenRow, score_tokens
+from tasks.intervals import bootstrap
+from tasks.labels import label_metrics
+from tasks.models import Model
 from tasks.outputs import as_json, read_manifest, write_whole
 from tasks.params import Evaluate
 from tasks.progress import Progress
+from tasks.scoring import row_of, score
+from tasks.seq2seq import check_room, generate_targets
 from tasks.tables import read_rows, write_rows
 from tasks.templates import decode, load_tokenizer
 
@@ -46,14 +53,6 @@ class Answer(NamedTuple):
     correct: bool
     loss: float
     tokens: int
-
-
-class Interval(NamedTuple):
-    """A mean with the bounds of its bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 def examples_schema() -> pa.Schema:
@@ -110,6 +109,31 @@ def answer_rows(
     ]
 
 
+def answer_pairs(
+    model: Model, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], params: Evaluate
+) -> list[Answer]:
+    """Answers the inputs of rendered pairs greedily and scores their targets.
+
+    Raises:
+        BadData: an input, or what may be answered, is too long for the model.
+    """
+    check_room(model, [(row["id"], row["input_ids"]) for row in rows], params.max_new_tokens)
+    answers: list[str] = []
+    with Progress("answer", len(rows), "rows") as progress:
+        for start in range(0, len(rows), params.batch_rows):
+            inputs = [row["input_ids"] for row in rows[start : start + params.batch_rows]]
+            answered = generate_targets(model, tokenizer, inputs, params.max_new_tokens, params.generation)
+            answers += [decode(tokenizer, ids) for ids in answered]
+            progress.step(by=len(inputs))
+    made = []
+    for row, answer, loss in zip(rows, answers, token_losses(model, rows, params.batch_rows), strict=True):
+        given, target = decode(tokenizer, row["input_ids"]), decode(tokenizer, row["target_ids"])
+        made.append(
+            Answer(row["id"], row["family"], given, target, answer, answer == target, loss, len(row["target_ids"]))
+        )
+    return made
+
+
 def generate(model: Model, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], params: Evaluate) -> list[str]:
     """Continuations of rendered prompts, through lm-eval, without white space around them."""
     import datasets
@@ -159,26 +183,13 @@ def token_losses(model: Model, rows: Sequence[Mapping[str, Any]], batch_rows: in
     losses: list[float] = []
     with torch.no_grad(), Progress("score", len(rows), "rows") as progress:
         for start in range(0, len(rows), batch_rows):
-            batch = [
-                TokenRow(row["ids"], row["mask"], row["prompt_tokens"]) for row in rows[start : start + batch_rows]
-            ]
-            losses += (-score_tokens(model, batch).row_means()).tolist()
+            batch = [row_of(row) for row in rows[start : start + batch_rows]]
+            losses += (-score(model, batch).row_means()).tolist()
             progress.step(by=len(batch))
     return losses
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
-
-
-def bootstrap(values: Sequence[float], params: Evaluate) -> Interval:
-    """The mean of some values with its percentile bootstrap interval (Efron 1979)."""
-    import numpy as np
-
-    sample = np.asarray(values, dtype=float)
-    draws = np.random.default_rng(params.seed).integers(0, len(sample), (params.bootstrap_samples, len(sample)))
-    tail = (1 - params.confidence) / 2
-    low, high = np.quantile(sample[draws].mean(axis=1), [tail, 1 - tail])
-    return Interval(float(sample.mean()), float(low), float(high))
 
 
 def metrics_of(
@@ -197,6 +208,8 @@ def metrics_of(
             for f, rows in by_family.items()
         },
     }
+    if labels := label_metrics([a.target for a in answers], [a.answer for a in answers], params):
+        metrics["labels"] = labels
     if base is not None:
         before = {a.id: a.correct for a in base}
         gains = [float(a.correct) - float(before[a.id]) for a in answers]
@@ -216,21 +229,27 @@ def evaluate_model(
     """Evaluates a model folder and writes its report."""
     read_manifest(model_folder)
     read_manifest(rendered)
-    path = rendered / "held_out" / "chat.parquet"
+    architecture = architecture_in(model_folder)
+    path = rendered / "held_out" / f"{architecture.rows}.parquet"
     rows = read_rows(path)[: params.rows]
     if not rows:
-        raise BadData("holds no rows to evaluate on", where=str(path), fix="raise render.held_out")
+        raise BadData(
+            f"holds no {architecture.rows} rows to evaluate on, which a model of the kind {architecture.name} answers",
+            where=str(path),
+            fix="raise render.held_out",
+        )
     settle(params.seed)
-    answers = answer_rows(load_packaged(model_folder), load_tokenizer(model_folder), rows, params)
+    answering = answer_pairs if architecture is ENCODER_DECODER else answer_rows
+    answers = answering(load_packaged(model_folder), load_tokenizer(model_folder), rows, params)
     before = [Answer(**row) for row in read_rows(base)] if base else None
     metrics = metrics_of(name, answers, before, params)
     out.mkdir(parents=True, exist_ok=True)
     write_rows(out / EXAMPLES, [answer._asdict() for answer in answers], examples_schema())
     write_whole(out / METRICS, as_json(metrics))
-    exact = metrics["exact_match"]
+    exact, labels = metrics["exact_match"], metrics.get("labels")
     print(
         f"evaluate {name}: exact match {exact['mean']:.3f} [{exact['low']:.3f}, {exact['high']:.3f}], "
-        f"loss {metrics['loss']:.3f}",
+        f"loss {metrics['loss']:.3f}" + (f", macro-F1 {labels['macro_f1']['mean']:.3f}" if labels else ""),
         flush=True,
     )
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tasks import process
 from tasks.adapted import FOLDER, load_adapted, load_packaged, mergeable
 from tasks.adapter_files import PUBLISHED
+from tasks.architecture import architecture_in
 from tasks.device import settle
 from tasks.errors import BadModel, NotEquivalent
 from tasks.models import Model, model_files
@@ -104,20 +105,27 @@ def untie(model: Model, changes: Mapping[str, Change], folder: Path) -> dict[str
     return {head: embedding}
 
 
-def difference(first: Model, second: Model, probes: Sequence[Sequence[int]]) -> Difference:
-    """Compares the next-token distributions of two models after every token of some probes."""
+PROBES: Mapping[str, Mapping[str, str]] = {
+    "chat": {"input_ids": "ids"},
+    "pair": {"input_ids": "input_ids", "labels": "target_ids"},
+}
+"""What the models are given of a held-out row, by its kind: an argument of theirs, and the column that it is."""
+
+
+def difference(first: Model, second: Model, probes: Sequence[Mapping[str, Sequence[int]]]) -> Difference:
+    """Compares the next-token distributions of two models at every token that they write or read on of some probes."""
     import torch
 
     kl, largest, tokens = 0.0, 0.0, 0
     for probe in probes:
-        ids = torch.tensor([list(probe)], device=first.device)
+        written = len(probe.get("labels", probe["input_ids"]))  # a learnt prompt's own positions come before these
+        given = {name: torch.tensor([list(ids)], device=first.device) for name, ids in probe.items()}
         with torch.no_grad():
-            # a learnt prompt's own positions come first; they are no probe's
-            one, two = (model(input_ids=ids).logits[:, -len(probe) :].float() for model in (first, second))
+            one, two = (model(**given).logits[:, -written:].float() for model in (first, second))
         log_p, log_q = one.log_softmax(-1), two.log_softmax(-1)
         kl += (log_p.exp() * (log_p - log_q)).sum().item()
         largest = max(largest, (one - two).abs().max().item())
-        tokens += len(probe)
+        tokens += written
     return Difference(kl / tokens, largest, tokens)
 
 
@@ -129,7 +137,9 @@ def main() -> None:
         for folder in (base, trained):
             read_manifest(folder)
         settle(0)
-        rows = read_rows(stage.path("rendered") / "held_out" / "chat.parquet")[: params.probe_rows]
+        kind = architecture_in(base).rows
+        rows = read_rows(stage.path("rendered") / "held_out" / f"{kind}.parquet")[: params.probe_rows]
+        probes = [{name: row[column] for name, column in PROBES[kind].items()} for row in rows]
         model = load_adapted(base, trained, adapter)
         with whole_folder(stage.path("out")) as folder:
             for file in model_files(base):
@@ -145,7 +155,7 @@ def main() -> None:
                 changes = changes_of(trained)
                 replaced = dequantized(model) if params.onto == "dequantized" else {}
                 merge_shards(base, changes, replaced, folder, untie(model, changes, folder))
-            found = difference(model, load_packaged(folder), [row["ids"] for row in rows])
+            found = difference(model, load_packaged(folder), probes)
             (folder / EQUIVALENCE).write_text(as_json({"form": form, **found._asdict()}))
             print(
                 f"merge {stage.item}: {form}; mean KL {found.mean_kl:.2e}, "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from tasks.adapter_params import Int8Adapter, QloraAdapter
+from tasks.architecture import architecture_in
 from tasks.device import compute_dtype, device
 from tasks.errors import BadModel
 
@@ -31,6 +32,7 @@ MODEL_FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
+    "spiece.model",
     "chat_template.jinja",
     "README.md",
     "LICENSE*",
@@ -107,7 +109,7 @@ def _json(path: Path) -> dict[str, Any]:
 def load_model(
     folder: Path, quantized_for: QloraAdapter | Int8Adapter | None = None, *, full_precision: bool = False
 ) -> PreTrainedModel:
-    """A causal language model from a folder, in this machine's compute dtype, ready to run.
+    """A language model from a folder, of whichever kind it is, in this machine's compute dtype, ready to run.
 
     Args:
         folder: a Hugging Face model folder.
@@ -118,16 +120,17 @@ def load_model(
         BadModel: the folder is unsafe, incomplete, or not of a known architecture.
     """
     import torch
+    import transformers
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     from tasks import baichuan
     from tasks.quantized import prepare, quantization
 
     baichuan.make_known()
     model_files(folder)
+    loader = getattr(transformers, architecture_in(folder).loader)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = loader.from_pretrained(
             folder,
             dtype=torch.float32 if full_precision else compute_dtype(),
             local_files_only=True,
@@ -156,6 +159,16 @@ class TokenRow(NamedTuple):
     ids: Sequence[int]
     mask: Sequence[bool]
     prompt_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """How long the row is."""
+        return len(self.ids)
+
+    @property
+    def scored_tokens(self) -> int:
+        """How many tokens the loss falls on; nothing stands before the first."""
+        return sum(self.mask[1:])
 
 
 class Scored(NamedTuple):

@@ -14,10 +14,11 @@ import json
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks import process
 from tasks.adapter_files import CONFIG, PUBLISHED
+from tasks.architecture import ENCODER_DECODER, architecture_in
 from tasks.evaluate import EXAMPLES, METRICS
 from tasks.generation_params import Generation
 from tasks.outputs import MANIFEST, as_json, digest, read_manifest, write_whole
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.models import ModelSignature
+    from mlflow.types.schema import ColSpec
 
 SERVED_WITH = (
     "accelerate",
@@ -85,24 +87,60 @@ def git_commit(workspace: Path) -> str:
 
 
 def chat_signature() -> ModelSignature:
-    """The request and the reply of llm/v1/chat, as far as a small model has them, and how a reply is generated.
-
-    Of the options the model itself checks the values: MLflow would refuse a temperature of 2, being no 2.0, and nulls.
-    """
+    """The request and the reply of llm/v1/chat, as far as a small model has them, and how a reply is generated."""
     from mlflow.models import ModelSignature
-    from mlflow.types.schema import AnyType, Array, ColSpec, DataType, Object, Property, Schema
+    from mlflow.types.schema import Array, ColSpec, DataType, Object, Property, Schema
 
     text, number = DataType.string, DataType.long
     message = Object([Property("role", text), Property("content", text)])
     choice = Object([Property("index", number), Property("message", message), Property("finish_reason", text)])
     usage = Object([Property(name, number) for name in ("prompt_tokens", "completion_tokens", "total_tokens")])
-    anything = AnyType()  # type: ignore[no-untyped-call]
-    options = [ColSpec(anything, name, required=False) for name in ("max_tokens", *Generation.model_fields)]
-    request = Schema([ColSpec(Array(message), "messages"), *options])
+    request = Schema([ColSpec(Array(message), "messages"), *_options()])
     reply = Schema(
         [ColSpec(text, "object"), ColSpec(text, "model"), ColSpec(Array(choice), "choices"), ColSpec(usage, "usage")]
     )
     return ModelSignature(inputs=request, outputs=reply)
+
+
+def text_signature() -> ModelSignature:
+    """An input and what is written for it, of an encoder-decoder model."""
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import ColSpec, DataType, Object, Property, Schema
+
+    text, number = DataType.string, DataType.long
+    usage = Object([Property(name, number) for name in ("prompt_tokens", "completion_tokens")])
+    request = Schema([ColSpec(text, "input"), *_options()])
+    reply = Schema([ColSpec(text, "output"), ColSpec(text, "finish_reason"), ColSpec(usage, "usage")])
+    return ModelSignature(inputs=request, outputs=reply)
+
+
+def _options() -> list[ColSpec]:
+    """The columns of how a reply is generated.
+
+    Their values the model itself checks: MLflow would refuse a temperature of 2, being no 2.0, and nulls.
+    """
+    from mlflow.types.schema import AnyType, ColSpec
+
+    anything = AnyType()  # type: ignore[no-untyped-call]
+    return [ColSpec(anything, name, required=False) for name in ("max_tokens", *Generation.model_fields)]
+
+
+class Serving(NamedTuple):
+    """How models of a kind are served: the file that MLflow runs, its signature, and a request as an example."""
+
+    code: Path
+    signature: ModelSignature
+    example: dict[str, Any]
+
+
+def serving_of(models: Path) -> Serving:
+    """How the model of a folder is served."""
+    from tasks import served, served_text
+
+    asked = "What is 17 plus 25?"
+    if architecture_in(models) is ENCODER_DECODER:
+        return Serving(Path(served_text.__file__), text_signature(), {"input": asked})
+    return Serving(Path(served.__file__), chat_signature(), {"messages": [{"role": "user", "content": asked}]})
 
 
 def complete_run(client: MlflowClient, run: Run, log: Path, summary: Mapping[str, Any]) -> None:
@@ -129,20 +167,20 @@ def log_model(client: MlflowClient, run: Run, models: Path, key: str) -> tuple[s
     import mlflow
     from mlflow.entities import LoggedModelStatus
 
-    from tasks import served
+    from tasks.served import ARTIFACT
 
     for found in client.search_logged_models([run.info.experiment_id], f"tags.`{KEY_TAG}` = '{key}'"):
         if found.status == LoggedModelStatus.READY:
             return found.model_id, found.model_uri
-    code = Path(served.__file__)
+    serving = serving_of(models)
     with mlflow.start_run(run_id=run.info.run_id):
         info = mlflow.pyfunc.log_model(
             name="model",
-            python_model=str(code),
-            code_paths=[str(code.parent)],
-            artifacts={served.ARTIFACT: str(models)},
-            signature=chat_signature(),
-            input_example={"messages": [{"role": "user", "content": "What is 17 plus 25?"}]},
+            python_model=str(serving.code),
+            code_paths=[str(serving.code.parent)],
+            artifacts={ARTIFACT: str(models)},
+            signature=serving.signature,
+            input_example=serving.example,
             pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in SERVED_WITH],
             tags={KEY_TAG: key},
         )
@@ -163,7 +201,10 @@ def register(workspace: Path, model: str, models: Path, reports: Path, adapter: 
     method = metrics["model"]
     run = run_of(client, workspace, summary["key"], f"train {method}", {"temper.method": method})
     complete_run(client, run, adapter / "log.jsonl", summary)
-    for name, value in (("exact_match", metrics["exact_match"]["mean"]), ("evaluation_loss", metrics["loss"])):
+    figures = {"exact_match": metrics["exact_match"]["mean"], "evaluation_loss": metrics["loss"]}
+    if "labels" in metrics:
+        figures["macro_f1"] = metrics["labels"]["macro_f1"]["mean"]
+    for name, value in figures.items():
         client.log_metric(run.info.run_id, name, value)
     for file in (METRICS, EXAMPLES):
         client.log_artifact(run.info.run_id, str(reports / file), "report")

@@ -6,18 +6,21 @@ Writes: data/rendered/{train,held_out}/ (every file with id, family): chat.parqu
         pair.parquet (input_ids, target_ids); manifest.json (counts, lengths, tokens per epoch, packing, template's
         digest).
 Params: render
-Fails:  a row with nothing to learn, a template that does not fit (65, never retried).
+Fails:  a row with nothing to learn, a template that does not fit, rows that this kind of base cannot learn (65, never
+        retried).
 """
 
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks import process
+from tasks.architecture import ENCODER_DECODER, Architecture, architecture_in
 from tasks.errors import BadData
 from tasks.outputs import read_manifest, whole_folder
 from tasks.packing import efficiency
@@ -154,7 +157,7 @@ def _labelled(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], params: R
     return texts_of_replies(tokenizer, [Chat(row.prompt, row.tools) for row in rows], [(row.reply,) for row in rows])
 
 
-def _pairs(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any]) -> Iterable[Any]:
+def tokens_of_pairs(tokenizer: PreTrainedTokenizerBase, rows: Sequence[SeqPair]) -> Iterable[Any]:
     """For encoder-decoder models: both sides as the tokenizer itself ends them, without a chat template."""
     if not rows:
         return ()
@@ -166,7 +169,7 @@ _HALVES = {
     "chat": Halves(_chats, tokens_of_chats),
     "preference": Halves(_preferences, tokens_of_replies),
     "labelled": Halves(_labelled, tokens_of_replies),
-    "pair": Halves(lambda tokenizer, rows, params: rows, _pairs),
+    "pair": Halves(lambda tokenizer, rows, params: rows, tokens_of_pairs),
 }
 
 
@@ -185,9 +188,10 @@ def _fit(record: Record, tokens: Any, params: Render) -> tuple[dict[str, Any], b
         given, wanted = tokens
         longest = max(len(given), len(wanted))
         _check_length(longest, params)
-        if not wanted:
+        if not record.target.strip():  # its end token alone is left
             raise BadData("its target is empty, so there is nothing to learn")
-        return {"input_ids": given[:limit], "target_ids": wanted[:limit]}, longest > limit
+        read = given if len(given) <= limit else given[: limit - 1] + given[-1:]  # an encoder is used to its end token
+        return {"input_ids": read, "target_ids": wanted[:limit]}, longest > limit
     prompt, replies = tokens
     longest = len(prompt) + max(map(len, replies))
     _check_length(longest, params)
@@ -216,6 +220,30 @@ def _check_length(tokens: int, params: Render) -> None:
     raise BadData("is longer than render.max_tokens", got=f"{tokens} tokens")
 
 
+def check_kinds(records: Iterable[Record], base: Architecture) -> None:
+    """Refuses rows that a kind of base cannot learn, before any is rendered.
+
+    A decoder's pairs may lie beside what it does learn, but not alone.
+
+    Raises:
+        BadData: chats, preferences or labelled replies for an encoder-decoder; nothing but pairs for a decoder.
+    """
+    found = Counter(record.kind for record in records)
+    if base is ENCODER_DECODER:
+        wrong = {kind: count for kind, count in found.items() if kind != base.rows}
+    else:
+        wrong = dict(found) if set(found) == {ENCODER_DECODER.rows} else {}
+    if wrong:
+        forms = {"chat": "chats, {prompt: ..., reply: ...}", "pair": "inputs and targets, {input: ..., target: ...}"}
+        raise BadData(
+            f"the base is of the kind {base.name}, which cannot learn these rows",
+            where="data/clean",
+            got=", ".join(f"{count} {kind} rows" for kind, count in sorted(wrong.items())),
+            expected=forms[base.rows],
+            fix="give the source such a format, or choose another base",
+        )
+
+
 def report(rows: Sequence[Mapping[str, Any]], kind: str, max_tokens: int) -> dict[str, Any]:
     """How long the rows of one kind are: tokens per epoch, and how full blocks of `max_tokens` would be, packed."""
     columns = [name for name in rendered_schema(kind).names if name == "ids" or name.endswith("_ids")]
@@ -237,6 +265,7 @@ def main() -> None:
         params = stage.params.render
         tokenizer = load_tokenizer(stage.path("base"))
         records = list(read_records(stage.path("clean"), RENDERED))
+        check_kinds(records, architecture_in(stage.path("base")))
         gc.freeze()  # or the collector would look through all of them again and again
         with Progress("render", len(records), "rows") as progress:
             rendered, counts = render_rows(progress.over(records), tokenizer, params)

@@ -20,6 +20,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from tasks.architecture import DECODER, architecture_in
 from tasks.errors import BadData, BadModel
 from tasks.records import Message
 
@@ -62,7 +63,7 @@ class Answered(NamedTuple):
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, with a chat template and a stop token that is not the padding.
+    """The tokenizer of a model folder, with a stop token that is not the padding, and a decoder's chat template.
 
     Where the template ends replies with another token than `eos_token`, as Phi's and Gemma's do, that one is the stop
     token here, in training and in serving.
@@ -78,7 +79,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise BadModel(
             "its tokenizer does not load", where=str(folder), got=f"{type(error).__name__}: {error}".split("\n")[0]
         ) from error
-    if not tokenizer.chat_template:
+    chats = architecture_in(folder) is DECODER  # what an encoder reads is no chat
+    if chats and not tokenizer.chat_template:
         raise BadModel(
             "its tokenizer has no chat template",
             where=str(folder),
@@ -87,7 +89,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.is_fast:  # what a training once saved would cut every text, or fill it up
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
-    _find_stop_token(tokenizer)
+    if chats:
+        _find_stop_token(tokenizer)
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise BadModel(
             "its tokenizer has no stop token of its own: padding equal to the stop token would hide the end of a turn",
@@ -114,8 +117,8 @@ def _find_stop_token(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The SHA-256 of the chat template, by which two models are known to be prompted alike."""
-    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
+    """The SHA-256 of the chat template, by which two models are known to be prompted alike; empty without one."""
+    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest() if tokenizer.chat_template else ""
 
 
 def render_prompt(

@@ -4,8 +4,8 @@ Reads:  data/base/, data/rendered/.
 Writes: data/adapters/METHOD/: adapter_model.safetensors, adapter_config.json, log.jsonl (one row per step),
         summary.json.
 Params: train.METHOD
-Fails:  rows of the wrong kind, a loss or gradient that is not finite (65, never retried); a signal (75, after a
-        checkpoint).
+Fails:  rows of the wrong kind, an objective that is not for this kind of model, a loss or gradient that is not finite
+        (65, never retried); a signal (75, after a checkpoint).
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tasks import process
 from tasks.adapted import fresh, publish, published_state
 from tasks.adapter_params import AdaloraAdapter, FullAdapter, ReftAdapter
+from tasks.architecture import ENCODER_DECODER, Architecture, architecture_in
 from tasks.checkpoints import Stepper, checkpoint_folder
 from tasks.device import compute_dtype, device, settle
-from tasks.errors import BadData, BadInput
+from tasks.errors import BadData, BadInput, BadParams
 from tasks.loop import Course, run, schedule
-from tasks.models import Model, TokenRow, score_tokens
+from tasks.models import Model, TokenRow
 from tasks.optimizers import optimizer_of
 from tasks.outputs import as_json, read_manifest, whole_folder
 from tasks.params import Method, OrpoObjective
 from tasks.progress import Progress
+from tasks.scoring import Row, row_of, score
 from tasks.tables import read_rows
 from tasks.tracking import Tracker, flat
 
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 
     from tasks.adapters.below import Below
 
-Example = tuple[TokenRow, ...]
+Example = tuple[Row, ...]
 """What one row of the data gives to learn from: one sequence, or a chosen and a rejected one with the same prompt."""
 
 HELD_OUT_ROWS = 128
@@ -47,23 +49,43 @@ HELD_OUT_ROWS = 128
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-def read_examples(rendered: Path, split: str, method: Method) -> list[Example]:
-    """The rows that a method learns from: preference pairs for ORPO, chats for SFT.
+def kind_of_rows(method: Method, architecture: Architecture) -> str:
+    """The kind of rows that a method learns from: preference pairs for ORPO; for SFT what the base answers.
+
+    Raises:
+        BadParams: the objective is not for this kind of model.
+    """
+    if not isinstance(method.objective, OrpoObjective):
+        return architecture.rows
+    if architecture is ENCODER_DECODER:
+        raise BadParams(
+            "preferences are learnt by decoders only",
+            where="train.*.objective",
+            got=f"{method.objective.name} on an {architecture.name} base",
+            expected="sft, which learns inputs and their targets",
+        )
+    return "preference"
+
+
+def read_examples(rendered: Path, split: str, method: Method, architecture: Architecture) -> list[Example]:
+    """The rows that a method learns from, on a base of this kind.
 
     Raises:
         BadData: there is none.
+        BadParams: the objective is not for this kind of model.
     """
-    kind = "preference" if isinstance(method.objective, OrpoObjective) else "chat"
+    kind = kind_of_rows(method, architecture)
     path = rendered / split / f"{kind}.parquet"
     rows = read_rows(path)
     if not rows:
         raise BadData(
             f"holds no {kind} rows, which the objective {method.objective.name} learns from",
             where=str(path),
+            got=f"a base that is of the kind {architecture.name}",
             fix="add a source with such rows, or remove the method from `train`",
         )
-    if kind == "chat":
-        return [(TokenRow(row["ids"], row["mask"], row["prompt_tokens"]),) for row in rows]
+    if kind == architecture.rows:
+        return [(row_of(row),) for row in rows]
     return [tuple(_joined(row["prompt_ids"], row[reply]) for reply in ("chosen_ids", "rejected_ids")) for row in rows]
 
 
@@ -127,7 +149,7 @@ class Share(NamedTuple):
 
 def _share(some: Sequence[Example], examples: Sequence[Example]) -> Share:
     def tokens(of: Sequence[Example]) -> int:
-        return sum(sum(example[0].mask[1:]) for example in of)
+        return sum(example[0].scored_tokens for example in of)
 
     return Share(tokens(some) / tokens(examples), len(some) / len(examples))
 
@@ -159,10 +181,10 @@ def _loss_of(
     from tasks.objectives.sft import sft_loss
 
     if not isinstance(method.objective, OrpoObjective):
-        return sft_loss(score_tokens(model, [example[0] for example in examples], below).logp) * share.tokens, {}
+        return sft_loss(score(model, [example[0] for example in examples], below).logp) * share.tokens, {}
     n = len(examples)
     rows = [example[i] for i in (0, 1) for example in examples]  # chosen first, then rejected
-    scored = score_tokens(model, rows, below)
+    scored = score(model, rows, below)
     means = scored.row_means()
     # the likelihood is a mean over tokens, the penalty one over pairs
     nll = -scored.logp[scored.row < n].mean() * (share.tokens / share.rows)
@@ -200,14 +222,15 @@ def train(
 ) -> list[dict[str, Any]]:
     """Trains the model's adapter in place; goes on from the newest checkpoint. Returns the log of the loop."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    lengths = [sum(len(sequence.ids) for sequence in example) for example in examples]
+    lengths = [sum(sequence.tokens for sequence in example) for example in examples]
     steps = method.epochs * steps_per_epoch(len(examples), method.batch_rows)
 
     below = None
     if isinstance(method.adapter, ReftAdapter) and method.epochs > 1:
         from tasks.adapters.below import Below
 
-        shapes = [(len(sequence.ids), sequence.prompt_tokens) for example in examples for sequence in example]
+        sequences = [sequence for example in examples for sequence in example if isinstance(sequence, TokenRow)]
+        shapes = [(sequence.tokens, sequence.prompt_tokens) for sequence in sequences]
         below = Below.of(model, shapes, method.adapter.cache_mib << 20)
 
     def chosen(step: int) -> list[int]:
@@ -245,8 +268,9 @@ def main() -> None:
     with process.stage(__doc__, "base", "rendered", "out", item="method") as stage:
         method = stage.params.train[stage.item]
         read_manifest(stage.path("rendered"))
-        examples = read_examples(stage.path("rendered"), "train", method)
-        held_out = read_examples(stage.path("rendered"), "held_out", method)[:HELD_OUT_ROWS]
+        architecture = architecture_in(stage.path("base"))
+        examples = read_examples(stage.path("rendered"), "train", method, architecture)
+        held_out = read_examples(stage.path("rendered"), "held_out", method, architecture)[:HELD_OUT_ROWS]
         settle(method.seed)
         steps = method.epochs * steps_per_epoch(len(examples), method.batch_rows)
         model = fresh(stage.path("base"), method.adapter, steps)

@@ -7,13 +7,17 @@ from pathlib import Path
 
 from flows.params_file import change_params
 from tests.conftest import ROOT, dvc, temper
+from tests.encoder_decoders import make_base
 from tests.samples import pretrain_params
+
+TWEETS = Path("fms_artifacts", "testdata")
 
 
 def test_every_recipe_is_run_somewhere() -> None:
     assert {path.name for path in (ROOT / "recipes").glob("*.yaml")} == {
         "quickstart.yaml",
         "belle.yaml",
+        "lora-mt0-twitter.yaml",
         "pretrain-tiny.yaml",
     }
 
@@ -36,6 +40,58 @@ def test_belle_on_real_chats(workspace: Path, real_data: Path) -> None:
     read = json.loads((workspace / "data/raw/belle/manifest.json").read_text())
     assert read["rows"]["chat"] == 60
     assert read["licence"] == "GPL-3.0-only"
+
+
+def test_labels_are_generated_for_real_tweets_by_an_encoder_decoder(workspace: Path, real_data: Path) -> None:
+    """RAFT's twitter_complaints whole, with the columns of RAFT; an mT5 of another size stands in for mt0-large."""
+    found = json.loads((real_data / TWEETS / "json" / "twitter_complaints_input_output.json").read_text())
+    rows = [{"Tweet text": row["input"], "text_label": row["output"], "ID": row["ID"]} for row in found]
+    assert len(rows) == 50
+    (workspace / "some tweets.json").write_text(json.dumps(rows))
+    make_base(workspace / "models" / "pico", "mt5", [text for row in rows for text in list(row.values())[:2]])
+    settings = [
+        "ingest.sources.twitter.path=some tweets.json",
+        "base={kind: local, path: models/pico, template: own}",
+        "train.lora.checkpoint_every_steps=4",
+    ]
+    words = [word for setting in settings for word in ("--set", setting)]
+    said = temper(workspace, "run", "--recipe", "recipes/lora-mt0-twitter.yaml", *words).stdout
+    assert "models:/temper-twitter@champion" in said
+    assert "the champion on a held-out row (expected: " in said
+    assert json.loads((workspace / "data/raw/twitter/manifest.json").read_text())["rows"]["pair"] == 50
+    config = json.loads((workspace / "data/adapters/lora/adapter_config.json").read_text())
+    assert (config["task_type"], config["r"], config["target_modules"]) == ("SEQ_2_SEQ_LM", 8, ["q", "v"])
+    base, tuned = (
+        json.loads((workspace / f"data/reports/{name}/metrics.json").read_text()) for name in ("base", "lora")
+    )
+    assert tuned["loss"] < base["loss"]
+    labels = tuned["labels"]
+    assert set(labels["by_label"]) == {"complaint", "no complaint"}
+    assert sum(label["rows"] for label in labels["by_label"].values()) == tuned["rows"]
+    assert labels["accuracy"] == tuned["exact_match"]
+    equivalence = json.loads((workspace / "data/models/lora/equivalence.json").read_text())
+    assert equivalence["form"] == "merged onto the original weights"
+    _check_served(workspace, rows[0]["Tweet text"])
+
+
+def _check_served(workspace: Path, text: str) -> None:
+    """A request to the registered model, a folder asked directly, and the command line say the same."""
+    import mlflow
+
+    from flows.ask import ask
+    from tasks.tracking import connect
+
+    connect(workspace)
+    about = mlflow.models.get_model_info("models:/temper-twitter@champion")
+    assert about.signature.inputs.input_names() == ["input", "max_tokens"]
+    assert about.signature.outputs.input_names() == ["output", "finish_reason", "usage"]
+    loaded = mlflow.pyfunc.load_model("models:/temper-twitter@champion")
+    (one, two) = loaded.predict([{"input": text, "max_tokens": 4}, {"input": "thanks", "max_tokens": 4}])
+    assert one["finish_reason"] in ("stop", "length")
+    assert one["usage"]["completion_tokens"] <= 4
+    assert ask(workspace, str(workspace / "data/models/lora"), [("user", text)], 4) == one["output"]
+    assert ask(workspace, "models:/temper-twitter@champion", [("user", "thanks")], 4) == two["output"]
+    assert temper(workspace, "chat", text, "--max-tokens", "4").stdout.strip().endswith(one["output"])
 
 
 def test_a_base_is_pretrained_by_the_recipe_of_the_shipped_one(workspace: Path) -> None:

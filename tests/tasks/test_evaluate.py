@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from tasks.chat import answer
 from tasks.errors import BadData
-from tasks.evaluate import Answer, answer_rows, bootstrap, last_turn, mean_loss, metrics_of, token_losses
+from tasks.evaluate import Answer, answer_rows, last_turn, mean_loss, metrics_of, token_losses
 from tasks.generation_params import GREEDY
+from tasks.intervals import bootstrap
 from tasks.models import load_model
 from tasks.records import Message
 from tasks.templates import render_chat

@@ -10,7 +10,7 @@ import pytest
 from tasks.errors import BadData, Transient
 from tasks.ingest import Reading
 from tasks.params import FolderSource, GeneratorSource, HubSource
-from tasks.records import KINDS, ChatExample, Message, Record
+from tasks.records import KINDS, ChatExample, Message, Record, SeqPair
 from tasks.tables import read_records, write_records
 from tests.conftest import ROOT
 from tests.samples import file_source
@@ -38,6 +38,22 @@ def test_rows_keep_their_place(tmp_path: Path) -> None:
     assert [(r.id, r.source, r.file, r.row) for r in found] == [("s-1", "s", str(path), 1), ("s-2", "s", str(path), 2)]
     assert isinstance(found[0], ChatExample)
     assert found[0].messages == (Message("user", "Add.\n1 and 2"), Message("assistant", "3"))
+
+
+def test_inputs_and_targets_are_the_same_from_every_form_of_a_real_file(real_data: Path) -> None:
+    """RAFT's twitter_complaints as an array, as lines and as tables, by the names of its columns."""
+    forms = [real_data / "fms_artifacts" / "testdata" / form for form in ("json", "jsonl", "parquet", "arrow")]
+    read = [
+        rows(form / f"twitter_complaints_input_output.{form.name}", format={"input": "input", "target": "output"})
+        for form in forms
+    ]
+    pairs = [[(r.input, r.target) for r in found if isinstance(r, SeqPair)] for found in read]
+    assert len(pairs[0]) == 50
+    assert {target for _, target in pairs[0]} == {"complaint", "no complaint"}
+    assert all(other == pairs[0] for other in pairs[1:])
+    columns = {"input": "Tweet text", "target": "text_label"}  # RAFT's own names
+    few = [rows(form / f"twitter_complaints_small.{form.name}", format=columns) for form in forms]
+    assert all([(r.input, r.target) for r in found if isinstance(r, SeqPair)] == pairs[0][:10] for found in few)
 
 
 def test_the_text_of_a_row_is_not_touched(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from tasks.updates import changes_of
 from tests.samples import ADALORA, IA3, LORA, QLORA
 
 ADAPTER = QloraAdapter.model_validate(QLORA)
-PROBES = [list(range(5, 25)), list(range(40, 47))]
+PROBES = [{"input_ids": list(range(5, 25))}, {"input_ids": list(range(40, 47))}]
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +237,8 @@ def test_the_difference_is_the_kullback_leibler_divergence(pico_base: Path, adap
     total, largest = 0.0, 0.0
     for probe in PROBES:
         with torch.no_grad():
-            p, q = (m(input_ids=torch.tensor([probe]), use_cache=False).logits[0].double() for m in (first, second))
+            ids = torch.tensor([probe["input_ids"]])
+            p, q = (m(input_ids=ids, use_cache=False).logits[0].double() for m in (first, second))
         total += F.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="sum").item()
         largest = max(largest, (p - q).abs().max().item())
     assert found.mean_kl == pytest.approx(total / 27, rel=1e-4)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tasks.adapted import fresh, published_state
+from tasks.architecture import DECODER
 from tasks.device import settle
 from tasks.errors import BadData
 from tasks.models import TokenRow
@@ -115,7 +116,7 @@ def test_the_order_of_rows_in_a_batch_and_their_padding_do_not_matter(pico_base:
         assert set(logged) == {"nll", "odds_penalty", "log_odds_ratio", "accuracy"}
     else:
         singles = [loss_of(model, [row], METHODS[name])[0].item() for row in rows]
-        tokens = [sum(row[0].mask) for row in rows]
+        tokens = [sum(chat.mask) for row in rows for chat in row if isinstance(chat, TokenRow)]
         weighted = sum(s * t for s, t in zip(singles, tokens, strict=True)) / sum(tokens)
         assert loss.item() == pytest.approx(weighted, rel=1e-4)
 
@@ -184,15 +185,15 @@ def test_rows_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:
         tmp_path, "chat", [{"id": "1", "family": "", "ids": [1, 2], "mask": [False, True], "prompt_tokens": 1}]
     )
     write_rendered(tmp_path, "preference", [])
-    assert read_examples(tmp_path, "train", METHODS["qlora"]) == [(TokenRow([1, 2], [False, True], 1),)]
+    assert read_examples(tmp_path, "train", METHODS["qlora"], DECODER) == [(TokenRow([1, 2], [False, True], 1),)]
     with pytest.raises(BadData, match="holds no preference rows, which the objective orpo learns from"):
-        read_examples(tmp_path, "train", METHODS["orpo"])
+        read_examples(tmp_path, "train", METHODS["orpo"], DECODER)
 
 
 def test_pairs_become_two_sequences_with_one_prompt(tmp_path: Path) -> None:
     row = {"id": "1", "family": "", "prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]}
     write_rendered(tmp_path, "preference", [row])
-    assert read_examples(tmp_path, "train", METHODS["orpo"]) == [
+    assert read_examples(tmp_path, "train", METHODS["orpo"], DECODER) == [
         (TokenRow([1, 2, 3], [False, False, True], 2), TokenRow([1, 2, 4, 5], [False, False, True, True], 2))
     ]
 

@@ -1,0 +1,33 @@
+"""Rendered rows scored by whichever kind of model they are for: chats by decoders, pairs by encoder-decoders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from tasks.models import Model, Scored, TokenRow, score_tokens
+from tasks.seq2seq import PairRow, score_pairs
+
+if TYPE_CHECKING:
+    from tasks.adapters.below import Below
+
+Row: TypeAlias = "TokenRow | PairRow"
+"""What a model is scored on."""
+
+
+def row_of(rendered: Mapping[str, Any]) -> Row:
+    """A row of chat.parquet or pair.parquet, told by its columns, as what a model is scored on."""
+    if "target_ids" in rendered:
+        return PairRow(rendered["input_ids"], rendered["target_ids"])
+    return TokenRow(rendered["ids"], rendered["mask"], rendered["prompt_tokens"])
+
+
+def score(model: Model, rows: Sequence[Row], below: Below | None = None) -> Scored:
+    """The log-probability of every scored token of some rows, which are all of one kind.
+
+    `below` keeps what a decoder's adapter cannot change.
+    """
+    pairs = [row for row in rows if isinstance(row, PairRow)]
+    return (
+        score_pairs(model, pairs) if pairs else score_tokens(model, [r for r in rows if isinstance(r, TokenRow)], below)
+    )

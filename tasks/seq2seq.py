@@ -1,0 +1,135 @@
+"""What is read off an encoder-decoder model (T5, arXiv:1910.10683): scores of targets, and answers to inputs.
+
+Everything goes through the model's own forward pass and its own `generate`, so that families that scale, bias or shift
+in their own way, and adapters that add tokens of theirs, stay right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tasks.errors import BadData
+from tasks.generation_params import Generation
+from tasks.models import Model, Scored
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+"""The label of what is no token of a target."""
+
+
+class PairRow(NamedTuple):
+    """Token ids of an input and of its target, each with the end token that it has."""
+
+    input_ids: Sequence[int]
+    target_ids: Sequence[int]
+
+    @property
+    def tokens(self) -> int:
+        """How long the row is."""
+        return len(self.input_ids) + len(self.target_ids)
+
+    @property
+    def scored_tokens(self) -> int:
+        """How many tokens the loss falls on."""
+        return len(self.target_ids)
+
+
+class Padded(NamedTuple):
+    """Rows of token ids, filled up on the right: `ids` and `attended` (1 for tokens), both (rows, longest) int64."""
+
+    ids: Tensor
+    attended: Tensor
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int, device: Any) -> Padded:
+    """Rows of token ids as one tensor; on the right, because some encoders count positions from the first."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    ids = pad_sequence(
+        [torch.tensor(list(row), dtype=torch.long) for row in rows], batch_first=True, padding_value=fill
+    )
+    lengths = torch.tensor([len(row) for row in rows])
+    attended = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
+    return Padded(ids.to(device), attended.to(device))
+
+
+def score_pairs(model: Model, rows: Sequence[PairRow]) -> Scored:
+    """The log-probability of every token of the targets, end token included, given the input and the tokens before it.
+
+    The decoder reads the target shifted right by the model's own start token; its mean is the loss that transformers
+    computes from `labels`.
+    """
+    from torch.nn import functional as F
+
+    inputs = padded([row.input_ids for row in rows], 0, model.device)
+    labels = padded([row.target_ids for row in rows], IGNORED, model.device).ids
+    logits = model(
+        input_ids=inputs.ids,
+        attention_mask=inputs.attended,
+        decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels=labels),  # type: ignore[operator]
+        use_cache=False,
+    ).logits
+    logits = logits[:, -labels.shape[1] :]  # after the positions of a learnt prompt, where the decoder has one
+    scored = labels != IGNORED
+    logp = -F.cross_entropy(logits[scored].float(), labels[scored], reduction="none")
+    return Scored(logp, scored.nonzero()[:, 0], len(rows))
+
+
+def generate_targets(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    generation: Generation,
+) -> list[list[int]]:
+    """Answers to a batch of inputs: the tokens after the start token, up to the end token if there is one."""
+    import torch
+
+    from tasks.generation import decoding
+
+    given = padded(inputs, 0, model.device)
+    with torch.no_grad():
+        written: Tensor = model.generate(  # type: ignore[operator]
+            input_ids=given.ids,
+            attention_mask=given.attended,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **decoding(model, generation, given.ids, given.attended),
+        )
+    return [_until(row, tokenizer.eos_token_id) for row in written[:, 1:].tolist()]
+
+
+def _until(ids: list[int], end: int) -> list[int]:
+    """What stands up to and including the first end token; after it there is only padding."""
+    return ids[: ids.index(end) + 1] if end in ids else ids
+
+
+def check_room(model: Model, rows: Sequence[tuple[str, Sequence[int]]], max_new_tokens: int) -> None:
+    """Refuses inputs or answers that are longer than the positions of a model that counts them (BART's; T5 does not).
+
+    Args:
+        model: the model that is to answer.
+        rows: ids of rows, with their inputs.
+        max_new_tokens: how long an answer may get.
+
+    Raises:
+        BadData: one of them is too long.
+    """
+    room = model.config.to_dict().get("max_position_embeddings")
+    if room is None:
+        return
+    if max_new_tokens > room:
+        raise BadData("evaluate.max_new_tokens is more than the model can write", got=str(max_new_tokens))
+    if cramped := [f"{row}: {len(ids)} tokens" for row, ids in rows if len(ids) > room]:
+        raise BadData(
+            f"{len(cramped)} inputs are longer than the model can read",
+            examples=cramped,
+            expected=f"inputs of at most {room} tokens",
+            fix="lower render.max_tokens",
+        )
