@@ -6,13 +6,14 @@ import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from tasks.adapter_params import QloraAdapter
 from tasks.device import compute_dtype, device
 from tasks.errors import BadModel
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -100,12 +101,15 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_model(folder: Path, quantized_for: QloraAdapter | None = None) -> PreTrainedModel:
-    """A causal language model from a folder, in this machine's compute dtype, ready to run.
+def load_model(
+    folder: Path, quantized_for: QloraAdapter | None = None, dtype: torch.dtype | Literal["auto"] | None = None
+) -> PreTrainedModel:
+    """A causal language model from a folder, in this machine's compute dtype unless another is asked for, ready to run.
 
     Args:
         folder: a Hugging Face model folder.
         quantized_for: asks for the weights in the 4-bit form that this adapter is trained on.
+        dtype: the number format of the weights; `auto` is that of the files.
 
     Raises:
         BadModel: the folder is unsafe, incomplete, or not of a known architecture.
@@ -117,7 +121,7 @@ def load_model(folder: Path, quantized_for: QloraAdapter | None = None) -> PreTr
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=compute_dtype(),
+            dtype=dtype or compute_dtype(),
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tasks.params import Checks, Evaluate, FileSource, Method, PretrainBase, Render, Validate
+from tasks.base_params import PretrainBase
+from tasks.params import Checks, Evaluate, FileSource, Method, Render, Validate
 
 PICO_SETTINGS = [
     "ingest.sources.chats.count=120",
@@ -30,6 +31,9 @@ def pretrain_params(**changes: Any) -> PretrainBase:
     values: dict[str, Any] = {
         "kind": "pretrain",
         "path": "data/clean",
+        "rows": ["text", "chat"],
+        "held_out": 0.1,
+        "held_out_rows": 20,
         "vocabulary": 400,
         "hidden_size": 64,
         "mlp_size": 64,

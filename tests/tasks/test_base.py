@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tasks.base import copy_model, give_template, make_model
+from tasks.base import copy_model, give_template
+from tasks.base_params import HubBase
+from tasks.corpus import pack_blocks
 from tasks.errors import BadData, BadModel, Transient
 from tasks.generate import Recipe, generate, read_lexicon
 from tasks.hub import snapshot
 from tasks.models import MODEL_FILES, load_model
-from tasks.params import GeneratorSource, HubBase
+from tasks.params import GeneratorSource
 from tasks.params_reading import load
-from tasks.pretraining import Shuffle, document, pack_blocks, train_tokenizer
+from tasks.pretraining import Shuffle, document, make_model, train_tokenizer
 from tasks.records import ChatExample, Message, TextExample, held_out
 from tasks.tables import write_records
 from tasks.templates import load_tokenizer, render_chat, render_prompt
@@ -84,9 +86,10 @@ def test_documents_end_with_the_stop_token_and_chats_look_as_the_template_writes
 def test_blocks_hold_all_text_in_order(pico_base: Path) -> None:
     tokenizer = load_tokenizer(pico_base)
     texts = [f"document {n}<|im_end|>" for n in range(30)]
-    blocks = pack_blocks(tokenizer, texts, 16)
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    blocks = pack_blocks(rows, 16)
     flat = blocks.flatten().tolist()
-    everything = [i for text in texts for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    everything = [i for row in rows for i in row]
     assert flat == everything[: len(flat)]
     assert len(everything) - len(flat) < 16
 
@@ -114,7 +117,7 @@ def test_the_shipped_base_is_what_its_manifest_says_and_small_enough(tmp_path: P
     assert sum(file.stat().st_size for file in shipped.iterdir()) <= 10_000_000
     manifest = json.loads((shipped / "manifest.json").read_text())
     recipe = load(ROOT / "recipes" / "pretrain-tiny.yaml")
-    assert manifest["base"] == recipe.base.model_dump()
+    assert manifest["base"].items() <= recipe.base.model_dump().items()
     assert load_model(tmp_path).num_parameters() == 2_951_616
     shutil.copytree(shipped, tmp_path / "altered")
     with (tmp_path / "altered" / "model.safetensors").open("r+b") as file:
