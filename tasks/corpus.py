@@ -36,6 +36,13 @@ def read_corpus(params: Pretraining) -> Corpus:
     Raises:
         BadData: there are no rows to learn from.
     """
+    if missing := [kind for kind in params.rows if not Path(params.path, f"{kind}.parquet").is_file()]:
+        raise BadData(
+            "is not the folder of clean rows",
+            where=params.path,
+            got=f"no {missing[0]}.parquet",
+            fix="set base.path=data/clean",
+        )
     corpus = Corpus([], [])
     for record in read_records(Path(params.path), params.rows):
         if isinstance(record, TextExample | ChatExample):
@@ -83,22 +90,23 @@ def own_token_ids(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Docume
         some = documents[start : start + AT_ONCE]
         texts = [document.text for document in some if isinstance(document, TextExample)]
         rows: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"] if texts else []
-        yield from (row if row and row[-1] == stop else [*row, stop] for row in rows)
-        chats = [document for document in some if isinstance(document, ChatExample)]
-        yield from _chat_ids(tokenizer, chats)
+        ended = (row if row and row[-1] == stop else [*row, stop] for row in rows)
+        chats = iter(_chat_ids(tokenizer, [document for document in some if isinstance(document, ChatExample)]))
+        yield from (next(ended if isinstance(document, TextExample) else chats) for document in some)
 
 
-def _chat_ids(tokenizer: PreTrainedTokenizerBase, chats: Sequence[ChatExample]) -> Iterator[list[int]]:
-    refused = []
+def _chat_ids(tokenizer: PreTrainedTokenizerBase, chats: Sequence[ChatExample]) -> list[list[int]]:
+    ids, refused = [], []
     for chat, rendered in zip(chats, render_chats(tokenizer, [Chat(c.messages, c.tools) for c in chats]), strict=True):
         if isinstance(rendered, BadData):
             refused.append(f"{chat.id}: {rendered.what}")
         else:
-            yield rendered.ids
+            ids.append(rendered.ids)
     if refused:
         raise BadData(
             f"{len(refused)} chats cannot be rendered", examples=refused, fix="correct them, or change base.rows"
         )
+    return ids
 
 
 def pack_blocks(rows: Iterable[Sequence[int]], context_tokens: int) -> np.ndarray[Any, Any]:

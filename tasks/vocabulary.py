@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WORD_START = "\u2581"
-"""What SentencePiece writes for the space before a word; its tokenizers do not split texts into words otherwise."""
+"""What SentencePiece writes for the space before a word."""
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _OTHER_FORMS = ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json")
@@ -197,10 +197,10 @@ def _merged(word: Sequence[int], pair: Merge, new: int) -> list[int]:
 
 
 def _words(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Counter[tuple[int, ...]]:
-    """The words of some texts as the tokenizer splits them, and how often each occurs."""
+    """The words of some texts as the tokenizer splits them, and how often each occurs; added tokens end words."""
     words: Counter[tuple[int, ...]] = Counter()
-    added = set(tokenizer.added_tokens_decoder)
-    starts = {number for token, number in tokenizer.get_vocab().items() if token.startswith(WORD_START)}
+    added, names = set(tokenizer.added_tokens_decoder), {n: token for token, n in tokenizer.get_vocab().items()}
+    splits = tokenizer.backend_tokenizer.pre_tokenizer is not None
     remaining = iter(texts)
     while some := list(islice(remaining, 1000)):
         encoded = tokenizer(some, add_special_tokens=False, verbose=False)
@@ -208,7 +208,8 @@ def _words(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Counter[
             word: list[int] = []
             last: int | None = None
             for number, of in zip(encoded["input_ids"][text], encoded.word_ids(text), strict=True):
-                if of != last or number in starts or number in added:
+                apart = not word or of != last or number in added
+                if apart or (not splits and _word_ends(names[word[-1]], names[number])):
                     words[tuple(word)] += 1
                     word = []
                 if number not in added:
@@ -216,6 +217,15 @@ def _words(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Counter[
                 last = of
             words[tuple(word)] += 1
     return Counter({word: times for word, times in words.items() if len(word) > 1})
+
+
+def _word_ends(before: str, after: str) -> bool:
+    """Whether a word ends between two tokens of a tokenizer that does not split texts itself.
+
+    It does before a space, and between letters or digits and anything else, as SentencePiece's own training has it.
+    """
+    left, right = before.strip(WORD_START), after.strip(WORD_START)
+    return after.startswith(WORD_START) or (left != "" and left[-1].isalnum() != right[:1].isalnum())
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -3,10 +3,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from ruamel.yaml import YAML
 
 from tasks.base import copy_model, give_template
 from tasks.base_params import HubBase
@@ -21,8 +25,12 @@ from tasks.pretraining import Shuffle, document, make_model, train_tokenizer
 from tasks.records import ChatExample, Message, TextExample, held_out
 from tasks.tables import write_records
 from tasks.templates import load_tokenizer, render_chat, render_prompt
-from tests.conftest import ROOT
+from tests.conftest import ROOT, environment
 from tests.samples import pretrain_params
+from tests.tasks.test_checkpoint_import import original, save
+from tests.tasks.test_checkpoint_import import params as checkpoint_params
+from tests.tasks.test_continuing import params as continue_params
+from tests.tasks.test_pretraining import texts
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -188,6 +196,51 @@ def test_a_real_pretrained_model_is_a_base(real_data: Path, tmp_path: Path) -> N
     assert load_model(tmp_path).num_parameters() == 260_032
     with pytest.raises(BadModel, match="no chat template"):
         load_tokenizer(tmp_path)
+
+
+def run_base(workspace: Path, base: dict[str, Any], code: int) -> str:
+    """The stage as DVC runs it, in a workspace whose clean rows are a few texts."""
+    yaml = YAML()
+    content = yaml.load(workspace / "params.yaml")
+    content["base"] = base
+    yaml.dump(content, workspace / "params.yaml")
+    (workspace / "data" / "clean").mkdir(exist_ok=True)
+    write_records(workspace / "data" / "clean", texts(60))
+    done = subprocess.run(
+        [sys.executable, "-m", "tasks.base", "--out", "data/base"],
+        cwd=workspace,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+def test_the_stage_trains_an_existing_base_further_or_says_in_one_block_why_not(workspace: Path) -> None:
+    base = continue_params(Path("models/tiny"), "data/clean", sha256="0" * 64).model_dump()
+    said = run_base(workspace, base, code=65)
+    (pin,) = re.findall(r"set base\.of\.sha256=([0-9a-f]{64})", said)
+    base["of"]["sha256"] = pin
+    said = run_base(workspace, base, code=0)
+    assert "base: held-out rows: " in said
+    manifest = json.loads((workspace / "data/base/manifest.json").read_text())
+    assert manifest["base"] == base
+    assert manifest["held_out"]["bits_per_byte"] < manifest["held_out_before"]["bits_per_byte"]
+    assert {"log.jsonl", "README.md", "model.safetensors"} <= manifest["files"].keys()
+    base["path"] = "models/tiny"
+    assert "is not the folder of clean rows" in run_base(workspace, base, code=65)
+
+
+def test_the_stage_imports_a_checkpoint_or_says_in_one_block_why_not(workspace: Path) -> None:
+    save(workspace / "models" / "mine", {"model": original().state_dict()})
+    base = checkpoint_params(Path("models/mine"), template="chatml").model_dump()
+    assert "parameters from checkpoint models/mine" in run_base(workspace, base, code=0)
+    (workspace / "models" / "mine" / "model.pt").write_bytes(b"PK")
+    said = run_base(workspace, base, code=65)
+    assert "error: models/mine/model.pt: is no PyTorch checkpoint, or a torn one" in said
 
 
 # --- chat templates ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tasks.base import check, put
 from tasks.base_params import CheckpointBase
@@ -89,7 +88,7 @@ class Block(nn.Module):
 class Original(nn.Module):
     def __init__(self, tied: bool = False, **changes: Any) -> None:
         super().__init__()
-        sizes = {
+        sizes: dict[str, Any] = {
             "vocabulary": VOCABULARY,
             "hidden": HIDDEN,
             "mlp": MLP,
@@ -169,13 +168,14 @@ def test_the_other_rotation_or_theta_would_be_noticed(tmp_path: Path) -> None:
     theirs = original()
     folder = save(tmp_path / "in", theirs.state_dict())
     ids = torch.arange(20)
-    for number, changes in enumerate(({"rotation": "interleaved"}, {"rope_theta": 500.0}, {"rms_norm_eps": 0.1})):
+    others: list[dict[str, Any]] = [{"rotation": "interleaved"}, {"rope_theta": 500.0}, {"rms_norm_eps": 0.1}]
+    for number, changes in enumerate(others):
         ours = imported(params(folder, **changes), tmp_path / str(number))
         assert (ours(ids[None]).logits[0] - theirs(ids)).abs().max() > 1e-3
 
 
 def test_the_shape_that_is_asked_for_twelve_layers_of_768(tmp_path: Path) -> None:
-    """The sizes of the issue with a small vocabulary: 12 layers, hidden 768, 12 heads of which 3 for keys and values."""
+    """12 layers, hidden size 768, 12 heads of which 3 are for keys and values; with a small vocabulary."""
     theirs = original(vocabulary=64, hidden=768, mlp=1024, layers=12, heads=12, kv_heads=3)
     with torch.no_grad():
         for block in theirs.base_model.layers:  # type: ignore[union-attr]
@@ -204,9 +204,9 @@ def test_the_number_format_is_kept_where_a_model_folder_can_have_it(tmp_path: Pa
     folder = save(tmp_path / "in", theirs.state_dict())
     (tmp_path / "out").mkdir()
     put(params(folder), tmp_path / "out", tmp_path)
-    kept = load_model(tmp_path / "out", dtype="auto").get_input_embeddings().weight
+    kept = load_model(tmp_path / "out", dtype="auto").state_dict()["model.embed_tokens.weight"]
     assert kept.dtype == (torch.float32 if dtype == torch.float64 else dtype)
-    assert torch.equal(kept.double(), theirs.base_model.embed_tokens.weight.double())  # type: ignore[union-attr,operator]
+    assert torch.equal(kept.double(), theirs.state_dict()["base_model.embed_tokens.weight"].double())
 
 
 def test_with_a_chat_template_it_is_a_base_that_the_factory_takes(tmp_path: Path) -> None:
@@ -216,11 +216,11 @@ def test_with_a_chat_template_it_is_a_base_that_the_factory_takes(tmp_path: Path
     assert about == {"added_tokens": ["<|im_start|>", "<|im_end|>", "<|pad|>"]}
     model = check(out, "here", chats=True)
     assert model.config.vocab_size == VOCABULARY  # there was room for them
-    rows = model.get_input_embeddings().weight
+    rows = model.state_dict()["model.embed_tokens.weight"]
     torch.testing.assert_close(rows[len(WORDS)], rows[: len(WORDS)].float().mean(0).to(rows.dtype))
+    (tmp_path / "none").mkdir()
+    put(params(folder), tmp_path / "none", tmp_path)
     with pytest.raises(BadModel, match="no chat template"):
-        (tmp_path / "none").mkdir()
-        put(params(folder), tmp_path / "none", tmp_path)
         check(tmp_path / "none", "here", chats=True)
 
 
