@@ -76,7 +76,7 @@ def give_template(folder: Path, template: Path) -> list[str]:
         tokenizer.pad_token = PAD
     tokenizer.save_pretrained(folder)
     if added:
-        model = load_model(folder, dtype="auto")
+        model = load_model(folder, full_precision=True)
         grow_rows(model, {number: [] for token, number in tokenizer.get_vocab().items() if token in added})
         rewrite(model, folder)
     return added

@@ -114,14 +114,19 @@ def grow(folder: Path, growth: Growth, documents: Sequence[Document]) -> dict[in
         new |= add_merges(folder, _texts(documents[:TOKENIZER_DOCUMENTS]), growth.learnt)
     if growth.begin_as == "all":
         new = {number: [] for number in new}
-    model = load_model(folder, dtype="auto")
+    model = load_model(folder, full_precision=True)
     grow_rows(model, new)
     rewrite(model, folder)
     return new
 
 
 def rewrite(model: PreTrainedModel, folder: Path) -> None:
-    """Puts a model's weights in the place of those of its folder."""
+    """Puts a model's weights in the place of those of its folder, in the number format that these have."""
+    import torch
+    from transformers import AutoConfig
+
+    whole: Any = model
+    whole.to(AutoConfig.from_pretrained(folder, local_files_only=True).dtype or torch.float32)
     for file in folder.glob("*.safetensors*"):
         file.unlink()
     model.save_pretrained(folder)
@@ -129,10 +134,8 @@ def rewrite(model: PreTrainedModel, folder: Path) -> None:
 
 def trainable(folder: Path, params: ContinueBase, new: Sequence[int]) -> Model:
     """The model of a folder with what is to be trained in float32: all weights, or LoRA and the rows of new tokens."""
-    import torch
-
     if isinstance(params.adapter, AllWeights):
-        return load_model(folder, dtype=torch.float32).requires_grad_(True)
+        return load_model(folder, full_precision=True).requires_grad_(True)
     return with_lora(load_model(folder), params.adapter, new)
 
 
@@ -173,25 +176,22 @@ def adamw(model: Model, weight_decay: float) -> list[Optimizer]:
 
 
 def publish(model: Model, folder: Path, params: ContinueBase, new: Sequence[int]) -> int:
-    """Writes what was trained into the model's folder, in the number format of its files; LoRA is merged in float32.
+    """Writes what was trained into the model's folder; LoRA is merged in float32.
 
     Returns:
         The number of parameters.
     """
     import torch
-    from transformers import AutoConfig
 
-    dtype = AutoConfig.from_pretrained(folder, local_files_only=True).dtype
     whole: Any = model
     if not isinstance(params.adapter, AllWeights):
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        adapted = with_lora(load_model(folder, dtype=torch.float32), params.adapter, new)
+        adapted = with_lora(load_model(folder, full_precision=True), params.adapter, new)
         with torch.no_grad():
             for name, parameter in adapted.named_parameters():
                 if name in trained:
                     parameter.copy_(trained[name])
         whole = adapted.merge_and_unload()
-    whole.to(dtype or torch.float32)
     rewrite(whole, folder)
     return int(whole.num_parameters())
 

@@ -6,14 +6,13 @@ import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from tasks.adapter_params import QloraAdapter
 from tasks.device import compute_dtype, device
 from tasks.errors import BadModel
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftModel
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -102,18 +101,19 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def load_model(
-    folder: Path, quantized_for: QloraAdapter | None = None, dtype: torch.dtype | Literal["auto"] | None = None
+    folder: Path, quantized_for: QloraAdapter | None = None, *, full_precision: bool = False
 ) -> PreTrainedModel:
-    """A causal language model from a folder, in this machine's compute dtype unless another is asked for, ready to run.
+    """A causal language model from a folder, in this machine's compute dtype, ready to run.
 
     Args:
         folder: a Hugging Face model folder.
         quantized_for: asks for the weights in the 4-bit form that this adapter is trained on.
-        dtype: the number format of the weights; `auto` is that of the files.
+        full_precision: asks for the weights in float32, whatever they are computed with.
 
     Raises:
         BadModel: the folder is unsafe, incomplete, or not of a known architecture.
     """
+    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -121,7 +121,7 @@ def load_model(
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=dtype or compute_dtype(),
+            dtype=torch.float32 if full_precision else compute_dtype(),
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,

@@ -135,3 +135,11 @@ def file_source(path: Path, **changes: Any) -> FileSource:
 
 
 EVALUATE = Evaluate(rows=8, batch_rows=4, max_new_tokens=3, bootstrap_samples=200, confidence=0.95, seed=1)
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    """The tensors of a model folder as its file holds them."""
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Any] = load_file(folder / "model.safetensors")
+    return tensors

@@ -301,7 +301,7 @@ def test_a_base_takes_a_template_by_its_name(pico_base: Path, tmp_path: Path, na
     rows, known = embeddings(model.get_input_embeddings()), embeddings(before.get_input_embeddings())
     assert torch.equal(rows[: len(known)], known)
     if added:
-        assert torch.equal(rows[-1], known.float().mean(0).to(known.dtype))
+        torch.testing.assert_close(rows[-1].float(), known.float().mean(0), atol=1e-3, rtol=1e-2)
         assert rows.data_ptr() == embeddings(model.get_output_embeddings()).data_ptr()  # still tied
     assert model(torch.tensor([ids])).logits.shape[-1] == len(tokenizer)
 

@@ -16,6 +16,7 @@ from tasks.base import check, put
 from tasks.base_params import CheckpointBase
 from tasks.errors import BadModel
 from tasks.models import load_model
+from tests.samples import stored
 
 WORDS = ["<|end|>", *"abcdefghijklmnopqrstuvwxyz"]
 VOCABULARY, HIDDEN, MLP, LAYERS, HEADS, KV_HEADS = 32, 24, 40, 3, 4, 2
@@ -150,7 +151,7 @@ def save(folder: Path, content: Any, tokens: list[str] = WORDS) -> Path:
 def imported(base: CheckpointBase, out: Path) -> Any:
     out.mkdir()
     put(base, out, out)
-    return load_model(out, dtype=torch.float32)
+    return load_model(out, full_precision=True)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -204,7 +205,7 @@ def test_the_number_format_is_kept_where_a_model_folder_can_have_it(tmp_path: Pa
     folder = save(tmp_path / "in", theirs.state_dict())
     (tmp_path / "out").mkdir()
     put(params(folder), tmp_path / "out", tmp_path)
-    kept = load_model(tmp_path / "out", dtype="auto").state_dict()["model.embed_tokens.weight"]
+    kept = stored(tmp_path / "out")["model.embed_tokens.weight"]
     assert kept.dtype == (torch.float32 if dtype == torch.float64 else dtype)
     assert torch.equal(kept.double(), theirs.state_dict()["base_model.embed_tokens.weight"].double())
 

@@ -23,7 +23,7 @@ from tasks.perplexity import perplexity
 from tasks.records import ChatExample, Message
 from tasks.tables import write_records
 from tasks.templates import read_tokenizer
-from tests.samples import file_source
+from tests.samples import file_source, stored
 from tests.tasks.test_pretraining import Killed, chats, clean, kill_after, texts
 
 FULL = {"name": "full"}
@@ -91,7 +91,7 @@ def test_a_model_that_is_trained_further_predicts_held_out_rows_better(
     learnt = 0.9 if adapter is FULL or growth is GROWTH else 0.99  # embeddings of random numbers stay with LoRA
     assert said["held_out"]["bits_per_byte"] < learnt * said["held_out_before"]["bits_per_byte"]
     model = check(tmp_path / "out", "here", chats=True)
-    before = load_model(base, dtype="auto")
+    before = load_model(base, full_precision=True)
     tokenizer = read_tokenizer(tmp_path / "out")
     rows = read_corpus(chosen).held_out
     found = perplexity(
@@ -103,7 +103,7 @@ def test_a_model_that_is_trained_further_predicts_held_out_rows_better(
     assert len(said["new_tokens"]) == new
     assert model.config.vocab_size == before.config.vocab_size + new
     assert model.config.tie_word_embeddings == before.config.tie_word_embeddings
-    assert load_model(tmp_path / "out", dtype="auto").dtype == torch.float32
+    assert stored(tmp_path / "out")["model.embed_tokens.weight"].dtype == torch.float32
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"before: {said['held_out_before']['loss']:.4f} nats per token" in card
     assert f"after: {said['held_out']['loss']:.4f} nats per token" in card
@@ -115,7 +115,7 @@ def test_a_model_that_is_trained_further_predicts_held_out_rows_better(
 
 def test_lora_moves_new_rows_and_layers_and_nothing_else(tmp_path: Path, base: Path, corpus: str) -> None:
     made(tmp_path / "out", params(base, corpus, adapter=LORA, growth=GROWTH))
-    was, now = (load_model(folder, dtype="auto").state_dict() for folder in (base, tmp_path / "out"))
+    was, now = (load_model(folder, full_precision=True).state_dict() for folder in (base, tmp_path / "out"))
     old = was["model.embed_tokens.weight"].shape[0]
     for name, tensor in was.items():
         if "embed_tokens" in name or "lm_head" in name:
@@ -129,7 +129,7 @@ def test_lora_moves_new_rows_and_layers_and_nothing_else(tmp_path: Path, base: P
         params(base, corpus, growth=GROWTH).growth,
         [read_corpus(params(base, corpus)).learnt[i] for i in order(corpus, base)],
     )
-    begun = load_model(grown, dtype="auto").state_dict()
+    begun = load_model(grown, full_precision=True).state_dict()
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert not torch.isclose(now[name][old:], begun[name][old:]).all(dim=1).any(), name
 
@@ -152,9 +152,9 @@ def test_what_is_published_is_the_model_that_was_trained(
         return publish(model, *rest)
 
     monkeypatch.setattr(continuing, "publish", keep)
-    monkeypatch.setattr(continuing, "load_model", lambda folder, dtype=None: load_model(folder, dtype=torch.float32))
+    monkeypatch.setattr(continuing, "load_model", lambda folder, **_: load_model(folder, full_precision=True))
     made(tmp_path / "out", params(base, corpus, adapter=adapter, growth=GROWTH))
-    trained, written = kept[0].eval(), load_model(tmp_path / "out", dtype=torch.float32)
+    trained, written = kept[0].eval(), load_model(tmp_path / "out", full_precision=True)
     ids = torch.arange(300, 300 + 40)[None] + torch.tensor([[0], [66]])  # new tokens, too
     torch.testing.assert_close(written(ids).logits, trained(ids).logits, atol=1e-4, rtol=1e-4)
 
@@ -188,7 +188,7 @@ def test_a_bf16_base_stays_one(tmp_path: Path, pico_base: Path, corpus: str) -> 
     for name, adapter in (("full", FULL), ("lora", LORA)):
         said = made(tmp_path / name, params(pico_base, corpus, adapter=adapter, held_out=0.0))
         assert "held_out" not in said
-        assert load_model(tmp_path / name, dtype="auto").dtype == torch.bfloat16
+        assert stored(tmp_path / name)["model.embed_tokens.weight"].dtype == torch.bfloat16
 
 
 def test_a_real_model_goes_on_with_real_stories_without_a_chat_template(tmp_path: Path, real_data: Path) -> None:

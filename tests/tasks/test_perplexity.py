@@ -49,7 +49,7 @@ def test_who_knows_nothing_has_the_size_of_the_vocabulary_as_perplexity() -> Non
 
 def test_each_token_is_predicted_once_whatever_is_computed_at_a_time(pico_base: Path) -> None:
     """Against windows that are read one by one, without padding: here written out for a context of 8."""
-    model = load_model(pico_base, dtype=torch.float32)
+    model = load_model(pico_base, full_precision=True)
     rows = [list(range(5, 5 + n)) for n in (2, 8, 9, 15, 16, 40)]
     nats, tokens = 0.0, 0
     for row in rows:

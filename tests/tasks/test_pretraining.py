@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tasks.corpus import own_token_ids, read_corpus, text_bytes
 from tasks.errors import BadData, BadModel
@@ -98,7 +97,7 @@ def test_what_is_said_of_held_out_rows_is_so(tmp_path: Path) -> None:
     corpus = read_corpus(pretrain_params(path=path))
     tokenizer = load_tokenizer(tmp_path / "out")
     rows = [tokenizer(document(row), add_special_tokens=False)["input_ids"] for row in corpus.held_out]
-    model = load_model(tmp_path / "out", dtype=torch.float32)
+    model = load_model(tmp_path / "out", full_precision=True)
     found = perplexity(model, rows, text_bytes(corpus.held_out), context_tokens=32, batch_tokens=64)
     assert found is not None
     assert said["tokens"] == sum(len(row) - 1 for row in rows)

@@ -22,7 +22,7 @@ from tasks.records import ChatExample, TextExample
 from tasks.templates import read_tokenizer
 from tasks.vocabulary import WORD_START, add_merges, learn_merges
 from tests.conftest import ROOT
-from tests.samples import file_source
+from tests.samples import file_source, stored
 
 
 def corpus(count: int = 300) -> list[Any]:
@@ -138,7 +138,7 @@ def test_tokens_that_are_there_already_or_twice_are_refused(base: Path) -> None:
 def test_old_logits_stay_and_new_ones_are_means(base: Path, begin_as: str) -> None:
     """A head's row that is a mean of rows gives the mean of their logits."""
     tied = json.loads((base / "config.json").read_text())["tie_word_embeddings"]
-    small, before = read_tokenizer(base), load_model(base, dtype=torch.float32)
+    small, before = read_tokenizer(base), load_model(base, full_precision=True)
     old: int = before.config.vocab_size
     ids = torch.arange(60).reshape(3, 20)
     then = before(ids).logits
@@ -152,7 +152,7 @@ def test_old_logits_stay_and_new_ones_are_means(base: Path, begin_as: str) -> No
         assert [new[old], new[old + 1]] == parts
         for number in range(old + 2, old + 8):
             assert "".join(small.convert_ids_to_tokens(new[number])) == grown.convert_ids_to_tokens(number)
-    after = load_model(base, dtype=torch.float32)
+    after = load_model(base, full_precision=True)
     now = after(ids).logits
     assert now.shape[-1] == after.config.vocab_size == old + 8
     torch.testing.assert_close(now[..., :old], then, atol=0, rtol=0)
@@ -171,15 +171,15 @@ def test_rows_that_are_there_already_are_used(pico_base: Path, tmp_path: Path) -
     """As Qwen's models, which have more rows than tokens."""
     folder = tmp_path / "base"
     shutil.copytree(pico_base, folder)
-    model = load_model(folder, dtype="auto")
+    model = load_model(folder, full_precision=True)
     known = model.config.vocab_size
     model.resize_token_embeddings(known + 64, mean_resizing=False)
     model.save_pretrained(folder)
     (number,) = grow(folder, growth(["kilogram"]), [])
-    grown = load_model(folder, dtype="auto")
+    grown = load_model(folder, full_precision=True)
     assert (number, grown.config.vocab_size) == (known, known + 64)
     parts = read_tokenizer(pico_base)("kilogram", add_special_tokens=False)["input_ids"]
-    rows = grown.state_dict()["model.embed_tokens.weight"]
+    rows = stored(folder)["model.embed_tokens.weight"]
     torch.testing.assert_close(rows[number], rows[parts].float().mean(0).to(rows.dtype), atol=0, rtol=0)
 
 
