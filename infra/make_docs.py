@@ -79,7 +79,8 @@ def _value(quickstart: Any, path: str, key: str, body: dict[str, Any]) -> str:
     """The quickstart's values for a key; more than one where NAME stands for several sections that differ."""
     nodes = [quickstart]
     for part in path.split("."):
-        nodes = [inner for node in nodes for inner in (node.values() if part == "NAME" else [node[part]])]
+        steps = [node.values() if part == "NAME" else [node[part]] if part in node else [] for node in nodes]
+        nodes = [inner for step in steps for inner in step]
     choice = next((name for name in ("kind", "name") if name in body["properties"]), None)
     if choice:
         own = body["properties"][choice]

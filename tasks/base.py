@@ -1,33 +1,38 @@
-"""Puts the base model into the workspace: from a local folder, from the hub at a pinned revision, or pretrained here.
+"""Puts the base model into the workspace: a folder, a pinned hub revision, an import, or trained here.
 
-Reads:  base.path: a model folder (local), the clean rows (pretrain); the hub's cache or the hub itself (hub);
-        data/templates/, unless the template is the model's own.
-Writes: data/base/: a Hugging Face model folder (safetensors only) and manifest.json.
+Reads:  base.path: a model folder (local), a checkpoint and its tokenizer (checkpoint), the clean rows (pretrain,
+        continue); the hub's cache or the hub itself (hub); the model that base.of pins (continue); data/templates/,
+        unless the template is the model's own.
+Writes: data/base/: a Hugging Face model folder (safetensors only) and manifest.json; log.jsonl, if it was trained here.
 Params: base
 Fails:  an unsafe, incomplete or unknown model, a wrong revision (65, never retried); a hub that does not answer (75).
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tasks import process
 from tasks.architecture import ENCODER_DECODER, architecture_in, architecture_of
+from tasks.base_params import AnyBase, CheckpointBase, ContinueBase, HubBase, PinnedBase, PretrainBase, Pretraining
+from tasks.checkpoint_import import import_checkpoint
 from tasks.checkpoints import checkpoint_folder
-from tasks.device import settle
+from tasks.continuing import continue_model, only_texts, rewrite, tokenizer_for
 from tasks.errors import BadModel
 from tasks.hub import snapshot
 from tasks.models import MODEL_FILES, load_model, model_files
-from tasks.outputs import MANIFEST, read_manifest, whole_folder
-from tasks.params import HubBase, LocalBase, PretrainBase
-from tasks.pretraining import PAD, document, model_card, new_model, pack_blocks, pretrain, train_tokenizer
-from tasks.progress import Progress
-from tasks.records import ChatExample, TextExample
-from tasks.tables import read_records
-from tasks.templates import load_tokenizer
+from tasks.outputs import MANIFEST, digests, read_manifest, whole_folder
+from tasks.perplexity import Perplexity
+from tasks.pretraining import PAD, make_model
+from tasks.templates import read_tokenizer
+from tasks.vocabulary import grow_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TEMPLATES = "data/templates"
 
@@ -52,9 +57,7 @@ def give_template(folder: Path, template: Path) -> list[str]:
         BadModel: there is no such template, the tokenizer has no stop token that it could write, or the model is an
             encoder-decoder, which is given no chats.
     """
-    import torch
     from tokenizers import AddedToken
-    from transformers import AutoTokenizer
 
     if not template.is_file():
         known = ", ".join(sorted(path.stem for path in template.parent.glob("*.jinja")))
@@ -67,7 +70,7 @@ def give_template(folder: Path, template: Path) -> list[str]:
             expected="own",
         )
     text = template.read_text(encoding="utf-8")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = read_tokenizer(folder)
     tokenizer.chat_template = text
     named = re.match(r"\{# tokens: (.*?) #\}", text)
     known_tokens = tokenizer.get_vocab()
@@ -81,82 +84,93 @@ def give_template(folder: Path, template: Path) -> list[str]:
     if PAD in wanted:
         tokenizer.pad_token = PAD
     tokenizer.save_pretrained(folder)
-    model = load_model(folder)
-    before = model.config.vocab_size
-    if len(tokenizer) > before:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        with torch.no_grad():
-            for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-                weight: Any = layer.weight
-                weight[before:] = weight[:before].float().mean(0).to(weight.dtype)
-        for file in folder.glob("*.safetensors*"):
-            file.unlink()
-        model.save_pretrained(folder)
+    if added:
+        model = load_model(folder, full_precision=True)
+        grow_rows(model, {number: [] for token, number in tokenizer.get_vocab().items() if token in added})
+        rewrite(model, folder)
     return added
 
 
-def check(folder: Path) -> int:
-    """Loads a model folder and its tokenizer as every later stage does; returns how many parameters there are.
+def put(params: AnyBase | PinnedBase, folder: Path, checkpoints: Path) -> dict[str, Any]:
+    """Puts the model that params name into an empty folder.
+
+    Returns:
+        What the manifest says of it beside params.
+    """
+    if isinstance(params, PretrainBase):
+        return make_model(params, folder, checkpoints)
+    if isinstance(params, ContinueBase):
+        return put(params.of, folder, checkpoints) | continue_model(params, folder, checkpoints)
+    if isinstance(params, CheckpointBase):
+        import_checkpoint(params, folder)
+    elif isinstance(params, HubBase):
+        copy_model(snapshot(params.id, params.revision, MODEL_FILES, kind="model"), folder)
+    else:
+        copy_model(Path(params.path), folder)
+    if isinstance(params, PinnedBase):
+        check_pin(folder, params)
+    if params.template == "own":
+        return {}
+    added = give_template(folder, Path(TEMPLATES, f"{params.template}.jinja"))
+    if added:
+        print(f"base: added {', '.join(added)}; adapters that leave embeddings frozen learn them poorly")
+    return {"added_tokens": added}
+
+
+def check_pin(folder: Path, params: PinnedBase) -> None:
+    """Checks that a copied model is the one that params pin.
 
     Raises:
-        BadModel: one of them does not load, or they do not fit each other.
+        BadModel: it is another.
     """
-    tokenizer, model = load_tokenizer(folder), load_model(folder)
+    listed = "".join(f"{sha256}  {name}\n" for name, sha256 in digests(folder).items())
+    found = hashlib.sha256(listed.encode()).hexdigest()
+    if found != params.sha256:
+        raise BadModel(
+            "is not the model that base.of.sha256 names",
+            where=params.path,
+            got=found,
+            expected=params.sha256,
+            fix=f"set base.of.sha256={found} if this is the model that you mean",
+        )
+
+
+def check(folder: Path, where: str, *, chats: bool) -> PreTrainedModel:
+    """The model of a finished folder, after checking that it fits its tokenizer and, for chats, can be tuned to them.
+
+    Raises:
+        BadModel: it does not load, has no chat template and needs one, has more tokens than embeddings, or does not say
+            how targets begin.
+    """
+    tokenizer, model = tokenizer_for(folder, chats=chats), load_model(folder)
     if len(tokenizer) > model.config.vocab_size:
         raise BadModel(
             "its tokenizer has more tokens than it has embeddings",
-            where=str(folder),
+            where=where,
             got=f"{len(tokenizer)} tokens",
             expected=f"at most {model.config.vocab_size}",
         )
     if architecture_of(model) is ENCODER_DECODER and model.config.decoder_start_token_id is None:
         raise BadModel(
             "its configuration does not say with which token a target begins",
-            where=str(folder / "config.json"),
-            expected="decoder_start_token_id (of T5 the padding token's number)",
+            where=where,
+            expected="decoder_start_token_id in config.json (of T5 the padding token's number)",
         )
-    return model.num_parameters()
-
-
-def make_model(params: PretrainBase, out: Path, checkpoints: Path) -> None:
-    """Pretrains a model on the clean text and chat rows and writes it with its tokenizer and a model card."""
-    import torch
-
-    records = [
-        r for r in read_records(Path(params.path), ("text", "chat")) if isinstance(r, (TextExample, ChatExample))
-    ]
-    settle(params.seed)
-    documents = [document(records[i]) for i in torch.randperm(len(records)).tolist()]
-    tokenizer = train_tokenizer(documents[:50_000], params.vocabulary)
-    blocks = pack_blocks(tokenizer, documents, params.context_tokens)
-    model = new_model(params, tokenizer)
-    steps = -(-params.tokens // params.batch_tokens)
-    with Progress("pretrain", steps, "steps") as progress:
-        log = pretrain(model, blocks, params, checkpoints, progress)
-    tokenizer.save_pretrained(out)
-    model.to(torch.bfloat16).save_pretrained(out)  # type: ignore[arg-type]
-    (out / "README.md").write_text(model_card(params, log, model.num_parameters(), blocks.size))
+    return model
 
 
 def main() -> None:
     """The stage `base`."""
     with process.stage(__doc__, "out", may_fetch=True) as stage:
         params = stage.params.base
-        about: dict[str, Any] = params.model_dump()
-        with whole_folder(stage.path("out"), {"base": about}) as folder:
-            if isinstance(params, LocalBase):
-                copy_model(Path(params.path), folder)
-            elif isinstance(params, HubBase):
-                copy_model(snapshot(params.id, params.revision, MODEL_FILES, kind="model"), folder)
-            else:
-                make_model(params, folder, checkpoint_folder(stage.workspace, stage.key))
-            if not isinstance(params, PretrainBase) and params.template != "own":
-                added = give_template(folder, Path(TEMPLATES, f"{params.template}.jinja"))
-                about["added_tokens"] = added
-                if added:
-                    print(f"base: added {', '.join(added)}; adapters that leave embeddings frozen learn them poorly")
-            parameters = check(folder)
-        print(f"base: {parameters:,} parameters from {params.kind} {params.path}", flush=True)
+        about: dict[str, Any] = {"base": params.model_dump()}
+        with whole_folder(stage.path("out"), about) as folder:
+            about |= put(params, folder, checkpoint_folder(stage.workspace, stage.key))
+            chats = not isinstance(params, Pretraining) or not only_texts(Path(params.path))
+            model = check(folder, params.path, chats=chats)
+        if "held_out" in about:
+            print(f"base: held-out rows: {Perplexity(**about['held_out'])}")
+        print(f"base: {model.num_parameters():,} parameters from {params.kind} {params.path}", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints, model_validator
 
 from tasks.adapter_params import AnyAdapter
+from tasks.base_params import AnyBase
 from tasks.fields import Commit, Count, FilePath, HubName, Name, NotNegative, Positive, Section, Seed, Share
 from tasks.generation_params import Generation
 
@@ -123,7 +124,7 @@ class Ingest(Section):
     sources: Annotated[dict[Name, Source], Field(min_length=1)]
 
 
-# --- validate, base, render -------------------------------------------------------------------------------------------
+# --- validate, render -------------------------------------------------------------------------------------------
 
 
 class Check(Section):
@@ -235,77 +236,6 @@ class Validate(Section):
     """Each with what is done about it."""
     duplicates: Duplicates
     """How they are told, and which one stays."""
-
-
-class LocalBase(Section):
-    """A Hugging Face model folder on this disk."""
-
-    kind: Literal["local"]
-    path: FilePath
-    """The folder: config.json, safetensors, a tokenizer."""
-    template: Name
-    """`own` for the chat template that the model brings, or the name of one in data/templates/."""
-
-
-class HubBase(Section):
-    """A model of the Hugging Face hub, pinned to a commit."""
-
-    kind: Literal["hub"]
-    path: Literal["data/remote.md"]
-    """Stands in for what is not on this disk: a DVC dependency cannot be left out."""
-    id: HubName
-    """Owner and name."""
-    revision: Commit
-    """The whole commit hash; branches and tags move and are refused."""
-    template: Name
-    """`own` for the chat template that the model brings, or the name of one in data/templates/."""
-
-
-class PretrainBase(Section):
-    """A Llama and its byte-level BPE tokenizer, trained here from the clean text and chat rows."""
-
-    kind: Literal["pretrain"]
-    path: FilePath
-    """The clean rows: `data/clean`."""
-    vocabulary: Annotated[int, Field(ge=300)]
-    """Entries of the tokenizer, special tokens included."""
-    hidden_size: Count
-    """Width; a multiple of `heads`."""
-    mlp_size: Count
-    """Width between the MLP's two halves."""
-    layers: Count
-    """Decoder layers."""
-    heads: Count
-    """Attention heads; a multiple of `kv_heads`."""
-    kv_heads: Count
-    """Heads of keys and values."""
-    context_tokens: Count
-    """Length of the blocks that texts are packed into."""
-    tokens: Count
-    """How many tokens to train on in all; the rows are repeated as often as that takes."""
-    batch_tokens: Count
-    """Tokens in a step; a multiple of `context_tokens`."""
-    learning_rate: Positive
-    """The peak, after warm-up; then cosine to zero."""
-    warmup_steps: Annotated[int, Field(ge=0)]
-    """Steps of linear warm-up."""
-    weight_decay: NotNegative
-    """Decoupled, on matrices."""
-    checkpoint_every_steps: Count
-    """What a kill loses at most."""
-    seed: Seed
-    """Of the initial weights and the order of the blocks."""
-
-    @model_validator(mode="after")
-    def _shapes_fit(self) -> PretrainBase:
-        if self.hidden_size % self.heads or self.heads % self.kv_heads:
-            raise ValueError("hidden_size must be a multiple of heads, and heads of kv_heads")
-        if self.batch_tokens % self.context_tokens:
-            raise ValueError("batch_tokens must be a multiple of context_tokens")
-        return self
-
-
-Base = Annotated[LocalBase | HubBase | PretrainBase, Field(discriminator="kind")]
 
 
 class Render(Section):
@@ -431,7 +361,7 @@ class Params(Section):
 
     ingest: Ingest
     validate_: Annotated[Validate, Field(alias="validate")]
-    base: Base
+    base: Annotated[AnyBase, Field(discriminator="kind")]
     render: Render
     train: Annotated[dict[Name, Method], Field(min_length=1)]
     merge: Merge

@@ -1,4 +1,4 @@
-"""A small Llama from nothing: its byte-level BPE tokenizer, packed blocks, and the training.
+"""A Llama from nothing: its byte-level BPE tokenizer, its shape, and the training on packed blocks.
 
 Matrices inside the layers are trained with Muon, which orthogonalises the momentum (Jordan et al. 2024; its update
 scaled to AdamW's as in Liu et al. 2025, arXiv:2502.16982), embeddings and norms with AdamW; bench/LOG.md has the
@@ -7,22 +7,27 @@ comparison.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.device import compute_dtype, device
-from tasks.errors import BadData
+from tasks.base_params import PretrainBase, Pretraining
+from tasks.corpus import AT_ONCE, Document, pack_blocks, read_corpus, text_bytes
+from tasks.device import compute_dtype, device, settle
 from tasks.loop import Course, run, schedule
-from tasks.params import PretrainBase
+from tasks.perplexity import Perplexity, perplexity
 from tasks.progress import Progress
-from tasks.records import ChatExample, TextExample
+from tasks.records import TextExample
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+    from torch.optim import Optimizer
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+    from tasks.models import Model
 
 PAD, TURN, STOP = "<|pad|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -30,6 +35,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """ChatML."""
+
+TOKENIZER_DOCUMENTS = 50_000
+"""Documents that a tokenizer is trained on, at most."""
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerBase:
@@ -59,31 +67,18 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     return wrapped
 
 
-def document(record: TextExample | ChatExample) -> str:
+def document(record: Document) -> str:
     """A row as the text that is trained on: plain text as it is, a chat in the form of the chat template."""
     if isinstance(record, TextExample):
         return record.text + STOP
     return "".join(f"{TURN}{role}\n{content}{STOP}\n" for role, content, *_ in record.messages)
 
 
-def pack_blocks(
-    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], context_tokens: int
-) -> np.ndarray[Any, Any]:
-    """All documents end to end, cut into blocks: (blocks, context_tokens), int64; the rest at the end is dropped.
-
-    Raises:
-        BadData: there is not one block's worth of text.
-    """
-    import numpy as np
-
-    ids: list[int] = []
-    for start in range(0, len(documents), 10_000):
-        for row in tokenizer(list(documents[start : start + 10_000]), add_special_tokens=False)["input_ids"]:
-            ids += row
-    blocks = len(ids) // context_tokens
-    if not blocks:
-        raise BadData("too little text to pretrain on", got=f"{len(ids)} tokens", expected=f"at least {context_tokens}")
-    return np.array(ids[: blocks * context_tokens]).reshape(blocks, context_tokens)
+def token_ids(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -> Iterator[list[int]]:
+    """Documents in the form that a model of ours is pretrained on."""
+    for start in range(0, len(documents), AT_ONCE):
+        texts = [document(record) for record in documents[start : start + AT_ONCE]]
+        yield from tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 def new_model(params: PretrainBase, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
@@ -110,14 +105,32 @@ def new_model(params: PretrainBase, tokenizer: PreTrainedTokenizerBase) -> Llama
     return model
 
 
-def pretrain(
-    model: LlamaForCausalLM, blocks: np.ndarray[Any, Any], params: PretrainBase, checkpoints: Path, progress: Progress
+def muon_and_adamw(parameters: Mapping[str, Tensor], weight_decay: float) -> list[Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for the rest; only the matrices decay."""
+    import torch
+
+    matrices = {name: p for name, p in parameters.items() if p.ndim == 2 and ".layers." in name}
+    others = [p for name, p in parameters.items() if name not in matrices]
+    return [
+        torch.optim.Muon(matrices.values(), weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def train_on_blocks(
+    model: Model,
+    optimizers: Sequence[Optimizer],
+    blocks: np.ndarray[Any, Any],
+    params: Pretraining,
+    checkpoints: Path,
+    progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Trains the model in place, in bf16 where this machine is fast at it; goes on from the newest checkpoint.
+    """Trains what is trainable in place, in bf16 where this machine is fast at it; goes on from the newest checkpoint.
 
     Args:
-        model: a model with fp32 weights.
-        blocks: token ids, (blocks, context_tokens), int64; all of them are the target.
+        model: a model on this machine's device; what is trained has fp32 weights.
+        optimizers: they hold all its trainable parameters.
+        blocks: token ids, (blocks, context_tokens), int32; all of them but the first are the target.
         params: the batch, the rate and the number of tokens.
         checkpoints: where they are kept.
         progress: shows the steps.
@@ -128,26 +141,18 @@ def pretrain(
     import torch
     from torch.nn import functional as F
 
-    parameters = dict(model.named_parameters())
-    matrices = {name: p for name, p in parameters.items() if p.ndim == 2 and ".layers." in name}
-    others = [p for name, p in parameters.items() if name not in matrices]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices.values(), weight_decay=params.weight_decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-    dtype, target = compute_dtype(), device()
-    model.to(target).train()  # type: ignore[arg-type]
-    steps = math.ceil(params.tokens / params.batch_tokens)
-    batch = params.batch_tokens // params.context_tokens
+    dtype, target = compute_dtype(), model.device
+    model.train()
+    batch, steps = params.batch_tokens // params.context_tokens, steps_of(params)
     place = Shuffle(len(blocks), params.seed)
 
     def chosen(step: int) -> list[int]:
         return [place(n) for n in range(step * batch, (step + 1) * batch)]
 
     def losses(step: int) -> list[tuple[Tensor, dict[str, float]]]:
-        ids = torch.from_numpy(blocks[chosen(step)]).to(target)  # (batch, context)
+        ids = torch.from_numpy(blocks[chosen(step)]).long().to(target)  # (batch, context)
         with torch.autocast(target.type, dtype, enabled=dtype != torch.float32):
-            logits = model.lm_head(model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1])
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         return [(F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten()), {})]
 
     course = Course(
@@ -160,7 +165,51 @@ def pretrain(
         max_grad_norm=1.0,
         checkpoint_every_steps=params.checkpoint_every_steps,
     )
-    return run(course, parameters, optimizers, checkpoints, progress)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return run(course, trainable, optimizers, checkpoints, progress)
+
+
+def steps_of(params: Pretraining) -> int:
+    """The number of steps that see all the tokens."""
+    return math.ceil(params.tokens / params.batch_tokens)
+
+
+def make_model(params: PretrainBase, out: Path, checkpoints: Path) -> dict[str, Any]:
+    """Pretrains a model on the clean rows and writes it with its tokenizer, its log and a model card.
+
+    Returns:
+        What the held-out rows cost it at the end, for the manifest.
+    """
+    import torch
+
+    corpus = read_corpus(params)
+    settle(params.seed)
+    learnt = [corpus.learnt[i] for i in torch.randperm(len(corpus.learnt)).tolist()]
+    tokenizer = train_tokenizer((document(record) for record in learnt[:TOKENIZER_DOCUMENTS]), params.vocabulary)
+    blocks = pack_blocks(token_ids(tokenizer, learnt), params.context_tokens)
+    model = new_model(params, tokenizer)
+    optimizers = muon_and_adamw(dict(model.named_parameters()), params.weight_decay)
+    model.to(device())  # type: ignore[arg-type]
+    with Progress("pretrain", steps_of(params), "steps") as progress:
+        log = train_on_blocks(model, optimizers, blocks, params, checkpoints, progress)
+    found = perplexity(
+        model.bfloat16().float(),  # what is published, computed as in training
+        list(token_ids(tokenizer, corpus.held_out)),
+        text_bytes(corpus.held_out),
+        context_tokens=params.context_tokens,
+        batch_tokens=params.batch_tokens,
+    )
+    tokenizer.save_pretrained(out)
+    model.bfloat16().save_pretrained(out)
+    held_out = {"held_out": found._asdict()} if found else {}
+    write_log(out, log, held_out)
+    (out / "README.md").write_text(model_card(params, log, model.num_parameters(), blocks.size, found))
+    return held_out
+
+
+def write_log(out: Path, log: Sequence[Mapping[str, Any]], *figures: Mapping[str, Any]) -> None:
+    """Writes log.jsonl: a row for each step, then rows of what was measured before or after."""
+    (out / "log.jsonl").write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in (*log, *figures) if row))
 
 
 class Shuffle:
@@ -181,19 +230,39 @@ class Shuffle:
         return self._order[place]
 
 
-def model_card(params: PretrainBase, log: Sequence[dict[str, Any]], parameters: int, corpus_tokens: int) -> str:
-    """What a pretrained model is, in Markdown: its shape, what it saw, and how well it predicts that."""
-    last = log[-100:]
-    loss = sum(row["loss"] for row in last) / len(last)
+def model_card(
+    params: PretrainBase,
+    log: Sequence[Mapping[str, Any]],
+    parameters: int,
+    corpus_tokens: int,
+    held_out: Perplexity | None,
+) -> str:
+    """What a pretrained model is, in Markdown: its shape, what it saw, and how well it predicts that and other text."""
     heads = f"{params.heads} heads ({params.kv_heads} for keys and values)"
     shape = f"{params.layers} layers, hidden size {params.hidden_size}, MLP {params.mlp_size}, {heads}"
-    rows = {
-        "parameters": f"{parameters:,} ({shape}, vocabulary {params.vocabulary}, tied embeddings)",
+    rows = {"parameters": f"{parameters:,} ({shape}, vocabulary {params.vocabulary}, tied embeddings)"}
+    rows |= course_rows(params, log, corpus_tokens, "Muon and AdamW")
+    if held_out:
+        rows["held-out text"] = f"{held_out}, over {held_out.tokens:,} tokens of {held_out.rows:,} rows"
+    return card("A small Llama made by temper", rows)
+
+
+def course_rows(
+    params: Pretraining, log: Sequence[Mapping[str, Any]], corpus_tokens: int, optimizer: str
+) -> dict[str, str]:
+    """What a model card says of the training."""
+    last = log[-100:]
+    loss = sum(row["loss"] for row in last) / len(last)
+    return {
         "text": f"{corpus_tokens:,} tokens, packed into blocks of {params.context_tokens}",
         "tokens seen": f"{len(log) * params.batch_tokens:,} in {len(log):,} steps of {params.batch_tokens:,}",
         "loss": f"{loss:.4f} nats per token, mean of the last {len(last)} steps",
-        "optimizer": f"Muon and AdamW, peak rate {params.learning_rate:g}, cosine, {params.warmup_steps} warm-up steps",
+        "optimizer": f"{optimizer}, peak rate {params.learning_rate:g}, cosine, {params.warmup_steps} warm-up steps",
         "seed": str(params.seed),
     }
+
+
+def card(title: str, rows: Mapping[str, str]) -> str:
+    """A model card: a title and a table."""
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return f"# A small Llama made by temper\n\n| | |\n|---|---|\n{table}\n\nDigests of all files: `manifest.json`.\n"
+    return f"# {title}\n\n| | |\n|---|---|\n{table}\n\nDigests of all files: `manifest.json`.\n"

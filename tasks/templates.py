@@ -62,14 +62,11 @@ class Answered(NamedTuple):
     replies: list[list[int]]
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, with a stop token that is not the padding, and a decoder's chat template.
-
-    Where the template ends replies with another token than `eos_token`, as Phi's and Gemma's do, that one is the stop
-    token here, in training and in serving.
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, with or without a chat template.
 
     Raises:
-        BadModel: it does not load, or lacks one of these.
+        BadModel: it does not load.
     """
     from transformers import AutoTokenizer
 
@@ -79,6 +76,22 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise BadModel(
             "its tokenizer does not load", where=str(folder), got=f"{type(error).__name__}: {error}".split("\n")[0]
         ) from error
+    if tokenizer.is_fast:  # what a training once saved would cut every text, or fill it up
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, with a stop token that is not the padding, and a decoder's chat template.
+
+    Where the template ends replies with another token than `eos_token`, as Phi's and Gemma's do, that one is the stop
+    token here, in training and in serving.
+
+    Raises:
+        BadModel: it does not load, or lacks one of these.
+    """
+    tokenizer = read_tokenizer(folder)
     chats = architecture_in(folder) is DECODER  # what an encoder reads is no chat
     if chats and not tokenizer.chat_template:
         raise BadModel(
@@ -86,9 +99,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             where=str(folder),
             fix="put a chat_template.jinja beside tokenizer.json",
         )
-    if tokenizer.is_fast:  # what a training once saved would cut every text, or fill it up
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
     if chats:
         _find_stop_token(tokenizer)
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tasks.base_params import PretrainBase
 from tasks.generation_params import GREEDY
-from tasks.params import Checks, Evaluate, FileSource, Method, PretrainBase, Render, Validate
+from tasks.params import Checks, Evaluate, FileSource, Method, Render, Validate
 
 PICO_SETTINGS = [
     "ingest.sources.chats.count=120",
@@ -33,6 +34,9 @@ def pretrain_params(**changes: Any) -> PretrainBase:
     values: dict[str, Any] = {
         "kind": "pretrain",
         "path": "data/clean",
+        "rows": ["text", "chat"],
+        "held_out": 0.1,
+        "held_out_rows": 20,
         "vocabulary": 400,
         "hidden_size": 64,
         "mlp_size": 64,
@@ -154,3 +158,11 @@ def file_source(path: Path, **changes: Any) -> FileSource:
 EVALUATE = Evaluate(
     rows=8, batch_rows=4, max_new_tokens=3, bootstrap_samples=200, confidence=0.95, seed=1, generation=GREEDY
 )
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    """The tensors of a model folder as its file holds them."""
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Any] = load_file(folder / "model.safetensors")
+    return tensors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 from flows.params_file import change_params
@@ -19,6 +20,7 @@ def test_every_recipe_is_run_somewhere() -> None:
         "belle.yaml",
         "lora-mt0-twitter.yaml",
         "pretrain-tiny.yaml",
+        "scratch-llama.yaml",
     }
 
 
@@ -105,3 +107,46 @@ def test_a_base_is_pretrained_by_the_recipe_of_the_shipped_one(workspace: Path) 
     card = (workspace / "data/base/README.md").read_text()
     for what in ("tokens seen | 640 in 5 steps", "loss", "seed | 1"):
         assert what in card
+
+
+def test_ones_own_llama_from_plain_texts_to_a_champion(workspace: Path) -> None:
+    """Only sizes are changed: the corpus and the instructions are files of the names that the recipe has."""
+    words = ["red", "blue", "green", "small", "big", "old", "new", "round", "flat", "warm"]
+    texts = [
+        f"The {a} thing is {b}, and the {c} thing is {d}." for a, b, c, d in product(words[:5], words, words, words[5:])
+    ]
+    rows = [
+        {"instruction": f"What is the {a} {b} thing?", "input": "", "output": f"It is {a} and {b}."}
+        for a, b in product(words, words)
+        if a != b
+    ]
+    (workspace / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[::7]))
+    (workspace / "instructions.json").write_text(json.dumps(rows))
+    settings = [
+        "base.vocabulary=400",
+        "base.hidden_size=64",
+        "base.mlp_size=64",
+        "base.layers=2",
+        "base.heads=4",
+        "base.kv_heads=1",
+        "base.context_tokens=64",
+        "base.batch_tokens=512",
+        "base.tokens=10240",
+        "base.checkpoint_every_steps=10",
+        "base.warmup_steps=2",
+        "train.lora.adapter.rank=4",
+        "train.lora.epochs=1",
+        "merge.probe_rows=2",
+        "evaluate.max_new_tokens=4",
+    ]
+    given = [word for setting in settings for word in ("--set", setting)]
+    said = temper(workspace, "run", "--recipe", "recipes/scratch-llama.yaml", *given).stdout
+    assert "models:/temper-scratch@champion" in said
+    made = json.loads((workspace / "data/base/manifest.json").read_text())
+    held_out = made["held_out"]
+    assert held_out["perplexity"] < 200  # of 400 for a model that knows nothing
+    assert f"{held_out['loss']:.4f} nats per token" in (workspace / "data/base/README.md").read_text()
+    config = json.loads((workspace / "data/base/config.json").read_text())
+    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (4, 1)
+    report = json.loads((workspace / "data/reports/lora/metrics.json").read_text())
+    assert report

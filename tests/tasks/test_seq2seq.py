@@ -111,7 +111,7 @@ def test_a_folder_and_its_model_say_what_they_are(bases: dict[str, Path], pico_b
 
 
 def test_no_chat_template_is_needed_and_none_is_taken(bases: dict[str, Path], tmp_path: Path) -> None:
-    assert check(bases["t5"]) == load_model(bases["t5"]).num_parameters()
+    assert check(bases["t5"], "here", chats=True).num_parameters() == load_model(bases["t5"]).num_parameters()
     assert template_digest(load_tokenizer(bases["t5"])) == ""
     shutil.copytree(bases["t5"], tmp_path / "base")
     with pytest.raises(BadModel, match="reads inputs without a chat template"):
@@ -133,7 +133,7 @@ def test_a_base_that_does_not_say_how_targets_begin_is_refused(bases: dict[str, 
         about["decoder_start_token_id"] = None
         path.write_text(json.dumps(about))
     with pytest.raises(BadModel, match="does not say with which token a target begins"):
-        check(tmp_path / "base")
+        check(tmp_path / "base", "here", chats=True)
 
 
 def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
