@@ -3,7 +3,7 @@
 Full training updates every weight in float32. LoRA trains low-rank updates of the layers' matrices, and the rows of new
 tokens; both are merged into the weights at the end, so that what comes out is a model like the one that went in. The
 optimizer is AdamW, with which most models were pretrained: Muon gains little where it was not used before (Liu et al.
-2025, arXiv:2502.16982, section 3.5.2).
+2025, arXiv:2502.16982, section 3.5).
 """
 
 from __future__ import annotations
