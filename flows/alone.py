@@ -229,7 +229,14 @@ def _files(path: Path) -> list[Path]:
 
 def _any_file(path: Path, max_refused: float = 1.0) -> FileSource:
     return FileSource(
-        kind="file", path=str(path), use="train", licence="?", format="auto", encoding="utf-8", max_refused=max_refused
+        kind="file",
+        path=str(path),
+        use="train",
+        licence="?",
+        format="auto",
+        encoding="utf-8",
+        max_refused=max_refused,
+        take="all",
     )
 
 

@@ -11,8 +11,9 @@ Fails:  a source that cannot be read or is not what it says, more malformed rows
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ from tasks.outputs import digest, digests, whole_folder
 from tasks.params import (
     AnySource,
     FileSource,
+    First,
     FolderSource,
     GeneratorSource,
     HubSource,
     RemoteSource,
     RowsOfFiles,
+    Shuffled,
     Source,
 )
 from tasks.records import Record
@@ -66,9 +69,14 @@ class Reading:
                 self.read += 1
                 yield record
             return
-        for file, place in self._files(self.source):
-            yield from self._records_of(file, self.source, place)
+        yield from self._taken(self.source)
         self._check_refused(self.source.max_refused)
+
+    def _taken(self, source: FileSource | FolderSource | RemoteSource | HubSource) -> Iterator[Record]:
+        records = (record for file, place in self._files(source) for record in self._records_of(file, source, place))
+        if isinstance(source.take, First):
+            return islice(records, source.take.first)
+        return shuffled(list(records), source.take) if isinstance(source.take, Shuffled) else records
 
     def _files(self, source: FileSource | FolderSource | RemoteSource | HubSource) -> list[tuple[Path, str]]:
         """The files of a source, each with what it is called in rows and errors."""
@@ -133,6 +141,14 @@ class Reading:
             {"place": error.where, "reason": error.line(), "excerpt": excerpt}
             for error, excerpt in zip(self.refused, self.excerpts, strict=True)
         ]
+
+
+def shuffled(records: Sequence[Record], take: Shuffled) -> Iterator[Record]:
+    """The first records of a random order, the one in which `datasets` has them after `shuffle(seed=...)`."""
+    import numpy as np
+
+    order = np.random.default_rng(take.seed).permutation(len(records))
+    return (records[place] for place in order[: take.shuffled])
 
 
 def origin_of(source: AnySource) -> str:

@@ -62,6 +62,22 @@ Format = Literal[
 Field_ = Literal["prompt", "reply", "system", "chosen", "rejected", "label", "text", "input", "target"]
 
 
+class First(Section):
+    """The beginning of a source."""
+
+    first: Count
+    """So many rows."""
+
+
+class Shuffled(Section):
+    """Rows from anywhere in a source."""
+
+    shuffled: Count
+    """So many rows, the first of a random order."""
+    seed: Seed
+    """Of that order."""
+
+
 class RowsOfFiles(AnySource):
     """How files of rows are read."""
 
@@ -71,6 +87,8 @@ class RowsOfFiles(AnySource):
     """Of text files."""
     max_refused: Share
     """The stage fails when a larger share of the rows is malformed; the others are listed in refused.parquet."""
+    take: Literal["all"] | First | Shuffled
+    """Which rows: `all`, {first: 10000}, or {shuffled: 1000, seed: 42}, as `datasets` shuffles them."""
 
 
 class FileSource(RowsOfFiles):

@@ -151,6 +151,7 @@ def file_source(path: Path, **changes: Any) -> FileSource:
         "format": "auto",
         "encoding": "utf-8",
         "max_refused": 0.0,
+        "take": "all",
     }
     return FileSource.model_validate({**values, **changes})
 

@@ -285,3 +285,26 @@ def test_the_chats_and_stories_that_the_readme_counts(real_data: Path) -> None:
     empty = [r.row for r in rows(real_data / "stanford_alpaca" / "alpaca_5000.json")
              if isinstance(r, ChatExample) and not r.messages[-1].content]  # fmt: skip
     assert empty == [2336, 4659]  # rows 2335 and 4658, counted from 0
+
+
+def test_the_first_rows_of_a_source_or_those_that_datasets_would_shuffle_to_its_front(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    texts = [f"text {n}" for n in range(50)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+    def taken(take: Any) -> list[Any]:
+        source = file_source(tmp_path / "rows.jsonl", format="text", take=take)
+        return [record.text for record in Reading("s", source).records()]  # type: ignore[attr-defined]
+
+    assert taken("all") == texts
+    assert taken({"first": 7}) == texts[:7]
+    assert taken({"first": 70}) == texts
+    theirs = Dataset.from_dict({"text": texts}).shuffle(seed=42).select(range(9))["text"]
+    assert taken({"shuffled": 9, "seed": 42}) == list(theirs)
+
+
+def test_no_more_of_a_source_is_read_than_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{broken')
+    source = file_source(tmp_path / "rows.jsonl", format="text", take={"first": 2})
+    assert len(list(Reading("s", source).records())) == 2
