@@ -21,7 +21,14 @@ REAL = Path(os.environ.get("TEMPER_REAL_DATA", ROOT.parent / "shared" / "data"))
 def a_file(path: Path) -> FileSource:
     """A file of rows, told by its content; malformed rows are left out."""
     return FileSource(
-        kind="file", path=str(path), use="train", licence="?", format="auto", encoding="utf-8", max_refused=1.0
+        kind="file",
+        path=str(path),
+        use="train",
+        licence="?",
+        format="auto",
+        encoding="utf-8",
+        max_refused=1.0,
+        take="all",
     )
 
 

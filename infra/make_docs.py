@@ -66,6 +66,8 @@ def _kind(field: dict[str, Any]) -> str:
     """The type and range of a field in words."""
     if "anyOf" in field:
         return " or ".join(_kind(each) for each in field["anyOf"])
+    if "$ref" in field:
+        return "mapping"
     if "const" in field or "enum" in field:
         return ", ".join(f"`{each}`" for each in field.get("enum", [field.get("const")]))
     if field["type"] == "array":

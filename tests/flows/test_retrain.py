@@ -173,7 +173,8 @@ def test_a_second_clone_gives_the_same_bytes_with_dvc_alone(
 def test_bad_rows_stop_the_run_at_once_with_one_block(workspace: Path) -> None:
     (workspace / "rows.json").write_text('[\n  {"instruction": "a", "output": "b"},\n  {"instruction": }\n]\n')
     before = (workspace / "params.yaml").read_text()
-    source = "{kind: file, path: rows.json, format: auto, encoding: utf-8, max_refused: 0.0, take: all, use: train, licence: mine}"
+    how = "format: auto, encoding: utf-8, max_refused: 0.0, take: all, use: train, licence: mine"
+    source = f"{{kind: file, path: rows.json, {how}}}"
     done = temper(workspace, "run", "--set", f"ingest.sources={{mine: {source}}}", code=65)
     assert "rows.json:3" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
@@ -216,7 +217,8 @@ def test_an_import_that_dvc_tracks_reruns_what_it_changes(workspace: Path, tmp_p
     far = tmp_path / "far.jsonl"
     far.write_text(row % "b")
     dvc(workspace, "import-url", str(far), "near.jsonl")
-    source = "{kind: file, path: near.jsonl, format: auto, encoding: utf-8, max_refused: 0.0, take: all, use: train, licence: mine}"
+    how = "format: auto, encoding: utf-8, max_refused: 0.0, take: all, use: train, licence: mine"
+    source = f"{{kind: file, path: near.jsonl, {how}}}"
     change_params(workspace, None, [f"ingest.sources={{mine: {source}}}"])
     dvc(workspace, "repro", "--single-item", "ingest@mine")
     assert "didn't change" in dvc(workspace, "repro", "--single-item", "ingest@mine")
