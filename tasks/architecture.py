@@ -44,6 +44,9 @@ def architecture_in(folder: Path) -> Architecture:
     """
     from transformers import AutoConfig
 
+    from tasks.baichuan import make_known
+
+    make_known()
     if not (folder / "config.json").is_file():
         return DECODER
     try:

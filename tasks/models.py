@@ -123,10 +123,8 @@ def load_model(
     import transformers
     from safetensors import SafetensorError
 
-    from tasks import baichuan
     from tasks.quantized import prepare, quantization
 
-    baichuan.make_known()
     model_files(folder)
     loader = getattr(transformers, architecture_in(folder).loader)
     try:

@@ -217,6 +217,38 @@ def _first_run(target: Path) -> None:
     (target / FIRST_RUN).write_text(done.stdout + done.stderr)
 
 
+_ALL_STAGES = """
+import os, runpy, shlex, sys
+from pathlib import Path
+from tasks import graph
+
+for node in graph.load(Path.cwd()).values():
+    os.environ["DVC_STAGE"] = node.name
+    _, _, module, *sys.argv[1:] = shlex.split(node.command)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+
+
+def run_stages(workspace: Path, recipe: str, *settings: str) -> str:
+    """Runs the commands of all stages of a recipe in one process, so that libraries are imported once.
+
+    What Prefect and DVC do around them is the matter of other tests. Returns what was printed.
+    """
+    from flows.params_file import change_params
+
+    change_params(workspace, workspace / "recipes" / recipe, list(settings))
+    done = subprocess.run(
+        [sys.executable, "-c", _ALL_STAGES],
+        cwd=workspace,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    return done.stdout
+
+
 def digests(workspace: Path, *folders: str) -> dict[str, str]:
     """The SHA-256 of every file below some folders."""
     return {

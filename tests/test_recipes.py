@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import product
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from flows.params_file import change_params
-from tests.conftest import ROOT, dvc, temper
+from tests.conftest import ROOT, dvc, run_stages, temper
 from tests.encoder_decoders import make_base
 from tests.samples import pretrain_params
 
@@ -18,30 +25,128 @@ def test_every_recipe_is_run_somewhere() -> None:
     assert {path.name for path in (ROOT / "recipes").glob("*.yaml")} == {
         "quickstart.yaml",
         "belle.yaml",
+        "belle-baichuan-lora.yaml",
         "lora-mt0-twitter.yaml",
         "pretrain-tiny.yaml",
+        "reft-commonsense.yaml",
+        "reft-llama3.yaml",
         "scratch-llama.yaml",
     }
+
+
+SMALL = (
+    "merge.max_mean_kl=0.5",
+    "merge.probe_rows=2",
+    "evaluate.rows=8",
+    "evaluate.batch_rows=8",
+    "evaluate.max_new_tokens=4",
+)
+"""For models that know nothing: what is compared is little, and what they say is cut short."""
+
+
+def metrics(workspace: Path, method: str) -> Any:
+    return json.loads((workspace / "data" / "reports" / method / "metrics.json").read_text())
+
+
+def adapter_config(workspace: Path, method: str) -> Any:
+    return json.loads((workspace / "data" / "adapters" / method / "adapter_config.json").read_text())
 
 
 def test_belle_on_real_chats(workspace: Path, real_data: Path) -> None:
     rows = json.loads((real_data / "belle_chat_1k" / "test.json").read_text())[:60]
     (workspace / "some chats.json").write_text(json.dumps(rows, ensure_ascii=False))
-    settings = [
-        "ingest.sources.belle.path=some chats.json",
-        "validate.max_quarantined=0.1",
-        "render.max_tokens=96",
-        "merge.max_mean_kl=0.5",
-        "merge.probe_rows=2",
-        "evaluate.max_new_tokens=4",
-        "train.reft.adapter.rank=2",
-    ]
-    words = [word for setting in settings for word in ("--set", setting)]
-    said = temper(workspace, "run", "--recipe", "recipes/belle.yaml", *words).stdout
-    assert "models:/temper-belle@champion" in said
+    settings = ("ingest.sources.belle.path=some chats.json", "render.max_tokens=96", "train.reft.adapter.rank=2")
+    said = run_stages(workspace, "belle.yaml", *settings, "validate.max_quarantined=0.1", *SMALL)
+    assert "register reft: models:/temper-belle/2" in said
     read = json.loads((workspace / "data/raw/belle/manifest.json").read_text())
     assert read["rows"]["chat"] == 60
     assert read["licence"] == "GPL-3.0-only"
+
+
+def chat_base(pico_base: Path, folder: Path, config: Any = None) -> None:
+    """The pico model, or another of its vocabulary, as its makers publish it: without a chat template."""
+    shutil.copytree(pico_base, folder)
+    (folder / "chat_template.jinja").unlink()
+    if config:
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+
+
+def test_llama3_learns_to_answer_by_one_edit(workspace: Path, pico_base: Path, real_data: Path) -> None:
+    """Its layer 8 is the second of a model of two layers; the rows are real instructions, in OpenHermes' form."""
+    found = json.loads((real_data / "llama_factory" / "alpaca_en_demo.json").read_text())[:150]
+    rows = [
+        {"conversations": [{"from": "human", "value": r["instruction"]}, {"from": "gpt", "value": r["output"]}]}
+        for r in found
+    ]
+    (workspace / "openhermes2_5.json").write_text(json.dumps(rows))
+    shape = LlamaConfig.from_pretrained(pico_base, max_position_embeddings=1024)
+    chat_base(pico_base, workspace / "models" / "pico", shape)
+    settings = [
+        "base={kind: local, path: models/pico, template: llama3}",
+        "ingest.sources.openhermes.take={first: 100}",
+        "train.reft.adapter.layers=[1]",
+        "train.reft.checkpoint_every_steps=2",
+        "render.max_tokens=256",
+        "render.held_out=0.1",
+        "validate.max_quarantined=0.5",
+    ]
+    said = run_stages(workspace, "reft-llama3.yaml", *settings, *SMALL)
+    assert torch.cuda.is_available() or "paged_adamw: there is no GPU to page from" in said
+    config = adapter_config(workspace, "reft")
+    assert (config["intervention"], config["r"], config["positions"]) == ("loreft", 4, "last")
+    assert json.loads((workspace / "data/raw/openhermes/manifest.json").read_text())["rows"]["chat"] == 100
+    assert "<|start_header_id|>assistant<|end_header_id|>" in (workspace / "data/base/chat_template.jinja").read_text()
+    assert metrics(workspace, "reft")["base"]["loss"] != metrics(workspace, "reft")["loss"]
+    assert "register reft: models:/temper-reft-llama3/1" in said
+
+
+def test_the_reft_papers_commonsense_questions(workspace: Path, pico_base: Path, real_data: Path) -> None:
+    rows = json.loads((real_data / "llm_adapters" / "ARC-Challenge" / "test.json").read_text())[:80]
+    (workspace / "commonsense_170k.json").write_text(json.dumps(rows))
+    shape = LlamaConfig.from_pretrained(pico_base, max_position_embeddings=1024)
+    chat_base(pico_base, workspace / "models" / "pico", shape)
+    settings = [
+        "base={kind: local, path: models/pico, template: plain}",
+        "train.reft.epochs=2",
+        "train.reft.warmup_steps=1",
+        "render.held_out=0.1",
+        "validate.max_quarantined=0.2",
+    ]
+    said = run_stages(workspace, "reft-commonsense.yaml", *settings, *SMALL)
+    config = adapter_config(workspace, "reft")
+    assert (config["r"], config["positions"], config["share_weights"]) == (8, "f7+l7", True)
+    assert "register reft: models:/temper-reft-commonsense/1" in said
+    # one edit for both spans of each of two layers: R and W of 8 x 64 numbers, b of 8
+    assert json.loads((workspace / "data/adapters/reft/summary.json").read_text())["trainable_parameters"] >= 2 * 1032
+
+
+def test_baichuan_learns_chats_and_maths_by_its_fused_projection(
+    workspace: Path, pico_base: Path, real_data: Path
+) -> None:
+    from tasks.baichuan import BaichuanConfig, make_known
+
+    make_known()
+    chats = json.loads((real_data / "belle_chat_1k" / "test.json").read_text())[:40]
+    (workspace / "belle_chat_1k.json").write_text(json.dumps(chats, ensure_ascii=False))
+    lines = (real_data / "belle_eval" / "dev1K.json").read_text().splitlines()[:40]
+    (workspace / "school_math.json").write_text("\n".join(lines))
+    shape = LlamaConfig.from_pretrained(pico_base).to_dict()
+    own = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "pad_token_id")
+    sizes = {name: shape[name] for name in own} | {"max_position_embeddings": 256}
+    chat_base(pico_base, workspace / "models" / "pico", BaichuanConfig(**sizes))
+    settings = [
+        "base.path=models/pico",
+        "train.lora.epochs=1",
+        "render.max_tokens=128",
+        "validate.max_quarantined=0.5",
+    ]
+    said = run_stages(workspace, "belle-baichuan-lora.yaml", *settings, *SMALL)
+    config = adapter_config(workspace, "lora")
+    assert (config["r"], config["target_modules"]) == (1, ["W_pack"])
+    names = load_file(workspace / "data/adapters/lora/adapter_model.safetensors")
+    assert {name.split(".")[-4] for name in names} == {"self_attn"}
+    assert "register lora: models:/temper-belle-baichuan/1" in said
 
 
 def test_labels_are_generated_for_real_tweets_by_an_encoder_decoder(workspace: Path, real_data: Path) -> None:
@@ -85,7 +190,7 @@ def _check_served(workspace: Path, text: str) -> None:
 
     connect(workspace)
     about = mlflow.models.get_model_info("models:/temper-twitter@champion")
-    assert about.signature.inputs.input_names() == ["input", "max_tokens"]
+    assert about.signature.inputs.input_names()[:2] == ["input", "max_tokens"]
     assert about.signature.outputs.input_names() == ["output", "finish_reason", "usage"]
     loaded = mlflow.pyfunc.load_model("models:/temper-twitter@champion")
     (one, two) = loaded.predict([{"input": text, "max_tokens": 4}, {"input": "thanks", "max_tokens": 4}])

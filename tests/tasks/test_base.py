@@ -266,6 +266,7 @@ LOOKS = {
     "<|start_header_id|>user<|end_header_id|>\n\none?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nfirst<|eot_id|>",
     "mistral": "[INST] Be brief.\n\none? [/INST] first<|im_end|>",
     "phi": "<|system|>\nBe brief.<|end|>\n<|user|>\none?<|end|>\n<|assistant|>\nfirst<|end|>\n",
+    "plain": "Be brief.\none?\nfirst<|im_end|>\n",
     "qwen": CHATML,
     "vicuna": "Be brief. USER: one? ASSISTANT: first<|im_end|>",
     "zephyr": "<|system|>\nBe brief.<|im_end|>\n<|user|>\none?<|im_end|>\n<|assistant|>\nfirst<|im_end|>\n",
