@@ -37,9 +37,18 @@ def fresh(base: Path, adapter: AnyAdapter) -> PeftModel:
     Raises:
         BadModel: the adapter does not fit the model.
     """
+    return trainable(_base_for(base, adapter), adapter)
+
+
+def trainable(model: PreTrainedModel, adapter: AnyAdapter) -> PeftModel:
+    """A model with a new, trainable adapter on it.
+
+    Raises:
+        BadModel: the adapter does not fit the model.
+    """
     # not through PEFT's prepare_model_for_kbit_training: it turns norms and embeddings to float32, which the model that
     # is merged, evaluated and served does not have
-    return _adapted(_base_for(base, adapter), config_of(adapter), "params")
+    return _adapted(model, config_of(adapter), "params")
 
 
 def load_adapted(base: Path, folder: Path, adapter: AnyAdapter) -> PeftModel:

@@ -13,9 +13,10 @@ from tasks.device import compute_dtype, device
 from tasks.errors import BadModel
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
     from tasks.adapters.below import Below
 
@@ -58,7 +59,7 @@ def model_files(folder: Path) -> list[Path]:
             "is not a model folder", where=str(folder), got="no config.json", fix="name a Hugging Face model folder"
         )
     for path in (config, folder / "tokenizer_config.json"):
-        _refuse_code(path)
+        refuse_code(path)
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
         if pickles:
@@ -80,7 +81,12 @@ def model_files(folder: Path) -> list[Path]:
     return sorted({p for pattern in MODEL_FILES for p in folder.glob(pattern) if p.is_file()})
 
 
-def _refuse_code(path: Path) -> None:
+def refuse_code(path: Path) -> None:
+    """Refuses a config.json or tokenizer_config.json that names code of its own to run.
+
+    Raises:
+        BadModel: it does, or it is not valid JSON.
+    """
     if not path.is_file():
         return
     asks = [key for key in _json(path) if key == "auto_map" or key.startswith("_attn_implementation")]
@@ -122,7 +128,7 @@ def load_model(folder: Path, quantized_for: QloraAdapter | None = None) -> PreTr
             use_safetensors=True,
             trust_remote_code=False,
             device_map={"": device()},
-            quantization_config=_quantization(quantized_for) if quantized_for else None,
+            quantization_config=quantization(quantized_for, compute_dtype()) if quantized_for else None,
         )
     except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise BadModel(
@@ -176,14 +182,15 @@ def _check_four_bit(model: PreTrainedModel, adapter: QloraAdapter) -> None:
             )
 
 
-def _quantization(adapter: QloraAdapter) -> Any:
+def quantization(adapter: QloraAdapter, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """How transformers is told to load the weights in 4 bits; `dtype` is what it computes in."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=adapter.quantization,
         bnb_4bit_use_double_quant=adapter.double_quantization,
-        bnb_4bit_compute_dtype=compute_dtype(),
+        bnb_4bit_compute_dtype=dtype,
     )
 
 

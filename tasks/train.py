@@ -69,15 +69,29 @@ def _joined(prompt: list[int], reply: list[int]) -> TokenRow:
     return TokenRow(prompt + reply, [False] * len(prompt) + [True] * len(reply), len(prompt))
 
 
+def lengths_of(examples: Sequence[Example]) -> list[int]:
+    """Tokens of each example, over all its sequences."""
+    return [sum(len(sequence.ids) for sequence in example) for example in examples]
+
+
+def shapes_of(examples: Sequence[Example]) -> list[tuple[int, int]]:
+    """Tokens of each sequence, and how many of them are the prompt's."""
+    return [(len(sequence.ids), sequence.prompt_tokens) for example in examples for sequence in example]
+
+
 def batch_of(step: int, lengths: Sequence[int], batch_rows: int, seed: int) -> list[int]:
-    """The rows of a step: a fixed function of the step, so that a resumed training sees what it would have seen.
+    """The rows of a step: a fixed function of the step, so that a resumed training sees what it would have seen."""
+    epoch, place = divmod(step, steps_per_epoch(len(lengths), batch_rows))
+    return batches_of(epoch, lengths, batch_rows, seed)[place]
+
+
+def batches_of(epoch: int, lengths: Sequence[int], batch_rows: int, seed: int) -> list[list[int]]:
+    """The rows of an epoch's steps.
 
     Every epoch is a new shuffle; within runs of sixteen batches rows are grouped by length, so that little is padding.
     """
     import torch
 
-    steps = steps_per_epoch(len(lengths), batch_rows)
-    epoch, place = divmod(step, steps)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(lengths), generator=generator).tolist()
     window = 16 * batch_rows
@@ -86,8 +100,8 @@ def batch_of(step: int, lengths: Sequence[int], batch_rows: int, seed: int) -> l
         for start in range(0, len(order), window)
         for i in sorted(order[start : start + window], key=lengths.__getitem__)
     ]
-    which = torch.randperm(steps, generator=generator).tolist()[place]
-    return grouped[which * batch_rows : (which + 1) * batch_rows]
+    places = torch.randperm(steps_per_epoch(len(lengths), batch_rows), generator=generator).tolist()
+    return [grouped[which * batch_rows : (which + 1) * batch_rows] for which in places]
 
 
 def steps_per_epoch(rows: int, batch_rows: int) -> int:
@@ -139,6 +153,27 @@ def _batches(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
 # --- the training -----------------------------------------------------------------------------------------------------
 
 
+def optimizer_for(model: Model, method: Method) -> torch.optim.Optimizer:
+    """AdamW on all that is trainable; its states have the dtype of the parameters."""
+    import torch
+
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    # angles say how far a rotation is from where it began: decayed, it would be drawn back there
+    angles = [p for name, p in parameters.items() if name.endswith(".angles")]
+    others = [p for name, p in parameters.items() if not name.endswith(".angles")]
+    groups = [{"params": others, "weight_decay": method.weight_decay}, {"params": angles, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups)
+
+
+def below_for(model: Model, examples: Sequence[Example], method: Method) -> Below | None:
+    """What keeps the hidden states that no edit changes, where there are such and they are needed again."""
+    if not isinstance(method.adapter, ReftAdapter) or method.epochs == 1:
+        return None
+    from tasks.adapters.below import Below
+
+    return Below.of(model, shapes_of(examples), method.adapter.cache_mib << 20)
+
+
 def train(
     model: Model,
     examples: Sequence[Example],
@@ -148,23 +183,10 @@ def train(
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
     """Trains the model's adapter in place; goes on from the newest checkpoint. Returns the log of the loop."""
-    import torch
-
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    # angles say how far a rotation is from where it began: decayed, it would be drawn back there
-    angles = [p for name, p in parameters.items() if name.endswith(".angles")]
-    others = [p for name, p in parameters.items() if not name.endswith(".angles")]
-    groups = [{"params": others, "weight_decay": method.weight_decay}, {"params": angles, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups)
-    lengths = [sum(len(sequence.ids) for sequence in example) for example in examples]
+    optimizer = optimizer_for(model, method)
+    lengths = lengths_of(examples)
     steps = method.epochs * steps_per_epoch(len(examples), method.batch_rows)
-
-    below = None
-    if isinstance(method.adapter, ReftAdapter) and method.epochs > 1:
-        from tasks.adapters.below import Below
-
-        shapes = [(len(sequence.ids), sequence.prompt_tokens) for example in examples for sequence in example]
-        below = Below.of(model, shapes, method.adapter.cache_mib << 20)
+    below = below_for(model, examples, method)
 
     def chosen(step: int) -> list[int]:
         return batch_of(step, lengths, method.batch_rows, method.seed)
@@ -179,6 +201,7 @@ def train(
         max_grad_norm=method.max_grad_norm,
         checkpoint_every_steps=method.checkpoint_every_steps,
     )
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return run(course, parameters, [optimizer], checkpoints, progress, on_row)
 
 
