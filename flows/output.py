@@ -194,6 +194,8 @@ def estimation(found: Mapping[str, Any]) -> None:
             for dtype, each in method["dtypes"].items()
         ]
     )
+    if machine["device"] == "cpu":
+        typer.echo("the C library keeps freed blocks under 32 MiB: of small models more can be resident than in use")
     for name, method in found["methods"].items():
         for suggestion in method["suggestions"]:
             typer.echo(f"{name} would fit with {suggestion['change']} ({_size(suggestion['total_bytes'])})")

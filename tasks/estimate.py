@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks.adapter_params import AnyAdapter, LoraAdapter, QloraAdapter
 from tasks.errors import BadModel
@@ -294,7 +294,7 @@ def _lighter(adapter: AnyAdapter) -> list[AnyAdapter]:
     """Adapters that may take less memory than this one, the most alike first."""
     if isinstance(adapter, QloraAdapter):
         return []
-    shape = {"rank": 16, "alpha": 32.0, "dropout": 0.0, "targets": "all-linear"}
+    shape: dict[str, Any] = {"rank": 16, "alpha": 32.0, "dropout": 0.0, "targets": "all-linear"}
     if isinstance(adapter, LoraAdapter):
         shape = adapter.model_dump(exclude={"name"})
     four_bit = QloraAdapter(name="qlora", quantization="nf4", double_quantization=True, **shape)

@@ -74,7 +74,7 @@ def hollow(config: PreTrainedConfig, adapter: AnyAdapter | None, dtype: torch.dt
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = kind.from_config(deepcopy(config), dtype=dtype, trust_remote_code=False)
+            model: PreTrainedModel = kind.from_config(deepcopy(config), dtype=dtype, trust_remote_code=False)  # type: ignore[no-untyped-call]
     except UNUSABLE as error:
         raise BadModel(
             "no model can be made of this config", where=config.model_type, got=str(error).split("\n")[0]
@@ -92,11 +92,11 @@ def hollow(config: PreTrainedConfig, adapter: AnyAdapter | None, dtype: torch.dt
 
 def _quantize(model: PreTrainedModel, adapter: QloraAdapter, dtype: torch.dtype) -> None:
     """Puts 4-bit layers in place of those that transformers would quantize when it loads the model."""
-    from transformers.quantizers import AutoHfQuantizer
+    from transformers.quantizers.auto import AutoHfQuantizer
 
     quantizer = AutoHfQuantizer.from_config(quantization(adapter, dtype), pre_quantized=False)
     quantizer.preprocess_model(model, device_map=None)
-    model.is_loaded_in_4bit = True  # as after loading; by this PEFT chooses its layers
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # as after loading; by this PEFT chooses its layers
 
 
 def count(model: nn.Module) -> Parameters:

@@ -78,7 +78,7 @@ def rehearse(model: Model, loss: Callable[[], Tensor], optimizer: Optimizer, max
                 ledger.book(value, "optimizer")
         optimizer.zero_grad(set_to_none=True)
         ledger.begin()
-        loss().backward()  # type: ignore[no-untyped-call]
+        loss().backward()
         torch.nn.utils.clip_grad_norm_(trained, max_grad_norm)
         optimizer.step()
     return Cost(Memory(**ledger.most, total=ledger.most_together), ledger.flops, ledger.moved_bytes)
@@ -91,7 +91,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._held: dict[int, tuple[weakref.ref[Any], str, int]] = {}
         self._now = dict.fromkeys(Memory._fields[:-1], 0)
         self._logits = 0

@@ -89,7 +89,7 @@ def most_allocated(work: Any) -> int:
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         work()
-    todo, blocks = list(profiled.profiler.kineto_results.experimental_event_tree()), []  # type: ignore[union-attr]
+    todo, blocks = list(profiled.profiler.kineto_results.experimental_event_tree()), []
     while todo:
         event = todo.pop()
         todo += event.children
@@ -168,7 +168,7 @@ def test_full_fine_tuning_too(dtype: torch.dtype) -> None:
     def work() -> None:
         for _ in range(2):
             optimizer.zero_grad(set_to_none=True)
-            step(model, given).backward()  # type: ignore[no-untyped-call]
+            step(model, given).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
 
@@ -240,17 +240,17 @@ def test_arithmetic_is_what_pytorch_counts_on_a_real_step(pico_base: Path) -> No
     model = fresh(pico_base, params.adapter).train()
 
     def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-        return sdpa_flop_count(query, key, value)
+        return int(sdpa_flop_count(query, key, value))
 
     def attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-        return sdpa_backward_flop_count(gradient, query, key, value)
+        return int(sdpa_backward_flop_count(gradient, query, key, value))
 
     ours = {  # PyTorch has no formula for these, and would count nothing
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
     }
     with FlopCounterMode(display=False, custom_mapping=ours) as counter:
-        loss_of(model, given, params)[0].backward()  # type: ignore[no-untyped-call]
+        loss_of(model, given, params)[0].backward()
     assert estimated.step.flops == counter.get_total_flops()
 
 
