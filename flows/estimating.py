@@ -14,8 +14,9 @@ from tasks.params_reading import load
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedConfig
 
-    from tasks.estimate import Estimate, Suggestion
+    from tasks.estimate import Estimate, Machine, Rates
     from tasks.train import Example
 
 
@@ -39,9 +40,8 @@ def estimates(workspace: Path, model: Path | None, only: str | None) -> dict[str
     import torch
 
     from tasks.device import compute_dtype, device
-    from tasks.estimate import cut, estimate, rates, suggest, this_machine
+    from tasks.estimate import estimate, rates, this_machine
     from tasks.hollow import read_config
-    from tasks.train import shapes_of
 
     params = load(workspace / graph.PARAMS)
     if only is not None and only not in params.train:
@@ -66,22 +66,8 @@ def estimates(workspace: Path, model: Path | None, only: str | None) -> dict[str
     }
     speeds, machine = {dtype: rates(dtype, target) for dtype in dtypes}, this_machine(target)
 
-    def figures(each: Estimate, dtype: torch.dtype) -> dict[str, Any]:
-        left = machine.room_bytes - each.memory.total
-        fit = {"fits": left >= 0, "left_bytes": left}
-        time = {"steps": each.steps if known else None, "step_s": each.step_s(speeds[dtype])}
-        return {**each.parameters._asdict(), **each.memory._asdict(), **fit, **time}
-
-    def suggestions(name: str) -> list[Suggestion]:
-        if needed[name][usual].memory.total <= machine.room_bytes:
-            return []
-
-        def total(changed: Method, max_tokens: int | None) -> int:
-            shown = rows[name](changed) if max_tokens is None else cut(rows[name](changed), max_tokens)
-            return estimate(config, changed, shown, usual, target).memory.total
-
-        longest = max(tokens for tokens, _ in shapes_of(rows[name](params.train[name])))
-        return list(suggest(total, name, params.train[name], longest, machine))
+    def suggestions(name: str, fits: bool) -> list[dict[str, Any]]:
+        return [] if fits else _suggestions(config, name, params.train[name], rows[name], machine, usual, target)
 
     return {
         "model": str(source),
@@ -89,12 +75,41 @@ def estimates(workspace: Path, model: Path | None, only: str | None) -> dict[str
         "machine": {**machine._asdict(), "dtype": _named(usual)},
         "methods": {
             name: {
-                "dtypes": {_named(dtype): figures(each, dtype) for dtype, each in found.items()},
-                "suggestions": [each._asdict() for each in suggestions(name)],
+                "dtypes": {
+                    _named(dtype): _figures(each, machine, speeds[dtype], known) for dtype, each in found.items()
+                },
+                "suggestions": suggestions(name, found[usual].memory.total <= machine.room_bytes),
             }
             for name, found in needed.items()
         },
     }
+
+
+def _figures(each: Estimate, machine: Machine, speed: Rates, known: bool) -> dict[str, Any]:
+    left = machine.room_bytes - each.memory.total
+    fit = {"fits": left >= 0, "left_bytes": left}
+    time = {"steps": each.steps if known else None, "step_s": each.step_s(speed)}
+    return {**each.parameters._asdict(), **each.memory._asdict(), **fit, **time}
+
+
+def _suggestions(
+    config: PreTrainedConfig,
+    name: str,
+    method: Method,
+    rows: Callable[[Method], Sequence[Example]],
+    machine: Machine,
+    dtype: torch.dtype,
+    target: torch.device,
+) -> list[dict[str, Any]]:
+    from tasks.estimate import cut, estimate, suggest
+    from tasks.train import shapes_of
+
+    def total(changed: Method, max_tokens: int | None) -> int:
+        shown = rows(changed) if max_tokens is None else cut(rows(changed), max_tokens)
+        return estimate(config, changed, shown, dtype, target).memory.total
+
+    longest = max(tokens for tokens, _ in shapes_of(rows(method)))
+    return [each._asdict() for each in suggest(total, name, method, longest, machine)]
 
 
 def _base(workspace: Path, params: Params) -> Path:

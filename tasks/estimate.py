@@ -102,7 +102,7 @@ def estimate(
     """What training a model of this shape by a method on these rows needs.
 
     Raises:
-        BadModel: the method does not fit the model, or cannot train it.
+        BadModel: the method does not fit the model, or cannot be rehearsed.
     """
     if config.is_encoder_decoder:
         raise BadModel("is an encoder-decoder, which temper does not train", where=config.model_type)
@@ -180,7 +180,7 @@ def _rehearsed(
         )
     except (RuntimeError, NotImplementedError, ValueError) as error:
         raise BadModel(
-            "this method does not train a model of this shape",
+            "a step of this method cannot be rehearsed without weights",
             where=f"{method.adapter.name} on {config.model_type}",
             got=f"{type(error).__name__}: {error}".split("\n")[0],
         ) from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks.adapted import trainable
-from tasks.adapter_params import AnyAdapter, QloraAdapter
+from tasks.adapter_params import AnyAdapter, PeftAdapter, QloraAdapter
 from tasks.errors import BadModel
 from tasks.models import Model, quantization, refuse_code
 
@@ -66,7 +66,8 @@ def hollow(config: PreTrainedConfig, adapter: AnyAdapter | None, dtype: torch.dt
         dtype: what the weights are loaded in.
 
     Raises:
-        BadModel: the config has no model that writes text, contradicts itself, or the adapter does not fit it.
+        BadModel: the config has no model that writes text, contradicts itself, or the adapter does not fit it or needs
+            its weights.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -86,8 +87,17 @@ def hollow(config: PreTrainedConfig, adapter: AnyAdapter | None, dtype: torch.dt
     if isinstance(adapter, QloraAdapter):
         _quantize(model, adapter, dtype)
     model.requires_grad_(False)
-    with torch.device("meta"):
-        return trainable(model, adapter)
+    try:
+        with torch.device("meta"):
+            return trainable(model, adapter)
+    except RuntimeError as error:  # NotImplementedError too
+        raise BadModel(
+            "this adapter cannot be made without weights", where=_named(adapter), got=str(error).split("\n")[0]
+        ) from error
+
+
+def _named(adapter: AnyAdapter) -> str:
+    return f"adapter.method {adapter.method}" if isinstance(adapter, PeftAdapter) else adapter.name
 
 
 def _quantize(model: PreTrainedModel, adapter: QloraAdapter, dtype: torch.dtype) -> None:

@@ -16,6 +16,7 @@ from tasks.hollow import count, hollow, pretend, read_config, tensors_of
 from tests.samples import LOREFT, QLORA, SFT, method
 
 LORA = {key: QLORA[key] for key in ("rank", "alpha", "dropout", "targets")} | {"name": "lora"}
+BOFT = {"name": "peft", "method": "BOFT", "config": {}}
 LLAMA_2_7B = LlamaConfig(
     hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
 )
@@ -183,6 +184,7 @@ def test_what_is_no_config_is_refused(tmp_path: Path, content: str | None, said:
         ),
         ({"model_type": "gpt2", "n_layer": 1}, {**LORA, "targets": ["q_proj"]}, "the adapter does not fit this model"),
         ({"model_type": "gpt2", "n_layer": 1}, {**LOREFT, "layers": [7]}, "the adapter does not fit this model"),
+        ({"model_type": "llama", "num_hidden_layers": 1}, BOFT, "cannot be made without weights"),
     ],
 )
 def test_what_does_not_fit_is_refused(
