@@ -65,10 +65,6 @@ def estimates(workspace: Path, model: Path | None, only: str | None) -> dict[str
         for name in rows
     }
     speeds, machine = {dtype: rates(dtype, target) for dtype in dtypes}, this_machine(target)
-
-    def suggestions(name: str, fits: bool) -> list[dict[str, Any]]:
-        return [] if fits else _suggestions(config, name, params.train[name], rows[name], machine, usual, target)
-
     return {
         "model": str(source),
         "rows": str(rendered) if known else f"none rendered yet: all of {params.render.max_tokens} tokens, all learnt",
@@ -78,7 +74,9 @@ def estimates(workspace: Path, model: Path | None, only: str | None) -> dict[str
                 "dtypes": {
                     _named(dtype): _figures(each, machine, speeds[dtype], known) for dtype, each in found.items()
                 },
-                "suggestions": suggestions(name, found[usual].memory.total <= machine.room_bytes),
+                "suggestions": []
+                if found[usual].memory.total <= machine.room_bytes
+                else _suggestions(config, name, params.train[name], rows[name], machine, usual, target),
             }
             for name, found in needed.items()
         },
