@@ -267,6 +267,28 @@ def convert(
 
 
 @app.command()
+def estimate(
+    model: Annotated[
+        Path | None, typer.Option(help="A model folder or a config.json; without it, the base of the workspace.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="One method of params.yaml; without it, all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    workspace: Workspace = None,
+) -> None:
+    """Tell what memory and time each method would need before anything is run, what fits here, and what would.
+
+    No weights are read: the largest training step is rehearsed on tensors without numbers. Times are rough.
+    """
+    from flows.estimating import estimates
+    from tasks.process import quiet_libraries
+
+    quiet_libraries()
+    named = model.resolve() if model else None
+    found = estimates(_workspace(workspace), named, method)
+    typer.echo(json.dumps(found, indent=2, ensure_ascii=False)) if as_json else output.estimation(found)
+
+
+@app.command()
 def doctor(workspace: Workspace = None) -> None:
     """Tell what is installed, what this machine can do, and which servers answer."""
     from flows.doctor import examine

@@ -170,3 +170,45 @@ def examination(findings: Sequence[Finding]) -> None:
     table([{"": marks[finding.good], "subject": finding.subject, "found": finding.found} for finding in findings])
     if any(finding.good is False for finding in findings):
         raise typer.Exit(1)
+
+
+def estimation(found: Mapping[str, Any]) -> None:
+    """What `temper estimate` prints for people."""
+    machine = found["machine"]
+    typer.echo(f"model:   {found['model']}\nrows:    {found['rows']}")
+    free = f"{_size(machine['free_bytes'])} free, of which Python itself takes {_size(machine['process_bytes'])}"
+    typer.echo(f"machine: {machine['device']}, trains in {machine['dtype']}, {free}\n")
+    kinds = ("weights", "gradients", "optimizer", "activations", "logits", "total")
+    table(
+        [
+            {
+                "method": name,
+                "dtype": dtype,
+                "trained": f"{each['trained']:,} of {each['all']:,} ({each['trained'] / each['all']:.4%})",
+                **{kind: _size(each[kind]) for kind in kinds},
+                "fits": f"{'yes' if each['fits'] else 'NO'}, {_size(abs(each['left_bytes']))} "
+                + ("left" if each["fits"] else "short"),
+                "time, roughly": _time(each["step_s"], each["steps"]),
+            }
+            for name, method in found["methods"].items()
+            for dtype, each in method["dtypes"].items()
+        ]
+    )
+    if machine["device"] == "cpu":
+        typer.echo("the C library keeps freed blocks under 32 MiB: of small models more can be resident than in use")
+    for name, method in found["methods"].items():
+        for suggestion in method["suggestions"]:
+            typer.echo(f"{name} would fit with {suggestion['change']} ({_size(suggestion['total_bytes'])})")
+
+
+def _size(count: float) -> str:
+    """Bytes in the unit that suits them."""
+    unit = next(unit for unit in (3, 2, 1, 0) if abs(count) >= 1024**unit or not unit)
+    return f"{count / 1024**unit:.1f} {('B', 'KiB', 'MiB', 'GiB')[unit]}"
+
+
+def _time(step_s: float, steps: int | None) -> str:
+    """A training's time where its steps are known, else a step's."""
+    seconds = step_s * (steps or 1)
+    size, unit = next((s, u) for s, u in ((86400, "d"), (3600, "h"), (60, "min"), (0.0, "s")) if seconds >= 2 * s)
+    return f"{seconds / (size or 1):.1f} {unit} for {f'{steps:,} steps' if steps else 'a step'}"

@@ -63,26 +63,35 @@ def fresh(base: Path, adapter: AnyAdapter, steps: int = 1) -> Model:
     Raises:
         BadModel: the adapter does not fit the model.
     """
-    if isinstance(adapter, FullAdapter):
-        return _unfrozen(load_model(base, full_precision=True), adapter)
-    # not through PEFT's prepare_model_for_kbit_training: it turns norms and embeddings to float32, which the model that
-    # is merged, evaluated and served does not have
-    model = _base_for(base, adapter)
-    model = _adapted(model, config_of(adapter, steps, architecture_of(model).task_type), "params")
-    if isinstance(adapter, AdaloraAdapter):
-        from tasks.adapters.adalora import freeze_ranks
-
-        freeze_ranks(model)
-    if isinstance(adapter, LowRank) and isinstance(adapter.targets, dict):
-        from tasks.adapters.fused import keep_parts_apart
-
-        keep_parts_apart(model, adapter.targets)
+    model = trainable(_base_for(base, adapter), adapter, steps)
     if isinstance(adapter, PromptTuningAdapter) and adapter.start == "text":
         from tasks.adapters.virtual import start_from_text
         from tasks.templates import load_tokenizer
 
         start_from_text(model, load_tokenizer(base)(adapter.text, add_special_tokens=False)["input_ids"])
     return model
+
+
+def trainable(model: PreTrainedModel, adapter: AnyAdapter, steps: int = 1) -> Model:
+    """A frozen model with a new, trainable adapter on it, or with trainable weights.
+
+    Raises:
+        BadModel: the adapter does not fit the model.
+    """
+    if isinstance(adapter, FullAdapter):
+        return _unfrozen(model, adapter)
+    # not through PEFT's prepare_model_for_kbit_training: it turns norms and embeddings to float32, which the model that
+    # is merged, evaluated and served does not have
+    adapted = _adapted(model, config_of(adapter, steps, architecture_of(model).task_type), "params")
+    if isinstance(adapter, AdaloraAdapter):
+        from tasks.adapters.adalora import freeze_ranks
+
+        freeze_ranks(adapted)
+    if isinstance(adapter, LowRank) and isinstance(adapter.targets, dict):
+        from tasks.adapters.fused import keep_parts_apart
+
+        keep_parts_apart(adapted, adapter.targets)
+    return adapted
 
 
 def load_adapted(base: Path, folder: Path, adapter: AnyAdapter) -> Model:
@@ -183,7 +192,8 @@ def published_state(model: Model, name: str = "default") -> dict[str, Tensor]:
 
 
 def _base_for(base: Path, adapter: AnyAdapter) -> PreTrainedModel:
-    return load_model(base, adapter if isinstance(adapter, QloraAdapter | Int8Adapter) else None)
+    quantized_for = adapter if isinstance(adapter, QloraAdapter | Int8Adapter) else None
+    return load_model(base, quantized_for, full_precision=isinstance(adapter, FullAdapter))
 
 
 def _unfrozen(model: PreTrainedModel, adapter: FullAdapter) -> PreTrainedModel:

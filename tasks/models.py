@@ -57,7 +57,7 @@ def model_files(folder: Path) -> list[Path]:
             "is not a model folder", where=str(folder), got="no config.json", fix="name a Hugging Face model folder"
         )
     for path in (config, folder / "tokenizer_config.json"):
-        _refuse_code(path)
+        refuse_code(path)
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
         if pickles:
@@ -83,7 +83,12 @@ _WRITTEN_HERE = {"baichuan"}
 """Architectures that transformers lacks and temper has: what code their folders ask for is not needed, nor ever run."""
 
 
-def _refuse_code(path: Path) -> None:
+def refuse_code(path: Path) -> None:
+    """Refuses a config.json or tokenizer_config.json that names code of its own to run.
+
+    Raises:
+        BadModel: it does, or it is not valid JSON.
+    """
     if not path.is_file():
         return
     content = _json(path)
@@ -135,7 +140,7 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
             device_map={"": device()},
-            quantization_config=quantization(quantized_for) if quantized_for else None,
+            quantization_config=quantization(quantized_for, compute_dtype()) if quantized_for else None,
         )
     except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise BadModel(

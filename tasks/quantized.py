@@ -6,10 +6,10 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from tasks.adapter_params import Int8Adapter, QloraAdapter
-from tasks.device import compute_dtype
 from tasks.errors import BadModel
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -18,8 +18,8 @@ _WIDEST_GAP = 0.34
 """Between neighbouring levels of NF4 (0.304) and FP4 (0.333), of the largest number of a block."""
 
 
-def quantization(adapter: QloraAdapter | Int8Adapter) -> Any:
-    """What transformers loads a base by."""
+def quantization(adapter: QloraAdapter | Int8Adapter, usual: torch.dtype) -> Any:
+    """What transformers loads a base by; `usual` is what `auto` computes in."""
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -31,9 +31,7 @@ def quantization(adapter: QloraAdapter | Int8Adapter) -> Any:
         load_in_4bit=True,
         bnb_4bit_quant_type=adapter.quantization,
         bnb_4bit_use_double_quant=adapter.double_quantization,
-        bnb_4bit_compute_dtype=compute_dtype()
-        if adapter.compute_dtype == "auto"
-        else getattr(torch, adapter.compute_dtype),
+        bnb_4bit_compute_dtype=usual if adapter.compute_dtype == "auto" else getattr(torch, adapter.compute_dtype),
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -93,15 +93,30 @@ def _joined(prompt: list[int], reply: list[int]) -> TokenRow:
     return TokenRow(prompt + reply, [False] * len(prompt) + [True] * len(reply), len(prompt))
 
 
+def lengths_of(examples: Sequence[Example]) -> list[int]:
+    """Tokens of each example, over all its sequences."""
+    return [sum(sequence.tokens for sequence in example) for example in examples]
+
+
+def shapes_of(examples: Sequence[Example]) -> list[tuple[int, int]]:
+    """Tokens of each sequence that a decoder reads, and how many of them are the prompt's."""
+    sequences = [sequence for example in examples for sequence in example if isinstance(sequence, TokenRow)]
+    return [(sequence.tokens, sequence.prompt_tokens) for sequence in sequences]
+
+
 def batch_of(step: int, lengths: Sequence[int], batch_rows: int, seed: int) -> list[int]:
-    """The rows of a step: a fixed function of the step, so that a resumed training sees what it would have seen.
+    """The rows of a step: a fixed function of the step, so that a resumed training sees what it would have seen."""
+    epoch, place = divmod(step, steps_per_epoch(len(lengths), batch_rows))
+    return batches_of(epoch, lengths, batch_rows, seed)[place]
+
+
+def batches_of(epoch: int, lengths: Sequence[int], batch_rows: int, seed: int) -> list[list[int]]:
+    """The rows of an epoch's steps.
 
     Every epoch is a new shuffle; within runs of sixteen batches rows are grouped by length, so that little is padding.
     """
     import torch
 
-    steps = steps_per_epoch(len(lengths), batch_rows)
-    epoch, place = divmod(step, steps)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(lengths), generator=generator).tolist()
     window = 16 * batch_rows
@@ -110,8 +125,8 @@ def batch_of(step: int, lengths: Sequence[int], batch_rows: int, seed: int) -> l
         for start in range(0, len(order), window)
         for i in sorted(order[start : start + window], key=lengths.__getitem__)
     ]
-    which = torch.randperm(steps, generator=generator).tolist()[place]
-    return grouped[which * batch_rows : (which + 1) * batch_rows]
+    places = torch.randperm(steps_per_epoch(len(lengths), batch_rows), generator=generator).tolist()
+    return [grouped[which * batch_rows : (which + 1) * batch_rows] for which in places]
 
 
 def steps_per_epoch(rows: int, batch_rows: int) -> int:
@@ -212,6 +227,29 @@ def _batches(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
 # --- the training -----------------------------------------------------------------------------------------------------
 
 
+def optimizer_for(model: Model, method: Method) -> torch.optim.Optimizer:
+    """The optimizer of all that is trainable."""
+    return optimizer_of(method.optimizer, groups_of(model, method))
+
+
+def groups_of(model: Model, method: Method) -> list[dict[str, Any]]:
+    """What is trainable, by its weight decay."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    # angles say how far a rotation is from where it began: decayed, it would be drawn back there
+    angles = [p for name, p in parameters.items() if name.endswith(".angles")]
+    others = [p for name, p in parameters.items() if not name.endswith(".angles")]
+    return [{"params": others, "weight_decay": method.weight_decay}, {"params": angles, "weight_decay": 0.0}]
+
+
+def below_for(model: Model, examples: Sequence[Example], method: Method) -> Below | None:
+    """What keeps the hidden states that no edit changes, where there are such and they are needed again."""
+    if not isinstance(method.adapter, ReftAdapter) or method.epochs == 1:
+        return None
+    from tasks.adapters.below import Below
+
+    return Below.of(model, shapes_of(examples), method.adapter.cache_mib << 20)
+
+
 def train(
     model: Model,
     examples: Sequence[Example],
@@ -222,16 +260,9 @@ def train(
 ) -> list[dict[str, Any]]:
     """Trains the model's adapter in place; goes on from the newest checkpoint. Returns the log of the loop."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    lengths = [sum(sequence.tokens for sequence in example) for example in examples]
+    lengths = lengths_of(examples)
     steps = method.epochs * steps_per_epoch(len(examples), method.batch_rows)
-
-    below = None
-    if isinstance(method.adapter, ReftAdapter) and method.epochs > 1:
-        from tasks.adapters.below import Below
-
-        sequences = [sequence for example in examples for sequence in example if isinstance(sequence, TokenRow)]
-        shapes = [(sequence.tokens, sequence.prompt_tokens) for sequence in sequences]
-        below = Below.of(model, shapes, method.adapter.cache_mib << 20)
+    below = below_for(model, examples, method)
 
     def chosen(step: int) -> list[int]:
         return batch_of(step, lengths, method.batch_rows, method.seed)
@@ -246,21 +277,12 @@ def train(
         max_grad_norm=method.max_grad_norm,
         checkpoint_every_steps=method.checkpoint_every_steps,
     )
-    return run(course, parameters, _steppers(model, parameters, method), checkpoints, progress, on_row)
-
-
-def _steppers(model: Model, parameters: Mapping[str, torch.Tensor], method: Method) -> list[Stepper]:
-    """The optimizer, and what moves AdaLoRA's ranks after it."""
-    # angles say how far a rotation is from where it began: decayed, it would be drawn back there
-    angles = [p for name, p in parameters.items() if name.endswith(".angles")]
-    others = [p for name, p in parameters.items() if not name.endswith(".angles")]
-    groups = [{"params": others, "weight_decay": method.weight_decay}, {"params": angles, "weight_decay": 0.0}]
-    steppers: list[Stepper] = [optimizer_of(method.optimizer, groups)]
+    steppers: list[Stepper] = [optimizer_for(model, method)]
     if isinstance(method.adapter, AdaloraAdapter):
         from tasks.adapters.adalora import RankSteps
 
         steppers.append(RankSteps(model))
-    return steppers
+    return run(course, parameters, steppers, checkpoints, progress, on_row)
 
 
 def main() -> None:

@@ -101,7 +101,7 @@ def method(adapter: dict[str, Any], objective: dict[str, Any], **changes: Any) -
         "objective": objective,
         "epochs": 1,
         "batch_rows": 4,
-        "micro_batch_rows": 4,
+        "micro_batch_rows": changes.get("batch_rows", 4),
         "optimizer": "adamw",
         "learning_rate": 0.01,
         "schedule": "cosine",

@@ -133,12 +133,11 @@ def test_baichuan_learns_chats_and_maths_by_its_fused_projection(
     (workspace / "school_math.json").write_text("\n".join(lines))
     shape = LlamaConfig.from_pretrained(pico_base).to_dict()
     own = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "pad_token_id")
-    sizes = {name: shape[name] for name in own} | {"max_position_embeddings": 256}
+    sizes = {name: shape[name] for name in own} | {"max_position_embeddings": 1024}
     chat_base(pico_base, workspace / "models" / "pico", BaichuanConfig(**sizes))
     settings = [
         "base.path=models/pico",
         "train.lora.epochs=1",
-        "render.max_tokens=128",
         "validate.max_quarantined=0.5",
     ]
     said = run_stages(workspace, "belle-baichuan-lora.yaml", *settings, *SMALL)
@@ -161,10 +160,8 @@ def test_labels_are_generated_for_real_tweets_by_an_encoder_decoder(workspace: P
         "base={kind: local, path: models/pico, template: own}",
         "train.lora.checkpoint_every_steps=4",
     ]
-    words = [word for setting in settings for word in ("--set", setting)]
-    said = temper(workspace, "run", "--recipe", "recipes/lora-mt0-twitter.yaml", *words).stdout
-    assert "models:/temper-twitter@champion" in said
-    assert "the champion on a held-out row (expected: " in said
+    said = run_stages(workspace, "lora-mt0-twitter.yaml", *settings)
+    assert "register lora: models:/temper-twitter/1" in said
     assert json.loads((workspace / "data/raw/twitter/manifest.json").read_text())["rows"]["pair"] == 50
     config = json.loads((workspace / "data/adapters/lora/adapter_config.json").read_text())
     assert (config["task_type"], config["r"], config["target_modules"]) == ("SEQ_2_SEQ_LM", 8, ["q", "v"])
@@ -189,16 +186,20 @@ def _check_served(workspace: Path, text: str) -> None:
     from tasks.tracking import connect
 
     connect(workspace)
-    about = mlflow.models.get_model_info("models:/temper-twitter@champion")
+    about = mlflow.models.get_model_info("models:/temper-twitter/1")
     assert about.signature.inputs.input_names()[:2] == ["input", "max_tokens"]
     assert about.signature.outputs.input_names() == ["output", "finish_reason", "usage"]
-    loaded = mlflow.pyfunc.load_model("models:/temper-twitter@champion")
+    loaded = mlflow.pyfunc.load_model("models:/temper-twitter/1")
     (one, two) = loaded.predict([{"input": text, "max_tokens": 4}, {"input": "thanks", "max_tokens": 4}])
     assert one["finish_reason"] in ("stop", "length")
     assert one["usage"]["completion_tokens"] <= 4
     assert ask(workspace, str(workspace / "data/models/lora"), [("user", text)], 4) == one["output"]
-    assert ask(workspace, "models:/temper-twitter@champion", [("user", "thanks")], 4) == two["output"]
-    assert temper(workspace, "chat", text, "--max-tokens", "4").stdout.strip().endswith(one["output"])
+    assert ask(workspace, "models:/temper-twitter/1", [("user", "thanks")], 4) == two["output"]
+    assert (
+        temper(workspace, "chat", text, "--model", "models:/temper-twitter/1", "--max-tokens", "4")
+        .stdout.strip()
+        .endswith(one["output"])
+    )
 
 
 def test_a_base_is_pretrained_by_the_recipe_of_the_shipped_one(workspace: Path) -> None:
@@ -244,9 +245,8 @@ def test_ones_own_llama_from_plain_texts_to_a_champion(workspace: Path) -> None:
         "merge.probe_rows=2",
         "evaluate.max_new_tokens=4",
     ]
-    given = [word for setting in settings for word in ("--set", setting)]
-    said = temper(workspace, "run", "--recipe", "recipes/scratch-llama.yaml", *given).stdout
-    assert "models:/temper-scratch@champion" in said
+    said = run_stages(workspace, "scratch-llama.yaml", *settings)
+    assert "register lora: models:/temper-scratch/1" in said
     made = json.loads((workspace / "data/base/manifest.json").read_text())
     held_out = made["held_out"]
     assert held_out["perplexity"] < 200  # of 400 for a model that knows nothing

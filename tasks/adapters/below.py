@@ -57,6 +57,7 @@ class Below:
         """Keeps the output of layer number `cut` - 1; `last` tokens of each prompt are edited, 0: more."""
         self._body, self._layers, self._cut, self._last, self._prompts = body, layers, cut, last, prompts
         self._states: dict[bytes, State] = {}
+        self._token_bytes = (0, 0)
 
     @classmethod
     def of(cls, model: Any, rows: Sequence[tuple[int, int]], max_bytes: int) -> Below | None:
@@ -84,11 +85,16 @@ class Below:
                 return None
             token = state.hidden[0].nbytes
             before = state.attention[:, :, :, 0].nbytes if state.attention is not None else 0
-            starts = [below._start(prompt) for _, prompt in rows]
-            size = sum(tokens for tokens, _ in rows) * token + sum(starts) * (before - token)
-            if size <= max_bytes:
+            below._token_bytes = (token, before)
+            if below.kept_bytes(rows) <= max_bytes:
                 return below
         return None
+
+    def kept_bytes(self, rows: Sequence[tuple[int, int]]) -> int:
+        """What is kept of rows of so many tokens, of which so many are the prompt's."""
+        token, before = self._token_bytes
+        starts = [self._start(prompt) for _, prompt in rows]
+        return sum(tokens for tokens, _ in rows) * token + sum(starts) * (before - token)
 
     @contextmanager
     def known(self, rows: Sequence[Sequence[int]], prompts: Sequence[int]) -> Iterator[Reuse]:

@@ -1,0 +1,70 @@
+"""`temper estimate`, by its function and by its real command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flows import output
+from flows.estimating import estimates
+from tasks.errors import BadModel, BadParams
+from tests.conftest import temper
+
+GIB = 2**30
+
+
+def test_every_method_is_estimated_before_anything_has_run(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(temper(workspace, "estimate", "--json").stdout)
+    assert list(found["methods"]) == ["qlora", "orpo", "reft"]
+    assert "all of 192 tokens" in found["rows"]
+    for method in found["methods"].values():
+        assert set(method["dtypes"]) == {"bfloat16", "float32"}
+        assert method["suggestions"] == []
+        for each in method["dtypes"].values():
+            assert each["fits"]
+            assert max(each[kind] for kind in ("weights", "activations", "logits")) < each["total"]
+            assert each["steps"] is None
+            assert each["step_s"] > 0
+    output.estimation(found)
+    printed = capsys.readouterr().out
+    assert printed.count("yes, ") == 6
+    assert "for a step" in printed
+
+
+def test_rendered_rows_say_how_long_rows_are_and_how_many_steps_there_are(factory: Path) -> None:
+    found = estimates(factory, None, "reft")
+    (figures, _) = found["methods"]["reft"]["dtypes"].values()
+    summary = json.loads((factory / "data" / "adapters" / "reft" / "summary.json").read_text())
+    assert found["rows"] == str(factory / "data" / "rendered")
+    assert figures["steps"] == summary["steps"]
+    assert figures["trained"] == summary["trainable_parameters"]
+
+
+def test_what_does_not_fit_is_said_with_what_would(workspace: Path, tmp_path: Path) -> None:
+    """Two layers of a size that no machine has memory for."""
+    config = {
+        "model_type": "llama",
+        "hidden_size": 131072,
+        "intermediate_size": 131072 * 4,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 64,
+        "vocab_size": 128256,
+    }
+    path = tmp_path / "huge.json"
+    path.write_text(json.dumps(config))
+    done = temper(workspace, "estimate", "--model", str(path), "--method", "qlora")
+    assert "NO, " in done.stdout
+    assert " short" in done.stdout
+    assert "qlora would fit with a machine with " in done.stdout
+
+
+def test_bad_input_is_one_error_and_exit_65(workspace: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadParams, match="no such method"):
+        estimates(workspace, None, "lora")
+    with pytest.raises(BadModel, match=r"no config\.json"):
+        estimates(workspace, tmp_path, None)
+    done = temper(workspace, "estimate", "--model", str(tmp_path / "none"), code=65)
+    assert "there is no config.json" in done.stderr
+    assert "Traceback" not in done.stderr
