@@ -84,6 +84,7 @@ def ours(setting: dict[str, Any], epochs: int) -> tuple[list[float], float]:
         component="block_output",
         positions=setting["positions"],
         share_weights=False,
+        bias=True,
         dropout=0.0,
         cache_mib=1024,
     )

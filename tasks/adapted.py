@@ -82,6 +82,7 @@ def trainable(model: PreTrainedModel, adapter: AnyAdapter, steps: int = 1) -> Mo
         return _unfrozen(model, adapter)
     # not through PEFT's prepare_model_for_kbit_training: it turns norms and embeddings to float32, which the model that
     # is merged, evaluated and served does not have
+    _check_rank(model, adapter)
     adapted = _adapted(model, config_of(adapter, steps, architecture_of(model).task_type), "params")
     if isinstance(adapter, AdaloraAdapter):
         from tasks.adapters.adalora import freeze_ranks
@@ -194,6 +195,22 @@ def published_state(model: Model, name: str = "default") -> dict[str, Tensor]:
 def _base_for(base: Path, adapter: AnyAdapter) -> PreTrainedModel:
     quantized_for = adapter if isinstance(adapter, QloraAdapter | Int8Adapter) else None
     return load_model(base, quantized_for, full_precision=isinstance(adapter, FullAdapter))
+
+
+def _check_rank(model: PreTrainedModel, adapter: AnyAdapter) -> None:
+    """Refuses low-rank updates of more ranks than the model is wide: they would be no smaller than the weights.
+
+    Raises:
+        BadModel: a rank is above the hidden size.
+    """
+    if not isinstance(adapter, LowRank | AdaloraAdapter):
+        return
+    rank = max(adapter.rank.values()) if isinstance(adapter.rank, dict) else adapter.rank
+    width = model.config.get_text_config().hidden_size
+    if rank > width:
+        raise BadModel(
+            "the rank is above the hidden size", where="adapter.rank", got=str(rank), expected=f"at most {width}"
+        )
 
 
 def _unfrozen(model: PreTrainedModel, adapter: FullAdapter) -> PreTrainedModel:

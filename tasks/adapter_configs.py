@@ -85,14 +85,22 @@ def config_of(adapter: AnyAdapter, steps: int = 1, task: str = "CAUSAL_LM") -> P
         case ReftAdapter():
             from tasks.adapters.tuner import ReftConfig
 
-            own = adapter.model_dump(exclude={"name", "rank", "cache_mib"})
-            return ReftConfig(intervention=adapter.name, r=adapter.rank, **own, **common)
+            own = adapter.model_dump(exclude={"name", "rank", "bias", "cache_mib"})
+            named = {"intervention": adapter.name, "r": adapter.rank, "source_bias": adapter.bias}
+            return _made(ReftConfig, {**own, **named, **common})
         case BottleneckAdapter():
             from tasks.adapters.bottleneck import BottleneckConfig
 
             return BottleneckConfig(**adapter.model_dump(exclude={"name"}), **common)
         case PeftAdapter():
             return _any(adapter, task)
+
+
+def _made(kind: type[PeftConfig], fields: Mapping[str, Any]) -> PeftConfig:
+    try:
+        return kind(**fields)
+    except (TypeError, ValueError) as error:
+        raise BadModel("is no configuration of this method", where="adapter", got=str(error)) from error
 
 
 def _low_rank(adapter: LowRank) -> dict[str, Any]:
@@ -165,8 +173,4 @@ def _any(adapter: PeftAdapter, task: str) -> PeftConfig:
         raise BadModel("PEFT has no such method", where="adapter.method", got=adapter.method, expected=names)
     if needs := _NEED_MORE.get(adapter.method.upper()):
         raise BadModel("is trained otherwise", where="adapter.method", got=adapter.method, expected=needs)
-    try:
-        config: PeftConfig = chosen(**adapter.config, task_type=task)
-    except (TypeError, ValueError) as error:
-        raise BadModel("is no configuration of this method", where="adapter.config", got=str(error)) from error
-    return config
+    return _made(chosen, {**adapter.config, "task_type": task})

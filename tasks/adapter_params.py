@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
 
 from tasks.fields import Count, NotNegative, Positive, Section
-from tasks.positions import parse_positions
+from tasks.positions import LAYERS, parse_positions
 
 OTHERS = "others"
 """The key of the value for modules that no pattern names."""
@@ -23,6 +23,7 @@ Rank = Annotated[int, Field(ge=1, le=1024)]
 Ranks = Annotated[Rank | dict[str, Rank], AfterValidator(_has_others)]
 Alphas = Annotated[Positive | dict[str, Positive], AfterValidator(_has_others)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
+Layers = Annotated[str, StringConstraints(pattern=f"^({LAYERS})$")] | Annotated[list[int], Field(min_length=1)]
 Part = Literal["q", "k", "v", "gate", "up"]
 Parts = Annotated[list[Part], Field(min_length=1)]
 Names = str | Annotated[list[str], Field(min_length=1)]
@@ -177,14 +178,17 @@ class ReftAdapter(Section):
     """The intervention: loreft is equation 2 of the paper, direft equation 3, the others leave parts of these out."""
     rank: Rank
     """Dimensions of the edited subspace, the paper's r."""
-    layers: Literal["all"] | Annotated[list[int], Field(min_length=1)]
-    """Which layers are edited, from 0."""
+    layers: Layers
+    """Which layers are edited, from 0: `all`, a range such as 4-7, or a list."""
     component: Literal["block_output", "attention_output", "mlp_output"]
     """What is edited in them."""
     positions: str
-    """Of the prompt: `last`, `all`, `fN` (the first N tokens), `lN` or `fN+lM`."""
+    """Of the prompt: `last`, `all`, `fN` (the first N tokens), `lN` or `fN+lM`. Of a prompt of p tokens at most p / 2,
+    rounded down, are first ones, and at most p / 2, rounded up, last ones, as in pyreft."""
     share_weights: bool
     """Whether first and last tokens have one edit a layer instead of two."""
+    bias: bool
+    """Whether the learnt map has a bias, the paper's b; consreft and lobireft learn nothing else."""
     dropout: Dropout
     """Share of the edit that is zeroed in training."""
     cache_mib: Annotated[int, Field(ge=0)]
@@ -209,8 +213,8 @@ class BottleneckAdapter(Section):
     """What stands between its two linear maps."""
     scaling: Positive
     """What the network's output is multiplied by."""
-    layers: Literal["all"] | Annotated[list[int], Field(min_length=1)]
-    """Which layers get one, from 0."""
+    layers: Layers
+    """Which layers get one, from 0: `all`, a range such as 4-7, or a list."""
     dropout: Dropout
     """Share of the network's inner values that is zeroed in training."""
 

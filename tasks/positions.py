@@ -1,9 +1,16 @@
-"""Which tokens of a prompt ReFT edits, as params and adapters say it. Without torch, so that params can be checked."""
+"""Which layers, and which tokens of a prompt, are changed, as params and adapters say it.
+
+Without torch, so that params can be checked.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
+
+LAYERS = r"all|\d+-\d+"
+"""How layers are chosen by a word, as a regular expression."""
 
 
 class Spans(NamedTuple):
@@ -31,3 +38,20 @@ def parse_positions(text: str) -> Spans:
     if not found:
         raise ValueError(f"positions: got {text!r}, expected last, all, fN, lN or fN+lM")
     return Spans(int(found[1] or 0), int(found[2] or found[3] or 0))
+
+
+def parse_layers(layers: str | Sequence[int], count: int) -> list[int]:
+    """The numbers of the layers that `all`, `FIRST-LAST` or a list of numbers chooses, of so many.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    if layers == "all":
+        return list(range(count))
+    if isinstance(layers, str):
+        first, last = map(int, layers.split("-"))
+        layers = range(first, last + 1)
+    if not layers or (outside := [number for number in layers if not 0 <= number < count]):
+        got = list(outside) if layers else "none"
+        raise ValueError(f"layers: got {got}, expected 0 to {count - 1}")
+    return list(layers)

@@ -87,6 +87,7 @@ LOREFT: dict[str, Any] = {
     "component": "block_output",
     "positions": "last",
     "share_weights": False,
+    "bias": True,
     "dropout": 0.0,
     "cache_mib": 16,
 }

@@ -113,7 +113,14 @@ class Edit(nn.Module):
     """One intervention. Its parameters are float32 and it computes in float32 or wider, whatever the model does."""
 
     def __init__(
-        self, kind: str, hidden_size: int, rank: int, *, dropout: float = 0.0, projection_bias: bool = True
+        self,
+        kind: str,
+        hidden_size: int,
+        rank: int,
+        *,
+        dropout: float = 0.0,
+        bias: bool = True,
+        projection_bias: bool = True,
     ) -> None:
         super().__init__()
         self.kind = KINDS[kind]
@@ -124,7 +131,7 @@ class Edit(nn.Module):
         else:
             self.directions = nn.Linear(hidden_size, rank, bias=projection_bias and self.kind.replaces)
         self.source: nn.Linear | nn.Parameter
-        self.source = nn.Linear(hidden_size, rank) if self.kind.affine else nn.Parameter(torch.rand(rank))
+        self.source = nn.Linear(hidden_size, rank, bias=bias) if self.kind.affine else nn.Parameter(torch.rand(rank))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 
+from tasks.positions import parse_layers
+
 COMPONENTS = {
     "block_output": ("",),
     "attention_output": ("self_attn", "attn", "attention", "self_attention", "layer.0"),
@@ -171,18 +173,14 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def chosen_layers(model: nn.Module, numbers: str | list[int]) -> dict[str, nn.Module]:
-    """Layers by their numbers, or all.
+    """Layers by their numbers, `all`, or a range such as `4-7`.
 
     Raises:
         ValueError: there is no such layer.
     """
     layers = layers_of(model)
-    if numbers == "all":
-        return layers
     names = list(layers)
-    if outside := [number for number in numbers if not 0 <= int(number) < len(names)]:
-        raise ValueError(f"layers: got {outside}, expected 0 to {len(names) - 1}")
-    return {names[int(number)]: layers[names[int(number)]] for number in numbers}
+    return {names[number]: layers[names[number]] for number in parse_layers(numbers, len(names))}
 
 
 def component_of(layer: nn.Module, name: str, component: str) -> str:

@@ -103,15 +103,15 @@ def to_pyreft(model: PeftModel, folder: str | Path) -> None:
     """Writes a model's edits as pyreft does.
 
     Raises:
-        BadModel: the adapter is no ReFT, or edits all of the prompt's tokens, which pyreft has no word for.
+        BadModel: the adapter is no ReFT, edits all of the prompt's tokens, or has no bias: pyreft knows none of these.
     """
     config = model.peft_config[model.active_adapter]
-    if not isinstance(config, ReftConfig) or parse_positions(config.positions).all:
+    if not isinstance(config, ReftConfig) or parse_positions(config.positions).all or not config.source_bias:
         raise BadModel(
             "cannot be written for pyreft",
             where=str(folder),
             got=str(config.peft_type),
-            expected="ReFT at fN, lN, last",
+            expected="ReFT with a bias, at fN, lN or last",
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ from tasks.adapters.hooked import (
     register,
 )
 from tasks.adapters.prompts import Prompts, prompts_of
-from tasks.positions import Spans, parse_positions
+from tasks.positions import LAYERS, Spans, parse_positions
 
 
 @dataclass
@@ -36,11 +37,14 @@ class ReftConfig(PeftConfig):  # type: ignore[misc]
 
     intervention: str = field(default="loreft", metadata={"help": "One of " + ", ".join(KINDS)})
     r: int = field(default=4, metadata={"help": "Dimensions of the edited subspace"})
-    layers: str | list[int] = field(default="all", metadata={"help": "Numbers of layers from 0, or all"})
+    layers: str | list[int] = field(
+        default="all", metadata={"help": "Numbers of layers from 0, a range such as 4-7, or all"}
+    )
     component: str = field(default="block_output", metadata={"help": "One of " + ", ".join(COMPONENTS)})
     positions: str = field(default="last", metadata={"help": "Of the prompt: last, all, fN, lN or fN+lM"})
     share_weights: bool = field(default=False, metadata={"help": "One edit a layer for first and last tokens"})
     dropout: float = field(default=0.0, metadata={"help": "Share of the edit that is zeroed in training"})
+    source_bias: bool = field(default=True, metadata={"help": "Whether the learnt map has a bias, the paper's b"})
     projection_bias: bool = field(default=True, metadata={"help": "Whether noreft's projection has a bias"})
     target_modules: list[str] | None = field(default=None, metadata={"help": "Found from layers and component"})
 
@@ -53,8 +57,11 @@ class ReftConfig(PeftConfig):  # type: ignore[misc]
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(known)}")
         if self.r < 1:
             raise ValueError(f"r: got {self.r}, expected at least 1")
-        if not (self.layers == "all" or (isinstance(self.layers, list) and self.layers)):
-            raise ValueError(f"layers: got {self.layers!r}, expected all, or a list of numbers")
+        chosen = self.layers
+        if not (re.fullmatch(LAYERS, chosen) if isinstance(chosen, str) else isinstance(chosen, list) and chosen):
+            raise ValueError(f"layers: got {chosen!r}, expected all, a range such as 4-7, or a list of numbers")
+        if not self.source_bias and not KINDS[self.intervention].affine:
+            raise ValueError(f"source_bias: {self.intervention} learns nothing else")
 
 
 class ReftLayer(HookedLayer):
@@ -117,11 +124,9 @@ class ReftModel(HookedTuner):
         """An edit for each span."""
         spans = layer.reft_spans[adapter_name] = parse_positions(config.positions)
         names = ("shared",) if config.share_weights and len(spans.names) > 1 else spans.names
-        width, bias = config_of(self.model).hidden_size, config.projection_bias
-        made = {
-            name: Edit(config.intervention, width, config.r, dropout=config.dropout, projection_bias=bias)
-            for name in names
-        }
+        width = config_of(self.model).hidden_size
+        biases = {"bias": config.source_bias, "projection_bias": config.projection_bias}
+        made = {name: Edit(config.intervention, width, config.r, dropout=config.dropout, **biases) for name in names}
         return nn.ModuleDict(made)
 
     def _unload_and_optionally_merge(self, merge: bool = True, **_: Any) -> nn.Module:

@@ -174,6 +174,28 @@ def test_a_learnt_prompt_begins_as_the_embeddings_of_its_text(pico_base: Path) -
     assert torch.equal(published_state(model)["prompt_embeddings"], embedded.float())
 
 
+def test_a_range_of_layers_is_the_list_of_them(pico_base: Path) -> None:
+    by_range, by_list = (
+        published_state(fresh(pico_base, ReftAdapter.model_validate({**LOREFT, "layers": layers}))).keys()
+        for layers in ("0-1", [0, 1])
+    )
+    assert by_range == by_list
+
+
+def test_without_bias_the_learnt_map_is_linear(pico_base: Path) -> None:
+    names = published_state(fresh(pico_base, ReftAdapter.model_validate({**LOREFT, "bias": False}))).keys()
+    assert names
+    assert not [name for name in names if "bias" in name]
+
+
+@pytest.mark.parametrize(
+    "params", [{**LORA, "rank": 65}, {**LORA, "rank": {"others": 2, "q_proj": 65}}, {**ADALORA, "rank": 65}]
+)
+def test_a_rank_above_the_hidden_size_is_refused(pico_base: Path, params: dict[str, Any]) -> None:
+    with pytest.raises(BadModel, match="above the hidden size"):
+        fresh(pico_base, method(params, SFT).adapter, 100)
+
+
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
     save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS)
 
@@ -217,7 +239,14 @@ def test_a_damaged_adapter_is_refused(pico_base: Path, adapter_folder: Path, tmp
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"), [({"layers": [0, 2]}, "expected 0 to 1"), ({"rank": 65}, "at most the hidden size")]
+    ("changes", "said"),
+    [
+        ({"layers": [0, 2]}, "expected 0 to 1"),
+        ({"layers": "1-2"}, "got .2., expected 0 to 1"),
+        ({"layers": "1-0"}, "got none"),
+        ({"rank": 65}, "at most the hidden size"),
+        ({"name": "consreft", "bias": False}, "learns nothing else"),
+    ],
 )
 def test_edits_that_do_not_fit_the_model_are_refused(pico_base: Path, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(BadModel, match=said):
