@@ -24,6 +24,7 @@ from tasks.adapter_files import (
     write_base,
 )
 from tasks.adapter_params import (
+    OTHERS,
     AdaloraAdapter,
     AnyAdapter,
     FullAdapter,
@@ -34,6 +35,7 @@ from tasks.adapter_params import (
     QloraAdapter,
 )
 from tasks.architecture import architecture_of
+from tasks.checkpoints import apart
 from tasks.errors import BadModel
 from tasks.models import Model, load_model
 from tasks.outputs import as_json, write_whole
@@ -84,6 +86,8 @@ def trainable(model: PreTrainedModel, adapter: AnyAdapter, steps: int = 1) -> Mo
     # is merged, evaluated and served does not have
     _check_rank(model, adapter)
     adapted = _adapted(model, config_of(adapter, steps, architecture_of(model).task_type), "params")
+    _check_names(adapted, adapter)
+    _check_embeddings(adapted)
     if isinstance(adapter, AdaloraAdapter):
         from tasks.adapters.adalora import freeze_ranks
 
@@ -104,6 +108,10 @@ def load_adapted(base: Path, folder: Path, adapter: AnyAdapter) -> Model:
     if isinstance(adapter, FullAdapter):
         return load_model(folder, full_precision=True)
     return attach(_base_for(base, adapter), folder)
+
+
+_NO_ADAPTER = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, re.error)
+"""What PEFT raises for a configuration that a model cannot take."""
 
 
 class Adapter(NamedTuple):
@@ -170,8 +178,7 @@ def publish(model: Model, folder: Path) -> None:
     if not isinstance(model, PeftModel):
         model.save_pretrained(folder)
         return
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in published_state(model).items()}
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(apart(published_state(model)), folder / WEIGHTS, metadata={"format": "pt"})
     config: dict[str, Any] = model.peft_config["default"].to_dict()
     base = folder_base(model.get_base_model())
     of = {"base_model_name_or_path": base.name, "revision": base.revision}
@@ -213,6 +220,55 @@ def _check_rank(model: PreTrainedModel, adapter: AnyAdapter) -> None:
         )
 
 
+def _check_names(adapted: PeftModel, adapter: AnyAdapter) -> None:
+    """Refuses names and patterns that no module has: PEFT is content when one of them matches.
+
+    Raises:
+        BadModel: one matches nothing.
+    """
+    from peft.utils.other import get_pattern_key
+
+    if not isinstance(adapter, LowRank | AdaloraAdapter | Ia3Adapter):
+        return
+    changed: list[str] = adapted.base_model.targeted_module_names
+    wanted = [] if isinstance(adapter.targets, str) else list(adapter.targets)
+    idle = [name for name in wanted if not any(f".{module}".endswith(f".{name}") for module in changed)]
+    if isinstance(adapter, LowRank):
+        patterns = [each for by in (adapter.rank, adapter.alpha) if isinstance(by, dict) for each in by]
+        idle += [p for p in patterns if p != OTHERS and all(get_pattern_key([p], m) == m != p for m in changed)]
+    if idle:
+        raise BadModel(
+            "no module that is changed has this name",
+            where="adapter",
+            got=", ".join(idle),
+            expected=", ".join(sorted({module.rpartition(".")[2] for module in changed})),
+        )
+
+
+def _check_embeddings(adapted: PeftModel) -> None:
+    """Refuses adapters on weights that more than one module holds, where they would change another model than merged.
+
+    Raises:
+        BadModel: the head of a model whose head is its embedding, or the embedding that encoder and decoder share.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    config = adapted.get_base_model().config
+    head, embedding = adapted.get_output_embeddings(), adapted.get_input_embeddings()
+    if isinstance(head, BaseTunerLayer) and head is not embedding and config.tie_word_embeddings:
+        raise BadModel(
+            "the head of this model is its embedding, which an adapter on the head would leave behind",
+            where="adapter.targets",
+            fix="leave the head out, or train the weights themselves: `name: full`",
+        )
+    if isinstance(embedding, BaseTunerLayer) and config.is_encoder_decoder:
+        raise BadModel(
+            "encoder and decoder hold the embedding themselves, so that an adapter on it changes nothing",
+            where="adapter.targets",
+            fix="leave it out, or train the weights themselves: `name: full`",
+        )
+
+
 def _unfrozen(model: PreTrainedModel, adapter: FullAdapter) -> PreTrainedModel:
     """Makes the chosen modules' weights trainable."""
     chosen = adapter.modules
@@ -221,8 +277,9 @@ def _unfrozen(model: PreTrainedModel, adapter: FullAdapter) -> PreTrainedModel:
         of_name = name.rpartition(".")[2] in names if isinstance(chosen, list) else re.fullmatch(chosen, name)
         if chosen == "all" or of_name:
             module.requires_grad_(True)
-    if not any(weight.requires_grad for weight in model.parameters()):
-        raise BadModel("the model has no such modules", where="adapter.modules", got=", ".join(names))
+    idle = set(chosen) - {name.rpartition(".")[2] for name, _ in model.named_modules()} if names is chosen else set()
+    if idle or not any(weight.requires_grad for weight in model.parameters()):
+        raise BadModel("the model has no such modules", where="adapter.modules", got=", ".join(sorted(idle or names)))
     return model
 
 
@@ -234,7 +291,7 @@ def _adapted(model: PreTrainedModel | PeftModel, config: PeftConfig, where: str,
             model.add_adapter(name, config)
             return model
         adapted: PeftModel = get_peft_model(model, config, name)
-    except (ValueError, TypeError) as error:  # NoMatchingPeftModuleError too
+    except _NO_ADAPTER as error:
         raise BadModel("the adapter does not fit this model", where=where, got=str(error)) from error
     if config.is_prompt_learning:
         from tasks.adapters.virtual import count_only_what_is_attended

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
@@ -13,20 +14,44 @@ OTHERS = "others"
 """The key of the value for modules that no pattern names."""
 
 
-def _has_others(value: Any) -> Any:
-    if isinstance(value, dict) and OTHERS not in value:
+def _has_others(value: dict[str, Any]) -> dict[str, Any]:
+    if OTHERS not in value:
         raise ValueError(f"a value for each pattern needs one for `{OTHERS}`, too")
     return value
 
 
+def _compiles(value: Any) -> Any:
+    """Words are regular expressions, `all` and `all-linear` too."""
+    for pattern in [value] if isinstance(value, str) else value:
+        if pattern != OTHERS:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"is no regular expression: {error}") from error
+    return value
+
+
+def _by_pattern(value: Any) -> Any:
+    return _compiles(_has_others(value)) if isinstance(value, dict) else value
+
+
 Rank = Annotated[int, Field(ge=1, le=1024)]
-Ranks = Annotated[Rank | dict[str, Rank], AfterValidator(_has_others)]
-Alphas = Annotated[Positive | dict[str, Positive], AfterValidator(_has_others)]
+Ranks = Annotated[Rank | dict[str, Rank], AfterValidator(_by_pattern)]
+Alphas = Annotated[Positive | dict[str, Positive], AfterValidator(_by_pattern)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Layers = Annotated[str, StringConstraints(pattern=f"^({LAYERS})$")] | Annotated[list[int], Field(min_length=1)]
 Part = Literal["q", "k", "v", "gate", "up"]
-Parts = Annotated[list[Part], Field(min_length=1)]
-Names = str | Annotated[list[str], Field(min_length=1)]
+
+
+def _once_each(parts: list[str]) -> list[str]:
+    if len(set(parts)) < len(parts):
+        raise ValueError("names a part twice")
+    return parts
+
+
+Parts = Annotated[list[Part], Field(min_length=1), AfterValidator(_once_each)]
+Pattern = Annotated[str, Field(min_length=1), AfterValidator(_compiles)]
+Names = Pattern | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 Targets = Names | Annotated[dict[str, Literal["all"] | Parts], Field(min_length=1)]
 
 
@@ -51,12 +76,29 @@ class LowRank(Section):
     """Every linear layer but the head (`all-linear`), names such as `[q_proj, embed_tokens]`, a regular expression, or
     what is updated of fused projections: {qkv_proj: [q, v], o_proj: all}."""
 
+    @model_validator(mode="after")
+    def _parts_are_plain(self) -> LowRank:
+        in_parts = isinstance(self.targets, dict) and any(parts != "all" for parts in self.targets.values())
+        if in_parts and (isinstance(self.rank, dict) or isinstance(self.alpha, dict)):
+            raise ValueError("parts of fused projections take one rank and one alpha, not some by pattern")
+        return self
+
 
 class LoraAdapter(LowRank):
     """Low-rank updates of weights (arXiv:2106.09685); rslora scales them by another rule, dora learns norms too."""
 
     name: Literal["lora", "rslora", "dora"]
     """`rslora`: scaled by alpha / sqrt(rank) (arXiv:2312.03732); `dora`: arXiv:2402.09353."""
+
+    @model_validator(mode="after")
+    def _dora_is_whole(self) -> LoraAdapter:
+        if (
+            self.name == "dora"
+            and isinstance(self.targets, dict)
+            and any(parts != "all" for parts in self.targets.values())
+        ):
+            raise ValueError("dora learns the norms of whole matrices; take parts of fused projections with lora")
+        return self
 
 
 class QloraAdapter(LowRank):
@@ -117,8 +159,15 @@ class Ia3Adapter(Section):
     name: Literal["ia3"]
     targets: Names
     """Modules whose outputs are scaled, such as `[k_proj, v_proj, down_proj]`, or a regular expression."""
-    inputs_of: list[str] | str
+    inputs_of: list[str] | Pattern
     """Those of them whose inputs are scaled instead, such as `[down_proj]`."""
+
+    @model_validator(mode="after")
+    def _inputs_are_targets(self) -> Ia3Adapter:
+        both = isinstance(self.inputs_of, list) and isinstance(self.targets, list)
+        if both and (others := set(self.inputs_of) - set(self.targets)):
+            raise ValueError(f"inputs_of: {', '.join(sorted(others))} is not among targets")
+        return self
 
 
 class PromptTuningAdapter(Section):

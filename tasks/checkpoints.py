@@ -53,14 +53,24 @@ def checkpoint_folder(workspace: Path, key: str) -> Path:
     return workspace / ".temper" / "checkpoints" / key
 
 
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as safetensors takes them: on the host, in one piece, and none in the memory of another."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        whole = tensor.detach().cpu().contiguous()
+        place = whole.untyped_storage().data_ptr()
+        found[name] = whole.clone() if place in seen else whole
+        seen.add(place)
+    return found
+
+
 def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Writes a checkpoint whole, then removes all but the newest two."""
     from safetensors.torch import save_file
 
     with whole_folder(folder / f"step-{checkpoint.step:08d}") as draft:
-        save_file(
-            {name: t.detach().cpu().contiguous() for name, t in checkpoint.tensors.items()}, draft / "state.safetensors"
-        )
+        save_file(apart(checkpoint.tensors), draft / "state.safetensors")
         (draft / "state.json").write_text(as_json({"step": checkpoint.step, "log": checkpoint.log}))
     for old in sorted(folder.glob("step-*"))[:-KEPT]:
         shutil.rmtree(old)

@@ -89,6 +89,10 @@ def untie(model: Model, changes: Mapping[str, Change], folder: Path) -> dict[str
     Returns:
         For `merge_shards`: the head's weight, and which one it is a copy of; empty where nothing has to be untied.
     """
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):  # all weights were trained, the head's with the embedding's
+        return {}
     named = {id(module): name.removeprefix("base_model.model.") for name, module in model.named_modules()}
     embedding, head = (
         f"{named[id(module)].removesuffix('.base_layer')}.weight"

@@ -24,6 +24,8 @@ ELSEWHERE = {
     "make test": "it runs this test",
     'temper schedule --cron "0 3 * * *"': "tests/flows/test_deployments.py",
     "dvc repro": "tests/flows/test_retrain.py",
+    "temper push models:/temper-tiny@reft owner/name": "tests/flows/test_adapters.py",
+    "temper estimate": "tests/flows/test_estimating.py",
     "temper run --recipe recipes/belle.yaml --set ingest.sources.belle.path=belle_chat_1k.json": "test_recipes.py",
 }
 SAID = {

@@ -73,29 +73,21 @@ def chat_base(pico_base: Path, folder: Path, config: Any = None) -> None:
 
 
 def test_llama3_learns_to_answer_by_one_edit(workspace: Path, pico_base: Path, real_data: Path) -> None:
-    """Its layer 8 is the second of a model of two layers; the rows are real instructions, in OpenHermes' form."""
-    found = json.loads((real_data / "llama_factory" / "alpaca_en_demo.json").read_text())[:150]
+    """The recipe as it is, on a Llama with a layer 8; the rows are real instructions, in OpenHermes' form."""
+    found = json.loads((real_data / "llama_factory" / "alpaca_en_demo.json").read_text())[:300]
     rows = [
         {"conversations": [{"from": "human", "value": r["instruction"]}, {"from": "gpt", "value": r["output"]}]}
         for r in found
     ]
     (workspace / "openhermes2_5.json").write_text(json.dumps(rows))
-    shape = LlamaConfig.from_pretrained(pico_base, max_position_embeddings=1024)
+    shape = LlamaConfig.from_pretrained(pico_base, max_position_embeddings=4096, num_hidden_layers=9)
     chat_base(pico_base, workspace / "models" / "pico", shape)
-    settings = [
-        "base={kind: local, path: models/pico, template: llama3}",
-        "ingest.sources.openhermes.take={first: 100}",
-        "train.reft.adapter.layers=[1]",
-        "train.reft.checkpoint_every_steps=2",
-        "render.max_tokens=256",
-        "render.held_out=0.1",
-        "validate.max_quarantined=0.5",
-    ]
-    said = run_stages(workspace, "reft-llama3.yaml", *settings, *SMALL)
+    settings = ["base={kind: local, path: models/pico, template: llama3}"]
+    said = run_stages(workspace, "reft-llama3.yaml", *settings)
     assert torch.cuda.is_available() or "paged_adamw: there is no GPU to page from" in said
     config = adapter_config(workspace, "reft")
     assert (config["intervention"], config["r"], config["positions"]) == ("loreft", 4, "last")
-    assert json.loads((workspace / "data/raw/openhermes/manifest.json").read_text())["rows"]["chat"] == 100
+    assert json.loads((workspace / "data/raw/openhermes/manifest.json").read_text())["rows"]["chat"] == 300
     assert "<|start_header_id|>assistant<|end_header_id|>" in (workspace / "data/base/chat_template.jinja").read_text()
     assert metrics(workspace, "reft")["base"]["loss"] != metrics(workspace, "reft")["loss"]
     assert "register reft: models:/temper-reft-llama3/1" in said
@@ -108,12 +100,9 @@ def test_the_reft_papers_commonsense_questions(workspace: Path, pico_base: Path,
     chat_base(pico_base, workspace / "models" / "pico", shape)
     settings = [
         "base={kind: local, path: models/pico, template: plain}",
-        "train.reft.epochs=2",
-        "train.reft.warmup_steps=1",
-        "render.held_out=0.1",
-        "validate.max_quarantined=0.2",
+        "render.held_out=0.1",  # of 80 rows; of 170,000 the recipe holds out a two-hundredth
     ]
-    said = run_stages(workspace, "reft-commonsense.yaml", *settings, *SMALL)
+    said = run_stages(workspace, "reft-commonsense.yaml", *settings)
     config = adapter_config(workspace, "reft")
     assert (config["r"], config["positions"], config["share_weights"]) == (8, "f7+l7", True)
     assert "register reft: models:/temper-reft-commonsense/1" in said
@@ -137,10 +126,9 @@ def test_baichuan_learns_chats_and_maths_by_its_fused_projection(
     chat_base(pico_base, workspace / "models" / "pico", BaichuanConfig(**sizes))
     settings = [
         "base.path=models/pico",
-        "train.lora.epochs=1",
-        "validate.max_quarantined=0.5",
+        "evaluate.max_new_tokens=4",  # two hundred would be chance
     ]
-    said = run_stages(workspace, "belle-baichuan-lora.yaml", *settings, *SMALL)
+    said = run_stages(workspace, "belle-baichuan-lora.yaml", *settings)
     config = adapter_config(workspace, "lora")
     assert (config["r"], config["target_modules"]) == (1, ["W_pack"])
     names = load_file(workspace / "data/adapters/lora/adapter_model.safetensors")

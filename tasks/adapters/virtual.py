@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tasks.errors import BadModel
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
@@ -50,7 +52,12 @@ def start_from_text(model: PeftModel, ids: list[int]) -> None:
     """Lets a learnt prompt begin as the embeddings of a text, (virtual tokens, hidden); repeated or cut to its length.
 
     As in section 3.2 of arXiv:2104.08691.
+
+    Raises:
+        BadModel: the text has none.
     """
+    if not ids:
+        raise BadModel("its text has no tokens", where="adapter.text")
     weight = model.prompt_encoder["default"].embedding.weight
     repeated = torch.tensor([ids[n % len(ids)] for n in range(len(weight))], device=weight.device)
     with torch.no_grad():

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
@@ -194,6 +195,45 @@ def test_without_bias_the_learnt_map_is_linear(pico_base: Path) -> None:
 def test_a_rank_above_the_hidden_size_is_refused(pico_base: Path, params: dict[str, Any]) -> None:
     with pytest.raises(BadModel, match="above the hidden size"):
         fresh(pico_base, method(params, SFT).adapter, 100)
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({**LORA, "targets": ["q_proj", "v_porj"]}, "v_porj"),
+        ({**LORA, "targets": {"q_proj": "all", "qkv": "all"}}, "qkv"),
+        ({**LORA, "rank": {"others": 2, "nonsense": 4}}, "nonsense"),
+        ({**LORA, "alpha": {"others": 2.0, "nonsense": 4.0}}, "nonsense"),
+        ({**IA3, "targets": ["k_proj", "xx"], "inputs_of": []}, "xx"),
+        ({**ADALORA, "targets": ["q_proj", "xx"]}, "xx"),
+        ({"name": "full", "modules": ["up_proj", "xx"]}, "xx"),
+        ({**LORA, "targets": ["lm_head", "q_proj"]}, "the head of this model is its embedding"),
+        ({"name": "peft", "method": "VERA", "config": {"r": -1}}, "does not fit"),
+        ({"name": "peft", "method": "LORA", "config": {"rank_pattern": 3}}, "does not fit"),
+    ],
+)
+def test_what_the_model_does_not_have_is_refused_and_named(pico_base: Path, params: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadModel, match=said):
+        fresh(pico_base, method(params, SFT).adapter, 100)
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({**LORA, "targets": "*q_proj"}, "no regular expression"),
+        ({**LORA, "rank": {"others": 2, "*q_proj": 4}}, "no regular expression"),
+        ({**LORA, "rank": {"q_proj": 4}}, "others"),
+        ({**LORA, "targets": ""}, "at least 1 character"),
+        ({**LORA, "targets": {"qkv_proj": ["q", "q"]}}, "names a part twice"),
+        ({**LORA, "rank": {"others": 2, "x": 3}, "targets": {"qkv_proj": ["q"]}}, "one rank and one alpha"),
+        ({**LORA, "name": "dora", "targets": {"qkv_proj": ["q"]}}, "norms of whole matrices"),
+        ({**IA3, "inputs_of": ["up_proj"]}, "up_proj is not among targets"),
+        ({"name": "full", "modules": "*proj"}, "no regular expression"),
+    ],
+)
+def test_sections_that_contradict_themselves_are_refused(params: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        method(params, SFT)
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:

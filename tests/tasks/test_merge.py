@@ -174,7 +174,10 @@ def test_all_weights_are_those_that_were_trained_rounded_once(pico_base: Path, t
     (tmp_path / "trained").mkdir()
     (tmp_path / "out").mkdir()
     publish(model, tmp_path / "trained")
-    merge_shards(pico_base, changes_of(tmp_path / "trained"), {}, tmp_path / "out")
+    shutil.copyfile(pico_base / "config.json", tmp_path / "out" / "config.json")
+    changes = changes_of(tmp_path / "trained")
+    merge_shards(pico_base, changes, {}, tmp_path / "out", untie(model, changes, tmp_path / "out"))
+    assert load_model(tmp_path / "out").config.tie_word_embeddings  # as it was
     merged = load_file(tmp_path / "out" / "model.safetensors")
     for name, weight in model.named_parameters():
         assert weight.dtype == torch.float32

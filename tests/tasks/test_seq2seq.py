@@ -34,7 +34,7 @@ from tasks.train import held_out_loss, kind_of_rows, loss_of, train
 from tasks.updates import changes_of
 from tests.conftest import ROOT
 from tests.encoder_decoders import LORA, SHAPE, make_base
-from tests.samples import EVALUATE, LOREFT, ORPO, QLORA, RENDER, SFT, method
+from tests.samples import EVALUATE, LORA, LOREFT, ORPO, QLORA, RENDER, SFT, method
 
 TEXTS = [
     ("my phone does not charge any more", "complaint"),
@@ -416,6 +416,13 @@ def test_the_recipe_s_adapter_has_the_known_size_on_the_shape_of_mt0_large() -> 
         model = AutoModelForSeq2SeqLM.from_config(config)
         adapted = get_peft_model(model, config_of(params.train["lora"].adapter, task=ENCODER_DECODER.task_type))
     assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == 2_359_296
+
+
+def test_lora_on_the_embedding_that_encoder_and_decoder_share_is_refused(bases: dict[str, Path]) -> None:
+    """PEFT wraps it where neither of them looks, so that it would change nothing."""
+    params = {**LORA, "targets": ["shared", "q"]}
+    with pytest.raises(BadModel, match="hold the embedding themselves"):
+        fresh(bases["t5"], method(params, SFT).adapter)
 
 
 def test_an_adapter_of_a_decoder_does_not_go_onto_an_encoder_decoder(
