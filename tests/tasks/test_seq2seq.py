@@ -34,7 +34,7 @@ from tasks.train import held_out_loss, kind_of_rows, loss_of, train
 from tasks.updates import changes_of
 from tests.conftest import ROOT
 from tests.encoder_decoders import LORA, SHAPE, make_base
-from tests.samples import EVALUATE, LORA, LOREFT, ORPO, QLORA, RENDER, SFT, method
+from tests.samples import EVALUATE, LOREFT, ORPO, QLORA, RENDER, SFT, method
 
 TEXTS = [
     ("my phone does not charge any more", "complaint"),
