@@ -22,12 +22,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from tasks.adapted import fresh
 from tasks.device import compute_dtype
 from tasks.estimate import estimate, full_rows
+from tasks.examples import Example
 from tasks.hollow import count, hollow, pretend, read_config, tensors_of
+from tasks.losses import loss_of
 from tasks.models import TokenRow, score_tokens
 from tasks.objectives.sft import sft_loss
 from tasks.progress import Progress
 from tasks.rehearsal import Cost, rehearse
-from tasks.train import Example, loss_of, train
+from tasks.train import train
 from tests.conftest import ROOT, environment
 from tests.samples import IA3, LORA, LOREFT, ORPO, QLORA, SFT, method
 from tests.tasks.test_hollow import LLAMA_2_7B
