@@ -22,14 +22,15 @@ def parts_of(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
 
 
 def learnt_tokens(examples: Sequence[Example], method: Method) -> int:
-    """How many tokens the likelihood of the first sequences is of; replies that are labelled bad have none."""
-    rows = likely(examples, method)
-    return sum(row.scored_tokens for row in rows if isinstance(row, PairRow) or row.desirable)
+    """How many tokens the likelihood is of that is a part of the loss, or is logged beside it."""
+    return sum(row.scored_tokens for row in likely(examples, method))
 
 
 def likely(examples: Sequence[Example], method: Method) -> list[Row]:
-    """The first sequences, scored where the likelihood is."""
+    """The sequences that are to become likely, scored where the likelihood is: of KTO's replies the good ones."""
     first = [example[0] for example in examples]
+    if isinstance(method.objective, KtoObjective):
+        return [row for row in first if isinstance(row, TokenRow) and row.desirable]
     return [_with_prompt(row) for row in first] if learns_prompts(method) else first
 
 

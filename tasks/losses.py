@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tasks.adapter_params import AdaloraAdapter, FullAdapter
 from tasks.device import compute_dtype, device
 from tasks.examples import Example, learns_prompts, learnt_tokens, likely, mismatched, parts_of, replies_of
-from tasks.models import Model, Scored
+from tasks.models import Model, Scored, TokenRow
 from tasks.noise import noisy_embeddings
 from tasks.objective_params import KtoObjective
 from tasks.params import Method
@@ -140,15 +140,22 @@ def _objective(
 
 
 def _whole(model: Model, examples: Sequence[Example], method: Method, reference: Reference) -> Whole:
-    baseline = None
-    if isinstance(method.objective, KtoObjective):
-        from tasks.objectives.kto import kl_baseline
-
-        others = mismatched(replies_of(examples))
-        policy = sums_of(model, others, method.micro_batch_rows)
-        baseline = kl_baseline(policy - reference(others).to(policy.device))
+    kto = isinstance(method.objective, KtoObjective)
+    baseline = _baseline(model, mismatched(replies_of(examples)), method, reference) if kto else None
     good = sum(isinstance(example[0], PairRow) or example[0].desirable for example in examples)
     return Whole(len(examples), learnt_tokens(examples, method), good, baseline)
+
+
+def _baseline(model: Model, others: Sequence[TokenRow], method: Method, reference: Reference) -> Tensor:
+    """KTO's for a step with these mismatched rows; 0 where there is none."""
+    import torch
+
+    from tasks.objectives.kto import kl_baseline
+
+    if not others:
+        return torch.zeros((), device=model.device)
+    policy = sums_of(model, others, method.micro_batch_rows)
+    return kl_baseline(policy - reference(others).to(policy.device))
 
 
 def fast_products(method: Method) -> AbstractContextManager[object]:

@@ -13,9 +13,9 @@ def kl_baseline(ratio: Tensor) -> Tensor:
         ratio: log-ratio of policy and reference of replies that belong to other prompts, nats, (rows,), float32.
 
     Returns:
-        A scalar >= 0, in nats; 0 for no rows. No gradient flows through it.
+        A scalar >= 0, in nats, through which no gradient flows.
     """
-    return ratio.detach().mean().clamp(min=0) if len(ratio) else ratio.new_zeros(())
+    return ratio.detach().mean().clamp(min=0)
 
 
 def kto_loss(
