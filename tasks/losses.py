@@ -16,7 +16,7 @@ from tasks.device import compute_dtype, device
 from tasks.examples import Example, learns_prompts, learnt_tokens, likely, mismatched, parts_of, replies_of
 from tasks.models import Model, Scored, TokenRow
 from tasks.noise import noisy_embeddings
-from tasks.objective_params import KtoObjective
+from tasks.objective_params import DpoObjective, KtoObjective, OrpoObjective, SftObjective, SimpoObjective
 from tasks.params import Method
 from tasks.reference import Reference, adapter_off, sums_of
 from tasks.scoring import score
@@ -135,7 +135,9 @@ def _objective(
     for some in parts_of(examples, method.micro_batch_rows):
         with fast_products(method):
             whole = whole or _whole(model, examples, method, reference)
-            loss, logged = _LOSSES[method.objective.name](Given(model, some, method, below, reference, whole))
+            loss, logged = _LOSSES[method.objective.name](
+                Given(model, some, method, below, reference, whole), method.objective
+            )
         yield loss, logged, len(some) / len(examples)
 
 
@@ -170,10 +172,9 @@ def fast_products(method: Method) -> AbstractContextManager[object]:
 # --- objectives -------------------------------------------------------------------------------------------------------
 
 
-def _sft(given: Given) -> Part:
+def _sft(given: Given, objective: SftObjective) -> Part:
     from tasks.objectives.sft import sft_loss, smoothed_loss
 
-    objective: Any = given.method.objective
     rows = [example[0] for example in given.examples]
     lengths = [len(row.input_ids) if isinstance(row, PairRow) else row.tokens for row in rows]
     with noisy_embeddings(given.model, lengths, objective.neftune_alpha):
@@ -184,10 +185,9 @@ def _sft(given: Given) -> Part:
     return loss * given.token_share, {"nll": sft_loss(scored.logp).item() * given.token_share}
 
 
-def _orpo(given: Given) -> Part:
+def _orpo(given: Given, objective: OrpoObjective) -> Part:
     from tasks.objectives.orpo import orpo_loss
 
-    objective: Any = given.method.objective
     scored, likelihood = _pairs(given)
     means = scored.row_means()
     chosen, rejected = means.chunk(2)
@@ -199,10 +199,9 @@ def _orpo(given: Given) -> Part:
     return terms.loss * given.row_share, _logged(given, scored, likelihood, means, objective.weight) | logged
 
 
-def _dpo(given: Given) -> Part:
+def _dpo(given: Given, objective: DpoObjective) -> Part:
     from tasks.objectives.dpo import hinge_loss, ipo_loss, sigmoid_loss
 
-    objective: Any = given.method.objective
     expected = given.reference(replies_of(given.examples))
     scored, likelihood = _pairs(given)
     ratio = scored.row_sums() - expected.to(scored.logp.device)
@@ -217,10 +216,9 @@ def _dpo(given: Given) -> Part:
     return loss * given.row_share, _logged(given, scored, likelihood, ratio, objective.beta)
 
 
-def _simpo(given: Given) -> Part:
+def _simpo(given: Given, objective: SimpoObjective) -> Part:
     from tasks.objectives.simpo import simpo_loss
 
-    objective: Any = given.method.objective
     scored, likelihood = _pairs(given)
     means = scored.row_means()
     loss = simpo_loss(*means.chunk(2), beta=objective.beta, gamma=objective.gamma)
@@ -258,12 +256,11 @@ def _logged(given: Given, scored: Scored, likelihood: Tensor, scores: Tensor, sc
     return {"nll": -likelihood.mean().item() * given.token_share, **logged}
 
 
-def _kto(given: Given) -> Part:
+def _kto(given: Given, objective: KtoObjective) -> Part:
     import torch
 
     from tasks.objectives.kto import kto_loss
 
-    objective: Any = given.method.objective
     baseline, rows = given.whole.baseline, replies_of(given.examples)
     if baseline is None:
         raise AssertionError("a step of KTO has a baseline")
@@ -281,18 +278,23 @@ def _kto(given: Given) -> Part:
     )
     right = ((ratio > baseline) == good).float().mean()
     logged = {"baseline": baseline.item() * given.row_share, "accuracy": right.item() * given.row_share}
-    rewards, bad = objective.beta * ratio.detach(), given.whole.rows - given.whole.desirable
-    if given.whole.desirable:
-        logged["nll"] = -scored.logp[good[scored.row]].sum().item() / given.whole.tokens
-        logged["reward_chosen"] = rewards[good].sum().item() / given.whole.desirable
+    return loss * given.row_share, logged | _rewards(given.whole, scored, objective.beta * ratio.detach(), good)
+
+
+def _rewards(whole: Whole, scored: Scored, rewards: Tensor, good: Tensor) -> dict[str, float]:
+    """What is logged of labelled replies by their label, as far as the step has such; `rewards` and `good` (rows,)."""
+    logged, bad = {}, whole.rows - whole.desirable
+    if whole.desirable:
+        logged["nll"] = -scored.logp[good[scored.row]].sum().item() / whole.tokens
+        logged["reward_chosen"] = rewards[good].sum().item() / whole.desirable
     if bad:
         logged["reward_rejected"] = rewards[~good].sum().item() / bad
-    if bad and given.whole.desirable:
+    if bad and whole.desirable:
         logged["margin"] = logged["reward_chosen"] - logged["reward_rejected"]
-    return loss * given.row_share, logged
+    return logged
 
 
-_LOSSES: Mapping[str, Callable[[Given], Part]] = {
+_LOSSES: Mapping[str, Callable[[Given, Any], Part]] = {
     "sft": _sft,
     "orpo": _orpo,
     "dpo": _dpo,

@@ -7,21 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from tasks.adapted import fresh, published_state
 from tasks.architecture import DECODER, ENCODER_DECODER
 from tasks.device import settle
 from tasks.errors import BadData, BadParams
 from tasks.examples import Example
+from tasks.ingest import Reading
 from tasks.losses import held_out_loss, loss_of, losses_of
 from tasks.models import TokenRow
 from tasks.params import Method
 from tasks.progress import Progress
-from tasks.render import rendered_schema
+from tasks.render import render_rows, rendered_schema
 from tasks.tables import write_rows
 from tasks.tracking import flat
-from tasks.train import batch_of, read_examples, reference_for, steps_per_epoch, train
-from tests.samples import ADALORA, DPO, IA3, KTO, LORA, LOREFT, ORPO, QLORA, SFT, SIMPO, method
+from tasks.train import batch_of, kind_of_rows, read_examples, reference_for, steps_per_epoch, train
+from tests.samples import ADALORA, DPO, IA3, KTO, LORA, LOREFT, ORPO, QLORA, RENDER, SFT, SIMPO, file_source, method
 
 METHODS = {
     "qlora": method(QLORA, SFT),
@@ -54,6 +56,7 @@ METHODS |= {
     "hinge": method({**LORA, "dropout": 0.1}, {**DPO, "loss": "hinge", "reference": "precomputed"}),
     "simpo": method(ADALORA | {"final_steps": 0}, SIMPO, learning_rate=0.05, micro_batch_rows=2),
     "kto": method(QLORA, KTO | {"beta": 0.5}, micro_batch_rows=2, learning_rate=0.05),
+    "kto by reft": method(LOREFT, KTO | {"beta": 0.5}, learning_rate=0.05),
     "kto by ia3": method(IA3, KTO | {"beta": 0.5}, learning_rate=0.1),
     "kto by all weights": method({"name": "full", "modules": "all"}, {**KTO, "reference": "precomputed", "beta": 0.5}),
     "kto by prefix": method({"name": "prefix", "tokens": 4, "hidden_size": 8}, KTO | {"beta": 0.5}, learning_rate=0.05),
@@ -274,6 +277,37 @@ def test_kto_needs_labelled_replies_and_both_labels(tmp_path: Path) -> None:
 def test_preferences_are_not_for_encoder_decoders(tmp_path: Path, objective: dict[str, Any]) -> None:
     with pytest.raises(BadParams, match="preferences are learnt by decoders only"):
         read_examples(tmp_path, "train", method(LORA, objective), ENCODER_DECODER)
+
+
+@pytest.mark.parametrize(
+    ("file", "objective"), [("kto_en_demo.json", KTO), ("dpo_en_demo.json", DPO), ("dpo_en_demo.json", SIMPO)]
+)
+def test_real_preferences_are_learnt(
+    pico_base: Path,
+    real_data: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    file: str,
+    objective: dict[str, Any],
+) -> None:
+    """From the file to rewards that tell the replies apart which were learnt from."""
+    records = Reading("s", file_source(real_data / "llama_factory" / file, take={"first": 40})).records()
+    rendered, _ = render_rows(records, tokenizer, RENDER.model_copy(update={"max_tokens": 4096, "too_long": "drop"}))
+    params = method(LORA, {**objective, "beta": 1.0}, epochs=4, batch_rows=8, learning_rate=0.02)
+    kind = kind_of_rows(params, DECODER)
+    ids = ("prompt_ids", "reply_ids", "chosen_ids", "rejected_ids")
+    rows = [{k: v[-24:] if k in ids else v for k, v in row.items()} for row in rendered["train", kind]]
+    write_rendered(tmp_path, kind, rows)
+    log = train(
+        fresh(pico_base, params.adapter),
+        read_examples(tmp_path, "train", params, DECODER),
+        params,
+        tmp_path / "checkpoints",
+        Progress("t", 1, "steps"),
+    )
+    first, last = log[0], log[-1]
+    assert last["loss"] < first["loss"] - 0.02
+    assert last["margin"] > first["margin"] + 0.1
 
 
 def test_speed_and_memory_are_told_beside_the_log(pico_base: Path, tmp_path: Path) -> None:

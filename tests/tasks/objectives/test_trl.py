@@ -244,8 +244,10 @@ def test_losses_gradients_and_twenty_steps_are_trls(pico_base: Path, tmp_path: P
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for key, parameter in ours.items():
-        assert parameter.grad is not None
-        assert (parameter.grad - theirs[key].grad).norm() < 1e-5 * parameter.grad.norm()
+        gradient, their_gradient = parameter.grad, theirs[key].grad
+        assert gradient is not None
+        assert their_gradient is not None
+        assert (gradient - their_gradient).norm() < 1e-5 * gradient.norm()
     for key, value in their_log().items():
         if key not in unlogged(name):
             assert logged[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
