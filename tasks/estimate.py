@@ -13,15 +13,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks.adapter_params import AnyAdapter, LoraAdapter, QloraAdapter
 from tasks.errors import BadModel
+from tasks.examples import Example
 from tasks.hollow import Parameters, count, hollow, pretend
+from tasks.losses import losses_of
 from tasks.models import TokenRow
-from tasks.params import Method, OrpoObjective
+from tasks.objective_params import PairObjective, ReferringObjective
+from tasks.params import Method
 from tasks.scoring import Row
 from tasks.seq2seq import PairRow
-from tasks.train import Example, batches_of, below_for, groups_of, lengths_of, losses_of, optimizer_for, shapes_of
+from tasks.train import batches_of, below_for, groups_of, lengths_of, optimizer_for, shapes_of
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
     from transformers import PreTrainedConfig
 
     from tasks.rehearsal import Cost, Memory
@@ -128,7 +132,7 @@ def full_rows(method: Method, max_tokens: int, *, pairs: bool = False) -> list[E
     if pairs:
         return [(PairRow([0] * max_tokens, [0] * max_tokens),)] * method.batch_rows
     row = TokenRow([0] * max_tokens, [False] + [True] * (max_tokens - 1), 1)
-    replies = 2 if isinstance(method.objective, OrpoObjective) else 1
+    replies = 2 if isinstance(method.objective, PairObjective) else 1
     return [(row,) * replies] * method.batch_rows
 
 
@@ -146,7 +150,9 @@ def longest_of(examples: Sequence[Example]) -> int:
 def _cut(row: Row, max_tokens: int) -> Row:
     if isinstance(row, PairRow):
         return PairRow(row.input_ids[:max_tokens], row.target_ids[:max_tokens])
-    return TokenRow(row.ids[:max_tokens], row.mask[:max_tokens], min(row.prompt_tokens, max_tokens))
+    return row._replace(
+        ids=row.ids[:max_tokens], mask=row.mask[:max_tokens], prompt_tokens=min(row.prompt_tokens, max_tokens)
+    )
 
 
 def _heaviest(batches: Sequence[Sequence[Example]]) -> list[Sequence[Example]]:
@@ -191,8 +197,13 @@ def _rehearsed(
     else:
         states, bits = 1 if method.optimizer.startswith("lion") else 2, 8 if method.optimizer.endswith("8bit") else 32
         optimizer = States([group for group in groups_of(model, method) if group["params"]], states, bits)
+    objective = method.objective
+    ahead = isinstance(objective, ReferringObjective) and objective.reference == "precomputed"
+    reference = _as_many_numbers if ahead else None
     try:
-        cost = rehearse(model, lambda: losses_of(model, batch, method, below), optimizer, method.max_grad_norm)
+        cost = rehearse(
+            model, lambda: losses_of(model, batch, method, below, reference), optimizer, method.max_grad_norm
+        )
     except (RuntimeError, NotImplementedError, ValueError) as error:
         raise BadModel(
             "a step of this method cannot be rehearsed without weights",
@@ -202,6 +213,13 @@ def _rehearsed(
     kept = below.kept_bytes(shapes_of(examples)) - below.kept_bytes(shapes_of(batch)) if below else 0
     memory = cost.memory
     return cost._replace(memory=memory._replace(activations=memory.activations + kept, total=memory.total + kept))
+
+
+def _as_many_numbers(rows: Sequence[TokenRow]) -> Tensor:
+    """Stands for a reference that was computed before."""
+    import torch
+
+    return torch.zeros(len(rows))
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------

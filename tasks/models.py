@@ -157,11 +157,15 @@ def load_model(
 
 
 class TokenRow(NamedTuple):
-    """Token ids with a loss mask of the same length; the prompt is the part before the first scored token."""
+    """Token ids with a loss mask of the same length; the prompt is the part before the first scored token.
+
+    `desirable` is the label of a labelled reply (KTO); other rows have none, and are all to be learnt.
+    """
 
     ids: Sequence[int]
     mask: Sequence[bool]
     prompt_tokens: int
+    desirable: bool = True
 
     @property
     def tokens(self) -> int:
@@ -175,11 +179,15 @@ class TokenRow(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """Log-probabilities of scored tokens: `logp` (tokens,) in nats, float32; `row` (tokens,) says whose each is."""
+    """Log-probabilities of scored tokens: `logp` (tokens,) in nats, float32; `row` (tokens,) says whose each is.
+
+    `mean_logp` (tokens,) is the mean over the vocabulary in their places, where it was asked for.
+    """
 
     logp: Tensor
     row: Tensor
     rows: int
+    mean_logp: Tensor | None = None
 
     def row_sums(self) -> Tensor:
         """The log-probability of each row's scored tokens together, (rows,)."""
@@ -187,14 +195,20 @@ class Scored(NamedTuple):
 
     def row_means(self) -> Tensor:
         """The same per token, (rows,)."""
-        return self.row_sums() / self.row.bincount(minlength=self.rows)
+        return self.row_sums() / self.row_tokens()
+
+    def row_tokens(self) -> Tensor:
+        """How many tokens of each row are scored, (rows,)."""
+        return self.row.bincount(minlength=self.rows)
 
 
-def score_tokens(model: Model, rows: Sequence[TokenRow], below: Below | None = None) -> Scored:
+def score_tokens(
+    model: Model, rows: Sequence[TokenRow], below: Below | None = None, *, with_mean: bool = False
+) -> Scored:
     """The log-probability of every scored token of some rows, given what stands before it.
 
     The vocabulary head runs on scored positions only: the logits of prompts and padding never exist. Nor is anything
-    computed twice that `below` keeps.
+    computed twice that `below` keeps. `with_mean` asks for `mean_logp`, too.
     """
     import torch
     from torch.nn import functional as F
@@ -226,7 +240,12 @@ def score_tokens(model: Model, rows: Sequence[TokenRow], below: Below | None = N
     before = scored.roll(-1, dims=1)  # position t predicts token t + 1
     logits = model.get_output_embeddings()(hidden[before])
     logp = -F.cross_entropy(logits.float(), ids[scored], reduction="none")
-    return Scored(logp, scored.nonzero()[:, 0], len(rows))
+    return Scored(logp, scored.nonzero()[:, 0], len(rows), mean_logp(logits) if with_mean else None)
+
+
+def mean_logp(logits: Tensor) -> Tensor:
+    """The mean log-probability of all words in each place, nats, (tokens,), float32, of logits (tokens, vocab)."""
+    return logits.float().mean(dim=-1) - logits.float().logsumexp(dim=-1)
 
 
 def _prompt_ends(model: Model, lengths: Sequence[int], start: Sequence[int]) -> Any:

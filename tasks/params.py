@@ -10,10 +10,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
-from tasks.adapter_params import AnyAdapter
+from tasks.adapter_params import AnyAdapter, FullAdapter
 from tasks.base_params import AnyBase
 from tasks.fields import Commit, Count, FilePath, HubName, Name, NotNegative, Positive, Section, Seed, Share
 from tasks.generation_params import Generation
+from tasks.objective_params import AnyObjective, KtoObjective, ReferringObjective
 
 REMOTE = "data/remote.md"
 
@@ -273,20 +274,6 @@ class Render(Section):
 # --- train: one method per key, each an adapter x an objective --------------------------------------------------------
 
 
-class SftObjective(Section):
-    """Cross-entropy on the assistant's tokens."""
-
-    name: Literal["sft"]
-
-
-class OrpoObjective(Section):
-    """Cross-entropy on the chosen reply plus an odds-ratio penalty (arXiv:2403.07691)."""
-
-    name: Literal["orpo"]
-    weight: NotNegative
-    """The paper's lambda; TRL calls it beta."""
-
-
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "lion_8bit"]
 
 
@@ -294,7 +281,7 @@ class Method(Section):
     """A named pair of adapter and objective, and how it is optimised."""
 
     adapter: Annotated[AnyAdapter, Field(discriminator="name")]
-    objective: Annotated[SftObjective | OrpoObjective, Field(discriminator="name")]
+    objective: Annotated[AnyObjective, Field(discriminator="name")]
     epochs: Count
     """Passes over the rows."""
     batch_rows: Count
@@ -322,6 +309,15 @@ class Method(Section):
     def _passes_fit(self) -> Method:
         if self.micro_batch_rows > self.batch_rows:
             raise ValueError("micro_batch_rows must be at most batch_rows")
+        return self
+
+    @model_validator(mode="after")
+    def _objective_fits(self) -> Method:
+        if isinstance(self.objective, KtoObjective) and self.batch_rows < 2:
+            raise ValueError("kto compares each reply with those of other rows: batch_rows must be at least 2")
+        switches = isinstance(self.objective, ReferringObjective) and self.objective.reference == "adapter_off"
+        if switches and isinstance(self.adapter, FullAdapter):
+            raise ValueError("full has no adapter to switch off: objective.reference must be precomputed")
         return self
 
 

@@ -22,12 +22,11 @@ def row_of(rendered: Mapping[str, Any]) -> Row:
     return TokenRow(rendered["ids"], rendered["mask"], rendered["prompt_tokens"])
 
 
-def score(model: Model, rows: Sequence[Row], below: Below | None = None) -> Scored:
+def score(model: Model, rows: Sequence[Row], below: Below | None = None, *, with_mean: bool = False) -> Scored:
     """The log-probability of every scored token of some rows, which are all of one kind.
 
-    `below` keeps what a decoder's adapter cannot change.
+    `below` keeps what a decoder's adapter cannot change; `with_mean` asks for the mean over the vocabulary, too.
     """
-    pairs = [row for row in rows if isinstance(row, PairRow)]
-    return (
-        score_pairs(model, pairs) if pairs else score_tokens(model, [r for r in rows if isinstance(r, TokenRow)], below)
-    )
+    if pairs := [row for row in rows if isinstance(row, PairRow)]:
+        return score_pairs(model, pairs, with_mean=with_mean)
+    return score_tokens(model, [row for row in rows if isinstance(row, TokenRow)], below, with_mean=with_mean)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks.errors import BadData
 from tasks.generation_params import Generation
-from tasks.models import Model, Scored
+from tasks.models import Model, Scored, mean_logp
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,11 +58,11 @@ def padded(rows: Sequence[Sequence[int]], fill: int, device: Any) -> Padded:
     return Padded(ids.to(device), attended.to(device))
 
 
-def score_pairs(model: Model, rows: Sequence[PairRow]) -> Scored:
+def score_pairs(model: Model, rows: Sequence[PairRow], *, with_mean: bool = False) -> Scored:
     """The log-probability of every token of the targets, end token included, given the input and the tokens before it.
 
     The decoder reads the target shifted right by the model's own start token; its mean is the loss that transformers
-    computes from `labels`.
+    computes from `labels`. `with_mean` asks for the mean over the vocabulary, too.
     """
     from torch.nn import functional as F
 
@@ -77,7 +77,7 @@ def score_pairs(model: Model, rows: Sequence[PairRow]) -> Scored:
     logits = logits[:, -labels.shape[1] :]  # after the positions of a learnt prompt, where the decoder has one
     scored = labels != IGNORED
     logp = -F.cross_entropy(logits[scored].float(), labels[scored], reduction="none")
-    return Scored(logp, scored.nonzero()[:, 0], len(rows))
+    return Scored(logp, scored.nonzero()[:, 0], len(rows), mean_logp(logits[scored]) if with_mean else None)
 
 
 def generate_targets(

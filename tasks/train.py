@@ -4,33 +4,37 @@ Reads:  data/base/, data/rendered/.
 Writes: data/adapters/METHOD/: adapter_model.safetensors, adapter_config.json, log.jsonl (one row per step),
         summary.json.
 Params: train.METHOD
-Fails:  rows of the wrong kind, an objective that is not for this kind of model, a loss or gradient that is not finite
-        (65, never retried); a signal (75, after a checkpoint).
+Fails:  rows of the wrong kind, labelled replies of one label, an objective that is not for this kind of model, a loss
+        or gradient that is not finite (65, never retried); a signal (75, after a checkpoint).
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from tasks import process
 from tasks.adapted import fresh, publish, published_state
-from tasks.adapter_params import AdaloraAdapter, FullAdapter, ReftAdapter
+from tasks.adapter_params import AdaloraAdapter, ReftAdapter
 from tasks.architecture import ENCODER_DECODER, Architecture, architecture_in
 from tasks.checkpoints import Stepper, checkpoint_folder
-from tasks.device import compute_dtype, device, settle
+from tasks.device import settle
 from tasks.errors import BadData, BadInput, BadParams
+from tasks.examples import Example, learns_prompts, parts_of, referred
 from tasks.loop import Course, run, schedule
+from tasks.losses import fast_products, held_out_loss, losses_of
+from tasks.meter import Meter
 from tasks.models import Model, TokenRow
+from tasks.objective_params import KtoObjective, ReferringObjective, SftObjective
 from tasks.optimizers import optimizer_of
 from tasks.outputs import as_json, read_manifest, whole_folder
-from tasks.params import Method, OrpoObjective
+from tasks.params import Method
 from tasks.progress import Progress
-from tasks.scoring import Row, row_of, score
+from tasks.reference import Reference, precomputed
+from tasks.scoring import row_of
 from tasks.tables import read_rows
 from tasks.tracking import Tracker, flat
 
@@ -38,9 +42,6 @@ if TYPE_CHECKING:
     import torch
 
     from tasks.adapters.below import Below
-
-Example = tuple[Row, ...]
-"""What one row of the data gives to learn from: one sequence, or a chosen and a rejected one with the same prompt."""
 
 HELD_OUT_ROWS = 128
 """Held-out loss is read on so many rows, before and after."""
@@ -50,12 +51,12 @@ HELD_OUT_ROWS = 128
 
 
 def kind_of_rows(method: Method, architecture: Architecture) -> str:
-    """The kind of rows that a method learns from: preference pairs for ORPO; for SFT what the base answers.
+    """The kind of rows that a method learns from: for SFT what the base answers, else pairs or labelled replies.
 
     Raises:
         BadParams: the objective is not for this kind of model.
     """
-    if not isinstance(method.objective, OrpoObjective):
+    if isinstance(method.objective, SftObjective):
         return architecture.rows
     if architecture is ENCODER_DECODER:
         raise BadParams(
@@ -64,14 +65,14 @@ def kind_of_rows(method: Method, architecture: Architecture) -> str:
             got=f"{method.objective.name} on an {architecture.name} base",
             expected="sft, which learns inputs and their targets",
         )
-    return "preference"
+    return "labelled" if isinstance(method.objective, KtoObjective) else "preference"
 
 
 def read_examples(rendered: Path, split: str, method: Method, architecture: Architecture) -> list[Example]:
     """The rows that a method learns from, on a base of this kind.
 
     Raises:
-        BadData: there is none.
+        BadData: there is none, or KTO has nothing to tell apart.
         BadParams: the objective is not for this kind of model.
     """
     kind = kind_of_rows(method, architecture)
@@ -84,13 +85,25 @@ def read_examples(rendered: Path, split: str, method: Method, architecture: Arch
             got=f"a base that is of the kind {architecture.name}",
             fix="add a source with such rows, or remove the method from `train`",
         )
-    if kind == architecture.rows:
-        return [(row_of(row),) for row in rows]
-    return [tuple(_joined(row["prompt_ids"], row[reply]) for reply in ("chosen_ids", "rejected_ids")) for row in rows]
+    if kind == "preference":
+        replies = ("chosen_ids", "rejected_ids")
+        return [tuple(_joined(row["prompt_ids"], row[reply]) for reply in replies) for row in rows]
+    if kind == "labelled":
+        labels = {row["label"] for row in rows}
+        if split == "train" and len(labels) == 1:
+            raise BadData(
+                "holds replies of one label only, so there is nothing to tell apart",
+                where=str(path),
+                got=f"{len(rows)} replies that are all {'good' if labels == {True} else 'bad'}",
+                expected="good and bad ones",
+                fix="add a source with the others, or learn good replies by the objective sft",
+            )
+        return [(_joined(row["prompt_ids"], row["reply_ids"], desirable=row["label"]),) for row in rows]
+    return [(row_of(row),) for row in rows]
 
 
-def _joined(prompt: list[int], reply: list[int]) -> TokenRow:
-    return TokenRow(prompt + reply, [False] * len(prompt) + [True] * len(reply), len(prompt))
+def _joined(prompt: list[int], reply: list[int], *, desirable: bool = True) -> TokenRow:
+    return TokenRow(prompt + reply, [False] * len(prompt) + [True] * len(reply), len(prompt), desirable)
 
 
 def lengths_of(examples: Sequence[Example]) -> list[int]:
@@ -134,96 +147,6 @@ def steps_per_epoch(rows: int, batch_rows: int) -> int:
     return math.ceil(rows / batch_rows)
 
 
-# --- one step ---------------------------------------------------------------------------------------------------------
-
-
-def losses_of(
-    model: Model, examples: Sequence[Example], method: Method, below: Below | None = None
-) -> Iterator[tuple[torch.Tensor, dict[str, float]]]:
-    """The objective on the examples of a step, in parts of `micro_batch_rows` that add up to it.
-
-    Each is a scalar to differentiate, and its share of what is logged. `below` keeps what does not change from epoch to
-    epoch.
-    """
-    for some in _batches(examples, method.micro_batch_rows):
-        loss, logged = loss_of(model, some, method, below, share=_share(some, examples))
-        if isinstance(method.adapter, AdaloraAdapter):
-            from tasks.adapters.adalora import orthogonality_penalty
-
-            penalty = orthogonality_penalty(model) * len(some) / len(examples)
-            loss, logged = loss + method.adapter.orthogonality * penalty, {**logged, "penalty": penalty.item()}
-        yield loss, logged
-
-
-class Share(NamedTuple):
-    """Which share of a step's scored tokens and of its rows belongs to some of its examples."""
-
-    tokens: float
-    rows: float
-
-
-def _share(some: Sequence[Example], examples: Sequence[Example]) -> Share:
-    def tokens(of: Sequence[Example]) -> int:
-        return sum(example[0].scored_tokens for example in of)
-
-    return Share(tokens(some) / tokens(examples), len(some) / len(examples))
-
-
-WHOLE = Share(1.0, 1.0)
-
-
-def loss_of(
-    model: Model, examples: Sequence[Example], method: Method, below: Below | None = None, share: Share = WHOLE
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """The objective on some examples, as far as they are a part of a step: what all parts give adds up to it."""
-    with _fast_products(method):
-        return _loss_of(model, examples, method, below, share)
-
-
-def _fast_products(method: Method) -> AbstractContextManager[object]:
-    """Multiplies float32 weights in the machine's fast format where all of them are trained."""
-    import torch
-
-    if not isinstance(method.adapter, FullAdapter):
-        return nullcontext()
-    return torch.autocast(device().type, compute_dtype(), enabled=compute_dtype() != torch.float32)
-
-
-def _loss_of(
-    model: Model, examples: Sequence[Example], method: Method, below: Below | None, share: Share
-) -> tuple[torch.Tensor, dict[str, float]]:
-    from tasks.objectives.orpo import orpo_loss
-    from tasks.objectives.sft import sft_loss
-
-    if not isinstance(method.objective, OrpoObjective):
-        return sft_loss(score(model, [example[0] for example in examples], below).logp) * share.tokens, {}
-    n = len(examples)
-    rows = [example[i] for i in (0, 1) for example in examples]  # chosen first, then rejected
-    scored = score(model, rows, below)
-    means = scored.row_means()
-    # the likelihood is a mean over tokens, the penalty one over pairs
-    nll = -scored.logp[scored.row < n].mean() * (share.tokens / share.rows)
-    terms = orpo_loss(means[:n], means[n:], nll, weight=method.objective.weight)
-    logged = {name: value.item() * share.rows for name, value in terms._asdict().items() if name != "loss"}
-    return terms.loss * share.rows, logged
-
-
-def held_out_loss(model: Model, examples: Sequence[Example], method: Method) -> float:
-    """The objective's mean over held-out examples, without dropout."""
-    import torch
-
-    model.eval()
-    with torch.no_grad():
-        sizes = [len(batch) for batch in _batches(examples, method.micro_batch_rows)]
-        losses = [loss_of(model, batch, method)[0].item() for batch in _batches(examples, method.micro_batch_rows)]
-    model.train()
-    return sum(size * loss for size, loss in zip(sizes, losses, strict=True)) / sum(sizes)
-
-
-def _batches(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
-    return [examples[start : start + size] for start in range(0, len(examples), size)]
-
-
 # --- the training -----------------------------------------------------------------------------------------------------
 
 
@@ -243,11 +166,27 @@ def groups_of(model: Model, method: Method) -> list[dict[str, Any]]:
 
 def below_for(model: Model, examples: Sequence[Example], method: Method) -> Below | None:
     """What keeps the hidden states that no edit changes, where there are such and they are needed again."""
-    if not isinstance(method.adapter, ReftAdapter) or method.epochs == 1:
+    noisy = isinstance(method.objective, SftObjective) and method.objective.neftune_alpha > 0
+    # noise makes them others every time, and where prompts are learnt all of their tokens must be there
+    if not isinstance(method.adapter, ReftAdapter) or method.epochs == 1 or noisy or learns_prompts(method):
         return None
     from tasks.adapters.below import Below
 
     return Below.of(model, shapes_of(examples), method.adapter.cache_mib << 20)
+
+
+def reference_for(
+    model: Model, examples: Sequence[Example], held_out: Sequence[Example], method: Method, checkpoints: Path
+) -> Reference | None:
+    """The reference of an untrained model for all that a training will ask, where it is to be computed ahead."""
+    if not isinstance(method.objective, ReferringObjective) or method.objective.reference != "precomputed":
+        return None
+    lengths = lengths_of(examples)
+    epochs = [batches_of(epoch, lengths, method.batch_rows, method.seed) for epoch in range(method.epochs)]
+    steps = [[examples[i] for i in batch] for batches in epochs for batch in batches]
+    rows = referred([*steps, *parts_of(held_out, method.batch_rows)], method)
+    with fast_products(method):
+        return precomputed(model, rows, method.micro_batch_rows, checkpoints / "reference")
 
 
 def train(
@@ -257,8 +196,13 @@ def train(
     checkpoints: Path,
     progress: Progress,
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+    reference: Reference | None = None,
 ) -> list[dict[str, Any]]:
-    """Trains the model's adapter in place; goes on from the newest checkpoint. Returns the log of the loop."""
+    """Trains the model's adapter in place; goes on from the newest checkpoint. Returns the log of the loop.
+
+    `on_row` is also told what differs from run to run: speed and memory. `reference` is made here where it is missing.
+    """
+    reference = reference or reference_for(model, examples, (), method, checkpoints)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     lengths = lengths_of(examples)
     steps = method.epochs * steps_per_epoch(len(examples), method.batch_rows)
@@ -272,7 +216,7 @@ def train(
         learning_rate=lambda step: schedule(
             step, steps, peak=method.learning_rate, warmup_steps=method.warmup_steps, shape=method.schedule
         ),
-        losses=lambda step: losses_of(model, [examples[i] for i in chosen(step)], method, below),
+        losses=lambda step: losses_of(model, [examples[i] for i in chosen(step)], method, below, reference),
         describe=lambda step: [f"row {i} of the rendered training rows" for i in chosen(step)],
         max_grad_norm=method.max_grad_norm,
         checkpoint_every_steps=method.checkpoint_every_steps,
@@ -282,7 +226,12 @@ def train(
         from tasks.adapters.adalora import RankSteps
 
         steppers.append(RankSteps(model))
-    return run(course, parameters, steppers, checkpoints, progress, on_row)
+    meter = Meter()
+
+    def tell(row: dict[str, Any]) -> None:
+        on_row(row | meter.since_last(sum(lengths[i] for i in chosen(row["step"] - 1))))
+
+    return run(course, parameters, steppers, checkpoints, progress, tell)
 
 
 def main() -> None:
@@ -297,15 +246,17 @@ def main() -> None:
         steps = method.epochs * steps_per_epoch(len(examples), method.batch_rows)
         model = fresh(stage.path("base"), method.adapter, steps)
         initial = {name: tensor.clone() for name, tensor in published_state(model).items()}
-        before = held_out_loss(model, held_out, method)
+        checkpoints = checkpoint_folder(stage.workspace, stage.key)
+        reference = reference_for(model, examples, held_out, method, checkpoints)
+        before = held_out_loss(model, held_out, method, reference)
         tags = {"temper.method": stage.item, "temper.stage": f"train@{stage.item}"}
         with (
             Progress(f"train {stage.item}", steps, "steps") as progress,
             Tracker(stage.workspace, stage.key, f"train {stage.item}", tags, flat(method.model_dump())) as tracker,
         ):
             settle(method.seed)
-            log = train(model, examples, method, checkpoint_folder(stage.workspace, stage.key), progress, tracker.log)
-            after = held_out_loss(model, held_out, method)
+            log = train(model, examples, method, checkpoints, progress, tracker.log, reference)
+            after = held_out_loss(model, held_out, method, reference)
             tracker.log({"step": len(log), "held_out_loss": after})
         after_training = published_state(model)
         if all(

@@ -91,8 +91,17 @@ LOREFT: dict[str, Any] = {
     "dropout": 0.0,
     "cache_mib": 16,
 }
-SFT = {"name": "sft"}
-ORPO = {"name": "orpo", "weight": 0.1}
+SFT = {"name": "sft", "label_smoothing": 0.0, "neftune_alpha": 0.0}
+ORPO = {"name": "orpo", "weight": 0.1, "likelihood": "reply"}
+DPO = {"name": "dpo", "loss": "sigmoid", "beta": 0.1, "label_smoothing": 0.0, "reference": "adapter_off"}
+SIMPO = {"name": "simpo", "beta": 2.0, "gamma": 0.5}
+KTO = {
+    "name": "kto",
+    "beta": 0.1,
+    "desirable_weight": 1.0,
+    "undesirable_weight": 1.0,
+    "reference": "adapter_off",
+}
 
 
 def method(adapter: dict[str, Any], objective: dict[str, Any], **changes: Any) -> Method:

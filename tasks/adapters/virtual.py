@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def virtual_tokens(model: PreTrainedModel | PeftModel) -> int:
-    """How many learnt tokens stand before each prompt; they take up room in the context."""
+    """How many learnt tokens stand before each prompt; they take up room in the context. None while switched off."""
     from peft import PeftModel
 
-    if not isinstance(model, PeftModel) or not model.active_peft_config.is_prompt_learning:
+    if not isinstance(model, PeftModel) or not model.active_peft_config.is_prompt_learning or model._adapters_disabled:
         return 0
     return int(model.active_peft_config.num_virtual_tokens)
 

@@ -13,13 +13,10 @@ LEAST_DOUBT = 1e-12
 
 
 class OrpoTerms(NamedTuple):
-    """The loss and its parts, all scalars, averaged over the pairs of the batch."""
+    """The loss and its penalty, both scalars, averaged over the pairs of the batch."""
 
     loss: Tensor
-    nll: Tensor
     odds_penalty: Tensor
-    log_odds_ratio: Tensor
-    accuracy: Tensor
 
 
 def orpo_loss(chosen_logp: Tensor, rejected_logp: Tensor, chosen_nll: Tensor, *, weight: float) -> OrpoTerms:
@@ -34,11 +31,19 @@ def orpo_loss(chosen_logp: Tensor, rejected_logp: Tensor, chosen_nll: Tensor, *,
     Returns:
         `loss` = nll + weight * odds_penalty, where the penalty is -log sigmoid(log odds ratio).
     """
+    penalty = -F.logsigmoid(log_odds_ratio(chosen_logp, rejected_logp)).mean()
+    return OrpoTerms(chosen_nll + weight * penalty, penalty)
+
+
+def log_odds_ratio(chosen_logp: Tensor, rejected_logp: Tensor) -> Tensor:
+    """By how much the odds of the chosen replies exceed those of the rejected ones, (pairs,) (equations 4 and 5).
+
+    Args:
+        chosen_logp: length-averaged log-probability of each chosen reply, nats, (pairs,), float32, <= 0.
+        rejected_logp: the same for the rejected replies.
+    """
     chosen, rejected = chosen_logp.clamp(max=-LEAST_DOUBT), rejected_logp.clamp(max=-LEAST_DOUBT)
-    log_odds_ratio = (chosen - rejected) - (_log_one_minus_exp(chosen) - _log_one_minus_exp(rejected))
-    penalty = -F.logsigmoid(log_odds_ratio).mean()
-    accuracy = (chosen_logp > rejected_logp).float().mean()
-    return OrpoTerms(chosen_nll + weight * penalty, chosen_nll, penalty, log_odds_ratio.mean(), accuracy)
+    return (chosen - rejected) - (_log_one_minus_exp(chosen) - _log_one_minus_exp(rejected))
 
 
 def _log_one_minus_exp(logp: Tensor) -> Tensor:

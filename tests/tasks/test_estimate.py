@@ -18,10 +18,10 @@ from tasks.estimate import (
     suggest,
     this_machine,
 )
+from tasks.examples import Example
 from tasks.models import TokenRow
 from tasks.params import Method
 from tasks.seq2seq import PairRow
-from tasks.train import Example
 from tests.samples import LORA, LOREFT, ORPO, QLORA, SFT, method
 
 CPU = torch.device("cpu")

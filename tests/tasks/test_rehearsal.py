@@ -22,14 +22,16 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from tasks.adapted import fresh
 from tasks.device import compute_dtype
 from tasks.estimate import estimate, full_rows
+from tasks.examples import Example
 from tasks.hollow import count, hollow, pretend, read_config, tensors_of
+from tasks.losses import loss_of
 from tasks.models import TokenRow, score_tokens
 from tasks.objectives.sft import sft_loss
 from tasks.progress import Progress
 from tasks.rehearsal import Cost, rehearse
-from tasks.train import Example, loss_of, train
+from tasks.train import train
 from tests.conftest import ROOT, environment
-from tests.samples import IA3, LORA, LOREFT, ORPO, QLORA, SFT, method
+from tests.samples import DPO, IA3, KTO, LORA, LOREFT, ORPO, QLORA, SFT, method
 from tests.tasks.test_hollow import LLAMA_2_7B
 
 CPU = torch.device("cpu")
@@ -114,14 +116,30 @@ def most_allocated(work: Any) -> int:
         (QLORA, ORPO, {"batch_rows": 1}),
         ({**LORA, "dropout": 0.1}, SFT, {}),
         (IA3, SFT, {}),
+        (LORA, {**SFT, "label_smoothing": 0.1, "neftune_alpha": 5.0}, {}),
+        (LORA, DPO, {"batch_rows": 1}),
+        (LORA, {**KTO, "reference": "precomputed"}, {}),
     ],
-    ids=["qlora", "lora", "dora", "reft last", "reft both ends", "bottleneck", "orpo", "dropout", "ia3"],
+    ids=[
+        "qlora",
+        "lora",
+        "dora",
+        "reft",
+        "reft-both-ends",
+        "bottleneck",
+        "orpo",
+        "dropout",
+        "ia3",
+        "smoothed",
+        "dpo",
+        "kto",
+    ],
 )
 def test_the_estimated_memory_is_that_of_a_real_training(
     small_base: Path, tmp_path: Path, adapter: dict[str, Any], objective: dict[str, Any], changes: dict[str, Any]
 ) -> None:
     params = method(adapter, objective, **{"batch_rows": 2, **changes})
-    given = rows(4, 512, 2 if objective is ORPO else 1)
+    given = rows(4, 512, 2 if objective in (ORPO, DPO) else 1)
     estimated = estimate(read_config(small_base), params, given, compute_dtype(), CPU).memory
     model = fresh(small_base, params.adapter).train()
     weights = held_bytes(model)

@@ -21,6 +21,7 @@ from tasks.device import settle
 from tasks.errors import BadData, BadModel, BadParams
 from tasks.evaluate import answer_pairs
 from tasks.generation_params import GREEDY
+from tasks.losses import held_out_loss, loss_of
 from tasks.merge import difference, merge_shards
 from tasks.models import load_model
 from tasks.params import Method
@@ -30,7 +31,7 @@ from tasks.render import check_kinds, render_rows
 from tasks.scoring import row_of, score
 from tasks.seq2seq import PairRow, check_room, generate_targets, score_pairs
 from tasks.templates import decode, load_tokenizer, template_digest
-from tasks.train import held_out_loss, kind_of_rows, loss_of, train
+from tasks.train import kind_of_rows, train
 from tasks.updates import changes_of
 from tests.conftest import ROOT
 from tests.encoder_decoders import LORA, SHAPE, make_base

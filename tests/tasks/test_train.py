@@ -7,19 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from tasks.adapted import fresh, published_state
-from tasks.architecture import DECODER
+from tasks.architecture import DECODER, ENCODER_DECODER
 from tasks.device import settle
-from tasks.errors import BadData
+from tasks.errors import BadData, BadParams
+from tasks.examples import Example
+from tasks.ingest import Reading
+from tasks.losses import held_out_loss, loss_of, losses_of
 from tasks.models import TokenRow
 from tasks.params import Method
 from tasks.progress import Progress
-from tasks.render import rendered_schema
+from tasks.render import render_rows, rendered_schema
 from tasks.tables import write_rows
 from tasks.tracking import flat
-from tasks.train import Example, batch_of, held_out_loss, loss_of, losses_of, read_examples, steps_per_epoch, train
-from tests.samples import ADALORA, IA3, LORA, LOREFT, ORPO, QLORA, SFT, method
+from tasks.train import batch_of, kind_of_rows, read_examples, reference_for, steps_per_epoch, train
+from tests.samples import ADALORA, DPO, IA3, KTO, LORA, LOREFT, ORPO, QLORA, RENDER, SFT, SIMPO, file_source, method
 
 METHODS = {
     "qlora": method(QLORA, SFT),
@@ -37,20 +41,42 @@ METHODS = {
     "prefix": method({"name": "prefix", "tokens": 4, "hidden_size": 8}, SFT),
     "orpo by p_tuning_v2": method({"name": "p_tuning_v2", "tokens": 4}, ORPO, learning_rate=0.1),
 }
-PREFERENCES = {name for name, params in METHODS.items() if params.objective.name == "orpo"}
+METHODS |= {
+    "smoothed and noisy": method(LORA, {**SFT, "label_smoothing": 0.1, "neftune_alpha": 5.0}, micro_batch_rows=2),
+    "noise before edits": method(LOREFT, {**SFT, "neftune_alpha": 5.0}),
+    "orpo with prompts": method(LOREFT, {**ORPO, "likelihood": "prompt_and_reply"}, learning_rate=0.02),
+    "dpo": method(QLORA, {**DPO, "beta": 0.5}),
+    "dpo by reft": method(LOREFT, {**DPO, "beta": 0.5}, learning_rate=0.05),
+    "dpo by prompts": method(
+        {"name": "prompt_tuning", "tokens": 4, "start": "vocabulary", "text": ""}, {**DPO, "beta": 0.5}
+    ),
+    "ipo by all weights": method(
+        {"name": "full", "modules": "all"}, {**DPO, "loss": "ipo", "beta": 0.5, "reference": "precomputed"}
+    ),
+    "hinge": method({**LORA, "dropout": 0.1}, {**DPO, "loss": "hinge", "reference": "precomputed"}),
+    "simpo": method(ADALORA | {"final_steps": 0}, SIMPO, learning_rate=0.05, micro_batch_rows=2),
+    "kto": method(QLORA, KTO | {"beta": 0.5}, micro_batch_rows=2, learning_rate=0.05),
+    "kto by reft": method(LOREFT, KTO | {"beta": 0.5}, learning_rate=0.05),
+    "kto by ia3": method(IA3, KTO | {"beta": 0.5}, learning_rate=0.1),
+    "kto by all weights": method({"name": "full", "modules": "all"}, {**KTO, "reference": "precomputed", "beta": 0.5}),
+    "kto by prefix": method({"name": "prefix", "tokens": 4, "hidden_size": 8}, KTO | {"beta": 0.5}, learning_rate=0.05),
+}
+PREFERENCES = {name for name, params in METHODS.items() if params.objective.name in ("orpo", "dpo", "simpo")}
 
 
-def examples(objective: str, count: int = 10) -> list[Example]:
+def examples(name: str, count: int = 10) -> list[Example]:
     torch.manual_seed(1)
+    labelled = "kto" in name
 
-    def row(prompt: list[int], length: int) -> TokenRow:
+    def row(prompt: list[int], length: int, desirable: bool) -> TokenRow:
         reply = torch.randint(5, 300, (length,)).tolist()
-        return TokenRow(prompt + reply, [False] * len(prompt) + [True] * length, len(prompt))
+        return TokenRow(prompt + reply, [False] * len(prompt) + [True] * length, len(prompt), desirable)
 
     made: list[Example] = []
     for n in range(count):
         prompt = torch.randint(5, 300, (3 + n % 4,)).tolist()
-        made.append(tuple(row(prompt, 2 + (n + i) % 3) for i in range(2 if objective in PREFERENCES else 1)))
+        desirable = not labelled or n % 3 > 0
+        made.append(tuple(row(prompt, 2 + (n + i) % 3, desirable) for i in range(2 if name in PREFERENCES else 1)))
     return made
 
 
@@ -68,6 +94,9 @@ def trained(
     model.train()
     train(model, examples(name), params, folder, Progress("t", 1, "steps"), on_row)
     return {key: tensor.detach().clone() for key, tensor in published_state(model).items()}
+
+
+REWARDS = {"nll", "reward_chosen", "reward_rejected", "margin", "accuracy"}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -90,9 +119,10 @@ def test_training_lowers_the_loss_on_what_it_sees(pico_base: Path, tmp_path: Pat
     settle(1)
     model = fresh(pico_base, params.adapter, 8 * 3)
     rows = examples(name)
-    before = held_out_loss(model, rows, params)
-    train(model, rows, params, tmp_path, Progress("t", 1, "steps"))
-    assert held_out_loss(model, rows, params) < before - 0.05
+    reference = reference_for(model, rows, rows, params, tmp_path)
+    before = held_out_loss(model, rows, params, reference)
+    train(model, rows, params, tmp_path, Progress("t", 1, "steps"), reference=reference)
+    assert held_out_loss(model, rows, params, reference) < before - 0.05
 
 
 def test_weight_decay_leaves_the_rows_of_r_orthonormal(pico_base: Path, tmp_path: Path) -> None:
@@ -104,16 +134,26 @@ def test_weight_decay_leaves_the_rows_of_r_orthonormal(pico_base: Path, tmp_path
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_order_of_rows_in_a_batch_and_their_padding_do_not_matter(pico_base: Path, name: str) -> None:
+def test_the_order_of_rows_in_a_batch_and_their_padding_do_not_matter(
+    pico_base: Path, tmp_path: Path, name: str
+) -> None:
     settle(1)
     model = fresh(pico_base, METHODS[name].adapter, 3).float().eval()
     rows = examples(name, 6)
-    loss, logged = loss_of(model, rows, METHODS[name])
-    reversed_loss, _ = loss_of(model, rows[::-1], METHODS[name])
+    reference = reference_for(model, rows, (), METHODS[name].model_copy(update={"batch_rows": 6}), tmp_path)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter += 0.02 * torch.randn_like(parameter)
+    loss, logged = loss_of(model, rows, METHODS[name], None, reference)
+    reversed_loss, reversed_logged = loss_of(model, rows[::-1], METHODS[name], None, reference)
     assert reversed_loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert reversed_logged == pytest.approx(logged, rel=1e-3, abs=1e-5)
     assert all(math.isfinite(value) for value in logged.values())
     if name in PREFERENCES:
-        assert set(logged) == {"nll", "odds_penalty", "log_odds_ratio", "accuracy"}
+        of_orpo = {"odds_penalty"} if METHODS[name].objective.name == "orpo" else set()
+        assert set(logged) == {*REWARDS, "log_odds_ratio", *of_orpo}
+    elif "kto" in name:
+        assert set(logged) == {*REWARDS, "baseline"}
     else:
         singles = [loss_of(model, [row], METHODS[name])[0].item() for row in rows]
         tokens = [sum(chat.mask) for row in rows for chat in row if isinstance(chat, TokenRow)]
@@ -122,7 +162,18 @@ def test_the_order_of_rows_in_a_batch_and_their_padding_do_not_matter(pico_base:
 
 
 EXACT = {**QLORA, "compute_dtype": "float32"}
-ADDED = {"qlora": method(EXACT, SFT), "orpo": method(EXACT, ORPO)} | {n: METHODS[n] for n in ("reft", "adalora")}
+ADDED = {
+    "qlora": method(EXACT, SFT),
+    "orpo": method(EXACT, ORPO),
+    "reft": METHODS["reft"],
+    "adalora": METHODS["adalora"],
+    "smoothed and noisy": METHODS["smoothed and noisy"],
+    "orpo with prompts": METHODS["orpo with prompts"],
+    "dpo": method(EXACT, DPO),
+    "simpo": method(LORA, SIMPO),
+    "kto": method(LORA, {**KTO, "desirable_weight": 1.5}),
+    "kto by prefix": METHODS["kto by prefix"],
+}
 
 
 @pytest.mark.parametrize("name", ADDED)
@@ -133,7 +184,7 @@ def test_gradients_added_up_are_those_of_the_whole_batch(pico_base: Path, name: 
     for at_once in (8, rows_at_once):
         params = ADDED[name].model_copy(update={"micro_batch_rows": at_once})
         settle(1)
-        model = fresh(pico_base, params.adapter, 3).float()
+        model = fresh(pico_base, params.adapter, 3).float().train()
         parameters = [p for p in model.parameters() if p.requires_grad]
         with torch.no_grad():
             for parameter in parameters:
@@ -196,6 +247,77 @@ def test_pairs_become_two_sequences_with_one_prompt(tmp_path: Path) -> None:
     assert read_examples(tmp_path, "train", METHODS["orpo"], DECODER) == [
         (TokenRow([1, 2, 3], [False, False, True], 2), TokenRow([1, 2, 4, 5], [False, False, True, True], 2))
     ]
+
+
+def labelled(*labels: bool) -> list[dict[str, Any]]:
+    return [
+        {"id": str(n), "family": "", "prompt_ids": [1, 2], "reply_ids": [3], "label": x} for n, x in enumerate(labels)
+    ]
+
+
+def test_labelled_replies_keep_their_labels(tmp_path: Path) -> None:
+    write_rendered(tmp_path, "labelled", labelled(True, False))
+    assert read_examples(tmp_path, "train", METHODS["kto"], DECODER) == [
+        (TokenRow([1, 2, 3], [False, False, True], 2, desirable),) for desirable in (True, False)
+    ]
+
+
+def test_kto_needs_labelled_replies_and_both_labels(tmp_path: Path) -> None:
+    write_rendered(tmp_path, "labelled", [])
+    with pytest.raises(BadData, match="holds no labelled rows, which the objective kto learns from"):
+        read_examples(tmp_path, "train", METHODS["kto"], DECODER)
+    write_rendered(tmp_path, "labelled", labelled(False, False, False))
+    with pytest.raises(BadData, match="one label only") as caught:
+        read_examples(tmp_path, "train", METHODS["kto"], DECODER)
+    assert caught.value.got == "3 replies that are all bad"
+    assert caught.value.exit_code == 65
+
+
+@pytest.mark.parametrize("objective", [DPO, SIMPO, KTO])
+def test_preferences_are_not_for_encoder_decoders(tmp_path: Path, objective: dict[str, Any]) -> None:
+    with pytest.raises(BadParams, match="preferences are learnt by decoders only"):
+        read_examples(tmp_path, "train", method(LORA, objective), ENCODER_DECODER)
+
+
+@pytest.mark.parametrize(
+    ("file", "objective"), [("kto_en_demo.json", KTO), ("dpo_en_demo.json", DPO), ("dpo_en_demo.json", SIMPO)]
+)
+def test_real_preferences_are_learnt(
+    pico_base: Path,
+    real_data: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    file: str,
+    objective: dict[str, Any],
+) -> None:
+    """From the file to rewards that tell the replies apart which were learnt from."""
+    records = Reading("s", file_source(real_data / "llama_factory" / file, take={"first": 40})).records()
+    rendered, _ = render_rows(records, tokenizer, RENDER.model_copy(update={"max_tokens": 4096, "too_long": "drop"}))
+    params = method(LORA, {**objective, "beta": 1.0}, epochs=4, batch_rows=8, learning_rate=0.02)
+    kind = kind_of_rows(params, DECODER)
+    ids = ("prompt_ids", "reply_ids", "chosen_ids", "rejected_ids")
+    rows = [{k: v[-24:] if k in ids else v for k, v in row.items()} for row in rendered["train", kind]]
+    write_rendered(tmp_path, kind, rows)
+    log = train(
+        fresh(pico_base, params.adapter),
+        read_examples(tmp_path, "train", params, DECODER),
+        params,
+        tmp_path / "checkpoints",
+        Progress("t", 1, "steps"),
+    )
+    first, last = log[0], log[-1]
+    assert last["loss"] < first["loss"] - 0.02
+    assert last["margin"] > first["margin"] + 0.1
+
+
+def test_speed_and_memory_are_told_beside_the_log(pico_base: Path, tmp_path: Path) -> None:
+    told: list[dict[str, Any]] = []
+    params, rows = METHODS["reft"], examples("reft")
+    log = train(fresh(pico_base, params.adapter), rows, params, tmp_path, Progress("t", 1, "steps"), told.append)
+    assert [row.keys() - kept.keys() for row, kept in zip(told, log, strict=True)] == [
+        {"tokens_per_s", "memory_peak_mib"}
+    ] * 3
+    assert all(row["tokens_per_s"] > 0 and row["memory_peak_mib"] > 50 for row in told)
 
 
 def test_params_are_logged_under_dotted_names() -> None:

@@ -1,0 +1,30 @@
+"""What a training takes of the machine. It differs from run to run: it is told beside the log and is no part of it."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+
+
+class Meter:
+    """Measures from one step to the next."""
+
+    def __init__(self) -> None:
+        """Begins now."""
+        self._last = time.monotonic()
+
+    def since_last(self, tokens: int) -> dict[str, float]:
+        """Tokens per second of a step of so many tokens that just ended, and the most memory held until now."""
+        before, self._last = self._last, time.monotonic()
+        return {"tokens_per_s": tokens / (self._last - before), "memory_peak_mib": memory_peak_bytes() / 2**20}
+
+
+def memory_peak_bytes() -> int:
+    """The most that PyTorch held on the GPU, or without one what the process had resident, until now."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
