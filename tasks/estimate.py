@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tasks.adapter_params import AnyAdapter, LoraAdapter, QloraAdapter
 from tasks.errors import BadModel
 from tasks.hollow import Parameters, count, hollow, pretend
+from tasks.memory import free_bytes
 from tasks.models import TokenRow
 from tasks.params import Method, OrpoObjective
 from tasks.scoring import Row
@@ -215,7 +216,7 @@ def this_machine(device: torch.device) -> Machine:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return Machine(torch.cuda.get_device_name(device), free, 0)
-    return Machine("cpu", psutil.virtual_memory().available, psutil.Process().memory_info().rss)
+    return Machine("cpu", free_bytes(), psutil.Process().memory_info().rss)
 
 
 def rates(dtype: torch.dtype, device: torch.device) -> Rates:
