@@ -69,7 +69,7 @@ def check_writable(folder: Path) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise  # a full disk may be freed
         raise BadInput(
-            "checkpoints cannot be written", where=str(folder), got=error.strerror, fix="make it a writable folder"
+            "checkpoints cannot be written", where=str(folder), got=str(error.strerror), fix="make it a writable folder"
         ) from error
 
 
@@ -162,9 +162,9 @@ def unpack(
                 counts = tensor.ndim == 0 and not tensor.is_floating_point()  # bitsandbytes wants a plain number
                 states.setdefault(int(index), {})[field] = tensor.item() if counts else tensor
         groups = optimizer.state_dict()["param_groups"]
-        for index, group in enumerate(groups):
+        for place, group in enumerate(groups):
             for field, value in group.items():
-                if (kept := tensors.get(f"group/{number}/{index}/{field}")) is not None:
+                if (kept := tensors.get(f"group/{number}/{place}/{field}")) is not None:
                     group[field] = type(value)(kept.item())
         optimizer.load_state_dict({"state": states, "param_groups": groups})
     set_random_state(tensors)

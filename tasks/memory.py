@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tasks.errors import OutOfMemory
 from tasks.outputs import write_whole
@@ -169,7 +169,9 @@ def rows_at_once(rows: int, *, fit: bool, checkpoints: Path) -> Iterator[RowsAtO
         yield RowsAtOnce(rows, fit=False)
         return
     file = checkpoints / "attempt.json"
-    last = json.loads(file.read_text()) if file.is_file() else {"micro_batch_rows": rows, "kills_for_memory": None}
+    last: dict[str, Any] = {"micro_batch_rows": rows, "kills_for_memory": None}
+    if file.is_file():
+        last = json.loads(file.read_text())
     now = RowsAtOnce(min(rows, last["micro_batch_rows"]), fit=True, file=file)
     killed = last["kills_for_memory"] is not None and kills_for_memory() > last["kills_for_memory"]
     if killed and not now.halve("the kernel ended the last attempt for it"):

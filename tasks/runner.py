@@ -159,7 +159,7 @@ class Session:
             return Transient(
                 "the kernel ended it for its memory; it is tried with half as many rows at once", where=stage
             )
-        fix = f"set train.{method}.fit_memory: true, or what is said above" if method else "take a machine with more"
+        fix = f"set train.{method}.fit_memory: true, or choose what would fit" if method else "take a machine with more"
         return OutOfMemory("the kernel ended it: the machine's memory ran out", where=stage, fix=fix)
 
     def _with_advice(self, stage: str, error: TemperError) -> TemperError:

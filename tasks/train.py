@@ -331,9 +331,8 @@ def train(
 
 def learning_rate(step: int, steps: int, method: Method) -> float:
     """The rate at a step, from 0, by the method's schedule."""
-    shape, decay = method.schedule, 1.0
-    if isinstance(shape, WarmupStableDecay):
-        shape, decay = "wsd", shape.wsd
+    asked = method.schedule
+    shape, decay = ("wsd", asked.wsd) if isinstance(asked, WarmupStableDecay) else (asked, 1.0)
     return schedule(step, steps, peak=method.learning_rate, warmup_steps=method.warmup_steps, shape=shape, decay=decay)
 
 
@@ -412,8 +411,9 @@ def _train_stage(stage: process.Stage, method: Method, checkpoints: Path, rows: 
     ):
 
         def on_row(row: dict[str, Any]) -> None:
-            for each in (tracker, *others):
-                each.log(row)
+            tracker.log(row)
+            for other in others:
+                other.log(row)
 
         settle(method.seed)
         log = train(model, examples, method, checkpoints, progress, on_row, watch, rows)

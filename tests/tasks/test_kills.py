@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from random import Random
@@ -23,11 +22,11 @@ KILLS = int(os.environ.get("TEMPER_KILLS", "3"))
 
 
 @pytest.fixture(scope="module")
-def forks() -> Iterator[ForkServerContext]:
+def forks() -> ForkServerContext:
     """Processes that begin with everything imported, so that kills fall into trainings and not into imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([killed_training.__name__])
-    yield context
+    return context
 
 
 def run(forks: ForkServerContext, base: Path, name: str, folder: Path, kill_after_s: float | None = None) -> bool:

@@ -23,8 +23,14 @@ from tests.conftest import ROOT
 from tests.samples import LOREFT, ORPO, QLORA, SFT, method
 from tests.tasks.test_train import examples
 
-CPU = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 1024 bytes. Error code 12 (Cannot allocate memory)"
-GPU = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.15 GiB of which 12.00 MiB is free."
+CPU = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
+    "you tried to allocate 1024 bytes. Error code 12 (Cannot allocate memory)"
+)
+GPU = (
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.15 GiB "
+    "of which 12.00 MiB is free."
+)
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,7 @@ def test_a_log_of_thousands_of_rows_takes_a_few_requests(place: Path, monkeypatc
         "samples/step-00000010.json",
         "samples/step-00003000.json",
     }
+    assert run.inputs
     datasets = {each.dataset.name: each.dataset.digest for each in run.inputs.dataset_inputs}
     assert datasets == {"train/chat.parquet": "a" * 36, "held_out/chat.parquet": "b" * 36}
 
@@ -255,6 +256,7 @@ def test_what_mlflow_did_not_hear_is_sent_later_and_nothing_twice(
         complete_run(client, run, tmp_path / "log.jsonl", summary)
     run = run_of(client, place, key, "train", {})
     assert run.data.params == {"epochs": "1", "seed": "2"}
+    assert run.inputs
     assert len(run.inputs.dataset_inputs) == 2
     for name in ("loss", "grad_norm", "rate"):
         history = client.get_metric_history(run.info.run_id, name)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,7 +91,7 @@ exit 255
     ("code", "kills", "fit", "kind", "said"),
     [
         (-9, 1, False, OutOfMemory, "the kernel ended it: the machine's memory ran out"),
-        (137, 1, False, OutOfMemory, "set train.a.fit_memory: true, or what is said"),
+        (137, 1, False, OutOfMemory, "set train.a.fit_memory: true, or choose"),
         (-9, 1, True, Transient, "tried with half as many rows at once"),
         (-9, 0, False, TemperError, "exit code -9"),  # somebody killed it
         (71, 0, True, OutOfMemory, "exit code 71"),
@@ -111,7 +112,7 @@ def test_a_training_that_ran_out_of_memory_is_told_apart_and_given_advice(
     python = tmp_path / "python"
     python.write_text(FAKE_DVC % code)
     python.chmod(0o755)
-    monkeypatch.setattr(runner.sys, "executable", str(python))
+    monkeypatch.setattr(sys, "executable", str(python))
     counts = iter([5, 5 + kills])
     monkeypatch.setattr(runner, "kills_for_memory", lambda: next(counts))
     params = SimpleNamespace(train={"a": SimpleNamespace(fit_memory=fit)})
@@ -133,7 +134,7 @@ def test_another_stage_that_runs_out_of_memory_is_told_without_advice(
     python = tmp_path / "python"
     python.write_text(FAKE_DVC % -9)
     python.chmod(0o755)
-    monkeypatch.setattr(runner.sys, "executable", str(python))
+    monkeypatch.setattr(sys, "executable", str(python))
     counts = iter([0, 1])
     monkeypatch.setattr(runner, "kills_for_memory", lambda: next(counts))
     session = Session(tmp_path, None, {}, {}, frozenset(), advise=lambda method: 1 / 0)  # type: ignore[arg-type,return-value]

@@ -16,6 +16,7 @@ from flows.params_file import change_params
 from tasks.adapted import fresh
 from tasks.device import settle
 from tasks.errors import BadModel
+from tasks.models import TokenRow
 from tasks.outputs import read_manifest, whole_folder
 from tasks.params import Method
 from tasks.progress import Progress
@@ -37,6 +38,7 @@ def rendered(tmp_path: Path) -> Path:
             rows = [
                 {"id": str(n), "family": "", "ids": row.ids, "mask": row.mask, "prompt_tokens": row.prompt_tokens}
                 for n, (row,) in enumerate(examples("qlora", count))
+                if isinstance(row, TokenRow)
             ]
             (folder / split).mkdir()
             write_rows(folder / split / "chat.parquet", rows, rendered_schema("chat"))
