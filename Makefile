@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: run test check format docs pictures install lock base pyreft clean help
+.PHONY: run test kills check format docs pictures install lock base pyreft clean help
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -15,6 +15,9 @@ run: install ## from a clone to a registered, promoted model
 
 test: check ## all checks and all tests
 	@$(BIN)/python -m pytest
+
+kills: install ## 30 times kill -9 at random moments for each kind of training: the same adapter, to the bit
+	@TEMPER_KILLS=30 $(BIN)/python -m pytest -n0 -s tests/tasks/test_kills.py
 
 check: install ## format, lint, types, import layers, consistent packages
 	@$(BIN)/ruff format --check .

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks import graph
 from tasks.base_params import HubBase, LocalBase
-from tasks.errors import BadModel, BadParams
+from tasks.errors import BadInput, BadModel, BadParams
 from tasks.outputs import MANIFEST
 from tasks.params import Method, Params
 from tasks.params_reading import load
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from tasks.estimate import Estimate, Machine, Rates
-    from tasks.train import Example
+    from tasks.examples import Example
 
 
 def estimates(workspace: Path, model: Path | None, only: str | None) -> dict[str, Any]:
@@ -82,6 +82,22 @@ def estimates(workspace: Path, model: Path | None, only: str | None) -> dict[str
             for name, found in needed.items()
         },
     }
+
+
+def advice(workspace: Path, method: str) -> str:
+    """What a method needs here and what would fit, as lines below an error; or why that cannot be told."""
+    from tasks.memory import shown
+
+    try:
+        found = estimates(workspace, None, method)
+    except BadInput as error:
+        return f"  estimate: {error.line()}"
+    (one,) = found["methods"].values()
+    needed, machine = one["dtypes"][found["machine"]["dtype"]], found["machine"]
+    room = machine["free_bytes"] - machine["process_bytes"]
+    lines = [f"  estimate: a step of {method} needs {shown(needed['total'])}; {shown(max(0, room))} are free now"]
+    lines += [f"  fits:     {each['change']}, which needs {shown(each['total_bytes'])}" for each in one["suggestions"]]
+    return "\n".join(lines)
 
 
 def _figures(each: Estimate, machine: Machine, speed: Rates, known: bool) -> dict[str, Any]:

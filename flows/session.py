@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from flows import data_page, display, servers
+from flows import data_page, display, estimating, servers
 from flows.results import read_results, table
 from flows.workspace import held, keep_lock_copy, put_in_order
 from tasks import graph
@@ -42,7 +43,7 @@ def begin(workspace: Path) -> Iterator[Session]:
             logger.warning(f"marked {dead} earlier runs as crashed: their processes are gone")
         servers.limit_trainings(TRAINING)
         forget_lost_versions(workspace, params)
-        with opened(workspace, params, display.watching()) as session:
+        with opened(workspace, params, display.watching(), partial(estimating.advice, workspace)) as session:
             try:
                 yield session
             finally:

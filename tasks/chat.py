@@ -34,11 +34,24 @@ def answer(
     generation: Generation = GREEDY,
 ) -> Reply:
     """The model's reply to a conversation that ends with a user turn."""
+    prompt = render_prompt(tokenizer, messages)
+    new = continuation(model, tokenizer, prompt, max_tokens, generation)
+    return Reply(decode(tokenizer, new), tokenizer.eos_token_id in new, len(prompt), len(new))
+
+
+def continuation(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int],
+    max_tokens: int,
+    generation: Generation = GREEDY,
+) -> list[int]:
+    """The tokens that a decoder writes after a prompt's."""
     import torch
 
     from tasks.generation import decoding
 
-    ids = torch.tensor([render_prompt(tokenizer, messages)], device=model.device)
+    ids = torch.tensor([list(prompt)], device=model.device)
     attended = torch.ones_like(ids)
     with torch.no_grad():
         out: Tensor = model.generate(  # type: ignore[operator]
@@ -49,9 +62,8 @@ def answer(
             pad_token_id=tokenizer.pad_token_id,
             **decoding(model, generation, ids, attended),
         )
-    new = out[0, ids.shape[1] :].tolist()
-    stopped = tokenizer.eos_token_id in new
-    return Reply(decode(tokenizer, new), stopped, ids.shape[1], len(new))
+    new: list[int] = out[0, ids.shape[1] :].tolist()
+    return new
 
 
 def answer_text(

@@ -7,14 +7,15 @@
     |   |-- BadModel                       a model folder, an adapter or a tokenizer
     |   |-- Diverged                       a loss or gradient that is not finite
     |   |-- NotEquivalent                  a merged model that is not the model that was trained
-    |   `-- GateRefused                    a promotion without the evidence for it
+    |   |-- GateRefused                    a promotion without the evidence for it
+    |   `-- OutOfMemory      exit 71       more memory is needed than there is
     `-- Transient                exit 75   may go well the next time; retried
         |-- Interrupted                    stopped by a signal, after saving what was done
         |-- InputsChanged                  an input was edited while the stage ran
         |-- WorkspaceBusy                  another run holds the workspace
         `-- RegistryUnreachable            MLflow does not answer
 
-The exit codes are those of sysexits.h: 65 is EX_DATAERR, 75 is EX_TEMPFAIL.
+The exit codes are those of sysexits.h: 65 is EX_DATAERR, 71 is EX_OSERR, 75 is EX_TEMPFAIL.
 """
 
 from __future__ import annotations
@@ -95,6 +96,12 @@ class NotEquivalent(BadInput):
 
 class GateRefused(BadInput):
     """A promotion without the evidence for it."""
+
+
+class OutOfMemory(BadInput):
+    """More memory is needed than there is; with the same settings it will be so again."""
+
+    exit_code = 71
 
 
 class Transient(TemperError):

@@ -16,6 +16,7 @@ from tasks.errors import BadModel
 from tasks.examples import Example
 from tasks.hollow import Parameters, count, hollow, pretend
 from tasks.losses import losses_of
+from tasks.memory import free_bytes
 from tasks.models import TokenRow
 from tasks.objective_params import PairObjective, ReferringObjective
 from tasks.params import Method
@@ -233,7 +234,7 @@ def this_machine(device: torch.device) -> Machine:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return Machine(torch.cuda.get_device_name(device), free, 0)
-    return Machine("cpu", psutil.virtual_memory().available, psutil.Process().memory_info().rss)
+    return Machine("cpu", free_bytes(), psutil.Process().memory_info().rss)
 
 
 def rates(dtype: torch.dtype, device: torch.device) -> Rates:

@@ -1,4 +1,4 @@
-"""The optimizers of params: PyTorch's AdamW, and those of bitsandbytes, which take less memory."""
+"""The optimizers of params: PyTorch's AdamW, those of bitsandbytes, which take less memory, and schedule-free AdamW."""
 
 from __future__ import annotations
 
@@ -26,13 +26,19 @@ def optimizer_of(name: OptimizerName, groups: Sequence[dict[str, Any]]) -> Optim
 
     AdamW is arXiv:1711.05101, its form with states in 8 bits arXiv:2110.02861, paged states are those of
     arXiv:2305.14314 (section 3), Lion is arXiv:2302.06675. Paged states move to the host when a GPU's memory is full;
-    where there is no GPU they are plain ones, and this says so.
+    where there is no GPU they are plain ones, and this says so. Schedule-free AdamW is arXiv:2405.15682 by its authors'
+    library: what it is evaluated and published at is an average of its steps (`tasks.loop.Averaging`).
     """
     groups = [group for group in groups if group["params"]]
     if name == "adamw":
         import torch
 
         return torch.optim.AdamW(groups)
+    if name == "adamw_schedule_free":
+        from schedulefree import AdamWScheduleFree
+
+        averaging: Optimizer = AdamWScheduleFree(groups)
+        return averaging
     import bitsandbytes.optim
 
     made: Optimizer = getattr(bitsandbytes.optim, _OF_BITSANDBYTES[name])(groups)

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
-from tasks.adapter_params import AnyAdapter, FullAdapter
+from tasks.adapter_params import AdaloraAdapter, AnyAdapter, FullAdapter
 from tasks.base_params import AnyBase
 from tasks.fields import Commit, Count, FilePath, HubName, Name, NotNegative, Positive, Section, Seed, Share
 from tasks.generation_params import Generation
@@ -274,7 +274,38 @@ class Render(Section):
 # --- train: one method per key, each an adapter x an objective --------------------------------------------------------
 
 
-OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "lion_8bit"]
+OptimizerName = Literal[
+    "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "lion_8bit", "adamw_schedule_free"
+]
+
+
+class WarmupStableDecay(Section):
+    """The peak until the last steps, and from there to zero (arXiv:2405.18392)."""
+
+    wsd: Annotated[float, Field(gt=0, le=1)]
+    """The share of all steps in which the rate goes down, by 1 - sqrt; 0.2 in section 3 of the paper."""
+
+
+class Evaluation(Section):
+    """The loss on held-out rows in the course of a training, and what follows from it."""
+
+    every_steps: Count
+    """How often it is computed; and after the last step."""
+    patience: Literal["never"] | Count
+    """The training stops after so many evaluations in a row that are no better than the best; or never early."""
+    keep: Literal["last", "best"]
+    """Which weights become the adapter: those of the last step, or those with the lowest held-out loss."""
+
+
+class Samples(Section):
+    """What the model replies to held-out prompts in the course of a training, greedily."""
+
+    every_steps: Count
+    """How often it is asked; and after the last step."""
+    prompts: Count
+    """How many prompts, the first of the held-out rows."""
+    max_new_tokens: Count
+    """Tokens in a reply, at most."""
 
 
 class Method(Section):
@@ -289,11 +320,12 @@ class Method(Section):
     micro_batch_rows: Count
     """Rows in a forward pass; a step adds up the gradients of as many passes as it takes."""
     optimizer: OptimizerName
-    """AdamW or Lion; with states in 8 bits (`_8bit`), or that a GPU may move to the host (`paged_`)."""
-    learning_rate: Positive
-    """The peak, after warm-up."""
-    schedule: Literal["constant", "linear", "cosine"]
-    """From the peak on; linear and cosine end at zero."""
+    """AdamW or Lion; with states in 8 bits (`_8bit`), or that a GPU may move to the host (`paged_`); or AdamW that
+    averages its steps instead of a schedule's decay (`_schedule_free`, arXiv:2405.15682)."""
+    learning_rate: Annotated[float, Field(gt=0, le=10)]
+    """The peak, after warm-up; AdamW moves every weight by about so much a step."""
+    schedule: Literal["constant", "linear", "cosine"] | WarmupStableDecay
+    """From the peak on; linear and cosine end at zero; so does {wsd: 0.2}, which goes down in the last fifth only."""
     warmup_steps: Annotated[int, Field(ge=0)]
     """Steps of linear warm-up."""
     weight_decay: NotNegative
@@ -302,6 +334,14 @@ class Method(Section):
     """The gradient is scaled down to this norm."""
     checkpoint_every_steps: Count
     """What a kill loses at most."""
+    evaluation: Literal["none"] | Evaluation
+    """The loss on held-out rows on the way: to stop early, or to keep the best weights."""
+    samples: Literal["none"] | Samples
+    """Replies to held-out prompts on the way."""
+    fit_memory: bool
+    """Whether a step that runs out of memory is taken again with half of `micro_batch_rows`: the same gradients."""
+    report_to: list[Literal["tensorboard", "wandb"]]
+    """Where the log goes besides MLflow; each needs its package. TensorBoard's files are in .temper/tensorboard."""
     seed: Seed
     """Of the adapter's initial weights, the order of rows, and dropout."""
 
@@ -318,6 +358,18 @@ class Method(Section):
         switches = isinstance(self.objective, ReferringObjective) and self.objective.reference == "adapter_off"
         if switches and isinstance(self.adapter, FullAdapter):
             raise ValueError("full has no adapter to switch off: objective.reference must be precomputed")
+        return self
+
+    @model_validator(mode="after")
+    def _rules_fit(self) -> Method:
+        if self.optimizer == "adamw_schedule_free" and self.schedule != "constant":
+            raise ValueError("adamw_schedule_free stands for a schedule: it needs `schedule: constant`")
+        ends_early = isinstance(self.evaluation, Evaluation) and self.evaluation.patience != "never"
+        keeps_best = isinstance(self.evaluation, Evaluation) and self.evaluation.keep == "best"
+        if isinstance(self.adapter, AdaloraAdapter) and (ends_early or keeps_best):
+            raise ValueError(
+                "adalora takes ranks away until its last step: it needs `patience: never` and `keep: last`"
+            )
         return self
 
 

@@ -1,6 +1,7 @@
 """What every stage does around its work when it runs as a process of its own.
 
-- Exit codes: 0 done, 65 bad input, 75 transient, anything else a fault; an error is one readable block.
+- Exit codes: 0 done, 65 bad input, 71 too little memory, 75 transient, anything else a fault; an error is one
+  readable block.
 - It dies with the `dvc` or the flow that started it, so that no orphan goes on writing.
 - It knows the content key of what it reads, and fails when an input is edited while it runs.
 - The libraries below neither report usage nor look anything up on a network.
@@ -24,6 +25,7 @@ from pathlib import Path
 
 from tasks import graph
 from tasks.errors import BadInput, BadParams, InputsChanged, TemperError, Transient
+from tasks.memory import out_of_memory, ran_out
 from tasks.params import Params
 from tasks.params_reading import load
 
@@ -115,6 +117,10 @@ def readable_errors() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except Exception as error:
+        if ran_out(error):
+            short = out_of_memory(error, where="", fix="work on fewer rows at once, or take a machine with more memory")
+            print(f"error: {short}", file=sys.stderr, flush=True)
+            sys.exit(short.exit_code)
         told = tell_of_storage(error)
         if told is None:
             raise

@@ -24,7 +24,19 @@ from tasks.generation_params import Generation
 from tasks.outputs import MANIFEST, as_json, digest, read_manifest, write_whole
 from tasks.registry import ADAPTER, CHALLENGER, find_version
 from tasks.templates import load_tokenizer, template_digest
-from tasks.tracking import KEY_TAG, answering, connect, flat, log_params, log_rows, logged_steps, run_of
+from tasks.tracking import (
+    KEPT_LOSS,
+    KEY_TAG,
+    answering,
+    connect,
+    flat,
+    log_data,
+    log_params,
+    log_rows,
+    log_samples,
+    logged_steps,
+    run_of,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -144,13 +156,15 @@ def serving_of(models: Path) -> Serving:
 
 
 def complete_run(client: MlflowClient, run: Run, log: Path, summary: Mapping[str, Any]) -> None:
-    """Sends params and training log to the run if the training could not, or came out of DVC's cache."""
+    """Sends to the run what the training could not, or what DVC's cache gave: params, digests of the data, the log."""
     log_params(client, run, flat(summary["params"]))
+    log_data(client, run, summary["data"])
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     sent = logged_steps(client, run)
     log_rows(client, run, [row for row in rows if row["step"] not in sent])
-    if "held_out_loss" not in run.data.metrics:
-        log_rows(client, run, [{"step": summary["steps"], "held_out_loss": summary["held_out_loss_after"]}])
+    log_samples(client, run, rows)
+    if KEPT_LOSS not in run.data.metrics:
+        log_rows(client, run, [{"step": summary["kept_step"], KEPT_LOSS: summary["held_out_loss_after"]}])
 
 
 def log_adapter(client: MlflowClient, run: Run, adapter: Path) -> None:

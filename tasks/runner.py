@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from tasks import graph
-from tasks.errors import BadInput, TemperError, Transient
+from tasks.errors import BadInput, OutOfMemory, TemperError, Transient
+from tasks.memory import kills_for_memory
 from tasks.params import Params
 from tasks.process import OWNER
 
@@ -65,6 +66,8 @@ class Session:
     changed: frozenset[str]
     """Stages that `dvc status` found changed then."""
     watch: Callable[[Event], None] = lambda event: None
+    advise: Callable[[str], str] = lambda method: ""
+    """What a method's training would need and what would fit, for when it ran out of memory."""
     stopping: bool = False
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     errors: dict[str, TemperError] = field(default_factory=dict)
@@ -86,6 +89,7 @@ class Session:
 
         Raises:
             BadInput: the stage exited with 65.
+            OutOfMemory: it exited with 71, or was ended by the kernel for its memory; then `advise` is asked.
             Transient: it exited with 75, took too long, or DVC was held up by another process.
             TemperError: it failed in any other way.
         """
@@ -93,10 +97,11 @@ class Session:
         self.watch(Event(stage, "running"))
         try:
             state = self._dvc_repro(stage, timeout_s, log)
-        except TemperError as error:
+        except TemperError as failure:
+            error = self._with_advice(stage, failure)
             self.errors[stage] = error
             self.watch(Event(stage, "failed"))
-            raise
+            raise error from failure
         outcome = Outcome(stage, state, time.monotonic() - started, graph.recorded_keys(self.workspace)[stage])
         log(f"content key {outcome.key}")
         return self._finish(outcome)
@@ -109,7 +114,7 @@ class Session:
         """
         kinds = [type(error) for error in self.errors.values()]
         if kinds:
-            worst = next((kind for kind in (BadInput, TemperError) if kind in kinds), Transient)
+            worst = next((kind for kind in (OutOfMemory, BadInput, TemperError) if kind in kinds), Transient)
             raise worst("\n\n".join(str(error) for error in self.errors.values()))
         if lost := [stage for stage in self.nodes if stage not in self.outcomes]:
             raise TemperError("stages did not come through", examples=lost, fix="look into the log of their tasks")
@@ -143,6 +148,26 @@ class Session:
                 child.wait(timeout=max(0.0, deadline - time.monotonic()))
             _kill_group(child)
 
+    def _method(self, stage: str) -> str | None:
+        name, _, item = stage.partition("@")
+        return item if name == "train" else None
+
+    def _killed_for_memory(self, stage: str) -> TemperError:
+        """What to raise for a stage that the kernel ended: a training that fits itself to its memory may try again."""
+        method = self._method(stage)
+        if method and self.params.train[method].fit_memory:
+            return Transient(
+                "the kernel ended it for its memory; it is tried with half as many rows at once", where=stage
+            )
+        fix = f"set train.{method}.fit_memory: true, or choose what would fit" if method else "take a machine with more"
+        return OutOfMemory("the kernel ended it: the machine's memory ran out", where=stage, fix=fix)
+
+    def _with_advice(self, stage: str, error: TemperError) -> TemperError:
+        """Adds to an error of a training that ran out of memory what it needs and what would fit."""
+        method = self._method(stage)
+        advice = self.advise(method) if method and type(error) is OutOfMemory else ""
+        return OutOfMemory(f"{error}\n{advice}") if advice else error
+
     def _dvc_repro(self, stage: str, timeout_s: float, log: Callable[[str], None]) -> str:
         if self.stopping:
             raise Transient("was not started, because the run is being stopped", where=stage)
@@ -166,6 +191,7 @@ class Session:
             timed_out.set()
             _kill_group(child)
 
+        kills = kills_for_memory()
         timer = threading.Timer(timeout_s, end)
         timer.start()
         lines: deque[str] = deque(maxlen=_SHOWN_LINES)
@@ -184,10 +210,16 @@ class Session:
         if timed_out.is_set():
             raise Transient("took too long and was ended", where=stage, expected=f"at most {timeout_s:.0f} s")
         if code:
-            raise stage_error(stage, stage_exit_code(list(lines), code), list(lines))
+            code = stage_exit_code(list(lines), code)
+            if code in _KILLED and kills_for_memory() > kills:
+                raise self._killed_for_memory(stage)
+            raise stage_error(stage, code, list(lines))
         said = "\n".join(lines)
         return "unchanged" if _UNCHANGED in said else "restored" if _RESTORED in said else "completed"
 
+
+_KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
+"""How a killed stage ends, as DVC and as the shell between them tell it."""
 
 _HINT = re.compile(
     r"To track the changes with git|\s*git add |To enable auto staging|\s*dvc config core.autostage|Use `dvc push`"
@@ -212,7 +244,8 @@ def stage_error(stage: str, code: int, lines: list[str]) -> TemperError:
     """The error that a stage's exit code stands for, with what the stage said of it."""
     start = next((i for i in range(len(lines) - 1, -1, -1) if lines[i].startswith("error: ")), None)
     said = [line for line in lines[start:] if not line.startswith("ERROR: ")] if start is not None else lines
-    kind = {BadInput.exit_code: BadInput, Transient.exit_code: Transient}.get(code, TemperError)
+    kinds = {kind.exit_code: kind for kind in (BadInput, OutOfMemory, Transient)}
+    kind = kinds.get(code, TemperError)
     text = "\n".join(said).removeprefix("error: ")
     return kind(f"stage {stage} failed (exit code {code})\n{text}")
 
@@ -271,11 +304,12 @@ def current_session() -> Session:
 
 
 @contextmanager
-def opened(workspace: Path, params: Params, watch: Callable[[Event], None]) -> Iterator[Session]:
+def opened(
+    workspace: Path, params: Params, watch: Callable[[Event], None], advise: Callable[[str], str]
+) -> Iterator[Session]:
     """Begins a session and makes it the current one."""
-    session = Session(
-        workspace, params, graph.load(workspace), graph.recorded_keys(workspace), changed_stages(workspace), watch
-    )
+    keys, changed = graph.recorded_keys(workspace), changed_stages(workspace)
+    session = Session(workspace, params, graph.load(workspace), keys, changed, watch, advise)
     token = _current.set(session)
     _open.append(session)
     try:

@@ -1,23 +1,25 @@
 """The MLflow run of a training: found by the content key of the stage, so that a retry continues it.
 
 A tracker never stands in the way of a training. It works in a thread of its own; when MLflow does not answer it says
-so once and gives up, and the training log, an output of the stage, keeps every row. `register` completes the run from
-it.
+so once and asks again now and then, and the training log, an output of the stage, keeps every row. `register` completes
+the run from it.
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty, Queue
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from tasks.errors import RegistryUnreachable, Transient
+from tasks.watch import SAMPLES, numbers_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -25,7 +27,13 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "temper"
 KEY_TAG = "temper.key"
+KEPT_LOSS = "held_out_loss_kept"
+"""The metric that is the held-out loss of the weights that were kept."""
 _FLUSH_S = 2.0
+_AGAIN_S = 60.0
+"""So long after MLflow did not answer it is asked again."""
+_BATCH_METRICS = 1000
+"""What MLflow takes in one request."""
 
 
 def tracking_uri(workspace: Path) -> str:
@@ -87,15 +95,50 @@ def run_of(client: MlflowClient, workspace: Path, key: str, name: str, tags: Map
 
 
 def log_rows(client: MlflowClient, run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows of a training log as metrics; every number but `step` becomes one."""
+    """Writes rows of a training log as metrics; every number but `step` becomes one.
+
+    The numbers of a row go in one request: a step that has a loss in MLflow has everything.
+    """
     import time
 
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
-    metrics = [Metric(k, v, now, row["step"]) for row in rows for k, v in row.items() if k != "step" and v is not None]
-    for start in range(0, len(metrics), 1000):
-        client.log_batch(run.info.run_id, metrics=metrics[start : start + 1000])
+    batch: list[Metric] = []
+    for row in rows:
+        metrics = [Metric(name, value, now, row["step"]) for name, value in numbers_of(row).items()]
+        if len(batch) + len(metrics) > _BATCH_METRICS:
+            client.log_batch(run.info.run_id, metrics=batch)
+            batch = []
+        batch += metrics
+    if batch:
+        client.log_batch(run.info.run_id, metrics=batch)
+
+
+def log_samples(client: MlflowClient, run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes the samples of each row of a training log as an artifact of its own, if the run has it not yet."""
+    with_samples = [row for row in rows if row.get(SAMPLES)]
+    there = {file.path for file in client.list_artifacts(run.info.run_id, SAMPLES)} if with_samples else set()
+    for row in with_samples:
+        path = f"{SAMPLES}/step-{row['step']:08d}.json"
+        if path not in there:
+            client.log_text(run.info.run_id, json.dumps(row[SAMPLES], indent=2, ensure_ascii=False), path)
+
+
+def log_data(client: MlflowClient, run: Run, data: Mapping[str, str]) -> None:
+    """Notes what a training read: the SHA-256 of each file by its path below data/rendered.
+
+    The path begins with the split. MLflow has room for 36 characters of a digest; to note the same again does nothing.
+    """
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    inputs = []
+    for path, sha256 in data.items():
+        source = json.dumps({"uri": f"data/rendered/{path}", "sha256": sha256}, sort_keys=True)
+        dataset = Dataset(name=path, digest=sha256[:36], source_type="local", source=source)
+        context = "training" if path.startswith("train/") else "evaluation"
+        inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
+    client.log_inputs(run.info.run_id, inputs)
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -137,14 +180,30 @@ def answering(workspace: Path) -> Iterator[None]:
 
 
 class Tracker:
-    """Sends a training's params and log rows to MLflow in the background."""
+    """Sends a training's params, what it reads, and its log rows to MLflow in the background.
+
+    Args:
+        workspace: whose MLflow it is.
+        key: the content key of the training.
+        name: of the run, when it is made.
+        tags: of the run, when it is made.
+        params: by dotted names.
+        data: the digests of what it reads, as `log_data` takes them.
+    """
 
     def __init__(
-        self, workspace: Path, key: str, name: str, tags: Mapping[str, str], params: Mapping[str, Any]
+        self,
+        workspace: Path,
+        key: str,
+        name: str,
+        tags: Mapping[str, str],
+        params: Mapping[str, Any],
+        data: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._identity = (workspace, key, name, tags)
-        self._params = params
+        self._params, self._data = params, data
         self._rows: Queue[dict[str, Any]] = Queue()
+        self._unsent: list[dict[str, Any]] = []
         self._closing = threading.Event()
         self._outcome = "RUNNING"
         self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
@@ -161,24 +220,44 @@ class Tracker:
         self._thread.join(timeout=60)
 
     def log(self, row: dict[str, Any]) -> None:
-        """Queues one row; it has a `step`, everything else is a number."""
+        """Queues one row; it has a `step`, numbers, and samples now and then."""
         self._rows.put(row)
 
     def _work(self) -> None:
+        """Follows the training; while MLflow does not answer it waits, and then sends what has gathered."""
         from mlflow.exceptions import MlflowException
 
-        try:
-            client = connect(self._identity[0])
-            run = run_of(client, *self._identity)
-            client.update_run(run.info.run_id, status="RUNNING")
-            log_params(client, run, self._params)
-            sent = logged_steps(client, run)  # a retry repeats the steps since its checkpoint
-            while not (self._closing.is_set() and self._rows.empty()):
-                self._closing.wait(_FLUSH_S)
-                log_rows(client, run, [row for row in self._waiting() if "loss" not in row or row["step"] not in sent])
-            client.set_terminated(run.info.run_id, self._outcome)
-        except (RegistryUnreachable, MlflowException, OSError) as error:
-            print(f"not tracked in MLflow; `register` will send the training log: {error}", flush=True)
+        told = False
+        while True:
+            try:
+                return self._follow()
+            except (RegistryUnreachable, MlflowException, OSError) as error:
+                if not told:
+                    said = "it is asked again now and then, and `register` will send what is missing"
+                    print(f"not tracked in MLflow; {said}: {error}", flush=True)
+                told = True
+            if self._closing.wait(_AGAIN_S):
+                return None
+
+    def _follow(self) -> None:
+        client = connect(self._identity[0])
+        run = run_of(client, *self._identity)
+        client.update_run(run.info.run_id, status="RUNNING")
+        log_params(client, run, self._params)
+        if self._data:
+            log_data(client, run, self._data)
+        sent, kept = logged_steps(client, run), KEPT_LOSS in run.data.metrics
+
+        def is_new(row: Mapping[str, Any]) -> bool:  # a retry repeats the steps since its checkpoint
+            return row["step"] not in sent if "loss" in row else not kept
+
+        while not (self._closing.is_set() and self._rows.empty() and not self._unsent):
+            self._closing.wait(_FLUSH_S)
+            self._unsent += self._waiting()
+            log_rows(client, run, [row for row in self._unsent if is_new(row)])
+            log_samples(client, run, self._unsent)
+            self._unsent.clear()
+        client.set_terminated(run.info.run_id, self._outcome)
 
     def _waiting(self) -> list[dict[str, Any]]:
         rows = []

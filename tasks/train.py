@@ -2,17 +2,18 @@
 
 Reads:  data/base/, data/rendered/.
 Writes: data/adapters/METHOD/: adapter_model.safetensors, adapter_config.json, log.jsonl (one row per step),
-        summary.json.
+        summary.json, samples.jsonl where replies were asked for.
 Params: train.METHOD
 Fails:  rows of the wrong kind, labelled replies of one label, an objective that is not for this kind of model, a loss
-        or gradient that is not finite (65, never retried); a signal (75, after a checkpoint).
+        or gradient that is not finite, a checkpoint of another training (65, never retried); too little memory (71,
+        never retried); a signal (75, after a checkpoint).
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,26 +21,33 @@ from tasks import process
 from tasks.adapted import fresh, publish, published_state
 from tasks.adapter_params import AdaloraAdapter, ReftAdapter
 from tasks.architecture import ENCODER_DECODER, Architecture, architecture_in
-from tasks.checkpoints import Stepper, checkpoint_folder
+from tasks.checkpoints import Stepper, check_writable, checkpoint_folder
 from tasks.device import settle
-from tasks.errors import BadData, BadInput, BadParams
+from tasks.errors import BadData, BadInput, BadModel, BadParams, Diverged
 from tasks.examples import Example, learns_prompts, parts_of, referred
-from tasks.loop import Course, run, schedule
+from tasks.loop import NOTHING, Course, run, schedule
 from tasks.losses import fast_products, held_out_loss, losses_of
+from tasks.memory import RowsAtOnce, explained, rows_at_once
 from tasks.meter import Meter
 from tasks.models import Model, TokenRow
 from tasks.objective_params import KtoObjective, ReferringObjective, SftObjective
 from tasks.optimizers import optimizer_of
 from tasks.outputs import as_json, read_manifest, whole_folder
-from tasks.params import Method
+from tasks.params import Evaluation, Method, Samples, WarmupStableDecay
 from tasks.progress import Progress
 from tasks.reference import Reference, precomputed
+from tasks.reporting import check_installed, reports
+from tasks.samples import FILE as SAMPLES_FILE
+from tasks.samples import lines_of, replies
 from tasks.scoring import row_of
 from tasks.tables import read_rows
-from tasks.tracking import Tracker, flat
+from tasks.templates import load_tokenizer
+from tasks.tracking import KEPT_LOSS, Tracker, flat
+from tasks.watch import HELD_OUT_LOSS, SAMPLES, Log, Look, Watch
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
     from tasks.adapters.below import Below
 
@@ -100,6 +108,13 @@ def read_examples(rendered: Path, split: str, method: Method, architecture: Arch
             )
         return [(_joined(row["prompt_ids"], row["reply_ids"], desirable=row["label"]),) for row in rows]
     return [(row_of(row),) for row in rows]
+
+
+def data_digests(rendered: Path, kind: str) -> dict[str, str]:
+    """The SHA-256 of the files that a training reads, by their paths, after checking all of the folder."""
+    files = read_manifest(rendered)["files"]
+    names = [f"{split}/{kind}.parquet" for split in ("train", "held_out")]
+    return {name: files[name]["sha256"] for name in names if name in files}
 
 
 def _joined(prompt: list[int], reply: list[int], *, desirable: bool = True) -> TokenRow:
@@ -189,6 +204,28 @@ def reference_for(
         return precomputed(model, rows, method.micro_batch_rows, checkpoints / "reference")
 
 
+def watch_for(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: Sequence[Example],
+    method: Method,
+    loss: Callable[[], float],
+) -> Watch:
+    """What params ask to look at in the course of the training; `loss` is that of the held-out rows."""
+    looks, patience, keep_best = list[Look](), None, False
+    if isinstance(method.evaluation, Evaluation):
+        asked = method.evaluation
+        patience = None if asked.patience == "never" else asked.patience
+        keep_best = asked.keep == "best"
+        looks.append(Look(HELD_OUT_LOSS, asked.every_steps, loss))
+    if isinstance(method.samples, Samples):
+        wanted, prompts = method.samples, [example[0] for example in held_out[: method.samples.prompts]]
+        looks.append(
+            Look(SAMPLES, wanted.every_steps, lambda: replies(model, tokenizer, prompts, wanted.max_new_tokens))
+        )
+    return Watch(looks, patience, keep_best)
+
+
 def train(
     model: Model,
     examples: Sequence[Example],
@@ -197,26 +234,34 @@ def train(
     progress: Progress,
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
     reference: Reference | None = None,
+    watch: Watch = NOTHING,
+    rows: RowsAtOnce | None = None,
 ) -> list[dict[str, Any]]:
     """Trains the model's adapter in place; goes on from the newest checkpoint. Returns the log of the loop.
 
     `on_row` is also told what differs from run to run: speed and memory. `reference` is made here where it is missing.
+
+    Raises:
+        BadModel: there is nothing to train.
     """
     reference = reference or reference_for(model, examples, (), method, checkpoints)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise BadModel("the adapter has no trainable parameters", where="adapter", got=method.adapter.name)
     lengths = lengths_of(examples)
     steps = method.epochs * steps_per_epoch(len(examples), method.batch_rows)
     below = below_for(model, examples, method)
+    at_once = rows or RowsAtOnce(method.micro_batch_rows, fit=method.fit_memory)
 
     def chosen(step: int) -> list[int]:
         return batch_of(step, lengths, method.batch_rows, method.seed)
 
     course = Course(
         steps=steps,
-        learning_rate=lambda step: schedule(
-            step, steps, peak=method.learning_rate, warmup_steps=method.warmup_steps, shape=method.schedule
+        learning_rate=lambda step: learning_rate(step, steps, method),
+        losses=lambda step: losses_of(
+            model, [examples[i] for i in chosen(step)], taking(method, at_once), below, reference
         ),
-        losses=lambda step: losses_of(model, [examples[i] for i in chosen(step)], method, below, reference),
         describe=lambda step: [f"row {i} of the rendered training rows" for i in chosen(step)],
         max_grad_norm=method.max_grad_norm,
         checkpoint_every_steps=method.checkpoint_every_steps,
@@ -231,54 +276,121 @@ def train(
     def tell(row: dict[str, Any]) -> None:
         on_row(row | meter.since_last(sum(lengths[i] for i in chosen(row["step"] - 1))))
 
-    return run(course, parameters, steppers, checkpoints, progress, tell)
+    return run(course, parameters, steppers, checkpoints, progress, tell, watch, at_once)
+
+
+def learning_rate(step: int, steps: int, method: Method) -> float:
+    """The rate at a step, from 0, by the method's schedule."""
+    asked = method.schedule
+    shape, decay = ("wsd", asked.wsd) if isinstance(asked, WarmupStableDecay) else (asked, 1.0)
+    return schedule(step, steps, peak=method.learning_rate, warmup_steps=method.warmup_steps, shape=shape, decay=decay)
+
+
+def taking(method: Method, rows: RowsAtOnce) -> Method:
+    """The method with as many rows in a forward pass as there is memory for."""
+    return method.model_copy(update={"micro_batch_rows": rows.rows})
+
+
+def check_outcome(initial: Mapping[str, torch.Tensor], model: Model, before: float, after: float) -> None:
+    """Refuses to publish what is no result.
+
+    Raises:
+        BadInput: the training changed nothing.
+        Diverged: it ended much worse than it began: by more than a blind guess among all tokens loses, ln(vocabulary).
+    """
+    now = published_state(model)
+    if all(tensor.shape == initial[name].shape and tensor.equal(initial[name]) for name, tensor in now.items()):
+        raise BadInput("the training changed nothing", where="train", fix="raise learning_rate")
+    if not after - before < math.log(model.config.get_text_config().vocab_size):
+        raise Diverged(
+            "the training diverged; nothing was published",
+            where="its end",
+            got=f"a held-out loss of {after:.3f}, which was {before:.3f} before",
+            fix="lower learning_rate or raise warmup_steps",
+        )
+
+
+def say_what_was_kept(name: str, log: Log, watch: Watch, steps: int, before: float, after: float) -> None:
+    """Prints how a training ended."""
+    if len(log) < steps:
+        print(f"train {name}: stopped early: no lower held-out loss in {watch.patience} evaluations", flush=True)
+    kept = f"; kept the weights of step {watch.kept_step(log)}, the best" if watch.keep_best else ""
+    print(f"train {name}: {len(log)} of {steps} steps, held-out loss {before:.3f} -> {after:.3f}{kept}", flush=True)
 
 
 def main() -> None:
     """The stage `train@METHOD`."""
     with process.stage(__doc__, "base", "rendered", "out", item="method") as stage:
-        method = stage.params.train[stage.item]
-        read_manifest(stage.path("rendered"))
-        architecture = architecture_in(stage.path("base"))
-        examples = read_examples(stage.path("rendered"), "train", method, architecture)
-        held_out = read_examples(stage.path("rendered"), "held_out", method, architecture)[:HELD_OUT_ROWS]
-        settle(method.seed)
-        steps = method.epochs * steps_per_epoch(len(examples), method.batch_rows)
-        model = fresh(stage.path("base"), method.adapter, steps)
-        initial = {name: tensor.clone() for name, tensor in published_state(model).items()}
-        checkpoints = checkpoint_folder(stage.workspace, stage.key)
-        reference = reference_for(model, examples, held_out, method, checkpoints)
-        before = held_out_loss(model, held_out, method, reference)
-        tags = {"temper.method": stage.item, "temper.stage": f"train@{stage.item}"}
+        fix = f"set train.{stage.item}.fit_memory: true, or what `temper estimate --method {stage.item}` says would fit"
+        method, checkpoints = stage.params.train[stage.item], checkpoint_folder(stage.workspace, stage.key)
+        check_installed(method.report_to)
+        check_writable(checkpoints)
         with (
-            Progress(f"train {stage.item}", steps, "steps") as progress,
-            Tracker(stage.workspace, stage.key, f"train {stage.item}", tags, flat(method.model_dump())) as tracker,
+            explained(where=f"train.{stage.item}", fix=fix),
+            rows_at_once(method.micro_batch_rows, fit=method.fit_memory, checkpoints=checkpoints) as rows,
         ):
-            settle(method.seed)
-            log = train(model, examples, method, checkpoints, progress, tracker.log, reference)
-            after = held_out_loss(model, held_out, method, reference)
-            tracker.log({"step": len(log), "held_out_loss": after})
-        after_training = published_state(model)
-        if all(
-            tensor.shape == initial[name].shape and tensor.equal(initial[name])
-            for name, tensor in after_training.items()
-        ):
-            raise BadInput("the training changed nothing", where=stage.item, fix="raise learning_rate")
-        summary = {
-            "key": stage.key,
-            "method": stage.item,
-            "steps": len(log),
-            "rows": len(examples),
-            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "held_out_loss_before": before,
-            "held_out_loss_after": after,
-            "params": method.model_dump(),
-        }
-        with whole_folder(stage.path("out")) as folder:
-            publish(model, folder)
-            (folder / "log.jsonl").write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in log))
-            (folder / "summary.json").write_text(as_json(summary))
-        print(f"train {stage.item}: {len(log)} steps, held-out loss {before:.3f} -> {after:.3f}", flush=True)
+            _train_stage(stage, method, checkpoints, rows)
+
+
+def _train_stage(stage: process.Stage, method: Method, checkpoints: Path, rows: RowsAtOnce) -> None:
+    """The stage's work, once it is known what it may take."""
+    base, rendered, title = stage.path("base"), stage.path("rendered"), f"train {stage.item}"
+    architecture = architecture_in(base)
+    data = data_digests(rendered, kind_of_rows(method, architecture))
+    examples = read_examples(rendered, "train", method, architecture)
+    held_out = read_examples(rendered, "held_out", method, architecture)[:HELD_OUT_ROWS]
+    if method.batch_rows > len(examples):
+        print(
+            f"{title}: every step takes all {len(examples)} rows, fewer than batch_rows={method.batch_rows}", flush=True
+        )
+    settle(method.seed)
+    steps = method.epochs * steps_per_epoch(len(examples), method.batch_rows)
+    model = fresh(base, method.adapter, steps)
+    reference = reference_for(model, examples, held_out, method, checkpoints)
+
+    def loss() -> float:
+        return rows.fitted(lambda: held_out_loss(model, held_out, taking(method, rows), reference))
+
+    watch = watch_for(model, load_tokenizer(base), held_out, method, loss)
+    initial, before = {name: tensor.clone() for name, tensor in published_state(model).items()}, loss()
+    tags = {"temper.method": stage.item, "temper.stage": f"train@{stage.item}"}
+    params = flat(method.model_dump())
+    with (
+        Progress(title, steps, "steps") as progress,
+        Tracker(stage.workspace, stage.key, title, tags, params, data) as tracker,
+        reports(method.report_to, stage.workspace, stage.key, title, params) as others,
+    ):
+
+        def on_row(row: dict[str, Any]) -> None:
+            tracker.log(row)
+            for other in others:
+                other.log(row)
+
+        settle(method.seed)
+        log = train(model, examples, method, checkpoints, progress, on_row, reference, watch, rows)
+        after = loss()
+        check_outcome(initial, model, before, after)
+        tracker.log({"step": watch.kept_step(log), KEPT_LOSS: after})
+    summary = {
+        "key": stage.key,
+        "method": stage.item,
+        "steps": len(log),
+        "planned_steps": steps,
+        "kept_step": watch.kept_step(log),
+        "rows": len(examples),
+        "data": data,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "held_out_loss_before": before,
+        "held_out_loss_after": after,
+        "params": method.model_dump(),
+    }
+    with whole_folder(stage.path("out")) as folder:
+        publish(model, folder)
+        (folder / "log.jsonl").write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in log))
+        (folder / "summary.json").write_text(as_json(summary))
+        if isinstance(method.samples, Samples):
+            (folder / SAMPLES_FILE).write_text(lines_of(log))
+    say_what_was_kept(stage.item, log, watch, steps, before, after)
 
 
 if __name__ == "__main__":

@@ -119,6 +119,10 @@ def method(adapter: dict[str, Any], objective: dict[str, Any], **changes: Any) -
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "checkpoint_every_steps": 2,
+        "evaluation": "none",
+        "samples": "none",
+        "fit_memory": False,
+        "report_to": [],
         "seed": 1,
     }
     return Method.model_validate({**values, **changes})

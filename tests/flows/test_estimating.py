@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flows import output
-from flows.estimating import estimates
+from flows.estimating import advice, estimates
 from tasks.errors import BadModel, BadParams
 from tests.conftest import temper
 
@@ -68,3 +68,20 @@ def test_bad_input_is_one_error_and_exit_65(workspace: Path, tmp_path: Path) -> 
     done = temper(workspace, "estimate", "--model", str(tmp_path / "none"), code=65)
     assert "there is no config.json" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_advice_after_memory_ran_out_is_the_estimate_with_what_fits(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks import estimate
+
+    assert advice(workspace, "reft").count(": a step of reft needs ") == 1  # and nothing else, as it fits
+    machine = estimate.Machine("cpu", 100 << 20, 100 << 20)
+    monkeypatch.setattr(
+        estimate, "this_machine", lambda device: machine._replace(free_bytes=machine.free_bytes + 2**20)
+    )
+    said = advice(workspace, "reft").splitlines()
+    assert said[0].endswith("; 0.00 GiB (1048576 bytes) are free now")
+    assert [line.split(": ")[0].strip() for line in said] == ["estimate", *["fits"] * (len(said) - 1)]
+    assert "fits:     a machine with 8 GiB of memory free, which needs " in said[-1]
+    assert "there is no such method" in advice(workspace, "nothing")

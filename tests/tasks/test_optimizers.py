@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 
 from tasks.checkpoints import Checkpoint, latest, pack, save, unpack
+from tasks.loop import Averaging
 from tasks.optimizers import optimizer_of
 from tasks.params import OptimizerName
 
-NAMES = get_args(OptimizerName)
+NAMES = [name for name in get_args(OptimizerName) if name != "adamw_schedule_free" or find_spec("schedulefree")]
 RATE, DECAY = 0.01, 0.1
 
 
@@ -22,6 +24,8 @@ def start() -> torch.nn.Parameter:
 
 
 def step(optimizer: Any, weight: torch.nn.Parameter, number: int) -> None:
+    if isinstance(optimizer, Averaging):
+        optimizer.train()
     for group in optimizer.param_groups:
         group["lr"] = RATE
     weight.grad = None
@@ -50,13 +54,29 @@ def lion(weight: torch.Tensor, steps: int) -> torch.Tensor:
     return w
 
 
+def schedule_free(weight: torch.Tensor, steps: int) -> torch.Tensor:
+    """Algorithm 1 of arXiv:2405.15682 in float64 with a constant rate, beta 0.9 and 0.999: the average x."""
+    x = z = weight.double()
+    v = torch.zeros(()).double()
+    for t in range(1, steps + 1):
+        y = 0.1 * z + 0.9 * x
+        g = 2 * (y - torch.randn(y.shape, generator=torch.Generator().manual_seed(t)))
+        v = 0.999 * v + 0.001 * g.square()
+        z = z - RATE * (g / ((v / (1 - 0.999**t)).sqrt() + 1e-8) + DECAY * y)
+        x = (1 - 1 / t) * x + z / t
+    return x
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_it_takes_the_steps_of_its_paper(name: OptimizerName) -> None:
     weight = start()
     optimizer = optimizer_of(name, [{"params": [weight], "weight_decay": DECAY}, {"params": [], "weight_decay": 0.0}])
-    expected = (lion if name.startswith("lion") else adamw)(start().detach(), 5)
+    paper = lion if name.startswith("lion") else schedule_free if name == "adamw_schedule_free" else adamw
+    expected = paper(start().detach(), 5)
     for number in range(1, 6):
         step(optimizer, weight, number)
+    if isinstance(optimizer, Averaging):
+        optimizer.eval()
     off = (weight.detach() - expected).abs()
     # in 8 bits a state is off by a percent or so, and a sign may flip where it is close to zero
     assert off.quantile(0.99) < (RATE if name.endswith("8bit") else 1e-5)
@@ -82,6 +102,11 @@ def test_from_a_checkpoint_it_goes_on_to_the_same_bits(name: OptimizerName, tmp_
     for number in range(4, 7):
         step(optimizer, resumed, number)
     assert torch.equal(whole, resumed)
+
+
+def test_no_other_optimizer_is_taken_for_one_that_averages() -> None:
+    averaging = {n for n in NAMES if isinstance(optimizer_of(n, [{"params": [start()], "weight_decay": 0}]), Averaging)}
+    assert averaging == {"adamw_schedule_free"} & set(NAMES)
 
 
 def test_paged_states_without_a_gpu_are_said_to_be_plain(capsys: pytest.CaptureFixture[str]) -> None:

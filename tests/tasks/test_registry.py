@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import json
 import sqlite3
+import time
 from contextlib import suppress
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -166,6 +168,104 @@ def test_a_training_goes_on_without_mlflow(
     with pytest.raises(RegistryUnreachable) as caught:
         connect(tmp_path)
     assert caught.value.exit_code == 75
+
+
+class Counting:
+    """A client of MLflow that counts requests, and may be out of reach for some of them."""
+
+    def __init__(self, client: Any, away: set[int]) -> None:
+        self.client, self.away, self.names = client, away, list[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        def ask(*given: Any, **named: Any) -> Any:
+            self.names.append(name)
+            if len(self.names) in self.away:
+                raise MlflowException("connection refused")
+            return getattr(self.client, name)(*given, **named)
+
+        return ask
+
+
+SAMPLED = [{"prompt": "Hi", "reply": "你好"}]
+
+
+def long_log(steps: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [
+        {"step": n, "loss": 1 / n, "grad_norm": 2.0, "rate": 0.1} for n in range(1, steps + 1)
+    ]
+    rows[9] |= {"held_out_loss": 4.0, "samples": SAMPLED}
+    rows[-1] |= {"held_out_loss": 3.0, "samples": SAMPLED}
+    return rows
+
+
+def counted(place: Path, monkeypatch: pytest.MonkeyPatch, away: set[int], key: str, steps: int) -> Counting:
+    """A tracked training in which nothing else takes any time."""
+    from tasks import tracking
+
+    client = Counting(connect(place), away)
+    monkeypatch.setattr(tracking, "connect", lambda workspace: client)
+    monkeypatch.setattr(tracking, "_AGAIN_S", 0.05)
+    monkeypatch.setattr(tracking, "_FLUSH_S", 0.05)
+    data = {"train/chat.parquet": "a" * 64, "held_out/chat.parquet": "b" * 64}
+    with Tracker(place, key, "train", {}, {"epochs": 1, "seed": 2}, data) as tracker:
+        for row in long_log(steps):
+            tracker.log(row)
+        time.sleep(0.5 if away else 0)
+    return client
+
+
+def test_a_log_of_thousands_of_rows_takes_a_few_requests(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = counted(place, monkeypatch, set(), "key-long", 3000)
+    assert client.names.count("log_batch") == 10  # 9,002 numbers, a row's together, at most 1000 in each
+    assert len(client.names) < 30
+    real = connect(place)
+    run = run_of(real, place, "key-long", "train", {})
+    assert len(real.get_metric_history(run.info.run_id, "loss")) == 3000
+    assert {file.path for file in real.list_artifacts(run.info.run_id, "samples")} == {
+        "samples/step-00000010.json",
+        "samples/step-00003000.json",
+    }
+    assert run.inputs
+    datasets = {each.dataset.name: each.dataset.digest for each in run.inputs.dataset_inputs}
+    assert datasets == {"train/chat.parquet": "a" * 36, "held_out/chat.parquet": "b" * 36}
+
+
+@pytest.mark.parametrize("away", [{1}, {4}, {9}, {10, 11}, set(range(7, 13)), set(range(1, 100))])
+def test_what_mlflow_did_not_hear_is_sent_later_and_nothing_twice(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, away: set[int]
+) -> None:
+    """It is away for some requests, or for all: by itself or through `register` it has everything in the end."""
+    from tasks.register import complete_run
+
+    key = f"key-away-{min(away)}-{max(away)}"
+    counted(place, monkeypatch, away, key, 700)
+    monkeypatch.undo()
+    client = connect(place)
+    run = run_of(client, place, key, "train", {})
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long_log(700)))
+    summary = {
+        "params": {"epochs": 1, "seed": 2},
+        "data": {"train/chat.parquet": "a" * 64, "held_out/chat.parquet": "b" * 64},
+        "kept_step": 10,
+        "held_out_loss_after": 2.5,
+    }
+    for _ in range(2):
+        run = run_of(client, place, key, "train", {})
+        complete_run(client, run, tmp_path / "log.jsonl", summary)
+    run = run_of(client, place, key, "train", {})
+    assert run.data.params == {"epochs": "1", "seed": "2"}
+    assert run.inputs
+    assert len(run.inputs.dataset_inputs) == 2
+    for name in ("loss", "grad_norm", "rate"):
+        history = client.get_metric_history(run.info.run_id, name)
+        assert sorted(metric.step for metric in history) == list(range(1, 701))
+    history = client.get_metric_history(run.info.run_id, "held_out_loss")
+    assert [(metric.step, metric.value) for metric in history] == [(10, 4.0), (700, 3.0)]
+    assert run.data.metrics["held_out_loss_kept"] == 2.5
+    path = client.download_artifacts(run.info.run_id, "samples/step-00000010.json", str(tmp_path))
+    assert json.loads(Path(path).read_text()) == SAMPLED
 
 
 def test_the_local_database_is_whole(place: Path) -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tasks import graph
-from tasks.errors import BadInput, TemperError, Transient
+from tasks.errors import BadInput, OutOfMemory, TemperError, Transient
 from tasks.runner import Outcome, Session, last_seconds, record, stage_error, stage_exit_code
 
 
@@ -25,7 +27,8 @@ def test_the_exit_code_is_read_from_what_dvc_says(lines: list[str], code: int) -
 
 
 @pytest.mark.parametrize(
-    ("code", "kind"), [(65, BadInput), (75, Transient), (1, TemperError), (-9, TemperError), (255, TemperError)]
+    ("code", "kind"),
+    [(65, BadInput), (71, OutOfMemory), (75, Transient), (1, TemperError), (-9, TemperError), (255, TemperError)],
 )
 def test_an_exit_code_becomes_the_error_that_it_stands_for(code: int, kind: type[TemperError]) -> None:
     lines = ["Running stage", "error: params.yaml: 1 key is wrong", "  - line 3: x", "ERROR: failed to reproduce"]
@@ -76,3 +79,64 @@ def test_the_journal_tells_how_long_a_stage_took_when_it_last_ran(tmp_path: Path
     record(tmp_path, Outcome("b", "completed", 2.0, "k"))
     assert last_seconds(tmp_path) == {"a": 5.0, "b": 2.0}
     assert last_seconds(tmp_path / "elsewhere") == {}
+
+
+FAKE_DVC = """#!/bin/sh
+echo 'failed to run: python -m tasks.train a, exited with %s'
+exit 255
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "kills", "fit", "kind", "said"),
+    [
+        (-9, 1, False, OutOfMemory, "the kernel ended it: the machine's memory ran out"),
+        (137, 1, False, OutOfMemory, "set train.a.fit_memory: true, or choose"),
+        (-9, 1, True, Transient, "tried with half as many rows at once"),
+        (-9, 0, False, TemperError, "exit code -9"),  # somebody killed it
+        (71, 0, True, OutOfMemory, "exit code 71"),
+        (65, 0, False, BadInput, "exit code 65"),
+    ],
+)
+def test_a_training_that_ran_out_of_memory_is_told_apart_and_given_advice(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    kills: int,
+    fit: bool,
+    kind: type[TemperError],
+    said: str,
+) -> None:
+    from tasks import runner
+
+    python = tmp_path / "python"
+    python.write_text(FAKE_DVC % code)
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    counts = iter([5, 5 + kills])
+    monkeypatch.setattr(runner, "kills_for_memory", lambda: next(counts))
+    params = SimpleNamespace(train={"a": SimpleNamespace(fit_memory=fit)})
+    session = Session(tmp_path, params, {}, {}, frozenset(), advise=lambda method: f"  fits: less of {method}")  # type: ignore[arg-type]
+    with pytest.raises(kind) as caught:
+        session.run("train@a", 10, lambda line: None)
+    assert type(caught.value) is kind
+    assert said in str(caught.value)
+    assert ("fits: less of a" in str(caught.value)) == (kind is OutOfMemory)
+    with pytest.raises(kind):
+        session.check()
+
+
+def test_another_stage_that_runs_out_of_memory_is_told_without_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks import runner
+
+    python = tmp_path / "python"
+    python.write_text(FAKE_DVC % -9)
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    counts = iter([0, 1])
+    monkeypatch.setattr(runner, "kills_for_memory", lambda: next(counts))
+    session = Session(tmp_path, None, {}, {}, frozenset(), advise=lambda method: 1 / 0)  # type: ignore[arg-type,return-value]
+    with pytest.raises(OutOfMemory, match="take a machine with more"):
+        session.run("merge@a", 10, lambda line: None)

@@ -1,0 +1,200 @@
+"""When memory runs out: how that is told, what is said of it, and how a training makes do with less.
+
+Allocators say it in words: PyTorch's own on a CPU raises a plain RuntimeError. A kernel that ends a process for its
+memory says nothing to it, but counts: in the process's control group, or else for the whole machine.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tasks.errors import OutOfMemory
+from tasks.outputs import write_whole
+
+T = TypeVar("T")
+
+GIB = 2**30
+
+_RAN_OUT = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory|out of memory|Cannot allocate memory")
+_ASKED = re.compile(r"[Tt]ried to allocate (\d+(?:\.\d+)?) ?(bytes|[KMG]iB)?")
+_UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_COUNTERS = (
+    Path("/sys/fs/cgroup/memory.events"),
+    Path("/sys/fs/cgroup/memory/memory.oom_control"),
+    Path("/proc/vmstat"),
+)
+_LIMITS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+)
+
+
+# --- how it is told ---------------------------------------------------------------------------------------------------
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error means that memory ran out."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_RAN_OUT.search(str(error))))
+
+
+def asked_bytes(error: BaseException) -> int | None:
+    """How much was asked for when memory ran out; None where the error does not say."""
+    found = _ASKED.search(str(error))
+    return int(float(found[1]) * _UNITS[found[2] or "bytes"]) if found else None
+
+
+def kills_for_memory(counters: tuple[Path, ...] = _COUNTERS) -> int:
+    """How many processes the kernel has ended here for lack of memory; only its growth means something."""
+    for counter in counters:
+        if counter.is_file() and (found := re.search(r"^oom_kill (\d+)$", counter.read_text(), re.MULTILINE)):
+            return int(found[1])
+    return 0
+
+
+def free_bytes() -> int:
+    """The host memory that this process could still have: within the machine, its control group and its own limit."""
+    import resource
+
+    import psutil
+
+    free = [psutil.virtual_memory().available]
+    for limit, used in _LIMITS:
+        if limit.is_file() and (text := limit.read_text().strip()) != "max":
+            free.append(int(text) - int(used.read_text()))
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if most != resource.RLIM_INFINITY:
+        free.append(most - psutil.Process().memory_info().vms)
+    return max(0, min(free))
+
+
+# --- what is said of it -----------------------------------------------------------------------------------------------
+
+
+def out_of_memory(error: BaseException, *, where: str, fix: str) -> OutOfMemory:
+    """The error that tells of an allocation that failed: what was held and asked for, and what is free."""
+    import psutil
+    import torch
+
+    asked, on_gpu = asked_bytes(error), isinstance(error, torch.OutOfMemoryError) and torch.cuda.is_available()
+    held = torch.cuda.memory_allocated() if on_gpu else psutil.Process().memory_info().rss
+    free = torch.cuda.mem_get_info()[0] if on_gpu else free_bytes()
+    more = f"{shown(asked)} more" if asked is not None else "more"
+    return OutOfMemory(
+        "memory ran out" + (" on the GPU" if on_gpu else ""),
+        where=where,
+        got=f"{shown(free)} free",
+        expected=f"{more} than the {shown(held)} that were held",
+        fix=fix,
+    )
+
+
+def shown(size: int) -> str:
+    """Bytes as people and programs read them."""
+    return f"{size / GIB:.2f} GiB ({size} bytes)"
+
+
+@contextmanager
+def explained(*, where: str, fix: str) -> Iterator[None]:
+    """Within this block memory that runs out is told as one clear error.
+
+    Raises:
+        OutOfMemory: it did.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        raise out_of_memory(error, where=where, fix=fix) from error
+
+
+# --- how a training makes do with less --------------------------------------------------------------------------------
+
+
+class RowsAtOnce:
+    """How many rows a forward pass takes: halved when memory runs out, where that is wished for.
+
+    Args:
+        rows: how many in the beginning.
+        fit: whether they may be halved.
+        file: where the next attempt finds how many there are; without one it begins anew.
+    """
+
+    def __init__(self, rows: int, *, fit: bool, file: Path | None = None) -> None:
+        self.rows, self._fit, self._file = rows, fit, file
+
+    def fitted(self, work: Callable[[], T]) -> T:
+        """Does some work, again from its beginning with half the rows each time that memory runs out.
+
+        That ends: there are at most log2(rows) halves. What failed holds no memory any more when it is tried again.
+        """
+        while True:
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if not (ran_out(error) and self.halve(str(error).split("\n")[0])):
+                    raise
+            _give_back()
+
+    def halve(self, why: str) -> bool:
+        """Takes half as many rows and says so; False when they may not be halved, or are one."""
+        if not self._fit or self.rows == 1:
+            return False
+        self.rows //= 2
+        print(f"memory ran out ({why}); going on with micro_batch_rows={self.rows}: the same gradients", flush=True)
+        self.note(kills_for_memory())
+        return True
+
+    def note(self, kills: int | None) -> None:
+        """Leaves word for the next attempt; `kills` is None once this one has ended by itself."""
+        if self._file:
+            write_whole(self._file, json.dumps({"micro_batch_rows": self.rows, "kills_for_memory": kills}) + "\n")
+
+
+@contextmanager
+def rows_at_once(rows: int, *, fit: bool, checkpoints: Path) -> Iterator[RowsAtOnce]:
+    """The rows of a forward pass of one attempt, which learns from the attempts before it.
+
+    If the last one ended without a word, and the kernel has ended a process for its memory since, it was that one.
+
+    Raises:
+        OutOfMemory: it was, and it took one row at once already.
+    """
+    if not fit:
+        yield RowsAtOnce(rows, fit=False)
+        return
+    file = checkpoints / "attempt.json"
+    last: dict[str, Any] = {"micro_batch_rows": rows, "kills_for_memory": None}
+    if file.is_file():
+        last = json.loads(file.read_text())
+    now = RowsAtOnce(min(rows, last["micro_batch_rows"]), fit=True, file=file)
+    killed = last["kills_for_memory"] is not None and kills_for_memory() > last["kills_for_memory"]
+    if killed and not now.halve("the kernel ended the last attempt for it"):
+        now.note(None)
+        raise OutOfMemory(
+            "the kernel ended the last attempt for its memory, with one row in a forward pass",
+            where=str(checkpoints),
+            got=f"{shown(free_bytes())} free",
+            fix="free some memory, or take a machine with more; `temper estimate` says what would fit",
+        )
+    now.note(kills_for_memory())
+    try:
+        yield now
+    finally:
+        now.note(None)
+
+
+def _give_back() -> None:
+    """Lets go of what a failed attempt held: cycles of tensors, and the GPU's cache."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
