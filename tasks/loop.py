@@ -109,16 +109,7 @@ def run(
         Interrupted: SIGTERM or SIGINT came; a checkpoint was written first.
     """
     check_writable(checkpoints)
-    log: list[dict[str, Any]] = []
-    best: Mapping[str, Tensor] = {}
-    if found := latest(checkpoints):
-        best = unpack(found.tensors, parameters, optimizers, str(checkpoints))
-        log = found.log
-        print(f"{progress.label}: going on from the checkpoint after step {found.step} of {course.steps}", flush=True)
-        progress.go_on_from(found.step)
-    for optimizer in optimizers:
-        if isinstance(optimizer, Averaging):
-            optimizer.train()
+    log, best = _resume(course, parameters, optimizers, checkpoints, progress)
     over = len(log) == course.steps or watch.is_over(log)
     with stop_signals() as stopping:
         while not over:
@@ -142,6 +133,26 @@ def run(
                 )
     _leave(parameters, optimizers, best)
     return log
+
+
+def _resume(
+    course: Course,
+    parameters: Mapping[str, Tensor],
+    optimizers: Sequence[Stepper],
+    checkpoints: Path,
+    progress: Progress,
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Puts everything where the newest checkpoint has it; returns the log and the best weights so far."""
+    log, best = list[dict[str, Any]](), dict[str, Any]()
+    if found := latest(checkpoints):
+        best = unpack(found.tensors, parameters, optimizers, str(checkpoints))
+        log = found.log
+        print(f"{progress.label}: going on from the checkpoint after step {found.step} of {course.steps}", flush=True)
+        progress.go_on_from(found.step)
+    for optimizer in optimizers:
+        if isinstance(optimizer, Averaging):
+            optimizer.train()
+    return log, best
 
 
 def _step(
