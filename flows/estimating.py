@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from tasks.estimate import Estimate, Machine, Rates
-    from tasks.train import Example
+    from tasks.examples import Example
 
 
 def estimates(workspace: Path, model: Path | None, only: str | None) -> dict[str, Any]:
