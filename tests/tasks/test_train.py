@@ -280,7 +280,13 @@ def test_preferences_are_not_for_encoder_decoders(tmp_path: Path, objective: dic
 
 
 @pytest.mark.parametrize(
-    ("file", "objective"), [("kto_en_demo.json", KTO), ("dpo_en_demo.json", DPO), ("dpo_en_demo.json", SIMPO)]
+    ("file", "objective"),
+    [
+        ("kto_en_demo.json", KTO | {"beta": 1.0}),
+        ("dpo_en_demo.json", DPO | {"beta": 1.0}),
+        ("dpo_en_demo.json", SIMPO | {"beta": 10.0}),  # its rewards are per token
+    ],
+    ids=["kto", "dpo", "simpo"],
 )
 def test_real_preferences_are_learnt(
     pico_base: Path,
@@ -293,7 +299,7 @@ def test_real_preferences_are_learnt(
     """From the file to rewards that tell the replies apart which were learnt from."""
     records = Reading("s", file_source(real_data / "llama_factory" / file, take={"first": 40})).records()
     rendered, _ = render_rows(records, tokenizer, RENDER.model_copy(update={"max_tokens": 4096, "too_long": "drop"}))
-    params = method(LORA, {**objective, "beta": 1.0}, epochs=4, batch_rows=8, learning_rate=0.02)
+    params = method(LORA, objective, epochs=4, batch_rows=8, learning_rate=0.02)
     kind = kind_of_rows(params, DECODER)
     ids = ("prompt_ids", "reply_ids", "chosen_ids", "rejected_ids")
     rows = [{k: v[-24:] if k in ids else v for k, v in row.items()} for row in rendered["train", kind]]
@@ -306,7 +312,7 @@ def test_real_preferences_are_learnt(
         Progress("t", 1, "steps"),
     )
     first, last = log[0], log[-1]
-    assert last["loss"] < first["loss"] - 0.02
+    assert last["loss"] < first["loss"] - 0.05
     assert last["margin"] > first["margin"] + 0.1
 
 
