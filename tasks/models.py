@@ -193,13 +193,13 @@ class Scored(NamedTuple):
 def score_tokens(model: Model, rows: Sequence[TokenRow], below: Below | None = None) -> Scored:
     """The log-probability of every scored token of some rows, given what stands before it.
 
-    The vocabulary head runs on scored positions only: the logits of prompts and padding never exist. Nor is anything
+    The vocabulary head runs on scored positions only, and tile by tile: logits never exist as a whole. Nor is anything
     computed twice that `below` keeps.
     """
     import torch
-    from torch.nn import functional as F
 
     from tasks.adapters.virtual import with_virtual_tokens
+    from tasks.logits import score_hidden
 
     prompts = [row.prompt_tokens for row in rows]
     with below.known([row.ids for row in rows], prompts) if below else nullcontext() as reuse:
@@ -224,8 +224,7 @@ def score_tokens(model: Model, rows: Sequence[TokenRow], below: Below | None = N
         with _prompt_ends(model, prompts, start):
             hidden = model.get_decoder()(**given).last_hidden_state[:, learnt:]
     before = scored.roll(-1, dims=1)  # position t predicts token t + 1
-    logits = model.get_output_embeddings()(hidden[before])
-    logp = -F.cross_entropy(logits.float(), ids[scored], reduction="none")
+    logp = score_hidden(model, hidden[before], ids[scored]).logp
     return Scored(logp, scored.nonzero()[:, 0], len(rows))
 
 
