@@ -44,7 +44,7 @@ def score_hidden(
 
 def head_of(model: PreTrainedModel | PeftModel) -> Head | None:
     """The model's vocabulary head, if it is one plain matrix and what comes of it is at most scaled and capped."""
-    base = _base(model)
+    base = base_of(model)
     head = base.get_output_embeddings()
     if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head):
         return None
@@ -56,7 +56,7 @@ def head_of(model: PreTrainedModel | PeftModel) -> Head | None:
 
 def logits_of(model: PreTrainedModel | PeftModel, hidden: Tensor) -> Tensor:
     """The logits, (tokens, vocabulary), that the model's own forward pass makes of hidden states, (tokens, hidden)."""
-    base = _base(model)
+    base = base_of(model)
     with _instead(base, {base.get_decoder(): _Layers(hidden[None])}):
         logits: Tensor = _after_layers(base, len(hidden), hidden.device)
     return logits[0]
@@ -165,7 +165,8 @@ def _instead(base: nn.Module, others: dict[nn.Module, nn.Module]) -> Iterator[No
             module._modules[name] = child
 
 
-def _base(model: PreTrainedModel | PeftModel) -> Any:
+def base_of(model: PreTrainedModel | PeftModel) -> Any:
+    """The model without what PEFT put around it; adapters stay within."""
     from peft import PeftModel
 
     return model.get_base_model() if isinstance(model, PeftModel) else model

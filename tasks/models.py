@@ -193,13 +193,55 @@ class Scored(NamedTuple):
 def score_tokens(model: Model, rows: Sequence[TokenRow], below: Below | None = None) -> Scored:
     """The log-probability of every scored token of some rows, given what stands before it.
 
-    The vocabulary head runs on scored positions only, and tile by tile: logits never exist as a whole. Nor is anything
-    computed twice that `below` keeps.
+    The vocabulary head runs on scored positions only, and tile by tile: logits never exist as a whole. Rows stand in
+    one sequence without padding, and those with the same prompt share it, where the model and its adapter allow that.
+    Nor is anything computed twice that `below` keeps.
     """
     import torch
 
+    from tasks.adapters.virtual import virtual_tokens
+    from tasks.logits import base_of, score_hidden
+    from tasks.shared_prompts import joinable
+
+    longest = max(row.tokens for row in rows)
+    joined = below is None and not virtual_tokens(model) and joinable(base_of(model), longest)
+    hidden = _joined_hidden(model, rows) if joined else _padded_hidden(model, rows, below)
+    targets = [token for row in rows for token, learnt in zip(row.ids[1:], row.mask[1:], strict=True) if learnt]
+    whose = [number for number, row in enumerate(rows) for _ in range(row.scored_tokens)]
+    logp = score_hidden(model, hidden, torch.tensor(targets, device=model.device)).logp
+    return Scored(logp, torch.tensor(whose, device=model.device), len(rows))
+
+
+def _joined_hidden(model: Model, rows: Sequence[TokenRow]) -> Tensor:
+    """The hidden states that scored tokens follow from, (tokens, hidden), of rows joined in one sequence."""
+    import torch
+
+    from tasks.adapters.prompts import prompts_of
+    from tasks.logits import base_of
+    from tasks.shared_prompts import drops, join, joined_hidden
+
+    base = base_of(model)
+    joined, prompts = join(rows, model.device, share=not drops(base)), prompts_of(model)
+    shapes = ([0] * len(joined.trees), *zip(*(tree[:2] for tree in joined.trees), strict=True))
+    where = (
+        prompts.at(*(torch.tensor(numbers, device=model.device) for numbers in shapes)) if prompts else nullcontext()
+    )
+    with where:
+        hidden = joined_hidden(base, joined)
+    before = [
+        place
+        for row, places in zip(rows, joined.places, strict=True)
+        for place, learnt in zip(places[:-1], row.mask[1:], strict=True)
+        if learnt
+    ]
+    return hidden.index_select(0, torch.tensor(before, device=hidden.device))
+
+
+def _padded_hidden(model: Model, rows: Sequence[TokenRow], below: Below | None) -> Tensor:
+    """The same, of rows padded on the right, after a learnt prompt and what `below` keeps."""
+    import torch
+
     from tasks.adapters.virtual import with_virtual_tokens
-    from tasks.logits import score_hidden
 
     prompts = [row.prompt_tokens for row in rows]
     with below.known([row.ids for row in rows], prompts) if below else nullcontext() as reuse:
@@ -223,9 +265,7 @@ def score_tokens(model: Model, rows: Sequence[TokenRow], below: Below | None = N
         given, learnt = with_virtual_tokens(model, given)
         with _prompt_ends(model, prompts, start):
             hidden = model.get_decoder()(**given).last_hidden_state[:, learnt:]
-    before = scored.roll(-1, dims=1)  # position t predicts token t + 1
-    logp = score_hidden(model, hidden[before], ids[scored]).logp
-    return Scored(logp, scored.nonzero()[:, 0], len(rows))
+    return hidden[scored.roll(-1, dims=1)]  # position t predicts token t + 1
 
 
 def _prompt_ends(model: Model, lengths: Sequence[int], start: Sequence[int]) -> Any:
