@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.clock import ROOT
-from bench.steps import COMMON, SHAPES, Needed, Race, Theirs, attended, parser_of, run, token_row
+from bench.limits import SHAPES, Needed, attended
+from bench.steps import COMMON, Race, Theirs, parser_of, run, token_row
 from tasks.models import TokenRow
 from tasks.process import quiet_libraries
 

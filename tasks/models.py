@@ -221,7 +221,9 @@ def _joined_hidden(model: Model, rows: Sequence[TokenRow]) -> Tensor:
     from tasks.shared_prompts import drops, join, joined_hidden
 
     base = base_of(model)
-    joined, prompts = join(rows, model.device, share=not drops(base)), prompts_of(model)
+    lengths = [row.prompt_tokens for row in rows]
+    joined = join([row.ids for row in rows], lengths, model.device, share=not drops(base))
+    prompts = prompts_of(model)
     shapes = ([0] * len(joined.trees), *zip(*(tree[:2] for tree in joined.trees), strict=True))
     where = (
         prompts.at(*(torch.tensor(numbers, device=model.device) for numbers in shapes)) if prompts else nullcontext()
@@ -265,7 +267,8 @@ def _padded_hidden(model: Model, rows: Sequence[TokenRow], below: Below | None) 
         given, learnt = with_virtual_tokens(model, given)
         with _prompt_ends(model, prompts, start):
             hidden = model.get_decoder()(**given).last_hidden_state[:, learnt:]
-    return hidden[scored.roll(-1, dims=1)]  # position t predicts token t + 1
+    before: Tensor = hidden[scored.roll(-1, dims=1)]  # position t predicts token t + 1
+    return before
 
 
 def _prompt_ends(model: Model, lengths: Sequence[int], start: Sequence[int]) -> Any:

@@ -11,14 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-if TYPE_CHECKING:
-    from tasks.models import TokenRow
 
 NAME = "temper_joined"
 """What transformers calls the attention function; without a layout it is PyTorch's own, as before."""
@@ -59,27 +56,32 @@ class Joined(NamedTuple):
         return self.ids.shape[1]
 
 
-def join(rows: Sequence[TokenRow], device: torch.device, *, share: bool = True) -> Joined:
-    """Lays rows out one after another, and if they may share, those with the same prompt as one tree."""
+def join(rows: Sequence[Sequence[int]], prompts: Sequence[int], device: torch.device, *, share: bool = True) -> Joined:
+    """Lays rows out one after another, and if they may share, those with the same prompt as one tree.
+
+    Args:
+        rows: their token ids.
+        prompts: how many tokens at the beginning of each row are its prompt.
+        device: where the tensors are to be.
+        share: whether a prompt may stand once for several rows.
+    """
     alike: dict[tuple[int, ...], list[int]] = {}
-    for number, row in enumerate(rows):
-        prompt = tuple(row.ids[: row.prompt_tokens])
+    for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
         alone = not share or not prompt
-        alike.setdefault((-1 - number,) if alone else prompt, []).append(number)
+        alike.setdefault((-1 - number,) if alone else tuple(row[:prompt]), []).append(number)
     ids, positions, trees = list[int](), list[int](), list[Tree]()
     places: list[list[int]] = [[] for _ in rows]
     for numbers in alike.values():
-        start, trunk = len(ids), rows[numbers[0]].prompt_tokens
-        ids += rows[numbers[0]].ids[:trunk]
+        start, trunk = len(ids), prompts[numbers[0]]
+        ids += rows[numbers[0]][:trunk]
         positions += range(trunk)
         for number in numbers:
-            reply = rows[number].ids[trunk:]
+            reply = rows[number][trunk:]
             places[number] = [*range(start, start + trunk), *range(len(ids), len(ids) + len(reply))]
             ids += reply
             positions += range(trunk, trunk + len(reply))
-        trees.append(Tree(start, trunk, tuple(len(rows[number].ids) - trunk for number in numbers)))
-    as_tensors = (torch.tensor([numbers], device=device) for numbers in (ids, positions))
-    return Joined(*as_tensors, tuple(trees), places)
+        trees.append(Tree(start, trunk, tuple(len(rows[number]) - trunk for number in numbers)))
+    return Joined(torch.tensor([ids], device=device), torch.tensor([positions], device=device), tuple(trees), places)
 
 
 def joined_hidden(base: Any, joined: Joined) -> Tensor:
@@ -178,12 +180,10 @@ def _of_tree(query: Tensor, key: Tensor, value: Tensor, tree: Tree, how: dict[st
     ends = [tree.start + tree.trunk]
     for length in tree.branches:
         ends.append(ends[-1] + length)
-    whole = (t[:, :, tree.start : ends[1]] for t in (query, key, value))
-    outputs = [F.scaled_dot_product_attention(*whole, **how)]
+    q, k, v = (t[:, :, tree.start : ends[1]] for t in (query, key, value))
+    outputs = [F.scaled_dot_product_attention(q, k, v, **how)]
+    trunk = slice(tree.start, ends[0])
     for first, end in pairwise(ends[1:]):
-        row = (
-            torch.cat([t[:, :, tree.start : tree.start + tree.trunk], t[:, :, first:end]], dim=2)
-            for t in (query, key, value)
-        )
-        outputs.append(F.scaled_dot_product_attention(*row, **how)[:, :, tree.trunk :])
+        q, k, v = (torch.cat([t[:, :, trunk], t[:, :, first:end]], dim=2) for t in (query, key, value))
+        outputs.append(F.scaled_dot_product_attention(q, k, v, **how)[:, :, tree.trunk :])
     return outputs

@@ -157,7 +157,7 @@ def test_the_layout_of_two_pairs_and_a_row_without_a_prompt() -> None:
         TokenRow([5, 6, 9], [False, False, True], 2),
         TokenRow([1, 3], [False, True], 0),
     ]
-    joined = join(rows, torch.device("cpu"))
+    joined = join([row.ids for row in rows], [row.prompt_tokens for row in rows], torch.device("cpu"))
     assert joined.ids.tolist() == [[5, 6, 7, 8, 9, 1, 2, 1, 3]]
     assert joined.positions.tolist() == [[0, 1, 2, 3, 2, 0, 1, 0, 1]]
     assert joined.trees == (Tree(0, 2, (2, 1)), Tree(5, 0, (2,)), Tree(7, 0, (2,)))
