@@ -207,11 +207,55 @@ def score_tokens(
 ) -> Scored:
     """The log-probability of every scored token of some rows, given what stands before it.
 
-    The vocabulary head runs on scored positions only: the logits of prompts and padding never exist. Nor is anything
-    computed twice that `below` keeps. `with_mean` asks for `mean_logp`, too.
+    The vocabulary head runs on scored positions only, and tile by tile: logits never exist as a whole. Rows stand in
+    one sequence without padding, and those with the same prompt share it, where the model and its adapter allow that.
+    Nor is anything computed twice that `below` keeps. `with_mean` asks for `mean_logp`, too.
     """
     import torch
-    from torch.nn import functional as F
+
+    from tasks.adapters.virtual import virtual_tokens
+    from tasks.logits import base_of, score_hidden
+    from tasks.shared_prompts import joinable
+
+    longest = max(row.tokens for row in rows)
+    joined = below is None and not virtual_tokens(model) and joinable(base_of(model), longest)
+    hidden = _joined_hidden(model, rows) if joined else _padded_hidden(model, rows, below)
+    targets = [token for row in rows for token, learnt in zip(row.ids[1:], row.mask[1:], strict=True) if learnt]
+    whose = [number for number, row in enumerate(rows) for _ in range(row.scored_tokens)]
+    scores = score_hidden(model, hidden, torch.tensor(targets, device=model.device), with_mean=with_mean)
+    return Scored(scores.logp, torch.tensor(whose, device=model.device), len(rows), scores.mean_logp)
+
+
+def _joined_hidden(model: Model, rows: Sequence[TokenRow]) -> Tensor:
+    """The hidden states that scored tokens follow from, (tokens, hidden), of rows joined in one sequence."""
+    import torch
+
+    from tasks.adapters.prompts import prompts_of
+    from tasks.logits import base_of
+    from tasks.shared_prompts import drops, join, joined_hidden
+
+    base = base_of(model)
+    lengths = [row.prompt_tokens for row in rows]
+    joined = join([row.ids for row in rows], lengths, model.device, share=not drops(base))
+    prompts = prompts_of(model)
+    shapes = ([0] * len(joined.trees), *zip(*(tree[:2] for tree in joined.trees), strict=True))
+    where = (
+        prompts.at(*(torch.tensor(numbers, device=model.device) for numbers in shapes)) if prompts else nullcontext()
+    )
+    with where:
+        hidden = joined_hidden(base, joined)
+    before = [
+        place
+        for row, places in zip(rows, joined.places, strict=True)
+        for place, learnt in zip(places[:-1], row.mask[1:], strict=True)
+        if learnt
+    ]
+    return hidden.index_select(0, torch.tensor(before, device=hidden.device))
+
+
+def _padded_hidden(model: Model, rows: Sequence[TokenRow], below: Below | None) -> Tensor:
+    """The same, of rows padded on the right, after a learnt prompt and what `below` keeps."""
+    import torch
 
     from tasks.adapters.virtual import with_virtual_tokens
 
@@ -237,10 +281,8 @@ def score_tokens(
         given, learnt = with_virtual_tokens(model, given)
         with _prompt_ends(model, prompts, start):
             hidden = model.get_decoder()(**given).last_hidden_state[:, learnt:]
-    before = scored.roll(-1, dims=1)  # position t predicts token t + 1
-    logits = model.get_output_embeddings()(hidden[before])
-    logp = -F.cross_entropy(logits.float(), ids[scored], reduction="none")
-    return Scored(logp, scored.nonzero()[:, 0], len(rows), mean_logp(logits) if with_mean else None)
+    before: Tensor = hidden[scored.roll(-1, dims=1)]  # position t predicts token t + 1
+    return before
 
 
 def mean_logp(logits: Tensor) -> Tensor:

@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from tasks.head import observed
 from tasks.hollow import tensors_of
+from tasks.logits import head_of
 from tasks.models import Model
 
 _ATEN = torch.ops.aten
@@ -90,14 +92,15 @@ def rehearse(
     ledger = Ledger()
     for tensor in tensors_of(model):
         ledger.book(tensor, "weights")
-    model.get_output_embeddings().register_forward_hook(ledger.see_logits)
+    if model.config.is_encoder_decoder or head_of(model) is None:  # then the head is called as a module
+        model.get_output_embeddings().register_forward_hook(lambda head, args, output: ledger.see_logits(output))
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(lambda p: ledger.book(p.grad, "gradients"))
         parameter.grad = torch.zeros_like(parameter)
     if trained[0].device.type == "cuda":  # as PyTorch chooses for true tensors there
         for group in optimizer.param_groups:
             group["foreach"] = True
-    with ledger:
+    with ledger, observed(ledger.see_logits):
         with torch.no_grad():
             next(iter(losses()))
         optimizer.step()
@@ -131,9 +134,10 @@ class Ledger(TorchDispatchMode):
         self.most, self.most_together = dict(self._now), sum(self._now.values())
         self.flops = self.moved_bytes = 0
 
-    def see_logits(self, head: Any, args: Any, output: Tensor) -> None:
-        """Takes note of how many logits there are; as many numbers make a tensor of the loss."""
-        self._logits = output.numel()
+    def see_logits(self, logits: Tensor) -> None:
+        """Takes note of how many logits there are at once; as many numbers make a tensor of the loss."""
+        self._logits = logits.numel()
+        self.book(logits, "logits")
 
     def book(self, tensor: Any, kind: str | None = None) -> None:
         """Books a tensor's storage, once; one that is booked already may turn out to be of another kind."""

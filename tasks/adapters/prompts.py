@@ -104,7 +104,13 @@ class Prompts:
         The first `start[i]` of these may be left out of what the model is given, and its own cache stand for them.
         """
         row = torch.arange(len(lengths), device=lengths.device)
-        self._given = Segments(row, torch.zeros_like(row) if start is None else -start, lengths)
+        with self.at(row, torch.zeros_like(row) if start is None else -start, lengths):
+            yield
+
+    @contextmanager
+    def at(self, row: Tensor, start: Tensor, length: Tensor) -> Iterator[None]:
+        """Within this block these are the prompts, as in `Segments`; a row may hold several."""
+        self._given = Segments(row, start, length)
         try:
             yield
         finally:

@@ -16,7 +16,7 @@ from flows.params_file import change_params
 from tasks.adapted import fresh
 from tasks.device import settle
 from tasks.errors import BadModel
-from tasks.losses import _LOSSES
+from tasks.losses import _LOSSES, held_out_loss
 from tasks.models import TokenRow
 from tasks.outputs import read_manifest, whole_folder
 from tasks.params import Method

@@ -1,0 +1,287 @@
+"""Training steps side by side with TRL 1.16: bases of a known shape, the limit of the machine, ours and the anchors.
+
+Everything starts from the same random weights, the same first adapter and the same token ids. What is measured
+is one pass over all rows by the whole trainer, from the beginning of its first step to the end of its last; what comes
+before (datasets, optimizers, loaders) is not counted for anyone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench.clock import Ratio, machine
+from bench.limits import SHAPES, Needed, peak_bytes, peak_flops, useful_flops, write_base
+from tasks.models import TokenRow
+
+RANK = 8
+CURVE_STEPS = 20
+
+
+def adapted(folder: Path, dtype: Any) -> Any:
+    """That model with a first LoRA adapter whose two matrices are both random, in training mode."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tasks.adapted import trainable
+    from tasks.adapter_params import LoraAdapter
+
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).requires_grad_(False)
+    torch.manual_seed(1)
+    adapter = LoraAdapter(name="lora", rank=RANK, alpha=2.0 * RANK, dropout=0.0, targets="all-linear")
+    model = trainable(base, adapter).train()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn_like(parameter) * 0.02
+    return model
+
+
+# --- both sides -------------------------------------------------------------------------------------------------------
+
+
+class Side:
+    """A model that is trained from the same start again and again."""
+
+    def __init__(self, folder: Path, dtype: Any) -> None:
+        self.model = adapted(folder, dtype)
+        self.learns = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self._first = {name: p.detach().clone() for name, p in self.learns.items()}
+
+    def again(self) -> None:
+        """Back to the start."""
+        for name, parameter in self.learns.items():
+            parameter.data.copy_(self._first[name])
+            parameter.grad = None
+
+    def optimizer(self) -> Any:
+        """What both take steps with when their losses are compared, and ours always: the stage's AdamW."""
+        import torch
+
+        return torch.optim.AdamW(list(self.learns.values()), lr=1e-4, weight_decay=0.0)
+
+    def gradients(self, loss: Any) -> list[Any]:
+        """Of a loss, by parameter."""
+        self.model.zero_grad()
+        loss.backward()
+        return [p.grad.clone() for p in self.learns.values()]
+
+
+class Ours(Side):
+    """What the stage `train` does with rows in batches."""
+
+    def __init__(self, folder: Path, dtype: Any, batches: Sequence[Any], loss: Callable[[Any, Any], Any]) -> None:
+        super().__init__(folder, dtype)
+        self.batches, self._loss = batches, loss
+
+    def loss(self, batch: Any) -> Any:
+        """Of the objective, to be differentiated."""
+        return self._loss(self.model, batch)
+
+    def __call__(self) -> float:
+        """One pass over all batches; returns its seconds."""
+        import torch
+
+        self.again()
+        optimizer = self.optimizer()
+        started = time.perf_counter()
+        for batch in self.batches:
+            optimizer.zero_grad()
+            self.loss(batch).backward()
+            torch.nn.utils.clip_grad_norm_(list(self.learns.values()), 1.0)
+            optimizer.step()
+        return time.perf_counter() - started
+
+
+class Theirs(Side):
+    """A trainer of TRL's on the same rows; `make` gets the model and the arguments that differ."""
+
+    def __init__(self, folder: Path, dtype: Any, make: Callable[..., Any], **arguments: Any) -> None:
+        super().__init__(folder, dtype)
+        from transformers import PrinterCallback
+
+        self.trainer = make(self.model, **arguments)
+        self.trainer.remove_callback(PrinterCallback)
+        self.trainer.add_callback(self._clock)
+
+    @cached_property
+    def _clock(self) -> Any:
+        from transformers import TrainerCallback
+
+        class Clock(TrainerCallback):  # type: ignore[misc, unused-ignore]
+            started = ended = 0.0
+
+            def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                self.started = self.started or time.perf_counter()
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                self.ended = time.perf_counter()
+
+        return Clock()
+
+    def __call__(self) -> float:
+        """One epoch of the trainer's own; returns its seconds."""
+        self.again()
+        self.trainer.optimizer = self.trainer.lr_scheduler = None
+        self._clock.started = 0.0
+        self.trainer.train()
+        seconds: float = self._clock.ended - self._clock.started
+        return seconds
+
+
+COMMON: dict[str, Any] = {
+    "use_cpu": True,
+    "report_to": [],
+    "save_strategy": "no",
+    "num_train_epochs": 1,
+    "disable_tqdm": True,
+    "logging_strategy": "no",
+    "learning_rate": 1e-4,
+    "per_device_train_batch_size": 8,
+}
+"""What every anchor gets: only what it needs to run here, and to stay silent."""
+
+TUNED: dict[str, Any] = {
+    "gradient_checkpointing": False,
+    "train_sampling_strategy": "group_by_length",
+    "bf16": False,  # the weights have the type that is asked for; autocast would only cast again
+}
+
+
+def anchors(folder: Path, dtype: Any, make: Callable[..., Any]) -> Iterator[tuple[str, Theirs]]:
+    """As shipped, and with the best of three sizes of batches, told by a pass each; a step has as many rows always."""
+    import torch
+
+    yield "default", Theirs(folder, dtype, make, bf16=dtype == torch.bfloat16)
+    best: tuple[float, Theirs] | None = None
+    for rows in (8, 4, 2):
+        sizes = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 8 // rows}
+        side = Theirs(folder, dtype, make, **TUNED, **sizes)
+        seconds = side()
+        if best is None or seconds < best[0]:
+            best = seconds, side
+    assert best
+    yield "tuned", best[1]
+
+
+def side_by_side(ours: Callable[[], float], theirs: Callable[[], float], rounds: int) -> Ratio:
+    """Both by turns, each telling its own seconds; who begins changes from round to round."""
+    ours()
+    theirs()
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for number in range(rounds):
+        for mine in (True, False) if number % 2 else (False, True):
+            gc.collect()
+            times[mine].append((ours if mine else theirs)())
+    ratios = [other / own for own, other in zip(times[True], times[False], strict=True)]
+    return Ratio(ratios, times[True], times[False])
+
+
+def same(ours: Ours, theirs: Theirs, their_loss: Callable[[Any, Any], Any], batch: Any) -> str:
+    """How far losses and gradients of a batch are apart, relatively."""
+    ours.again()
+    theirs.again()
+    mine = ours.loss(batch)
+    other = their_loss(theirs, batch)
+    pairs = zip(ours.gradients(mine), theirs.gradients(other), strict=True)
+    apart = max(float((a - b).norm() / b.norm()) for a, b in pairs)
+    return f"loss {abs(mine.item() / other.item() - 1):.1e}, gradients {apart:.1e}"
+
+
+def curves(ours: Ours, theirs: Theirs, their_loss: Callable[[Any, Any], Any]) -> str:
+    """How far the losses of twenty steps on the same batches are apart, relatively, at most."""
+    worst, sides = 0.0, (ours, theirs)
+    for side in sides:
+        side.again()
+    optimizers = [side.optimizer() for side in sides]
+    for step in range(CURVE_STEPS):
+        batch = ours.batches[step % len(ours.batches)]
+        losses = [ours.loss(batch), their_loss(theirs, batch)]
+        for loss, optimizer in zip(losses, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        worst = max(worst, abs(losses[0].item() / losses[1].item() - 1))
+    return f"{CURVE_STEPS} steps {worst:.1e}"
+
+
+def report(name: str, ours: Ours, sides: Iterator[tuple[str, Theirs]], needed: Needed, rounds: int) -> Iterator[str]:
+    """The rows of the table for a setting: each anchor, the control, the fraction of the limit."""
+    before = peak_flops(ours.model)
+    held = peak_bytes(lambda: ours.loss(ours.batches[0]).backward())
+    for label, theirs in sides:
+        ratio = side_by_side(ours, theirs, rounds)
+        theirs.trainer.args.max_steps = 1
+        ratio_of_bytes = peak_bytes(theirs) / held
+        theirs.trainer.args.max_steps = -1
+        yield f"| {name}, TRL {label} | {ratio.row()} | {ratio_of_bytes:.1f} |"
+    control = side_by_side(ours, ours, rounds)
+    limit = statistics.median([before, peak_flops(ours.model)])
+    reached = useful_flops(ours.model, needed) / statistics.median(control.ours_s) / limit
+    void = "" if 0.97 <= statistics.median(control.ratios) <= 1.03 else " VOID: outside 0.97 to 1.03"
+    yield f"| {name}, ours against ours{void} | {control.row()} | fraction of the limit {reached:.2f} |"
+
+
+def token_row(prompt: Sequence[int], reply: Sequence[int]) -> TokenRow:
+    """A prompt and a reply that is learnt."""
+    return TokenRow([*prompt, *reply], [False] * len(prompt) + [True] * len(reply), len(prompt))
+
+
+def allocator() -> str:
+    """How memory is asked for, where the environment says so."""
+    names = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "LD_PRELOAD")
+    return ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ) or "the allocator as it is"
+
+
+def parser_of(description: str | None, prompt: int, reply: int) -> argparse.ArgumentParser:
+    """What both benchmarks of steps can be asked."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompt", type=int, default=prompt)
+    parser.add_argument("--reply", type=int, default=reply)
+    return parser
+
+
+class Race(NamedTuple):
+    """A benchmark: what it is called, its batches, what of them is needed, both losses, what makes their trainers."""
+
+    name: str
+    batches: Sequence[Any]
+    needed: Needed
+    our_loss: Callable[[Any, Any], Any]
+    their_loss: Callable[[Any, Any], Any]
+    make: Callable[..., Any]
+
+
+def run(race: Race, given: argparse.Namespace, folder: Path) -> None:
+    """Compares first, then measures; prints."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    torch.set_flush_denormal(True)
+    print(f"{machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {allocator()}")
+    dtype, base = getattr(torch, given.dtype), folder / "base"
+    write_base(base, SHAPES[given.shape], torch.float32)
+    plain: dict[str, Any] = {"gradient_checkpointing": False, "bf16": False}
+    exact = Ours(base, torch.float32, race.batches, race.our_loss)
+    theirs = Theirs(base, torch.float32, race.make, **plain)
+    print(f"float32, relatively: {same(exact, theirs, race.their_loss, race.batches[0])}")
+    ours = Ours(base, dtype, race.batches, race.our_loss)
+    theirs = Theirs(base, dtype, race.make, **plain)
+    print(f"{given.dtype}, relatively: {curves(ours, theirs, race.their_loss)}")
+    del exact, theirs
+    print("\n| setting | ratio, median | least | 90% interval | ours s | theirs s | their memory / ours |")
+    print("|---" * 7 + "|")
+    setting = f"{race.name}, {given.shape}, {given.dtype}"
+    for line in report(setting, ours, anchors(base, dtype, race.make), race.needed, given.rounds):
+        print(line, flush=True)
