@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tasks.models import Model
+from tasks.shared_prompts import rows_apart
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +36,8 @@ def noisy_embeddings(model: Model, tokens: Sequence[int], alpha: float) -> Itera
 
     handle = body_of(model).get_input_embeddings().register_forward_hook(add)  # type: ignore[operator]
     try:
-        yield
+        with rows_apart():
+            yield
     finally:
         handle.remove()
 

@@ -9,7 +9,9 @@ are the row's. There is no mask, and no token is computed twice except in attent
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -99,14 +101,26 @@ def joined_hidden(base: Any, joined: Joined) -> Tensor:
     return hidden[0]
 
 
+_apart = ContextVar("rows stay apart", default=False)
+
+
+@contextmanager
+def rows_apart() -> Iterator[None]:
+    """Within this block rows are padded instead of joined, for what reads them as they are then (NEFTune's noise)."""
+    token = _apart.set(True)
+    try:
+        yield
+    finally:
+        _apart.reset(token)
+
+
 def joinable(base: Any, longest: int) -> bool:
     """Whether rows of up to so many tokens can be joined on this model.
 
-    Its attention must be PyTorch's, over all that stands before, and its positions must be what we say. What changes
-    embeddings on their way (NEFTune's noise) wants rows as they are when they are padded.
+    Its attention must be PyTorch's, over all that stands before, and its positions must be what we say.
     """
     config = base.config.get_text_config()
-    if base.get_input_embeddings()._forward_hooks:
+    if _apart.get():
         return False
     if config._attn_implementation not in ("sdpa", NAME) or not base._supports_attention_backend or base._is_stateful:
         return False
