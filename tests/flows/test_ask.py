@@ -112,4 +112,4 @@ def test_a_folder_that_is_no_adapter_is_told_so(tmp_path: Path, pico_base: Path)
 
 def test_chat_says_in_what_form_the_base_of_an_adapter_is() -> None:
     said = get_args(inspect.get_annotations(chat, eval_str=True)["adapter"])[1].help
-    assert "The base is loaded in 16 bits, also for an adapter that was trained on it in 4 (NF4) or 8." in said
+    assert "The base is not quantized, also for an adapter that was trained on it in 4 bits (NF4) or 8." in said
