@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tasks import graph
 from tasks.errors import BadModel, BadParams
@@ -12,6 +13,11 @@ from tasks.params_reading import load
 from tasks.process import quiet_libraries
 from tasks.registry import CHAMPION
 from tasks.tracking import connect
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tasks.models import Model
 
 REGISTERED = ("models:/", "runs:/")
 """What the address of a model in MLflow begins with; anything else is a folder."""
@@ -64,14 +70,25 @@ def ask(
 
 def _ask_folder(folder: Path, turns: Sequence[tuple[str, str]], max_tokens: int, generation: Generation) -> str:
     from tasks.adapted import load_packaged
-    from tasks.architecture import ENCODER_DECODER, architecture_of
-    from tasks.chat import answer, answer_text
-    from tasks.records import Message
     from tasks.templates import load_tokenizer
 
     if not folder.is_dir():
         raise BadModel("there is no such folder", where=str(folder), expected="models:/NAME@ALIAS, or a model folder")
-    model, tokenizer = load_packaged(folder), load_tokenizer(folder)
+    return _reply(load_packaged(folder), load_tokenizer(folder), turns, max_tokens, generation)
+
+
+def _reply(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[tuple[str, str]],
+    max_tokens: int,
+    generation: Generation,
+) -> str:
+    """What a model in memory says to a conversation; an encoder-decoder is given the last turn alone."""
+    from tasks.architecture import ENCODER_DECODER, architecture_of
+    from tasks.chat import answer, answer_text
+    from tasks.records import Message
+
     if architecture_of(model) is ENCODER_DECODER:
         return answer_text(model, tokenizer, turns[-1][1], max_tokens, generation).text
     return answer(model, tokenizer, [Message(*turn) for turn in turns], max_tokens, generation).text
@@ -103,9 +120,7 @@ def ask_adapters(
         Transient: the hub or MLflow does not answer.
     """
     from tasks.adapter_sources import find
-    from tasks.chat import answer
     from tasks.models import load_model
-    from tasks.records import Message
     from tasks.resident import Resident
     from tasks.templates import load_tokenizer
 
@@ -117,7 +132,7 @@ def ask_adapters(
         resident.load(reference, folder, any_base=any_base)
     for reference in folders:
         resident.use(reference)
-        yield reference, answer(resident.model, tokenizer, [Message("user", text)], max_tokens, generation).text
+        yield reference, _reply(resident.model, tokenizer, [("user", text)], max_tokens, generation)
 
 
 def sample(workspace: Path) -> tuple[list[tuple[str, str]], str]:

@@ -141,7 +141,8 @@ def chat(
         list[str] | None,
         typer.Option(
             help="Put this adapter on the model, by default the workspace's base: a folder, hub:OWNER/NAME@COMMIT, "
-            "models:/NAME/VERSION or models:/NAME@ALIAS. May be repeated: each answers, on one base in memory."
+            "models:/NAME/VERSION or models:/NAME@ALIAS. May be repeated: each answers, on one base in memory. "
+            "The base is not quantized, also for an adapter that was trained on it in 4 bits (NF4) or 8."
         ),
     ] = None,
     any_base: Annotated[bool, typer.Option("--any-base", help="Also adapters that name another base.")] = False,

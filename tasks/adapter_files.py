@@ -7,15 +7,16 @@ passes over it. Adapters of other makers lack it: theirs say at most a name, in 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pydantic import BaseModel, ValidationError
+
 from tasks.errors import BadModel
 from tasks.fields import COMMIT, HUB_NAME
-from tasks.outputs import MANIFEST, as_json, digest, write_whole
+from tasks.outputs import MANIFEST, as_json, digest, read_object, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,14 +49,40 @@ UNKNOWN = Base(None, None, None)
 
 def base_of(model: Path) -> Base:
     """Which base a model folder is: by its manifest, or by its weights when it has none."""
-    manifest = _object(model / MANIFEST) if (model / MANIFEST).is_file() else {"files": {}}
-    known = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    manifest = _manifest(model)
+    known = {name: entry.sha256 for name, entry in manifest.files.items()}
     shards = sorted(path.name for path in model.glob("*.safetensors"))
     lines = "".join(f"{name} {known.get(name) or digest(model / name)}\n" for name in shards)
     weights = hashlib.sha256(lines.encode()).hexdigest() if shards else None
-    made = manifest.get("base", {})
-    hub = made.get("kind") == "hub"
-    return Base(made["id"] if hub else None, made["revision"] if hub else None, weights)
+    made = manifest.base
+    hub = made.kind == "hub"
+    return Base(made.id if hub else None, made.revision if hub else None, weights)
+
+
+class _File(BaseModel):
+    sha256: str
+
+
+class _Origin(BaseModel):
+    kind: str = ""
+    id: str | None = None
+    revision: str | None = None
+
+
+class _Manifest(BaseModel):
+    """What is read of a manifest of temper's own."""
+
+    files: dict[str, _File] = {}
+    base: _Origin = _Origin()
+
+
+def _manifest(model: Path) -> _Manifest:
+    """The manifest of a model folder; of another maker's file of that name nothing is taken."""
+    path = model / MANIFEST
+    try:
+        return _Manifest.model_validate_json(path.read_bytes()) if path.is_file() else _Manifest()
+    except ValidationError:
+        return _Manifest()
 
 
 def write_base(folder: Path, base: Base) -> None:
@@ -67,16 +94,16 @@ def said_base(folder: Path) -> Base:
     """Which base an adapter says that it is of.
 
     Raises:
-        BadModel: what it says cannot be read.
+        BadModel: it is no adapter, or what it says cannot be read.
     """
     if (folder / BASE).is_file():
-        said = _object(folder / BASE)
+        said = read_object(folder / BASE)
         if said.keys() != set(Base._fields) or not all(v is None or isinstance(v, str) for v in said.values()):
             raise BadModel(
                 "does not say which base it is of", where=str(folder / BASE), expected=", ".join(UNKNOWN._fields)
             )
         return Base(**said)
-    config = _object(folder / CONFIG)
+    config = read_config(folder)
     name, revision = (str(config.get(key)) for key in ("base_model_name_or_path", "revision"))
     return Base(  # a name may as well be a path of its maker's disk, and a revision a branch
         name if re.fullmatch(HUB_NAME, name) else None, revision if re.fullmatch(COMMIT, revision) else None, None
@@ -118,7 +145,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise BadModel("is no adapter", where=str(folder), got=f"no {CONFIG}", expected=", ".join((CONFIG, WEIGHTS)))
-    config = _object(path)
+    config = read_object(path)
     if asks := sorted(_code_in(config)):
         raise BadModel(
             "asks to run its own code; refused", where=str(path), got=", ".join(asks), fix="remove these keys"
@@ -156,7 +183,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise BadModel(
             "is torn, or no safetensors file", where=str(path), got=str(error), fix="fetch it again"
         ) from error
-    if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+    if broken := [
+        name for name, tensor in state.items() if not tensor.float().isfinite().all()
+    ]:  # 8 bits know no isfinite
         raise BadModel("has values that are not finite; refused", where=str(folder), examples=broken)
     return state
 
@@ -171,13 +200,3 @@ def _code_in(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield prefix + key
         elif isinstance(value, Mapping):
             yield from _code_in(value, f"{prefix}{key}.")
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadModel("is not valid JSON", where=str(path), got=str(error)) from error
-    if not isinstance(content, dict):
-        raise BadModel("is not a JSON object", where=str(path), got=type(content).__name__)
-    return content

@@ -27,8 +27,9 @@ PREFIXES = ("module.", "_orig_mod.")
 """What DistributedDataParallel and torch.compile put before names, in any order and number."""
 
 EMBEDDING, NORM, HEAD = "base_model.embed_tokens.weight", "base_model.norm.weight", "lm_head.weight"
-LAYER = re.compile(r"base_model\.layers\.(0|[1-9]\d*)\.")
+LAYER = re.compile(r"base_model\.layers\.(0|[1-9]\d{0,8})\.")
 _FORMATS = ("float32", "bfloat16", "float16")
+_READABLE = (*_FORMATS, "float64")
 
 
 class Sizes(NamedTuple):
@@ -143,6 +144,13 @@ def read_sizes(state: Mapping[str, Tensor], params: CheckpointBase, file: Path) 
         BadModel: one is not.
     """
     layers = 1 + max((int(found[1]) for name in state if (found := LAYER.match(name))), default=0)
+    if layers > len(state):
+        raise BadModel(
+            "numbers its layers beyond the tensors that it holds",
+            where=str(file),
+            got=f"layer {layers - 1:,} among {len(state)} tensors",
+            expected="layers from 0 on, without a gap",
+        )
     wanted = set(shapes(Sizes(1, 1, 1, layers, 1), params))
     wrong = [f"{name}: unknown" for name in sorted(state.keys() - wanted)]
     wrong += [f"{name}: missing" for name in sorted(wanted - state.keys() - {HEAD})]
@@ -155,14 +163,19 @@ def read_sizes(state: Mapping[str, Tensor], params: CheckpointBase, file: Path) 
             fix="rename the tensors where the checkpoint is written; leave out buffers and biases",
         )
     first = "base_model.layers.0."
-    flat = [name for name, tensor in state.items() if not tensor.is_floating_point() or tensor.is_sparse]
+    flat = [f"{name}: {_form(tensor)}" for name, tensor in state.items() if _form(tensor) not in _READABLE]
     flat += [
-        name
+        f"{name}: {state[name].ndim} dimensions"
         for name in (EMBEDDING, f"{first}mlp.gate_proj.weight", f"{first}self_attn.q_proj.weight")
         if state[name].ndim != 2
     ]
     if flat:
-        raise BadModel("holds tensors that are no matrices of numbers", where=str(file), examples=sorted(flat))
+        raise BadModel(
+            "holds tensors that are no matrices of numbers",
+            where=str(file),
+            examples=sorted(flat),
+            expected=f"dense tensors of {', '.join(_READABLE)}",
+        )
     vocabulary, hidden = state[EMBEDDING].shape
     head = state[f"{first}self_attn.q_proj.weight"].shape[0] // params.heads
     sizes = Sizes(vocabulary, hidden, state[f"{first}mlp.gate_proj.weight"].shape[0], layers, head)
@@ -181,6 +194,16 @@ def read_sizes(state: Mapping[str, Tensor], params: CheckpointBase, file: Path) 
             fix="correct base.heads and base.kv_heads",
         )
     return sizes
+
+
+def _form(tensor: Tensor) -> str:
+    """The number format of a tensor that holds its numbers one by one; of another also how it holds them."""
+    import torch
+
+    form = str(tensor.dtype).removeprefix("torch.")
+    if tensor.is_meta:
+        return f"{form}, without numbers"
+    return form if tensor.layout is torch.strided else f"{form}, {str(tensor.layout).removeprefix('torch.')}"
 
 
 def shapes(sizes: Sizes, params: CheckpointBase) -> dict[str, tuple[int, ...]]:

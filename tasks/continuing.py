@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.adapter_configs import config_of
 from tasks.adapter_params import LoraAdapter
+from tasks.architecture import ENCODER_DECODER, architecture_in
 from tasks.base_params import AllWeights, ContinueBase, Growth, HubBase
 from tasks.corpus import Document, own_token_ids, pack_blocks, read_corpus, text_bytes
 from tasks.device import settle
@@ -67,6 +68,14 @@ def continue_model(params: ContinueBase, folder: Path, checkpoints: Path) -> dic
     """
     import torch
 
+    if architecture_in(folder) is ENCODER_DECODER:
+        raise BadModel(
+            "an encoder-decoder cannot be trained further on texts: it reads inputs and writes targets",
+            where="base.of",
+            got=_origin(params),
+            expected="a decoder",
+            fix="name a decoder in base.of, or tune this model to pairs in `train`",
+        )
     corpus = read_corpus(params)
     settle(params.seed)
     learnt = [corpus.learnt[i] for i in torch.randperm(len(corpus.learnt)).tolist()]
@@ -156,14 +165,31 @@ def with_lora(model: PreTrainedModel, adapter: LoraAdapter, new: Sequence[int]) 
         config.trainable_token_indices = {names[layer]: list(new) for layer in layers}
     try:
         adapted: PeftModel = get_peft_model(model, config)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # TypeError: of a layer that is a target and holds new tokens' rows
         raise BadModel("the adapter does not fit this model", where="base.adapter", got=str(error)) from error
+    _check_not_shared(adapted)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if isinstance(adapter.targets, dict):
         keep_parts_apart(adapted, adapter.targets)
     return adapted
+
+
+def _check_not_shared(adapted: PeftModel) -> None:
+    """Refuses LoRA on one of two layers that share their weight: merged into that, it would change the other too."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = {name: module for name, module in adapted.named_modules() if isinstance(module, LoraLayer)}
+    weights = [weight for _, weight in adapted.named_parameters(remove_duplicate=False)]
+    shared = [n for n, layer in layers.items() if sum(w is layer.get_base_layer().weight for w in weights) > 1]
+    if shared:
+        raise BadModel(
+            "LoRA cannot be merged into a weight that the embedding and the output head share",
+            where="base.adapter.targets",
+            examples=[name.removeprefix("base_model.model.") for name in shared],
+            fix="set base.adapter to full, or leave the embedding and the head out of base.adapter.targets",
+        )
 
 
 def adamw(model: Model, weight_decay: float) -> list[Optimizer]:

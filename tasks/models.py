@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,6 +11,7 @@ from tasks.adapter_params import Int8Adapter, QloraAdapter
 from tasks.architecture import architecture_in
 from tasks.device import compute_dtype, device
 from tasks.errors import BadModel
+from tasks.outputs import read_object
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -71,7 +71,9 @@ def model_files(folder: Path) -> list[Path]:
         raise BadModel("has no weights", where=str(folder), expected="*.safetensors")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        missing = sorted({shard for shard in _json(index)["weight_map"].values() if not (folder / shard).is_file()})
+        missing = sorted(
+            {shard for shard in read_object(index)["weight_map"].values() if not (folder / shard).is_file()}
+        )
         if missing:
             raise BadModel(
                 "a shard named in the index is missing", where=str(folder), examples=missing, fix="fetch it again"
@@ -91,7 +93,7 @@ def refuse_code(path: Path) -> None:
     """
     if not path.is_file():
         return
-    content = _json(path)
+    content = read_object(path)
     asks = [key for key in content if key == "auto_map" or key.startswith("_attn_implementation")]
     if content.get("model_type") in _WRITTEN_HERE:
         asks = [key for key in asks if key != "auto_map"]
@@ -99,16 +101,6 @@ def refuse_code(path: Path) -> None:
         raise BadModel(
             "asks to run its own code; refused", where=str(path), got=", ".join(asks), fix="remove these keys"
         )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadModel("is not valid JSON", where=str(path), got=str(error)) from error
-    if not isinstance(content, dict):
-        raise BadModel("is not a JSON object", where=str(path), got=type(content).__name__)
-    return content
 
 
 def load_model(

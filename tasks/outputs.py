@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from tasks.errors import BadData
+from tasks.errors import BadData, BadModel
 
 MANIFEST = "manifest.json"
 _BLOCK_BYTES = 1 << 20
@@ -137,6 +137,21 @@ def digest(path: Path, algorithm: str = "sha256") -> str:
 def as_json(value: Any) -> str:
     """JSON that is the same for the same value, and readable."""
     return json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True, allow_nan=False) + "\n"
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model or an adapter.
+
+    Raises:
+        BadModel: there is none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadModel("is not valid JSON", where=str(path), got=str(error)) from error
+    if not isinstance(content, dict):
+        raise BadModel("is not a JSON object", where=str(path), got=type(content).__name__)
+    return content
 
 
 def _write_manifest(folder: Path, about: dict[str, Any]) -> None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +18,7 @@ from tasks.adapter_files import CONFIG, PUBLISHED, read_config, read_weights, sa
 from tasks.errors import BadInput, BadModel, BadParams, TemperError, Transient
 from tasks.fields import HUB_NAME
 from tasks.merge import EQUIVALENCE
-from tasks.models import model_files
+from tasks.models import MODEL_FILES, model_files
 from tasks.outputs import MANIFEST, read_manifest
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class Pushed(NamedTuple):
 def push(folder: Path, name: str, *, private: bool, message: str) -> Pushed:
     """Uploads a folder; one that is there already changes nothing.
 
+    What an earlier push left and this one does not write goes in the same commit: it would be read with this one.
+
     Args:
         folder: an adapter's in its published form, or a model folder.
         name: owner/name on the hub; the repository is made if there is none.
@@ -51,14 +54,14 @@ def push(folder: Path, name: str, *, private: bool, message: str) -> Pushed:
         BadInput: the hub does not let this user write there.
         Transient: the hub does not answer.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
     if not re.fullmatch(HUB_NAME, name):
         raise BadParams("is no name on the hub", got=name, expected="OWNER/NAME")
     files = pushable(folder)
-    operations = [CommitOperationAdd(inner, path) for inner, path in sorted(files.items())]
+    added = [CommitOperationAdd(inner, path) for inner, path in sorted(files.items())]
     if CARD not in files:
-        operations.append(CommitOperationAdd(CARD, card(folder).encode()))
+        added.append(CommitOperationAdd(CARD, card(folder).encode()))
     if get_token() is None:
         raise BadInput("there is no token for the hub", where=name, fix=LOGIN)
     api = HfApi()
@@ -67,7 +70,8 @@ def push(folder: Path, name: str, *, private: bool, message: str) -> Pushed:
         before = api.model_info(name)
         if private and not before.private:
             raise BadInput("is public already", where=name, fix="make it private on the hub, or leave --private out")
-        done = api.create_commit(name, operations, commit_message=message)
+        removed = [CommitOperationDelete(inner) for inner in left_over(api.list_repo_files(name), files)]
+        done = api.create_commit(name, [*added, *removed], commit_message=message)
     return Pushed(str(done.oid), done.oid != before.sha)
 
 
@@ -93,6 +97,22 @@ def pushable(folder: Path) -> dict[str, Path]:
     if (folder / FOLDER).is_dir():
         files |= {f"{FOLDER}/{name}": path for name, path in _adapter(folder / FOLDER).items()}
     return files
+
+
+def left_over(there: Iterable[str], files: Iterable[str]) -> list[str]:
+    """The files of a repository that pushes write and this one does not; what else its owner put there is kept.
+
+    A card is always written anew, and a licence may be the owner's.
+    """
+    patterns = {*MODEL_FILES, *PUBLISHED} - {CARD, "LICENSE*"}
+    beside = {*PUBLISHED, CARD, "LICENSE*"}
+
+    def is_ours(path: str) -> bool:
+        parent, _, name = path.rpartition("/")
+        known = {"": patterns, FOLDER: beside}.get(parent, set())
+        return any(fnmatchcase(name, pattern) for pattern in known)
+
+    return sorted(path for path in set(there) - set(files) if is_ours(path))
 
 
 def _adapter(folder: Path) -> dict[str, Path]:

@@ -124,9 +124,12 @@ class Resident:
 
     def release(self) -> PreTrainedModel:
         """The base as it was before any adapter, with all of them taken out; the next use puts one in again."""
+        from tasks.adapters.virtual import count_as_before
+
         self.unmerge()
         if self._tuned is not None and not self._tuned.active_peft_config.is_prompt_learning:
             self._tuned.unload()
+        count_as_before(self._base)
         self._tuned = self.active = None
         return self._base
 
@@ -173,22 +176,25 @@ class Resident:
     def _check_leaves_base(self, adapter: Adapter) -> None:
         """Refuses what would change the base for the other adapters too.
 
-        PEFT stores embeddings with an adapter that touches them; those must be the base's own.
+        PEFT stores with an adapter the embeddings that it touches and the biases that it may have learnt, which it
+        writes into the base; those must be the base's own. The modules that an adapter replaces stay in the base when
+        PEFT takes it out.
         """
         config = adapter.config.to_dict()
-        wrong = [f"{name}: {config[name]}" for name in ("layer_replication",) if config.get(name)]
+        wrong = [f"{name}: {config[name]}" for name in ("layer_replication", "modules_to_save") if config.get(name)]
         if config.get("init_lora_weights", True) not in _LEAVES_BASE:
             wrong.append(f"init_lora_weights: {config['init_lora_weights']}")
         for name, tensor in adapter.state.items():
             own = self._parameters.get(name.removeprefix("base_model.model.").replace(".base_layer.", "."))
-            if ".base_layer." in name and (own is None or not tensor.to(own).equal(own)):
+            if not tensor.to(own).equal(own) if own is not None else ".base_layer." in name:
                 wrong.append(f"{name}: not the weights of this base")
         if wrong:
             raise BadModel(
                 "changes the base itself, which others share",
                 where=str(adapter.where),
                 examples=wrong,
-                fix="convert it to plain LoRA (`path_initial_model_for_weight_conversion` of PEFT's save_pretrained)",
+                fix="merge it into a model of its own; or, where it began from a part of the base (PiSSA, OLoRA), "
+                "convert it to plain LoRA (`path_initial_model_for_weight_conversion` of PEFT's save_pretrained)",
             )
 
     def _mergeable_layers(self, name: str) -> list[Any]:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -40,10 +40,12 @@ class Hub(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
-    def commit(self, name: str, files: Files) -> str:
+    def commit(self, name: str, files: Files, deleted: Iterable[str] = ()) -> str:
         """A new state of a repository, after the last one."""
         history = self.repositories.setdefault(name, [])
         state = {**(history[-1][1] if history else {}), **files}
+        for path in deleted:
+            del state[path]
         described = repr((name, len(history), sorted((k, hashlib.sha256(v).hexdigest()) for k, v in state.items())))
         history.append((hashlib.sha1(described.encode()).hexdigest(), state))
         return history[-1][0]
@@ -174,13 +176,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def _commit(self, name: str, body: bytes) -> None:
         files: Files = {}
+        deleted: list[str] = []
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.server.objects[value["oid"]]
-        commit = self.server.commit(name, files)
+            elif line["key"] == "deletedFile":
+                deleted.append(value["path"])
+        commit = self.server.commit(name, files, deleted)
         self._say(200, {"success": True, "commitOid": commit, "commitUrl": f"{self.server.url}/{name}/commit/{commit}"})
 
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+_HANDLE = "_counts_only_what_is_attended"
+"""Where a base keeps what takes the hook off it again."""
+
 
 def virtual_tokens(model: PreTrainedModel | PeftModel) -> int:
     """How many learnt tokens stand before each prompt; they take up room in the context. None while switched off."""
@@ -68,18 +71,26 @@ def count_only_what_is_attended(model: PeftModel) -> None:
     """Gives tokens the positions that they have without padding, in whatever batch they are generated.
 
     PEFT puts learnt embeddings before the padding and drops the positions that count without it, so that a prompt would
-    be the further from them the more padding its batch needs.
+    be the further from them the more padding its batch needs. `count_as_before` ends it.
     """
-    base = model.get_base_model()
-    if "position_ids" not in inspect.signature(base.forward).parameters:
+    base: Any = model.get_base_model()
+    names = tuple(inspect.signature(base.forward).parameters)
+    if "position_ids" not in names or _HANDLE in vars(base):
         return
 
     def with_positions(module: Any, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        mask, embedded = given.get("attention_mask"), given.get("inputs_embeds")
-        if given.get("position_ids") is None and isinstance(mask, torch.Tensor) and mask.ndim == 2:
-            tokens = (embedded if embedded is not None else given["input_ids"]).shape[1]
-            places = (mask.long().cumsum(1) - 1).clamp(min=0)
-            given = {**given, "position_ids": places[:, -tokens:]}
-        return args, given
+        said = {**dict(zip(names, args, strict=False)), **given}
+        read = next((said[name] for name in ("inputs_embeds", "input_ids") if said.get(name) is not None), None)
+        mask = said.get("attention_mask")
+        if read is None or said.get("position_ids") is not None or not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+            return args, given
+        places = (mask.long().cumsum(1) - 1).clamp(min=0)
+        return (), {**said, "position_ids": places[:, -read.shape[1] :]}
 
-    base.register_forward_pre_hook(with_positions, with_kwargs=True)
+    setattr(base, _HANDLE, base.register_forward_pre_hook(with_positions, with_kwargs=True))
+
+
+def count_as_before(base: PreTrainedModel) -> None:
+    """Lets a base that has lost its learnt prompt count positions as it does without one."""
+    if handle := vars(base).pop(_HANDLE, None):
+        handle.remove()

@@ -3,19 +3,23 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from flows.ask import ask
+from flows.ask import ask, ask_adapters
 from flows.cli import chat
-from tasks.chat import answer
-from tasks.errors import BadParams
+from tasks.adapted import attach, fresh, publish
+from tasks.chat import answer, answer_text
+from tasks.errors import BadModel, BadParams
 from tasks.generation_params import GREEDY, generation_of
 from tasks.models import load_model
 from tasks.records import Message
+from tasks.templates import load_tokenizer
 from tests.conftest import temper
+from tests.encoder_decoders import LORA, make_base
+from tests.samples import SFT, method
 
 TURNS = [("user", "Hello")]
 
@@ -84,3 +88,28 @@ def test_a_version_from_before_there_were_options_still_answers_greedily(load: A
     assert set(version.asked) == {"messages", "max_tokens"}
     with pytest.raises(BadParams, match="registered before models could be asked with seed, temperature"):
         ask(tmp_path, "models:/m/1", TURNS, 5, generation_of({"temperature": 0.7, "seed": 2}, ""))
+
+
+def test_an_encoder_decoder_answers_with_its_adapter(tmp_path: Path) -> None:
+    texts = [f"the cat saw {n} birds on a mat" for n in range(300)]
+    base = make_base(tmp_path / "t5", "t5", texts)
+    published_on(base, tmp_path / "adapter")
+    said = list(ask_adapters(tmp_path, base, [str(tmp_path / "adapter")], "the cat", 4, any_base=False))
+    model = attach(load_model(base), tmp_path / "adapter")
+    assert said == [(str(tmp_path / "adapter"), answer_text(model, load_tokenizer(base), "the cat", 4, GREEDY).text)]
+
+
+def published_on(base: Path, folder: Path) -> None:
+    folder.mkdir()
+    publish(fresh(base, method(LORA, SFT).adapter), folder)
+
+
+def test_a_folder_that_is_no_adapter_is_told_so(tmp_path: Path, pico_base: Path) -> None:
+    with pytest.raises(BadModel, match="is no adapter") as caught:
+        list(ask_adapters(tmp_path, pico_base, [str(pico_base)], "Hello", 4, any_base=False))
+    assert (caught.value.where, caught.value.got) == (str(pico_base), "no adapter_config.json")
+
+
+def test_chat_says_in_what_form_the_base_of_an_adapter_is() -> None:
+    said = get_args(inspect.get_annotations(chat, eval_str=True)["adapter"])[1].help
+    assert "The base is not quantized, also for an adapter that was trained on it in 4 bits (NF4) or 8." in said

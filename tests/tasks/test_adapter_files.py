@@ -58,6 +58,16 @@ def test_a_base_is_known_by_its_manifest_or_its_weights(pico_base: Path, tmp_pat
     assert base_of(packaged) == plain
 
 
+@pytest.mark.parametrize(
+    "content",
+    ['{"name": "x"}', '{"files": ["a"]}', '{"files": {}, "base": "x"}', "[]", "no JSON", '{"files": {"a": 1}}'],
+)
+def test_a_manifest_of_another_maker_says_nothing_of_a_base(pico_base: Path, tmp_path: Path, content: str) -> None:
+    shutil.copytree(pico_base, tmp_path / "base")
+    (tmp_path / "base" / "manifest.json").write_text(content)
+    assert base_of(tmp_path / "base") == base_of(pico_base)
+
+
 def test_an_adapter_says_which_base_it_is_of_and_peft_reads_it(pico_base: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
@@ -200,6 +210,35 @@ def test_an_adapter_that_cannot_be_trusted_is_refused(pico_base: Path, tmp_path:
         attach(load_model(pico_base), folder)
     assert caught.value.exit_code == 65
     assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_without_a_configuration_it_is_no_adapter_whatever_it_says_of_its_base(
+    pico_base: Path, tmp_path: Path, with_base: bool
+) -> None:
+    if with_base:
+        (tmp_path / BASE).write_text(json.dumps(base_of(pico_base)._asdict()))
+    with pytest.raises(BadModel, match="is no adapter") as caught:
+        attach(load_model(pico_base), tmp_path)
+    assert caught.value.got == f"no {CONFIG}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_an_adapter_in_eight_bits_is_the_one_of_the_same_numbers(
+    pico_base: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    folder = published(pico_base, "lora", tmp_path / "adapter")
+    small = {name: tensor.to(dtype) for name, tensor in read_adapter(folder).state.items()}
+    found = []
+    for state in (small, {name: tensor.float() for name, tensor in small.items()}):
+        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        found.append(logits(attach(load_model(pico_base), folder)))
+    assert torch.equal(*found)
+    first = next(iter(small))
+    small[first] = torch.full(small[first].shape, float("nan")).to(dtype)
+    save_file(small, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(BadModel, match="not finite"):
+        attach(load_model(pico_base), folder)
 
 
 def test_a_class_of_transformers_itself_is_no_code_of_its_own(pico_base: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from tasks.perplexity import perplexity
 from tasks.records import ChatExample, Message
 from tasks.tables import write_records
 from tasks.templates import read_tokenizer
+from tests.encoder_decoders import make_base
 from tests.samples import file_source, stored
 from tests.tasks.test_pretraining import Killed, chats, clean, kill_after, texts
 
@@ -251,3 +252,41 @@ def test_blocks_longer_than_the_model_reads_are_refused(tmp_path: Path, pico_bas
 def test_a_target_that_the_model_has_not_is_refused(tmp_path: Path, pico_base: Path, corpus: str) -> None:
     with pytest.raises(BadModel, match="does not fit this model"):
         made(tmp_path / "out", params(pico_base, corpus, adapter={**LORA, "targets": ["c_attn"]}))
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["q_proj", "embed_tokens", "lm_head"]], ids=str)
+def test_lora_on_a_weight_that_embedding_and_head_share_is_refused_and_else_published_as_trained(
+    tmp_path: Path, base: Path, corpus: str, targets: list[str]
+) -> None:
+    chosen = params(base, corpus, adapter={**LORA, "targets": targets})
+    model = load_model(base, full_precision=True)
+    if model.config.tie_word_embeddings:
+        with pytest.raises(BadModel, match="embedding and the output head share") as caught:
+            continuing.with_lora(model, chosen.adapter, [])  # type: ignore[arg-type]
+        assert set(targets) - {"q_proj"} == {name.rpartition(".")[2] for name in caught.value.examples}
+        assert "set base.adapter to full, or leave the embedding" in caught.value.fix
+        return
+    adapted = continuing.with_lora(model, chosen.adapter, [])  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    ids = torch.arange(3, 40)[None]
+    expected = adapted.eval()(input_ids=ids).logits
+    continuing.publish(adapted, base, chosen, [])
+    torch.testing.assert_close(load_model(base, full_precision=True)(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_lora_on_a_layer_whose_new_rows_are_trained_is_refused(tmp_path: Path, base: Path, corpus: str) -> None:
+    chosen = params(base, corpus, adapter={**LORA, "targets": ["embed_tokens"]}, growth=GROWTH, held_out=0.0)
+    with pytest.raises(BadModel, match="does not fit this model") as caught:
+        made(tmp_path / "out", chosen)
+    assert caught.value.where == "base.adapter"
+
+
+def test_an_encoder_decoder_is_refused_by_its_kind(tmp_path: Path, corpus: str) -> None:
+    folder = make_base(tmp_path / "t5", "t5", [f"the cat saw {n} birds on a mat" for n in range(300)], vocab_size=400)
+    with pytest.raises(BadModel, match="an encoder-decoder cannot be trained further on texts") as caught:
+        made(tmp_path / "out", params(folder, corpus))
+    assert str(folder) in caught.value.got

@@ -75,6 +75,33 @@ def test_pushing_the_same_again_changes_nothing_and_something_else_keeps_the_old
     assert (old / WEIGHTS).read_bytes() == (adapter / WEIGHTS).read_bytes()
 
 
+def test_what_earlier_pushes_left_goes_and_what_is_the_owners_stays(
+    hub: hubs.Hub, adapter: Path, pico_base: Path, tmp_path: Path
+) -> None:
+    owners = {"LICENSE": b"mine", "notes.txt": b"mine", "onnx/model.safetensors": b"mine", "adapter/notes.txt": b"mine"}
+    hub.commit("me/it", {".gitattributes": b"", **owners})
+    whole, shards = tmp_path / "whole", tmp_path / "shards"
+    shutil.copytree(pico_base, whole)
+    shutil.copytree(adapter, whole / "adapter")
+    shutil.copytree(pico_base, shards)
+    (shards / "model.safetensors").rename(shards / "model-00001-of-00001.safetensors")
+    index = dict.fromkeys(load_file(whole / "model.safetensors"), "model-00001-of-00001.safetensors")
+    (shards / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    kept = {".gitattributes", *owners}
+    for folder, extra in (
+        (adapter, []),
+        (whole, [f"adapter/{name}" for name in PUBLISHED]),
+        (shards, []),
+        (adapter, []),
+    ):
+        commits = len(hub.repositories["me/it"])
+        pushed(folder, "me/it")
+        assert len(hub.repositories["me/it"]) == commits + 1
+        names = PUBLISHED if folder is adapter else [file.name for file in folder.iterdir() if file.is_file()]
+        assert hub.repositories["me/it"][-1][1].keys() == kept | {*names, *extra, "README.md"}
+    assert not pushed(adapter, "me/it").changed
+
+
 def test_what_was_fetched_is_there_without_the_hub(hub: hubs.Hub, adapter: Path, tmp_path: Path) -> None:
     done = pushed(adapter)
     first = find(f"hub:me/adapter@{done.commit}", tmp_path)

@@ -245,7 +245,15 @@ def test_names_are_of_one_adapter_each(pico_base: Path, folders: dict[str, Path]
         resident.use("nothing")
 
 
-@pytest.mark.parametrize("changes", [{"init_lora_weights": "pissa"}, {"layer_replication": [[0, 2], [1, 2]]}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"init_lora_weights": "pissa"},
+        {"layer_replication": [[0, 2], [1, 2]]},
+        {"modules_to_save": ["norm"]},  # PEFT leaves its copy in the base
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
 def test_adapters_that_take_a_part_out_of_the_base_are_refused(
     pico_base: Path, folders: dict[str, Path], tmp_path: Path, changes: dict[str, object]
 ) -> None:
@@ -299,6 +307,87 @@ def test_an_adapter_with_embeddings_of_its_own_is_refused(
     with pytest.raises(BadModel, match="changes the base itself") as caught:
         resident.load("other", tmp_path)
     assert "embed_tokens.base_layer.weight: not the weights of this base" in str(caught.value)
+
+
+def biased(pico_base: Path, folder: Path) -> Path:
+    """A pico Qwen 2, of whose projections q, k and v have biases."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    shape: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=load_model(pico_base).config.vocab_size, **shape))
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_with_biases_of_layers_that_are_no_targets_is_refused(pico_base: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = biased(pico_base, tmp_path / "base")
+    for number, learnt in enumerate((0.0, 1.0)):
+        model: Any = get_peft_model(load_model(base), LoraConfig(r=2, target_modules=["o_proj"], bias="all"))
+        with torch.no_grad():
+            model.get_base_model().model.layers[1].self_attn.k_proj.bias += learnt
+        model.save_pretrained(tmp_path / str(number))
+    bare = load_model(base)
+    resident = Resident(load_model(base))
+    resident.load("learnt none", tmp_path / "0")
+    assert same(state_of(resident.release()), state_of(bare))
+    with pytest.raises(BadModel, match="changes the base itself") as caught:
+        resident.load("learnt", tmp_path / "1")
+    assert caught.value.examples == (
+        "base_model.model.model.layers.1.self_attn.k_proj.bias: not the weights of this base",
+    )
+    assert same(state_of(resident.release()), state_of(bare))
+
+
+def test_a_base_that_had_a_learnt_prompt_counts_positions_as_it_did(
+    pico_base: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Also after many swaps, and after an adapter that did not fit."""
+    from peft import PromptTuningConfig, get_peft_model
+
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    for name in ("prompt", "bad"):
+        get_peft_model(load_model(pico_base), config).save_pretrained(tmp_path / name)
+    configure(tmp_path / "bad", num_virtual_tokens=4)
+    ids = torch.arange(3, 23).view(2, 10)
+    padded = (torch.arange(10) >= torch.tensor([[4], [0]])).long()
+    base = load_model(pico_base).float()
+    bare = base(ids, attention_mask=padded).logits
+    resident = Resident(base)
+    resident.load("prompt", tmp_path / "prompt")
+    resident.load("lora", folders["lora"])
+    with pytest.raises(BadModel, match="adapter tensors match"):
+        resident.load("bad", tmp_path / "bad")
+    for _ in range(2):
+        resident.use("prompt")
+        assert len(base._forward_pre_hooks) == 1
+        resident.use("lora")
+        assert not base._forward_pre_hooks
+        resident.use("prompt")
+    assert torch.equal(resident.release()(ids, attention_mask=padded).logits, bare)
+
+
+def test_with_a_learnt_prompt_tokens_may_be_given_by_place(pico_base: Path, tmp_path: Path) -> None:
+    from peft import PromptTuningConfig, get_peft_model
+
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    get_peft_model(load_model(pico_base), config).save_pretrained(tmp_path)
+    attach(base := load_model(pico_base).float(), tmp_path)
+    ids = torch.arange(3, 23).view(2, 10)
+    padded = (torch.arange(10) >= torch.tensor([[4], [0]])).long()
+    by_name = base(input_ids=ids, attention_mask=padded).logits
+    assert torch.equal(base(ids, padded).logits, by_name)
+    assert torch.equal(base(ids, attention_mask=padded).logits, by_name)
+    # without padding the same tokens have the same positions
+    alone = base(ids[:1, 4:]).logits
+    torch.testing.assert_close(by_name[:1, 4:], alone)
 
 
 def test_every_kind_of_the_family_is_tried() -> None:
