@@ -26,7 +26,8 @@ Dropout = Annotated[float, Field(ge=0, lt=1)]
 Layers = Annotated[str, StringConstraints(pattern=f"^({LAYERS})$")] | Annotated[list[int], Field(min_length=1)]
 Part = Literal["q", "k", "v", "gate", "up"]
 Parts = Annotated[list[Part], Field(min_length=1)]
-Names = str | Annotated[list[str], Field(min_length=1)]
+Text = Annotated[str, StringConstraints(min_length=1)]
+Names = Text | Annotated[list[Text], Field(min_length=1)]
 Targets = Names | Annotated[dict[str, Literal["all"] | Parts], Field(min_length=1)]
 
 
@@ -223,7 +224,7 @@ class PeftAdapter(Section):
     """Any other method of PEFT; it is packaged with its base instead of merged."""
 
     name: Literal["peft"]
-    method: str
+    method: Text
     """PEFT's name of the method, such as OFT or VERA."""
     config: dict[str, Any]
     """The fields of its configuration class."""
