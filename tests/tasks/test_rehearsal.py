@@ -29,7 +29,7 @@ from tasks.progress import Progress
 from tasks.rehearsal import Cost, rehearse
 from tasks.train import Example, loss_of, train
 from tests.conftest import ROOT, environment
-from tests.samples import IA3, LORA, LOREFT, ORPO, QLORA, SFT, method
+from tests.samples import IA3, LEARNT_PROMPTS, LORA, LORA_8_BIT, LOREFT, ORPO, QLORA, SFT, method
 from tests.tasks.test_hollow import LLAMA_2_7B
 
 CPU = torch.device("cpu")
@@ -114,8 +114,24 @@ def most_allocated(work: Any) -> int:
         (QLORA, ORPO, {"batch_rows": 1}),
         ({**LORA, "dropout": 0.1}, SFT, {}),
         (IA3, SFT, {}),
+        (LORA_8_BIT, SFT, {}),
+        (LEARNT_PROMPTS["prompt_tuning"], SFT, {}),
+        (LEARNT_PROMPTS["prefix"], SFT, {}),
     ],
-    ids=["qlora", "lora", "dora", "reft last", "reft both ends", "bottleneck", "orpo", "dropout", "ia3"],
+    ids=[
+        "qlora",
+        "lora",
+        "dora",
+        "reft last",
+        "reft both ends",
+        "bottleneck",
+        "orpo",
+        "dropout",
+        "ia3",
+        "lora8bit",
+        "prompt_tuning",
+        "prefix",
+    ],
 )
 def test_the_estimated_memory_is_that_of_a_real_training(
     small_base: Path, tmp_path: Path, adapter: dict[str, Any], objective: dict[str, Any], changes: dict[str, Any]
