@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import graph
-from tasks.base_params import HubBase, LocalBase
-from tasks.errors import BadInput, BadModel, BadParams
+from tasks.base_params import CheckpointBase, ContinueBase, HubBase, PretrainBase
+from tasks.errors import BadInput, BadModel, BadParams, TemperError
 from tasks.outputs import MANIFEST
 from tasks.params import Method, Params
 from tasks.params_reading import load
@@ -32,16 +33,18 @@ def estimates(workspace: Path, model: Path | None, only: str | None) -> dict[str
     Returns:
         `model` and `rows` (what was estimated from), `machine`, and `methods`: for each and each dtype its parameters,
         its memory in bytes, whether that `fits` and how much is left or lacking, `steps` (None where rows are not
-        rendered yet), `step_s`; and `suggestions` where it does not fit in the dtype that this machine trains in.
+        rendered yet), `step_s`; and `suggestions` where it does not fit in the dtype that this machine trains in. Of a
+        method that cannot be estimated `problem` says why, and the rest is empty.
 
     Raises:
         BadParams: there is no such method.
-        BadModel: there is no config to estimate from, or a method does not fit the model.
+        BadModel: there is no config to estimate from.
+        TemperError: no method can be estimated; it is what is wrong with the first one.
     """
     import torch
 
     from tasks.device import compute_dtype, device
-    from tasks.estimate import estimate, rates, this_machine
+    from tasks.estimate import rates, this_machine
     from tasks.hollow import read_config
 
     params = load(workspace / graph.PARAMS)
@@ -53,34 +56,33 @@ def estimates(workspace: Path, model: Path | None, only: str | None) -> dict[str
     dtypes = sorted((torch.bfloat16, torch.float32), key=lambda dtype: dtype != usual)
     rendered = next(workspace / out for out in graph.load(workspace)["render"].outs)
     known = (rendered / MANIFEST).is_file()
-    rows = {
-        name: _rows(rendered, method, config) if known else _full_rows(params, config)
-        for name, method in params.train.items()
-        if only in (None, name)
-    }
-    needed = {
-        name: {
-            dtype: estimate(config, params.train[name], rows[name](params.train[name]), dtype, target)
-            for dtype in dtypes
-        }
-        for name in rows
-    }
     speeds, machine = {dtype: rates(dtype, target) for dtype in dtypes}, this_machine(target)
+
+    def estimated(name: str, method: Method) -> dict[str, Any]:
+        rows = _rows(rendered, method, config) if known else _full_rows(params, config)
+        needs = partial(_needs, config=config, target=target, known=known)
+        found = {dtype: needs(method, rows(method), dtype) for dtype in dtypes}
+        fits = found[usual].memory.total <= machine.room_bytes
+        figures = {_named(dtype): _figures(each, machine, speeds[dtype], known) for dtype, each in found.items()}
+        suggestions = [] if fits else _suggestions(partial(needs, dtype=usual), name, method, rows, machine)
+        return {"problem": None, "dtypes": figures, "suggestions": suggestions}
+
+    methods: dict[str, dict[str, Any]] = {}
+    problems: list[TemperError] = []
+    for name, method in params.train.items():
+        if only in (None, name):
+            try:
+                methods[name] = estimated(name, method)
+            except TemperError as error:
+                problems.append(error)
+                methods[name] = {"problem": " ".join(str(error).split()), "dtypes": {}, "suggestions": []}
+    if len(problems) == len(methods):
+        raise problems[0]
     return {
         "model": str(source),
         "rows": str(rendered) if known else f"none rendered yet: all of {params.render.max_tokens} tokens, all learnt",
         "machine": {**machine._asdict(), "dtype": _named(usual)},
-        "methods": {
-            name: {
-                "dtypes": {
-                    _named(dtype): _figures(each, machine, speeds[dtype], known) for dtype, each in found.items()
-                },
-                "suggestions": []
-                if found[usual].memory.total <= machine.room_bytes
-                else _suggestions(config, name, params.train[name], rows[name], machine, usual, target),
-            }
-            for name, found in needed.items()
-        },
+        "methods": methods,
     }
 
 
@@ -100,6 +102,20 @@ def advice(workspace: Path, method: str) -> str:
     return "\n".join(lines)
 
 
+def _needs(
+    method: Method,
+    rows: Sequence[Example],
+    dtype: torch.dtype,
+    *,
+    config: PreTrainedConfig,
+    target: torch.device,
+    known: bool,
+) -> Estimate:
+    from tasks.estimate import estimate
+
+    return estimate(config, method, rows, dtype, target, all_rows=known)
+
+
 def _figures(each: Estimate, machine: Machine, speed: Rates, known: bool) -> dict[str, Any]:
     left = machine.room_bytes - each.memory.total
     fit = {"fits": left >= 0, "left_bytes": left}
@@ -108,39 +124,38 @@ def _figures(each: Estimate, machine: Machine, speed: Rates, known: bool) -> dic
 
 
 def _suggestions(
-    config: PreTrainedConfig,
+    needs: Callable[[Method, Sequence[Example]], Estimate],
     name: str,
     method: Method,
     rows: Callable[[Method], Sequence[Example]],
     machine: Machine,
-    dtype: torch.dtype,
-    target: torch.device,
 ) -> list[dict[str, Any]]:
-    from tasks.estimate import cut, estimate, longest_of, suggest
+    from tasks.estimate import cut, longest_of, suggest
 
     def total(changed: Method, max_tokens: int | None) -> int:
         shown = rows(changed) if max_tokens is None else cut(rows(changed), max_tokens)
-        return estimate(config, changed, shown, dtype, target).memory.total
+        return needs(changed, shown).memory.total
 
     return [each._asdict() for each in suggest(total, name, method, longest_of(rows(method)), machine)]
 
 
 def _base(workspace: Path, params: Params) -> Path:
-    """Where the config of the workspace's base is, or will come from."""
+    """Where the config of the workspace's base is, or will come from; new tokens of `continue` are not in it yet."""
     folder = next(workspace / out for out in graph.load(workspace)["base"].outs)
     if (folder / MANIFEST).is_file():
         return folder
-    if isinstance(params.base, LocalBase):
-        return workspace / str(params.base.path)
-    if isinstance(params.base, HubBase):
+    base = params.base.of if isinstance(params.base, ContinueBase) else params.base
+    if isinstance(base, PretrainBase | CheckpointBase):
+        raise BadModel(
+            f"the base has not been {'pretrained' if isinstance(base, PretrainBase) else 'imported'} yet",
+            where=str(folder),
+            fix="run `dvc repro base`, or name a config.json of that shape with --model",
+        )
+    if isinstance(base, HubBase):
         from tasks.hub import snapshot
 
-        return snapshot(params.base.id, params.base.revision, ("config.json",), kind="model")
-    raise BadModel(
-        "the base has not been pretrained yet",
-        where=str(folder),
-        fix="run `dvc repro base`, or name a config.json of that shape with --model",
-    )
+        return snapshot(base.id, base.revision, ("config.json",), kind="model")
+    return workspace / base.path
 
 
 def _rows(rendered: Path, method: Method, config: PreTrainedConfig) -> Callable[[Method], Sequence[Example]]:

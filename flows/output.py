@@ -194,6 +194,9 @@ def estimation(found: Mapping[str, Any]) -> None:
             for dtype, each in method["dtypes"].items()
         ]
     )
+    for name, method in found["methods"].items():
+        if method["problem"]:
+            typer.echo(f"{name} cannot be estimated: {method['problem']}")
     if machine["device"] == "cpu":
         typer.echo("the C library keeps freed blocks under 32 MiB: of small models more can be resident than in use")
     for name, method in found["methods"].items():

@@ -30,7 +30,8 @@ def params_page() -> str:
             for key, field in body["properties"].items():
                 if not _sections(field, schema["$defs"]) and "description" in field:
                     value = _value(quickstart, path, key, body)
-                    lines.append(f"| `{key}` | {_kind(field)} | {field['description']} | {value} |")
+                    meaning = " ".join(field["description"].split())  # a row of a table is one line
+                    lines.append(f"| `{key}` | {_kind(field)} | {meaning} | {value} |")
     return "\n".join(lines) + "\n"
 
 

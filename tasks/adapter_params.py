@@ -50,8 +50,9 @@ def _once_each(parts: list[str]) -> list[str]:
 
 
 Parts = Annotated[list[Part], Field(min_length=1), AfterValidator(_once_each)]
-Pattern = Annotated[str, Field(min_length=1), AfterValidator(_compiles)]
-Names = Pattern | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+Text = Annotated[str, StringConstraints(min_length=1)]
+Pattern = Annotated[Text, AfterValidator(_compiles)]
+Names = Pattern | Annotated[list[Text], Field(min_length=1)]
 Targets = Names | Annotated[dict[str, Literal["all"] | Parts], Field(min_length=1)]
 
 
@@ -272,7 +273,7 @@ class PeftAdapter(Section):
     """Any other method of PEFT; it is packaged with its base instead of merged."""
 
     name: Literal["peft"]
-    method: str
+    method: Text
     """PEFT's name of the method, such as OFT or VERA."""
     config: dict[str, Any]
     """The fields of its configuration class."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tasks.adapter_params import AnyAdapter, LoraAdapter, QloraAdapter
+from tasks.adapter_params import AdaloraAdapter, AnyAdapter, LoraAdapter, QloraAdapter
 from tasks.errors import BadModel
 from tasks.examples import Example
 from tasks.hollow import Parameters, count, hollow, pretend
@@ -104,9 +104,23 @@ class Suggestion(NamedTuple):
 
 
 def estimate(
-    config: PreTrainedConfig, method: Method, examples: Sequence[Example], dtype: torch.dtype, device: torch.device
+    config: PreTrainedConfig,
+    method: Method,
+    examples: Sequence[Example],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    all_rows: bool = True,
 ) -> Estimate:
     """What training a model of this shape by a method on these rows needs.
+
+    Args:
+        config: what the model is like.
+        method: as it is in params.
+        examples: the rows.
+        dtype: what the weights are loaded in.
+        device: where it is trained.
+        all_rows: whether there are no others; else the training is taken to be as long as its method needs it to be.
 
     Raises:
         BadModel: the method does not fit the model, or cannot be rehearsed.
@@ -117,15 +131,21 @@ def estimate(
         for epoch in range(method.epochs)
         for rows in batches_of(epoch, lengths, method.batch_rows, method.seed)
     ]
+    steps = len(batches) if all_rows else max(len(batches), _least_steps(method.adapter))
     costs = [
-        (_padded_tokens(batch), _rehearsed(config, method, examples, batch, dtype, device, len(batches)))
+        (_padded_tokens(batch), _rehearsed(config, method, examples, batch, dtype, device, steps))
         for batch in _heaviest(batches)
     ]
     tokens, longest = costs[0]
     share = sum(map(_padded_tokens, batches)) / len(batches) / tokens
     mean = Work(share * longest.flops, share * longest.moved_bytes)
     memory = max((cost.memory for _, cost in costs), key=lambda memory: memory.total)
-    return Estimate(count(hollow(config, method.adapter, dtype, len(batches))), memory, mean, len(batches))
+    return Estimate(count(hollow(config, method.adapter, dtype, steps)), memory, mean, len(batches))
+
+
+def _least_steps(adapter: AnyAdapter) -> int:
+    """How many steps a method needs: AdaLoRA at least one in which ranks are moved."""
+    return adapter.warmup_steps + adapter.final_steps + 1 if isinstance(adapter, AdaloraAdapter) else 1
 
 
 def full_rows(method: Method, max_tokens: int, *, pairs: bool = False) -> list[Example]:

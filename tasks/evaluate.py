@@ -15,6 +15,7 @@ batch, fills inputs up on the left, where encoders that count positions go wrong
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
@@ -84,7 +85,8 @@ def answer_rows(
     from tasks.adapters.virtual import virtual_tokens
 
     prompts = [row["ids"][: last_turn(row)] for row in rows]
-    room = model.config.max_position_embeddings - params.max_new_tokens - virtual_tokens(model)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)  # families without: no limit
+    room = longest - params.max_new_tokens - virtual_tokens(model)
     if cramped := [
         f"{row['id']}: {len(ids)} tokens" for row, ids in zip(rows, prompts, strict=True) if len(ids) > room
     ]:
@@ -162,12 +164,20 @@ def generate(model: Model, tokenizer: PreTrainedTokenizerBase, prompts: Sequence
 
             def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
                 kwargs |= decoding(model, params.generation, context, kwargs["attention_mask"])
+                kwargs["eos_token_id"] = tokenizer.eos_token_id
                 answered = super()._model_generate(context, *args, **kwargs)
                 progress.step(by=len(context))
                 return answered
 
         lm = Counted(
-            pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=params.batch_rows, add_bos_token=False
+            pretrained=model,
+            tokenizer=tokenizer,
+            backend="causal",
+            batch_size=params.batch_rows,
+            add_bos_token=False,
+            # of a model that does not say how much it reads lm-eval would cut prompts to 2048 tokens
+            max_length=max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in prompts)
+            + params.max_new_tokens,
         )
         result = simple_evaluate(
             model=lm, tasks=[task], task_manager=TaskManager(include_defaults=False), bootstrap_iters=0

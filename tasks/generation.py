@@ -18,18 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-PLAIN = {
-    "do_sample": False,
-    "num_beams": 1,
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-    "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-}
-"""What a model's generation_config.json would otherwise put in silently: at these values `generate` does none of it."""
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+"""What is kept of a model's own generation_config.json."""
 
 
 def decoding(model: Model, generation: Generation, ids: Tensor, attended: Tensor) -> dict[str, Any]:
@@ -39,6 +29,9 @@ def decoding(model: Model, generation: Generation, ids: Tensor, attended: Tensor
     size. Rows with the same prompt get the same text; another seed gives another. What remains is the rounding of the
     model's own logits, which may differ between batches; noise that stays the same seldom lets it change a token.
 
+    From now on the model has of its own generation_config.json the ids of special tokens alone: whatever `generate` is
+    not given, it takes from there.
+
     Args:
         model: a decoder, or an encoder-decoder, whose generated tokens begin after the decoder's start token.
         generation: the options.
@@ -47,6 +40,7 @@ def decoding(model: Model, generation: Generation, ids: Tensor, attended: Tensor
     """
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+    _forget_defaults(model)
     processors = LogitsProcessorList()
     if generation.repetition_penalty != 1:
         start = 1 if model.config.is_encoder_decoder else ids.shape[1]
@@ -59,7 +53,16 @@ def decoding(model: Model, generation: Generation, ids: Tensor, attended: Tensor
             processors.append(TopPLogitsWarper(generation.top_p))
         prompts = [row[mask.bool()].tolist() for row, mask in zip(ids, attended, strict=True)]
         processors.append(GumbelNoise([row_generator(generation.seed, prompt, ids.device) for prompt in prompts]))
-    return PLAIN | {"logits_processor": processors}
+    return {"logits_processor": processors}
+
+
+def _forget_defaults(model: Model) -> None:
+    from peft import PeftModel
+    from transformers import GenerationConfig
+
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    own = base.generation_config
+    base.generation_config = GenerationConfig(**{name: getattr(own, name) for name in TOKEN_IDS})
 
 
 def row_generator(seed: int, prompt: Sequence[int], device: torch.device) -> torch.Generator:

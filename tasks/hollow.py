@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-UNUSABLE = (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, OSError)
+UNUSABLE = (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, OSError, ArithmeticError)
 """What transformers raises for a config that it cannot make a model of."""
 
 
@@ -37,7 +37,8 @@ def read_config(path: Path) -> PreTrainedConfig:
         path: a model folder, or a config.json by whatever name.
 
     Raises:
-        BadModel: there is none, it is damaged, wants to run its own code, or is of an unknown architecture.
+        BadModel: there is none, it is damaged, wants to run its own code, is of an unknown architecture, or has no
+            layers.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -56,6 +57,8 @@ def read_config(path: Path) -> PreTrainedConfig:
         raise BadModel(
             "is not the config of a known architecture", where=str(file), got=str(error).split("\n")[0]
         ) from error
+    if getattr(config.get_text_config(), "num_hidden_layers", 1) < 1:  # of some families no config says it
+        raise BadModel("has no layers", where=str(file), got="num_hidden_layers below 1", expected="1 or more")
     if published.get("tie_word_embeddings") is False and config.tie_word_embeddings:
         config.head_of_its_own = True
     return config
@@ -77,8 +80,6 @@ def hollow(config: PreTrainedConfig, adapter: AnyAdapter | None, dtype: torch.dt
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    if isinstance(adapter, Int8Adapter):
-        raise BadModel("this adapter cannot be made without weights", where=adapter.name, fix="estimate qlora or lora")
     dtype = torch.float32 if isinstance(adapter, FullAdapter) else dtype
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
@@ -92,7 +93,7 @@ def hollow(config: PreTrainedConfig, adapter: AnyAdapter | None, dtype: torch.dt
         model.set_output_embeddings(deepcopy(model.get_output_embeddings()))
     if adapter is None:
         return model
-    if isinstance(adapter, QloraAdapter):
+    if isinstance(adapter, QloraAdapter | Int8Adapter):
         _quantize(model, adapter, dtype)
     model.requires_grad_(False)
     try:
@@ -108,17 +109,18 @@ def _named(adapter: AnyAdapter) -> str:
     return f"adapter.method {adapter.method}" if isinstance(adapter, PeftAdapter) else adapter.name
 
 
-def _quantize(model: PreTrainedModel, adapter: QloraAdapter, dtype: torch.dtype) -> None:
-    """Puts 4-bit layers in place of those that transformers would quantize when it loads the model."""
+def _quantize(model: PreTrainedModel, adapter: QloraAdapter | Int8Adapter, dtype: torch.dtype) -> None:
+    """Puts 4-bit or 8-bit layers in place of those that transformers would quantize when it loads the model."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
     quantizer = AutoHfQuantizer.from_config(quantization(adapter, dtype), pre_quantized=False)
     quantizer.preprocess_model(model, device_map=None)
-    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # as after loading; by this PEFT chooses its layers
+    loaded: Any = model  # as after loading; by this PEFT chooses its layers
+    loaded.is_loaded_in_4bit, loaded.is_loaded_in_8bit = adapter.name == "qlora", adapter.name == "lora8bit"
 
 
 def count(model: nn.Module) -> Parameters:
-    """The parameters of a model on the meta device; a 4-bit weight counts its numbers, not its bytes."""
+    """The parameters of a model on the meta device; a quantized weight counts its numbers, not its bytes."""
     parameters = list(model.parameters())
     return Parameters(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
 
@@ -127,19 +129,21 @@ def pretend(model: nn.Module, device: torch.device) -> None:
     """Lets the tensors of a model on the meta device pass for tensors on another.
 
     On the meta device itself PyTorch chooses other kernels, of attention above all, than training will. 4-bit weights
-    are packed, with constants for their blocks.
+    are packed, with constants for their blocks; 8-bit ones get a constant for each row, and no input of theirs has
+    outliers: which would, only numbers could say.
     """
     import torch
     from bitsandbytes import functional
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    from peft import PeftModel
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     given: dict[Tensor, nn.Parameter] = {}  # tied weights stay one
 
-    def pass_for(tensor: Tensor) -> Tensor:
+    def pass_for(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         with mode:
-            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype or tensor.dtype, device=device)
 
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
@@ -154,18 +158,29 @@ def pretend(model: nn.Module, device: torch.device) -> None:
                 )
                 given[weight] = torch.nn.Parameter(packed, requires_grad=False)
                 given[weight].quant_state = state  # type: ignore[attr-defined]
+            elif isinstance(module, Linear8bitLt) and name == "weight":
+                packed = pass_for(weight, torch.int8)
+                given[weight] = torch.nn.Parameter(packed, requires_grad=False)
+                given[weight].CB = packed  # type: ignore[attr-defined]
+                given[weight].SCB = pass_for(weight[:, 0].contiguous(), torch.float32)  # type: ignore[attr-defined]
+                module.state.threshold = 0.0
             elif weight not in given:
                 given[weight] = torch.nn.Parameter(pass_for(weight), weight.requires_grad)
             module._parameters[name] = given[weight]
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = pass_for(buffer)
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        tokens: dict[str, Tensor] = model.prompt_tokens  # no buffers
+        tokens.update({name: pass_for(numbers) for name, numbers in tokens.items()})
 
 
 def tensors_of(model: nn.Module) -> Iterator[Tensor]:
-    """Everything that a model holds: parameters, buffers, and the constants of 4-bit weights."""
+    """Everything that a model holds: parameters, buffers, and the constants of quantized weights."""
     yield from model.buffers()
     for parameter in model.parameters():
         yield parameter
+        if (scales := vars(parameter).get("SCB")) is not None:
+            yield scales
         state = vars(parameter).get("quant_state")
         while state is not None:
             yield from (tensor for tensor in (state.absmax, state.code, state.offset) if tensor is not None)

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tasks.models import Model
-from tasks.shared_prompts import rows_apart
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +28,7 @@ def noisy_embeddings(model: Model, tokens: Sequence[int], alpha: float) -> Itera
         yield
         return
     from tasks.adapters.hooked import body_of
+    from tasks.shared_prompts import rows_apart
 
     def add(embedding: Any, args: Any, embedded: Tensor) -> Tensor:
         handle.remove()  # an encoder and its decoder may share the embedding

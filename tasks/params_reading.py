@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -98,14 +98,28 @@ def _problems(errors: list[ErrorDetails], content: Mapping[str, Any]) -> list[st
     """One line per problem. An unknown key next to a missing one of a similar name is a misspelling: said once."""
     places = [_place(error["loc"], content, missing=error["type"] == "missing") for error in errors]
     missing = {place for place, error in zip(places, errors, strict=True) if error["type"] == "missing"}
+    unknown = {place for place, error in zip(places, errors, strict=True) if error["type"] == "extra_forbidden"}
     lines: dict[tuple[str, ...], str] = {}
     for place, error in zip(places, errors, strict=True):
         if error["type"] == "extra_forbidden":
             siblings = {other[-1]: other for other in missing if other[:-1] == place[:-1]}
-            near = get_close_matches(place[-1], siblings, n=1, cutoff=0.6)
-            lines[place] = "unknown key" + (f'; did you mean "{near[0]}"?' if near else "")
-            if near:
-                missing.discard(siblings[near[0]])
+            if near := _nearest(place[-1], siblings):
+                lines[place] = f'unknown key; did you mean "{near}"?'
+                missing.discard(siblings[near])
+            else:
+                present = [key for key in _at(place[:-1], content) if (*place[:-1], key) not in unknown]
+                near = _nearest(place[-1], present)
+                lines[place] = "unknown key" + (
+                    f'; the nearest known one is "{near}", which is given too' if near else ""
+                )
+        elif error["type"] == "union_tag_not_found":
+            key = _tag(error)
+            lines[*place, key] = f"is missing; one of: {', '.join(_names(place, key, content))}"
+        elif error["type"] == "union_tag_invalid":
+            names, got = _expected(error), error["ctx"]["tag"]
+            near = _nearest(got, names)
+            meant = f'did you mean "{near}"? One of' if near else "one of"
+            lines[*place, _tag(error)] = f"is unknown; got {got!r}; {meant}: {', '.join(names)}"
         elif error["type"] != "missing":
             shown = error["input"] if not isinstance(error["input"], (dict, list)) else "a mapping or list"
             # of a key that may be one thing or another, what is wrong with each
@@ -116,6 +130,38 @@ def _problems(errors: list[ErrorDetails], content: Mapping[str, Any]) -> list[st
     inner = {place[:n] for place in lines for n in range(len(place))}
     lines = {place: text for place, text in lines.items() if place not in inner}
     return [f"line {_line(place, content)}: {'.'.join(place)}: {text}" for place, text in sorted(lines.items())]
+
+
+def _nearest(key: str, known: Iterable[str]) -> str | None:
+    return next(iter(get_close_matches(key, list(known), n=1, cutoff=0.6)), None)
+
+
+def _tag(error: ErrorDetails) -> str:
+    """The key that says which alternative of a section is meant, such as `name`."""
+    return str(error["ctx"]["discriminator"]).strip("'")
+
+
+def _expected(error: ErrorDetails) -> list[str]:
+    return [name.strip("'") for name in error["ctx"]["expected_tags"].split(", ")]
+
+
+def _names(place: tuple[str, ...], key: str, content: Mapping[str, Any]) -> list[str]:
+    """What a section may be that does not say it: what is expected in the place of a name that nothing has."""
+    asked = _plain(content)
+    _at(place, asked)[key] = ""
+    try:
+        Params.model_validate(asked)
+    except ValidationError as error:
+        wrong = [each for each in error.errors() if each["type"] == "union_tag_invalid"]
+        return next(_expected(each) for each in wrong if _place(each["loc"], asked, missing=False) == place)
+    raise AssertionError("an empty name is never known")
+
+
+def _at(place: tuple[str, ...], content: Any) -> Any:
+    """What stands at a path through the file."""
+    for key in place:
+        content = content[int(key)] if isinstance(content, list) else content[key]
+    return content
 
 
 def _place(loc: tuple[int | str, ...], content: Mapping[str, Any], *, missing: bool) -> tuple[str, ...]:

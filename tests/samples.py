@@ -91,6 +91,15 @@ LOREFT: dict[str, Any] = {
     "dropout": 0.0,
     "cache_mib": 16,
 }
+LEARNT_PROMPTS: dict[str, dict[str, Any]] = {
+    "prompt_tuning": {"name": "prompt_tuning", "tokens": 4, "start": "random", "text": ""},
+    "prompt_tuning from words": {"name": "prompt_tuning", "tokens": 4, "start": "vocabulary", "text": ""},
+    "p_tuning mlp": {"name": "p_tuning", "tokens": 4, "encoder": "mlp", "hidden_size": 8, "dropout": 0.0},
+    "p_tuning lstm": {"name": "p_tuning", "tokens": 4, "encoder": "lstm", "hidden_size": 8, "dropout": 0.0},
+    "prefix": {"name": "prefix", "tokens": 4, "hidden_size": 8},
+    "p_tuning_v2": {"name": "p_tuning_v2", "tokens": 4},
+}
+LORA_8_BIT: dict[str, Any] = {**LORA, "name": "lora8bit", "outlier_threshold": 6.0}
 SFT = {"name": "sft", "label_smoothing": 0.0, "neftune_alpha": 0.0}
 ORPO = {"name": "orpo", "weight": 0.1, "likelihood": "reply"}
 DPO = {"name": "dpo", "loss": "sigmoid", "beta": 0.1, "label_smoothing": 0.0, "reference": "adapter_off"}

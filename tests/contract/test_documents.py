@@ -142,6 +142,16 @@ def test_the_reference_pages_say_what_the_code_does() -> None:
     assert checked.returncode == 0, checked.stderr
 
 
+def test_every_row_of_a_table_of_the_params_page_is_one_whole_line() -> None:
+    lines = (ROOT / "docs" / "params.md").read_text().splitlines()
+    tables = [number for number, line in enumerate(lines) if line == "|---|---|---|---|"]
+    for number in tables:
+        rows = lines[number + 1 :]
+        rows = rows[: rows.index("")] if "" in rows else rows
+        for row in rows:
+            assert re.fullmatch(r"\| `\w+` \| .+ \| .+ \| .*\|", row), row
+
+
 def test_the_quickstart_is_what_a_clone_begins_with() -> None:
     assert (ROOT / "params.yaml").read_bytes() == (ROOT / "recipes" / "quickstart.yaml").read_bytes()
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 from flows import output
 from flows.estimating import advice, estimates
+from tasks.base_params import ContinueBase
 from tasks.errors import BadModel, BadParams
 from tests.conftest import temper
+from tests.samples import ADALORA, LORA, SFT, method, pretrain_params
 
 GIB = 2**30
 
@@ -19,10 +23,10 @@ def test_every_method_is_estimated_before_anything_has_run(workspace: Path, caps
     found = json.loads(temper(workspace, "estimate", "--json").stdout)
     assert list(found["methods"]) == ["qlora", "orpo", "reft"]
     assert "all of 192 tokens" in found["rows"]
-    for method in found["methods"].values():
-        assert set(method["dtypes"]) == {"bfloat16", "float32"}
-        assert method["suggestions"] == []
-        for each in method["dtypes"].values():
+    for estimated in found["methods"].values():
+        assert set(estimated["dtypes"]) == {"bfloat16", "float32"}
+        assert estimated["suggestions"] == []
+        for each in estimated["dtypes"].values():
             assert each["fits"]
             assert max(each[kind] for kind in ("weights", "activations", "logits")) < each["total"]
             assert each["steps"] is None
@@ -58,6 +62,75 @@ def test_what_does_not_fit_is_said_with_what_would(workspace: Path, tmp_path: Pa
     assert "NO, " in done.stdout
     assert " short" in done.stdout
     assert "qlora would fit with a machine with " in done.stdout
+
+
+def changed(workspace: Path, section: str, name: str, value: Any) -> None:
+    path = workspace / "params.yaml"
+    yaml = YAML()
+    params = yaml.load(path)
+    (params[section] if section else params)[name] = value
+    yaml.dump(params, path)
+
+
+def test_a_method_that_cannot_be_estimated_says_why_and_stops_no_other(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    misfit = method({**LORA, "targets": ["c_attn"]}, SFT).model_dump()
+    changed(workspace, "train", "misfit", misfit)
+    found = json.loads(temper(workspace, "estimate", "--json").stdout)
+    assert list(found["methods"]) == ["qlora", "orpo", "reft", "misfit"]
+    assert "the adapter does not fit this model" in found["methods"]["misfit"]["problem"]
+    assert found["methods"]["misfit"]["dtypes"] == {}
+    assert all(found["methods"][name]["problem"] is None for name in ("qlora", "orpo", "reft"))
+    output.estimation(found)
+    printed = capsys.readouterr().out
+    assert "misfit cannot be estimated: params: the adapter does not fit this model" in printed
+    assert printed.count("yes, ") == 6
+    done = temper(workspace, "estimate", "--method", "misfit", code=65)
+    assert "the adapter does not fit this model" in done.stderr
+
+
+def test_adalora_is_estimated_before_rows_are_rendered(workspace: Path) -> None:
+    adalora = method({**ADALORA, "warmup_steps": 10, "final_steps": 10}, SFT).model_dump()
+    changed(workspace, "train", "adalora", adalora)
+    (figures, _) = estimates(workspace, None, "adalora")["methods"]["adalora"]["dtypes"].values()
+    assert figures["total"] > 0
+    assert figures["steps"] is None
+
+
+def test_the_shape_of_a_base_that_is_trained_further_is_that_of_the_model_it_begins_with(
+    workspace: Path, pico_base: Path
+) -> None:
+    of = {"kind": "local", "path": str(pico_base), "sha256": "0" * 64, "template": "own"}
+    kept = {key: value for key, value in pretrain_params().model_dump().items() if key in ContinueBase.model_fields}
+    nothing = {"tokens": [], "learnt": 0, "begin_as": "pieces"}
+    base = {**kept, "kind": "continue", "of": of, "growth": nothing, "adapter": {"name": "full"}}
+    direct = estimates(workspace, None, "reft")["methods"]["reft"]["dtypes"]["float32"]["total"]
+    changed(workspace, "", "base", base)
+    found = estimates(workspace, None, "reft")
+    assert found["model"] == str(pico_base)
+    assert found["methods"]["reft"]["dtypes"]["float32"]["total"] == direct
+
+
+def test_a_base_that_is_not_there_yet_is_told_by_how_it_comes_to_be(workspace: Path) -> None:
+    checkpoint = {
+        "kind": "checkpoint",
+        "path": "data/mine",
+        "weights": "w.pt",
+        "tokenizer": "t.json",
+        "heads": 2,
+        "kv_heads": 1,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e4,
+        "rotation": "half_split",
+        "context_tokens": 32,
+        "stop_token": "<s>",
+        "template": "own",
+    }
+    for base, said in ((checkpoint, "imported"), (pretrain_params().model_dump(), "pretrained")):
+        changed(workspace, "", "base", base)
+        with pytest.raises(BadModel, match=f"the base has not been {said} yet"):
+            estimates(workspace, None, None)
 
 
 def test_bad_input_is_one_error_and_exit_65(workspace: Path, tmp_path: Path) -> None:

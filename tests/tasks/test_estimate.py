@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, T5Config
 
+from tasks.errors import BadModel
 from tasks.estimate import (
     Machine,
     Suggestion,
@@ -22,7 +23,7 @@ from tasks.examples import Example
 from tasks.models import TokenRow
 from tasks.params import Method
 from tasks.seq2seq import PairRow
-from tests.samples import LORA, LOREFT, ORPO, QLORA, SFT, method
+from tests.samples import ADALORA, LEARNT_PROMPTS, LORA, LORA_8_BIT, LOREFT, ORPO, QLORA, SFT, method
 
 CPU = torch.device("cpu")
 CONFIG = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=1000)
@@ -76,6 +77,32 @@ def test_what_reft_keeps_from_epoch_to_epoch_counts() -> None:
     kept = 40 * 32 * 64 * 4  # a hidden state of 64 floats for every token
     assert twice.total > kept
     assert twice.total - once.total == pytest.approx(kept, rel=0.6)
+
+
+@pytest.mark.parametrize("adapter", [*LEARNT_PROMPTS.values(), LORA_8_BIT], ids=[*LEARNT_PROMPTS, "lora8bit"])
+def test_learnt_prompts_and_8_bit_bases_are_rehearsed_on_both_kinds_of_model(adapter: dict[str, Any]) -> None:
+    t5 = T5Config(d_model=64, d_kv=32, d_ff=128, num_layers=2, num_heads=2, vocab_size=1000)
+    t5.decoder_start_token_id = 0
+    params = method(adapter, SFT)
+    for config in (CONFIG, t5):
+        pairs = config.is_encoder_decoder
+        short, long = (
+            estimate(config, params, full_rows(params, n, pairs=pairs), torch.float32, CPU).memory for n in (8, 64)
+        )
+        assert 0 < short.optimizer == long.optimizer
+        assert short.weights == long.weights
+        assert short.activations < long.activations
+
+
+def test_adalora_is_planned_long_enough_where_rows_are_unknown_alone() -> None:
+    params = method({**ADALORA, "warmup_steps": 10, "final_steps": 10}, SFT, epochs=2)
+    rows = full_rows(params, 8)
+    found = estimate(CONFIG, params, rows, torch.float32, CPU, all_rows=False)
+    known = estimate(CONFIG, params, rows * 11, torch.float32, CPU)
+    assert found.memory == known.memory
+    assert found.parameters == known.parameters
+    with pytest.raises(BadModel, match=r"leaves AdaLoRA no step .*\n.*10 \+ 10 of 2 steps"):
+        estimate(CONFIG, params, rows, torch.float32, CPU)
 
 
 def test_cut_rows_are_shorter_and_stay_rows() -> None:

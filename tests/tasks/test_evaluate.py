@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 
 from tasks.chat import answer
 from tasks.errors import BadData
@@ -63,6 +70,45 @@ def test_drawn_answers_are_those_that_serving_gives_in_any_batch(
     served = [answer(model, tokenizer, [Message("user", q)], 12, generation).text for q, _ in QUESTIONS]
     assert found == served
     assert found != [answer(model, tokenizer, [Message("user", q)], 12).text for q, _ in QUESTIONS]
+
+
+@pytest.mark.parametrize(
+    "own", [{"sequence_bias": [[[5], 50.0]]}, {"max_time": 1e-6}, {"max_new_tokens": 1}, {"eos_token_id": [5, 6, 7]}]
+)
+def test_the_models_own_generation_config_changes_no_answer(
+    pico_base: Path, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], own: dict[str, Any]
+) -> None:
+    params = EVALUATE.model_copy(update={"max_new_tokens": 12})
+    model: Any = load_model(pico_base)
+    plain = answer_rows(model, tokenizer, rows, params)
+    model.generation_config = GenerationConfig(**own)
+    assert answer_rows(model, tokenizer, rows, params) == plain
+
+
+def test_a_model_that_counts_no_positions_has_no_limit(
+    tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]
+) -> None:
+    """Bloom; lm-eval would cut what is beyond 2048 tokens."""
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=len(tokenizer), hidden_size=16, n_layer=1, n_head=2)
+    model: Any = BloomForCausalLM(config).eval()
+    ids, mask, prompt_tokens = render_chat(tokenizer, [Message("user", "cat " * 2500), Message("assistant", "cat")])
+    long = {"id": "long", "family": "f", "ids": ids, "mask": mask, "prompt_tokens": prompt_tokens}
+    found = answer_rows(model, tokenizer, [*rows, long], EVALUATE)
+    assert [one.id for one in found] == ["0", "1", "2", "3", "long"]
+    assert prompt_tokens > 2048
+    assert found[-1].answer == answer(model, tokenizer, [Message("user", "cat " * 2500)], 3).text
+
+
+def test_a_limit_may_stand_in_the_config_of_the_text_model(
+    tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]
+) -> None:
+    shape = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 12}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model: Any = Gemma3ForConditionalGeneration(Gemma3Config(text_config=shape, vision_config=vision)).eval()
+    with pytest.raises(BadData, match="prompts of at most 9 tokens"):
+        answer_rows(model, tokenizer, rows, EVALUATE)
 
 
 def test_losses_are_those_of_the_model_on_its_own_labels(pico_base: Path, rows: list[dict[str, Any]]) -> None:

@@ -20,11 +20,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from tasks.chat import answer
 from tasks.generation import GumbelNoise, RepetitionPenalty, decoding, row_generator
 from tasks.generation_params import GREEDY, Generation
 from tasks.models import Model, load_model
 from tasks.records import Message
-from tasks.templates import render_prompt
+from tasks.templates import load_tokenizer, render_prompt
 
 QUESTIONS = ["Hello", "What is 1 plus 2?", "狗?", "Count the animals: cat, dog, cow, cat", "Which word is last: a b c"]
 CPU = torch.device("cpu")
@@ -169,6 +170,44 @@ def test_the_models_own_generation_config_changes_nothing(pico_base: Path, promp
         do_sample=True, temperature=0.1, top_k=2, num_beams=3, repetition_penalty=5.0, no_repeat_ngram_size=1
     )
     assert [written(model, prompts, options) for options in (greedy, drawn)] == expected
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"sequence_bias": [[[5], 50.0]]},
+        {"forced_eos_token_id": 2},
+        {"forced_bos_token_id": 9},
+        {"exponential_decay_length_penalty": [1, 9.0]},
+        {"max_time": 1e-6},
+        {"min_new_tokens": 10},
+        {"suppress_tokens": list(range(3, 300))},
+        {"bad_words_ids": [[n] for n in range(3, 300)]},
+        {"guidance_scale": 3.0},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"dola_layers": "high"},
+        {"stop_strings": ["a", "e"]},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"num_return_sequences": 2, "num_beams": 2},
+        {"prompt_lookup_num_tokens": 3},
+        {"eos_token_id": list(range(3, 300))},
+    ],
+    ids=lambda own: next(iter(own)),
+)
+def test_nothing_else_that_it_may_say_changes_a_reply(pico_base: Path, own: dict[str, Any]) -> None:
+    tokenizer, asked_ = load_tokenizer(pico_base), [Message("user", QUESTIONS[1])]
+    model: Any = load_model(pico_base)
+    plain = answer(model, tokenizer, asked_, 12)
+    model.generation_config = GenerationConfig(**own)
+    assert answer(model, tokenizer, asked_, 12) == plain
+
+
+def test_the_start_token_of_an_encoder_decoder_is_kept(t5: Any) -> None:
+    t5.generation_config = GenerationConfig(decoder_start_token_id=7, sequence_bias=[[[5], 50.0]])
+    ids = torch.tensor([[5, 6, 1]])
+    out = t5.generate(ids, max_new_tokens=3, **decoding(t5, GREEDY, ids, torch.ones_like(ids)))
+    assert out[0, 0] == 7
+    assert out[0, 1:].tolist() != [5, 5, 5]
 
 
 # --- drawn ------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from tasks.adapter_params import QloraAdapter
 from tasks.device import compute_dtype
 from tasks.errors import BadModel
 from tasks.hollow import count, hollow, pretend, read_config, tensors_of
-from tests.samples import LORA, LOREFT, QLORA, SFT, method
+from tests.samples import LEARNT_PROMPTS, LORA, LORA_8_BIT, LOREFT, QLORA, SFT, method
 
 BOFT = {"name": "peft", "method": "BOFT", "config": {}}
 LLAMA_2_7B = LlamaConfig(
@@ -112,8 +112,16 @@ def test_without_an_adapter_everything_is_trained() -> None:
 
 @pytest.mark.parametrize(
     "adapter",
-    [LORA, QLORA, {**QLORA, "double_quantization": False}, {**QLORA, "quantization": "fp4"}, LOREFT],
-    ids=["lora", "nf4", "nf4 once", "fp4", "reft"],
+    [
+        LORA,
+        QLORA,
+        {**QLORA, "double_quantization": False},
+        {**QLORA, "quantization": "fp4"},
+        LORA_8_BIT,
+        LOREFT,
+        *LEARNT_PROMPTS.values(),
+    ],
+    ids=["lora", "nf4", "nf4 once", "fp4", "8 bits", "reft", *LEARNT_PROMPTS],
 )
 def test_a_hollow_model_holds_what_the_loaded_one_does(pico_base: Path, adapter: dict[str, Any]) -> None:
     params = method(adapter, SFT).adapter
@@ -146,6 +154,14 @@ def test_4_bit_weights_take_half_a_byte_and_their_constants() -> None:
     assert bits[True] == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=0.001)
 
 
+def test_8_bit_weights_take_a_byte_and_a_float_for_each_row() -> None:
+    """Vector-wise quantization (section 2.1 of LLM.int8(), arXiv:2208.07339)."""
+    model = hollow(LLAMA_2_7B, method(LORA_8_BIT, SFT).adapter, torch.bfloat16)
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj.base_layer")
+    pretend(layer, torch.device("cpu"))
+    assert sum(tensor.nbytes for tensor in tensors_of(layer)) == 4096 * 11008 + 4 * 11008
+
+
 def test_a_config_is_read_from_a_folder_or_a_file_of_any_name(pico_base: Path, tmp_path: Path) -> None:
     other = tmp_path / "shape of mine.json"
     other.write_bytes((pico_base / "config.json").read_bytes())
@@ -163,6 +179,9 @@ def test_a_config_is_read_from_a_folder_or_a_file_of_any_name(pico_base: Path, t
         ("{}", "not the config of a known architecture"),
         ('{"model_type": "llama", "auto_map": {"AutoConfig": "x.Y"}}', "asks to run its own code"),
         ('{"model_type": "llama", "hidden_size": "wide"}', "not the config of a known architecture"),
+        ('{"model_type": "llama", "num_attention_heads": 0}', "not the config of a known architecture"),
+        ('{"model_type": "llama", "num_hidden_layers": 0}', "has no layers"),
+        ('{"model_type": "t5", "num_layers": 0}', "has no layers"),
     ],
 )
 def test_what_is_no_config_is_refused(tmp_path: Path, content: str | None, said: str) -> None:

@@ -53,9 +53,48 @@ def test_all_errors_of_a_file_are_told_at_once(tmp_path: Path) -> None:
     assert "locl" in told
 
 
+NAMES = (
+    "full, lora, rslora, dora, qlora, lora8bit, adalora, ia3, prompt_tuning, p_tuning, prefix, p_tuning_v2, "
+    "loreft, noreft, consreft, lobireft, direft, nodireft, bottleneck, peft"
+)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
+        ("      name: qlora\n", "", f"train.qlora.adapter.name: is missing; one of: {NAMES}"),
+        (
+            "      name: qlora\n",
+            "      name: qlroa\n",
+            f"train.qlora.adapter.name: is unknown; got 'qlroa'; did you mean \"qlora\"? One of: {NAMES}",
+        ),
+        (
+            "      name: qlora\n",
+            "      name: zzz\n",
+            f"train.qlora.adapter.name: is unknown; got 'zzz'; one of: {NAMES}",
+        ),
+        ("      name: sft\n", "      names: sft\n", "train.qlora.objective.name: is missing; one of: sft, orpo"),
+        ("  kind: local", "  kin: local", "base.kind: is missing; one of: local, hub, checkpoint, pretrain, continue"),
+        ("      rank: 16\n", "      ranks: 16\n", 'train.qlora.adapter.ranks: unknown key; did you mean "rank"?'),
+        (
+            "      rank: 16\n",
+            "      rank: 16\n      ranks: 16\n",
+            'train.qlora.adapter.ranks: unknown key; the nearest known one is "rank", which is given too',
+        ),
+        ("      rank: 16\n", "      rank: 16\n      zzz: 16\n", "train.qlora.adapter.zzz: unknown key"),
+    ],
+)
+def test_a_wrong_name_or_key_is_told_with_those_that_are_known(tmp_path: Path, old: str, new: str, said: str) -> None:
+    assert old in QUICKSTART
+    (example,) = problems(tmp_path, QUICKSTART.replace(old, new, 1)).examples
+    assert example.partition(": ")[2] == said
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("targets: all-linear", 'targets: ""', "train.qlora.adapter.targets: String should have at least 1 character"),
+        ("targets: all-linear", 'targets: [""]', "train.qlora.adapter.targets.0: String should have at least 1"),
         ("learning_rate: 3.0e-3", "learning_rate: .nan", "learning_rate"),
         ("learning_rate: 3.0e-3", "learning_rate: abc", "should be a valid number"),
         ("learning_rate: 3.0e-3", "learning_rate: -1.0", "greater than 0"),

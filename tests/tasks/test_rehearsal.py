@@ -31,7 +31,7 @@ from tasks.progress import Progress
 from tasks.rehearsal import Cost, rehearse
 from tasks.train import train
 from tests.conftest import ROOT, environment
-from tests.samples import DPO, IA3, KTO, LORA, LOREFT, ORPO, QLORA, SFT, method
+from tests.samples import DPO, IA3, KTO, LEARNT_PROMPTS, LORA, LORA_8_BIT, LOREFT, ORPO, QLORA, SFT, method
 from tests.tasks.test_hollow import LLAMA_2_7B
 
 CPU = torch.device("cpu")
@@ -119,6 +119,9 @@ def most_allocated(work: Any) -> int:
         (LORA, {**SFT, "label_smoothing": 0.1, "neftune_alpha": 5.0}, {}),
         (LORA, DPO, {"batch_rows": 1}),
         (LORA, {**KTO, "reference": "precomputed"}, {}),
+        (LORA_8_BIT, SFT, {}),
+        (LEARNT_PROMPTS["prompt_tuning"], SFT, {}),
+        (LEARNT_PROMPTS["prefix"], SFT, {}),
     ],
     ids=[
         "qlora",
@@ -133,6 +136,9 @@ def most_allocated(work: Any) -> int:
         "smoothed",
         "dpo",
         "kto",
+        "lora8bit",
+        "prompt_tuning",
+        "prefix",
     ],
 )
 def test_the_estimated_memory_is_that_of_a_real_training(
