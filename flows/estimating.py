@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,23 +67,30 @@ def estimates(workspace: Path, model: Path | None, only: str | None) -> dict[str
         suggestions = [] if fits else _suggestions(partial(needs, dtype=usual), name, method, rows, machine)
         return {"problem": None, "dtypes": figures, "suggestions": suggestions}
 
-    methods: dict[str, dict[str, Any]] = {}
-    problems: list[TemperError] = []
-    for name, method in params.train.items():
-        if only in (None, name):
-            try:
-                methods[name] = estimated(name, method)
-            except TemperError as error:
-                problems.append(error)
-                methods[name] = {"problem": " ".join(str(error).split()), "dtypes": {}, "suggestions": []}
-    if len(problems) == len(methods):
-        raise problems[0]
+    chosen = {name: method for name, method in params.train.items() if only in (None, name)}
     return {
         "model": str(source),
         "rows": str(rendered) if known else f"none rendered yet: all of {params.render.max_tokens} tokens, all learnt",
         "machine": {**machine._asdict(), "dtype": _named(usual)},
-        "methods": methods,
+        "methods": _each(chosen, estimated),
     }
+
+
+def _each(
+    methods: Mapping[str, Method], estimated: Callable[[str, Method], dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """The estimates of methods; one that has none says why, unless none has one: then the first problem is raised."""
+    found: dict[str, dict[str, Any]] = {}
+    problems: list[TemperError] = []
+    for name, method in methods.items():
+        try:
+            found[name] = estimated(name, method)
+        except TemperError as error:
+            problems.append(error)
+            found[name] = {"problem": " ".join(str(error).split()), "dtypes": {}, "suggestions": []}
+    if len(problems) == len(methods):
+        raise problems[0]
+    return found
 
 
 def _needs(
