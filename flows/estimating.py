@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,22 +67,12 @@ def estimates(workspace: Path, model: Path | None, only: str | None) -> dict[str
         suggestions = [] if fits else _suggestions(partial(needs, dtype=usual), name, method, rows, machine)
         return {"problem": None, "dtypes": figures, "suggestions": suggestions}
 
-    methods: dict[str, dict[str, Any]] = {}
-    problems: list[TemperError] = []
-    for name, method in params.train.items():
-        if only in (None, name):
-            try:
-                methods[name] = estimated(name, method)
-            except TemperError as error:
-                problems.append(error)
-                methods[name] = {"problem": " ".join(str(error).split()), "dtypes": {}, "suggestions": []}
-    if len(problems) == len(methods):
-        raise problems[0]
+    chosen = {name: method for name, method in params.train.items() if only in (None, name)}
     return {
         "model": str(source),
         "rows": str(rendered) if known else f"none rendered yet: all of {params.render.max_tokens} tokens, all learnt",
         "machine": {**machine._asdict(), "dtype": _named(usual)},
-        "methods": methods,
+        "methods": _each(chosen, estimated),
     }
 
 
@@ -100,6 +90,23 @@ def advice(workspace: Path, method: str) -> str:
     lines = [f"  estimate: a step of {method} needs {shown(needed['total'])}; {shown(max(0, room))} are free now"]
     lines += [f"  fits:     {each['change']}, which needs {shown(each['total_bytes'])}" for each in one["suggestions"]]
     return "\n".join(lines)
+
+
+def _each(
+    methods: Mapping[str, Method], estimated: Callable[[str, Method], dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """The estimates of methods; one that has none says why, unless none has one: then the first problem is raised."""
+    found: dict[str, dict[str, Any]] = {}
+    problems: list[TemperError] = []
+    for name, method in methods.items():
+        try:
+            found[name] = estimated(name, method)
+        except TemperError as error:
+            problems.append(error)
+            found[name] = {"problem": " ".join(str(error).split()), "dtypes": {}, "suggestions": []}
+    if len(problems) == len(methods):
+        raise problems[0]
+    return found
 
 
 def _needs(

@@ -1,7 +1,7 @@
 """Lets a model answer the held-out rows and scores it, against the base model too.
 
-Reads:  data/models/METHOD/ (or data/base/ for the stage `baseline`), held-out chats of data/rendered/ (of an
-        encoder-decoder model: pairs), the base's answers.
+Reads:  data/models/METHOD/ (or data/base/ for the stage `baseline`), held-out chats of data/rendered/ (where there are
+        none: chosen replies; of an encoder-decoder model: pairs), the base's answers.
 Writes: data/reports/METHOD/examples.parquet (one row per example) and metrics.json.
 Params: evaluate
 Fails:  no held-out rows (65, never retried).
@@ -31,7 +31,7 @@ from tasks.models import Model
 from tasks.outputs import as_json, read_manifest, write_whole
 from tasks.params import Evaluate
 from tasks.progress import Progress
-from tasks.scoring import row_of, score
+from tasks.scoring import read_questions, row_of, score
 from tasks.seq2seq import check_room, generate_targets
 from tasks.tables import read_rows, write_rows
 from tasks.templates import decode, load_tokenizer
@@ -240,14 +240,7 @@ def evaluate_model(
     read_manifest(model_folder)
     read_manifest(rendered)
     architecture = architecture_in(model_folder)
-    path = rendered / "held_out" / f"{architecture.rows}.parquet"
-    rows = read_rows(path)[: params.rows]
-    if not rows:
-        raise BadData(
-            f"holds no {architecture.rows} rows to evaluate on, which a model of the kind {architecture.name} answers",
-            where=str(path),
-            fix="raise render.held_out",
-        )
+    rows = read_questions(rendered, architecture)[: params.rows]
     settle(params.seed)
     answering = answer_pairs if architecture is ENCODER_DECODER else answer_rows
     answers = answering(load_packaged(model_folder), load_tokenizer(model_folder), rows, params)

@@ -24,7 +24,7 @@ from tasks.errors import BadModel, NotEquivalent
 from tasks.models import Model, model_files
 from tasks.outputs import as_json, read_manifest, whole_folder
 from tasks.quantized import dequantized
-from tasks.tables import read_rows
+from tasks.scoring import read_questions
 from tasks.updates import Change, changes_of
 
 if TYPE_CHECKING:
@@ -141,9 +141,9 @@ def main() -> None:
         for folder in (base, trained):
             read_manifest(folder)
         settle(0)
-        kind = architecture_in(base).rows
-        rows = read_rows(stage.path("rendered") / "held_out" / f"{kind}.parquet")[: params.probe_rows]
-        probes = [{name: row[column] for name, column in PROBES[kind].items()} for row in rows]
+        architecture = architecture_in(base)
+        rows = read_questions(stage.path("rendered"), architecture)[: params.probe_rows]
+        probes = [{name: row[column] for name, column in PROBES[architecture.rows].items()} for row in rows]
         model = load_adapted(base, trained, adapter)
         with whole_folder(stage.path("out")) as folder:
             for file in model_files(base):

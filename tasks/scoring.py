@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from tasks.architecture import DECODER, Architecture
+from tasks.errors import BadData
 from tasks.models import Model, Scored, TokenRow, score_tokens
 from tasks.seq2seq import PairRow, score_pairs
+from tasks.tables import read_rows
 
 if TYPE_CHECKING:
     from tasks.adapters.below import Below
@@ -20,6 +24,34 @@ def row_of(rendered: Mapping[str, Any]) -> Row:
     if "target_ids" in rendered:
         return PairRow(rendered["input_ids"], rendered["target_ids"])
     return TokenRow(rendered["ids"], rendered["mask"], rendered["prompt_tokens"])
+
+
+def read_questions(rendered: Path, architecture: Architecture) -> list[dict[str, Any]]:
+    """Held-out rows to answer: chats of a decoder, or where there are none, pairs' prompts with their chosen replies.
+
+    Raises:
+        BadData: there are no such rows.
+    """
+    folder = rendered / "held_out"
+    rows = read_rows(folder / f"{architecture.rows}.parquet")
+    if not rows and architecture is DECODER:
+        rows = [
+            {
+                "id": row["id"],
+                "family": row["family"],
+                "ids": row["prompt_ids"] + row["chosen_ids"],
+                "mask": [False] * len(row["prompt_ids"]) + [True] * len(row["chosen_ids"]),
+                "prompt_tokens": len(row["prompt_ids"]),
+            }
+            for row in read_rows(folder / "preference.parquet")
+        ]
+    if not rows:
+        raise BadData(
+            f"holds no {architecture.rows} rows to evaluate on, which a model of the kind {architecture.name} answers",
+            where=str(folder),
+            fix="raise render.held_out",
+        )
+    return rows
 
 
 def score(model: Model, rows: Sequence[Row], below: Below | None = None, *, with_mean: bool = False) -> Scored:

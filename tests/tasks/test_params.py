@@ -73,7 +73,11 @@ NAMES = (
             "      name: zzz\n",
             f"train.qlora.adapter.name: is unknown; got 'zzz'; one of: {NAMES}",
         ),
-        ("      name: sft\n", "      names: sft\n", "train.reft.objective.name: is missing; one of: sft, orpo, dpo, simpo, kto"),
+        (
+            "      name: sft\n",
+            "      names: sft\n",
+            "train.reft.objective.name: is missing; one of: sft, orpo, dpo, simpo, kto",
+        ),
         ("  kind: local", "  kin: local", "base.kind: is missing; one of: local, hub, checkpoint, pretrain, continue"),
         ("      rank: 16\n", "      ranks: 16\n", 'train.qlora.adapter.ranks: unknown key; did you mean "rank"?'),
         (
