@@ -129,17 +129,19 @@ def test_the_last_turn_is_what_is_answered(tokenizer: PreTrainedTokenizerBase) -
     assert last_turn({"mask": [True]}) == 0
 
 
-def test_a_prompt_with_other_tokens_than_in_training_is_refused(
+def test_the_model_answers_the_tokens_that_training_saw(
     pico_base: Path, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]
 ) -> None:
+    """Also where the text of a prompt would be tokenised otherwise."""
     (letter,) = (i for i in range(len(tokenizer)) if tokenizer.decode([i]) == "W")
     (rest,) = (i for i in range(len(tokenizer)) if tokenizer.decode([i]) == "h")
     split = {**rows[0], "ids": [letter, rest, *rows[0]["ids"]], "mask": [False, False, *rows[0]["mask"]]}
-    joined = tokenizer("Wh", add_special_tokens=False)["input_ids"]
-    if joined == [letter, rest]:
-        pytest.skip("this tokenizer has no token for two letters")
-    with pytest.raises(BadData, match="does not tokenise"):
-        answer_rows(load_model(pico_base), tokenizer, [split], EVALUATE)
+    prompt = split["ids"][: last_turn(split)]
+    assert tokenizer(str(tokenizer.decode(prompt)), add_special_tokens=False)["input_ids"] != prompt
+    model: Any = load_model(pico_base)
+    (answered,) = answer_rows(model, tokenizer, [split], EVALUATE)
+    new = model.generate(torch.tensor([prompt]), max_new_tokens=EVALUATE.max_new_tokens, do_sample=False)
+    assert answered.answer == str(tokenizer.decode(new[0, len(prompt) :], skip_special_tokens=True)).strip()
 
 
 def made(correct: list[bool], losses: list[float], tokens: list[int], family: str = "f") -> list[Answer]:
