@@ -292,6 +292,8 @@ def _adapted(model: PreTrainedModel | PeftModel, config: PeftConfig, where: str,
             return model
         adapted: PeftModel = get_peft_model(model, config, name)
     except _NO_ADAPTER as error:
+        if isinstance(error, RuntimeError) and model.device.type == "meta":
+            raise  # it wants weights, which a model that is only estimated does not have
         raise BadModel("the adapter does not fit this model", where=where, got=str(error)) from error
     if config.is_prompt_learning:
         from tasks.adapters.virtual import count_only_what_is_attended
