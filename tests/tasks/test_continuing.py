@@ -172,7 +172,7 @@ def test_killed_and_run_again_it_gives_the_same_bits(
             with pytest.raises(Killed):
                 made(tmp_path / "again", chosen)
         shutil.rmtree(tmp_path / "again")
-        assert (tmp_path / "again.checkpoints").exists() == (step > 1)
+        assert any((tmp_path / "again.checkpoints").glob("step-*")) == (step > 1)
     made(tmp_path / "again", chosen)
     for file in (tmp_path / "whole").iterdir():
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
