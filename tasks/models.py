@@ -207,10 +207,11 @@ def score_tokens(
 
     from tasks.adapters.virtual import virtual_tokens
     from tasks.logits import base_of, score_hidden
-    from tasks.shared_prompts import joinable
+    from tasks.shared_prompts import joinable, saves
 
     longest = max(row.tokens for row in rows)
     joined = below is None and not virtual_tokens(model) and joinable(base_of(model), longest)
+    joined = joined and saves([row.ids for row in rows], [row.prompt_tokens for row in rows])
     hidden = _joined_hidden(model, rows) if joined else _padded_hidden(model, rows, below)
     targets = [token for row in rows for token, learnt in zip(row.ids[1:], row.mask[1:], strict=True) if learnt]
     whose = [number for number, row in enumerate(rows) for _ in range(row.scored_tokens)]

@@ -133,6 +133,18 @@ def joinable(base: Any, longest: int) -> bool:
     return not (values.get("attn_logit_softcapping") or values.get("alibi") or base.config.is_encoder_decoder)
 
 
+_WORTH_IT = 0.8
+"""Joined rows take an attention call each in every layer: with as many tokens they are slower (bench/LOG.md)."""
+
+
+def saves(rows: Sequence[Sequence[int]], prompts: Sequence[int]) -> bool:
+    """Whether joining leaves out so many tokens, of padding and of prompts that stand more than once, that it pays."""
+    padded = len(rows) * max(map(len, rows))
+    standing = {tuple(row[:prompt]) for row, prompt in zip(rows, prompts, strict=True)}
+    joined = sum(map(len, standing)) + sum(len(row) - prompt for row, prompt in zip(rows, prompts, strict=True))
+    return joined <= _WORTH_IT * padded
+
+
 def drops(base: nn.Module) -> bool:
     """Whether something drops out in the model's present mode: then a prompt that stands twice drops out twice."""
     if not base.training:
