@@ -36,10 +36,14 @@ def score_hidden(
     """
     if head := head_of(model):
         return score_targets(hidden, head, targets, with_mean=with_mean)
-    logits = logits_of(model, hidden)
+    return score_logits(logits_of(model, hidden), targets, with_mean=with_mean)
+
+
+def score_logits(logits: Tensor, targets: Tensor, *, with_mean: bool = False) -> TokenScores:
+    """The same of logits that are there already, (tokens, vocabulary)."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     logp = -F.cross_entropy(logits, targets, reduction="none")
-    return TokenScores(logp, F.log_softmax(logits, 1).mean(1) if with_mean else None)
+    return TokenScores(logp, logits.mean(1) - logits.logsumexp(1) if with_mean else None)
 
 
 def head_of(model: PreTrainedModel | PeftModel) -> Head | None:

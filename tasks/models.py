@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from tasks.adapters.below import Below
+    from tasks.shared_prompts import Joined
 
 MODEL_FILES = (
     "config.json",
@@ -205,38 +206,46 @@ def score_tokens(
     """
     import torch
 
-    from tasks.adapters.virtual import virtual_tokens
-    from tasks.logits import base_of, score_hidden
-    from tasks.shared_prompts import joinable, saves
+    from tasks.logits import score_hidden
 
-    longest = max(row.tokens for row in rows)
-    joined = below is None and not virtual_tokens(model) and joinable(base_of(model), longest)
-    joined = joined and saves([row.ids for row in rows], [row.prompt_tokens for row in rows])
-    hidden = _joined_hidden(model, rows) if joined else _padded_hidden(model, rows, below)
+    joined = _joined(model, rows) if below is None else None
+    hidden = _joined_hidden(model, rows, joined) if joined else _padded_hidden(model, rows, below)
     targets = [token for row in rows for token, learnt in zip(row.ids[1:], row.mask[1:], strict=True) if learnt]
     whose = [number for number, row in enumerate(rows) for _ in range(row.scored_tokens)]
     scores = score_hidden(model, hidden, torch.tensor(targets, device=model.device), with_mean=with_mean)
     return Scored(scores.logp, torch.tensor(whose, device=model.device), len(rows), scores.mean_logp)
 
 
-def _joined_hidden(model: Model, rows: Sequence[TokenRow]) -> Tensor:
+def _joined(model: Model, rows: Sequence[TokenRow]) -> Joined | None:
+    """The rows in one sequence, where the model and its adapter allow that and it pays."""
+    from tasks.adapters.virtual import virtual_tokens
+    from tasks.logits import base_of
+    from tasks.shared_prompts import drops, join, joinable
+
+    base = base_of(model)
+    longest = max(row.tokens for row in rows)
+    if virtual_tokens(model) or not joinable(base, longest):
+        return None
+    prompts = [row.prompt_tokens for row in rows]
+    joined = join([row.ids for row in rows], prompts, model.device, share=not drops(base))
+    return joined if joined.pays else None
+
+
+def _joined_hidden(model: Model, rows: Sequence[TokenRow], joined: Joined) -> Tensor:
     """The hidden states that scored tokens follow from, (tokens, hidden), of rows joined in one sequence."""
     import torch
 
     from tasks.adapters.prompts import prompts_of
     from tasks.logits import base_of
-    from tasks.shared_prompts import drops, join, joined_hidden
+    from tasks.shared_prompts import joined_hidden
 
-    base = base_of(model)
-    lengths = [row.prompt_tokens for row in rows]
-    joined = join([row.ids for row in rows], lengths, model.device, share=not drops(base))
     prompts = prompts_of(model)
     shapes = ([0] * len(joined.trees), *zip(*(tree[:2] for tree in joined.trees), strict=True))
     where = (
         prompts.at(*(torch.tensor(numbers, device=model.device) for numbers in shapes)) if prompts else nullcontext()
     )
     with where:
-        hidden = joined_hidden(base, joined)
+        hidden = joined_hidden(base_of(model), joined)
     before = [
         place
         for row, places in zip(rows, joined.places, strict=True)
@@ -276,11 +285,6 @@ def _padded_hidden(model: Model, rows: Sequence[TokenRow], below: Below | None) 
             hidden = model.get_decoder()(**given).last_hidden_state[:, learnt:]
     before: Tensor = hidden[scored.roll(-1, dims=1)]  # position t predicts token t + 1
     return before
-
-
-def mean_logp(logits: Tensor) -> Tensor:
-    """The mean log-probability of all words in each place, nats, (tokens,), float32, of logits (tokens, vocab)."""
-    return logits.float().mean(dim=-1) - logits.float().logsumexp(dim=-1)
 
 
 def _prompt_ends(model: Model, lengths: Sequence[int], start: Sequence[int]) -> Any:

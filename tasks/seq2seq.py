@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks.errors import BadData
 from tasks.generation_params import Generation
-from tasks.models import Model, Scored, mean_logp
+from tasks.models import Model, Scored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +64,7 @@ def score_pairs(model: Model, rows: Sequence[PairRow], *, with_mean: bool = Fals
     The decoder reads the target shifted right by the model's own start token; its mean is the loss that transformers
     computes from `labels`. `with_mean` asks for the mean over the vocabulary, too.
     """
-    from torch.nn import functional as F
+    from tasks.logits import score_logits
 
     inputs = padded([row.input_ids for row in rows], 0, model.device)
     labels = padded([row.target_ids for row in rows], IGNORED, model.device).ids
@@ -76,8 +76,8 @@ def score_pairs(model: Model, rows: Sequence[PairRow], *, with_mean: bool = Fals
     ).logits
     logits = logits[:, -labels.shape[1] :]  # after the positions of a learnt prompt, where the decoder has one
     scored = labels != IGNORED
-    logp = -F.cross_entropy(logits[scored].float(), labels[scored], reduction="none")
-    return Scored(logp, scored.nonzero()[:, 0], len(rows), mean_logp(logits[scored]) if with_mean else None)
+    scores = score_logits(logits[scored], labels[scored], with_mean=with_mean)
+    return Scored(scores.logp, scored.nonzero()[:, 0], len(rows), scores.mean_logp)
 
 
 def generate_targets(

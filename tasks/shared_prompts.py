@@ -22,6 +22,9 @@ from torch.nn import functional as F
 NAME = "temper_joined"
 """What transformers calls the attention function; without a layout it is PyTorch's own, as before."""
 
+_WORTH_IT = 0.8
+"""Joined rows take an attention call each in every layer: with as many tokens they are slower (bench/LOG.md)."""
+
 
 class Tree(NamedTuple):
     """Rows with the same beginning, in the joined sequence.
@@ -56,6 +59,11 @@ class Joined(NamedTuple):
     def tokens(self) -> int:
         """How long the sequence is."""
         return self.ids.shape[1]
+
+    @property
+    def pays(self) -> bool:
+        """Whether so many tokens are left out, of padding and of prompts that stand more than once, that it pays."""
+        return self.tokens <= _WORTH_IT * len(self.places) * max(map(len, self.places))
 
 
 def join(rows: Sequence[Sequence[int]], prompts: Sequence[int], device: torch.device, *, share: bool = True) -> Joined:
@@ -131,18 +139,6 @@ def joinable(base: Any, longest: int) -> bool:
     if window and longest > window and values.get("use_sliding_window", True):
         return False
     return not (values.get("attn_logit_softcapping") or values.get("alibi") or base.config.is_encoder_decoder)
-
-
-_WORTH_IT = 0.8
-"""Joined rows take an attention call each in every layer: with as many tokens they are slower (bench/LOG.md)."""
-
-
-def saves(rows: Sequence[Sequence[int]], prompts: Sequence[int]) -> bool:
-    """Whether joining leaves out so many tokens, of padding and of prompts that stand more than once, that it pays."""
-    padded = len(rows) * max(map(len, rows))
-    standing = {tuple(row[:prompt]) for row, prompt in zip(rows, prompts, strict=True)}
-    joined = sum(map(len, standing)) + sum(len(row) - prompt for row, prompt in zip(rows, prompts, strict=True))
-    return joined <= _WORTH_IT * padded
 
 
 def drops(base: nn.Module) -> bool:
