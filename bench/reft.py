@@ -23,7 +23,7 @@ from typing import Any
 
 from bench.clock import ROOT, Ratio, machine
 from tasks.process import quiet_libraries
-from tasks.train import batch_of, steps_per_epoch
+from tasks.train import batches_of
 
 THEIRS = ROOT / ".venv-pyreft" / "bin" / "python"
 RANK = 4
@@ -170,11 +170,8 @@ def main() -> None:
         folder = Path(name)
         write_base(folder / "base", given.layers, given.hidden)
         common: dict[str, Any] = {"base": str(folder / "base"), "rank": RANK, "rows": rows_of(given.rows)}
-        lengths, steps = [len(ids) for ids, _ in common["rows"]], steps_per_epoch(given.rows, BATCH_ROWS)
-        grouped = [
-            [batch_of(epoch * steps + step, lengths, BATCH_ROWS, 0) for step in range(steps)]
-            for epoch in range(given.epochs)
-        ]
+        lengths = [len(ids) for ids, _ in common["rows"]]
+        grouped = [batches_of(epoch, lengths, BATCH_ROWS, 0) for epoch in range(given.epochs)]
         shuffled = [as_shuffled(given.rows, epoch) for epoch in range(given.epochs)]
         settings = {
             f"{what}, {anchor}": common | {"layers": layers, "positions": positions, "batches": batches}

@@ -16,13 +16,13 @@ from tasks.errors import BadModel
 from tasks.examples import Example
 from tasks.hollow import Parameters, count, hollow, pretend
 from tasks.losses import losses_of
-from tasks.memory import free_bytes
+from tasks.memory import GIB, free_bytes
 from tasks.models import TokenRow
 from tasks.objective_params import PairObjective, ReferringObjective
 from tasks.params import Method
 from tasks.scoring import Row
 from tasks.seq2seq import PairRow
-from tasks.train import batches_of, below_for, groups_of, lengths_of, optimizer_for, shapes_of
+from tasks.train import all_batches, below_for, groups_of, lengths_of, optimizer_for, shapes_of
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from tasks.rehearsal import Cost, Memory
 
-GIB = 2**30
 MACHINES_GIB = (8, 16, 24, 32, 48, 64, 80, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 """Sizes of memory that one can buy or rent."""
 
@@ -125,12 +124,7 @@ def estimate(
     Raises:
         BadModel: the method does not fit the model, or cannot be rehearsed.
     """
-    lengths = lengths_of(examples)
-    batches = [
-        [examples[i] for i in rows]
-        for epoch in range(method.epochs)
-        for rows in batches_of(epoch, lengths, method.batch_rows, method.seed)
-    ]
+    batches = [[examples[i] for i in chosen] for chosen in all_batches(lengths_of(examples), method)]
     steps = len(batches) if all_rows else max(len(batches), _least_steps(method.adapter))
     costs = [
         (_padded_tokens(batch), _rehearsed(config, method, examples, batch, dtype, device, steps))

@@ -132,10 +132,10 @@ def shapes_of(examples: Sequence[Example]) -> list[tuple[int, int]]:
     return [(sequence.tokens, sequence.prompt_tokens) for sequence in sequences]
 
 
-def batch_of(step: int, lengths: Sequence[int], batch_rows: int, seed: int) -> list[int]:
-    """The rows of a step: a fixed function of the step, so that a resumed training sees what it would have seen."""
-    epoch, place = divmod(step, steps_per_epoch(len(lengths), batch_rows))
-    return batches_of(epoch, lengths, batch_rows, seed)[place]
+def all_batches(lengths: Sequence[int], method: Method) -> list[list[int]]:
+    """The rows of every step: fixed by the method, so that a resumed training sees what it would have seen."""
+    epochs = (batches_of(epoch, lengths, method.batch_rows, method.seed) for epoch in range(method.epochs))
+    return [rows for epoch in epochs for rows in epoch]
 
 
 def batches_of(epoch: int, lengths: Sequence[int], batch_rows: int, seed: int) -> list[list[int]]:
@@ -196,9 +196,7 @@ def reference_for(
     """The reference of an untrained model for all that a training will ask, where it is to be computed ahead."""
     if not isinstance(method.objective, ReferringObjective) or method.objective.reference != "precomputed":
         return None
-    lengths = lengths_of(examples)
-    epochs = [batches_of(epoch, lengths, method.batch_rows, method.seed) for epoch in range(method.epochs)]
-    steps = [[examples[i] for i in batch] for batches in epochs for batch in batches]
+    steps = [[examples[i] for i in chosen] for chosen in all_batches(lengths_of(examples), method)]
     rows = referred([*steps, *parts_of(held_out, method.batch_rows)], method)
     with fast_products(method):
         return precomputed(model, rows, method.micro_batch_rows, checkpoints / "reference")
@@ -249,20 +247,18 @@ def train(
     if not parameters:
         raise BadModel("the adapter has no trainable parameters", where="adapter", got=method.adapter.name)
     lengths = lengths_of(examples)
-    steps = method.epochs * steps_per_epoch(len(examples), method.batch_rows)
+    chosen = all_batches(lengths, method)
+    steps = len(chosen)
     below = below_for(model, examples, method)
     at_once = rows or RowsAtOnce(method.micro_batch_rows, fit=method.fit_memory)
-
-    def chosen(step: int) -> list[int]:
-        return batch_of(step, lengths, method.batch_rows, method.seed)
 
     course = Course(
         steps=steps,
         learning_rate=lambda step: learning_rate(step, steps, method),
         losses=lambda step: losses_of(
-            model, [examples[i] for i in chosen(step)], taking(method, at_once), below, reference
+            model, [examples[i] for i in chosen[step]], taking(method, at_once), below, reference
         ),
-        describe=lambda step: [f"row {i} of the rendered training rows" for i in chosen(step)],
+        describe=lambda step: [f"row {i} of the rendered training rows" for i in chosen[step]],
         max_grad_norm=method.max_grad_norm,
         checkpoint_every_steps=method.checkpoint_every_steps,
     )
@@ -274,7 +270,7 @@ def train(
     meter = Meter()
 
     def tell(row: dict[str, Any]) -> None:
-        on_row(row | meter.since_last(sum(lengths[i] for i in chosen(row["step"] - 1))))
+        on_row(row | meter.since_last(sum(lengths[i] for i in chosen[row["step"] - 1])))
 
     return run(course, parameters, steppers, checkpoints, progress, tell, watch, at_once)
 

@@ -22,7 +22,7 @@ from tasks.progress import Progress
 from tasks.render import render_rows, rendered_schema
 from tasks.tables import write_rows
 from tasks.tracking import flat
-from tasks.train import batch_of, kind_of_rows, read_examples, reference_for, steps_per_epoch, train
+from tasks.train import batches_of, kind_of_rows, read_examples, reference_for, steps_per_epoch, train
 from tests.samples import ADALORA, DPO, IA3, KTO, LORA, LOREFT, ORPO, QLORA, RENDER, SFT, SIMPO, file_source, method
 
 METHODS = {
@@ -210,18 +210,19 @@ def test_every_epoch_sees_every_row_once() -> None:
     steps = steps_per_epoch(50, 8)
     assert steps == 7
     for epoch in range(3):
-        seen = Counter(i for step in range(steps) for i in batch_of(epoch * steps + step, lengths, 8, seed=3))
-        assert seen == Counter(range(50))
-    first, second = (batch_of(step, lengths, 8, seed=3) for step in (0, steps))
+        batches = batches_of(epoch, lengths, 8, seed=3)
+        assert len(batches) == steps
+        assert Counter(i for batch in batches for i in batch) == Counter(range(50))
+    first, second = (batches_of(epoch, lengths, 8, seed=3)[0] for epoch in (0, 1))
     assert first != second
-    assert first == batch_of(0, lengths, 8, seed=3)
-    assert first != batch_of(0, lengths, 8, seed=4)
+    assert first == batches_of(0, lengths, 8, seed=3)[0]
+    assert first != batches_of(0, lengths, 8, seed=4)[0]
 
 
 def test_batches_hold_rows_of_like_length() -> None:
     lengths = [int(n) for n in torch.randint(1, 200, (512,), generator=torch.Generator().manual_seed(0))]
     spread = [
-        max(found) - min(found) for step in range(64) if (found := [lengths[i] for i in batch_of(step, lengths, 8, 1)])
+        max(found) - min(found) for batch in batches_of(0, lengths, 8, 1) if (found := [lengths[i] for i in batch])
     ]
     assert sum(spread) / len(spread) < 30  # of 200; in random order it would be about 155
 
