@@ -96,6 +96,10 @@ def trainable(model: PreTrainedModel, adapter: AnyAdapter, steps: int = 1) -> Mo
         from tasks.adapters.fused import keep_parts_apart
 
         keep_parts_apart(adapted, adapter.targets)
+    if isinstance(adapter, LowRank):
+        from tasks.adapters.low_rank import add_in_one_pass
+
+        add_in_one_pass(adapted)
     return adapted
 
 

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-FAST_BF16 = ("amx_bf16", "avx512_bf16")
-"""CPU features with which bf16 matrix products are several times faster than fp32 ones (bench/LOG.md)."""
+FAST_BF16 = ("amx_bf16",)
+"""CPU features with which bf16 matrix products are several times faster than fp32 ones.
+
+Not `avx512_bf16` alone: with it they take twice as long as in fp32 on the CPUs that were measured (bench/LOG.md).
+"""
 
 
 def device() -> torch.device:
@@ -24,8 +27,15 @@ def compute_dtype() -> torch.dtype:
 
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if has_fast_bf16() else torch.float32
+
+
+def has_fast_bf16() -> bool:
+    """Whether this CPU multiplies bf16 faster than fp32."""
+    import torch
+
     capabilities = torch.cpu.get_capabilities()
-    return torch.bfloat16 if any(capabilities.get(feature) for feature in FAST_BF16) else torch.float32
+    return any(capabilities.get(feature) for feature in FAST_BF16)
 
 
 def settle(seed: int) -> None:

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from tasks.device import has_fast_bf16
+
 TOKENS = 512
 VOCABULARY = 4096
 """A tile of logits: as many rows as keep a product of matrices busy, and no more columns than a cache holds."""
@@ -74,13 +76,8 @@ def product_dtype(hidden: Tensor, head: Head) -> torch.dtype:
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
-    if (
-        device == "cpu"
-        and dtype in (torch.bfloat16, torch.float16)
-        and not torch.cpu.get_capabilities().get("amx_bf16")
-    ):
-        return torch.float32
-    return dtype
+    slow = device == "cpu" and dtype in (torch.bfloat16, torch.float16) and not has_fast_bf16()
+    return torch.float32 if slow else dtype
 
 
 _observers: list[Callable[[Tensor], None]] = []

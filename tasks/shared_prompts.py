@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +21,8 @@ from torch.nn import functional as F
 NAME = "temper_joined"
 """What transformers calls the attention function; without a layout it is PyTorch's own, as before."""
 
-_WORTH_IT = 0.8
-"""Joined rows take an attention call each in every layer: with as many tokens they are slower (bench/LOG.md)."""
+_WORTH_IT = 0.95
+"""Joined rows take an attention call each in every layer, which a twentieth of the tokens pays for (bench/LOG.md)."""
 
 
 class Tree(NamedTuple):
@@ -192,23 +191,26 @@ def joined_attention(
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     how = {"is_causal": True, "scale": more["scaling"], "dropout_p": more["dropout"]}
-    outputs = [part for tree in joined_trees for part in _of_tree(query, key, value, tree, how)]
+    # split, not sliced: the gradient of a slice is as large as all that it is a slice of
+    tokens = [tree.trunk + sum(tree.branches) for tree in joined_trees]
+    of_trees = zip(*(tensor.split(tokens, dim=2) for tensor in (query, key, value)), strict=True)
+    outputs = [
+        part for tree, of_tree in zip(joined_trees, of_trees, strict=True) for part in _of_tree(tree, of_tree, how)
+    ]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def _of_tree(query: Tensor, key: Tensor, value: Tensor, tree: Tree, how: dict[str, Any]) -> list[Tensor]:
+def _of_tree(tree: Tree, of_tree: Sequence[Tensor], how: dict[str, Any]) -> list[Tensor]:
     """Of the trunk with the first branch; then of each other branch, behind the trunk's queries, keys and values.
 
     The trunk's queries run along again, since PyTorch's causal attention wants as many queries as keys; what comes of
     them is dropped.
     """
-    ends = [tree.start + tree.trunk]
-    for length in tree.branches:
-        ends.append(ends[-1] + length)
-    q, k, v = (t[:, :, tree.start : ends[1]] for t in (query, key, value))
-    outputs = [F.scaled_dot_product_attention(q, k, v, **how)]
-    trunk = slice(tree.start, ends[0])
-    for first, end in pairwise(ends[1:]):
-        q, k, v = (torch.cat([t[:, :, trunk], t[:, :, first:end]], dim=2) for t in (query, key, value))
+    first, *others = zip(
+        *(tensor.split([tree.trunk + tree.branches[0], *tree.branches[1:]], dim=2) for tensor in of_tree), strict=True
+    )
+    outputs = [F.scaled_dot_product_attention(*first, **how)]
+    for other in others:
+        q, k, v = (torch.cat([t[:, :, : tree.trunk], u], dim=2) for t, u in zip(first, other, strict=True))
         outputs.append(F.scaled_dot_product_attention(q, k, v, **how)[:, :, tree.trunk :])
     return outputs

@@ -111,7 +111,7 @@ def most_allocated(work: Any) -> int:
         (LORA, SFT, {}),
         (DORA, SFT, {}),
         (LOREFT, SFT, {"epochs": 2}),
-        ({**LOREFT, "positions": "f2+l3", "layers": [5]}, SFT, {"epochs": 2}),
+        ({**LOREFT, "positions": "f2+l3", "layers": [5]}, SFT, {"epochs": 2, "batch_rows": 4}),
         (BOTTLENECK, SFT, {}),
         (QLORA, ORPO, {"batch_rows": 1}),
         ({**LORA, "dropout": 0.1}, SFT, {}),
