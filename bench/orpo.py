@@ -14,16 +14,16 @@ import os
 import random
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench.clock import ROOT
 from bench.limits import SHAPES, Needed, attended
-from bench.steps import COMMON, Race, Theirs, parser_of, run, token_row
+from bench.steps import BATCH_ROWS, COMMON, Race, Theirs, parser_of, random_tokens, run, token_row
 from tasks.models import TokenRow
 from tasks.process import quiet_libraries
 
-BATCH_ROWS = 8
 WEIGHT = 0.1
 
 Pair = tuple[TokenRow, TokenRow]
@@ -33,10 +33,7 @@ Pair = tuple[TokenRow, TokenRow]
 def pairs_of(count: int, prompt: int, reply: int, vocabulary: int) -> list[Pair]:
     """So many pairs of random tokens."""
     draw = random.Random(0)
-
-    def tokens(most: int) -> list[int]:
-        return [draw.randrange(3, vocabulary) for _ in range(draw.randint(max(1, most // 4), most))]
-
+    tokens = partial(random_tokens, draw, vocabulary=vocabulary)
     asked = [tokens(prompt) for _ in range(count)]
     return [(token_row(each, tokens(reply)), token_row(each, tokens(reply))) for each in asked]
 

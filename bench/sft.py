@@ -11,25 +11,21 @@ from __future__ import annotations
 
 import random
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench.clock import ROOT
 from bench.limits import SHAPES, Needed, attended
-from bench.steps import COMMON, Race, Theirs, parser_of, run, token_row
+from bench.steps import BATCH_ROWS, COMMON, Race, Theirs, parser_of, random_tokens, run, token_row
 from tasks.models import TokenRow
 from tasks.process import quiet_libraries
-
-BATCH_ROWS = 8
 
 
 def rows_of(count: int, prompt: int, reply: int, vocabulary: int) -> list[TokenRow]:
     """So many rows of random tokens."""
     draw = random.Random(0)
-
-    def tokens(most: int) -> list[int]:
-        return [draw.randrange(3, vocabulary) for _ in range(draw.randint(max(1, most // 4), most))]
-
+    tokens = partial(random_tokens, draw, vocabulary=vocabulary)
     return [token_row(tokens(prompt), tokens(reply)) for _ in range(count)]
 
 

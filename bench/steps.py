@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +19,11 @@ from typing import Any, NamedTuple
 
 from bench.clock import Ratio, machine
 from bench.limits import SHAPES, Needed, peak_bytes, peak_flops, useful_flops, write_base
+from tasks.memory import keep_freed_memory
 from tasks.models import TokenRow
 
 RANK = 8
+BATCH_ROWS = 8
 CURVE_STEPS = 20
 
 
@@ -143,7 +145,7 @@ COMMON: dict[str, Any] = {
     "disable_tqdm": True,
     "logging_strategy": "no",
     "learning_rate": 1e-4,
-    "per_device_train_batch_size": 8,
+    "per_device_train_batch_size": BATCH_ROWS,
 }
 """What every anchor gets: only what it needs to run here, and to stay silent."""
 
@@ -160,8 +162,8 @@ def anchors(folder: Path, dtype: Any, make: Callable[..., Any]) -> Iterator[tupl
 
     yield "default", Theirs(folder, dtype, make, bf16=dtype == torch.bfloat16)
     best: tuple[float, Theirs] | None = None
-    for rows in (8, 4, 2):
-        sizes = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 8 // rows}
+    for rows in (BATCH_ROWS, BATCH_ROWS // 2, BATCH_ROWS // 4):
+        sizes = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": BATCH_ROWS // rows}
         side = Theirs(folder, dtype, make, **TUNED, **sizes)
         seconds = side()
         if best is None or seconds < best[0]:
@@ -228,15 +230,14 @@ def report(name: str, ours: Ours, sides: Iterator[tuple[str, Theirs]], needed: N
     yield f"| {name}, ours against ours{void} | {control.row()} | fraction of the limit {reached:.2f} |"
 
 
+def random_tokens(draw: random.Random, most: int, vocabulary: int) -> list[int]:
+    """A quarter of so many tokens to all of them."""
+    return [draw.randrange(3, vocabulary) for _ in range(draw.randint(max(1, most // 4), most))]
+
+
 def token_row(prompt: Sequence[int], reply: Sequence[int]) -> TokenRow:
     """A prompt and a reply that is learnt."""
     return TokenRow([*prompt, *reply], [False] * len(prompt) + [True] * len(reply), len(prompt))
-
-
-def allocator() -> str:
-    """How memory is asked for, where the environment says so."""
-    names = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "LD_PRELOAD")
-    return ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ) or "the allocator as it is"
 
 
 def parser_of(description: str | None, prompt: int, reply: int) -> argparse.ArgumentParser:
@@ -269,7 +270,8 @@ def run(race: Race, given: argparse.Namespace, folder: Path) -> None:
 
     transformers.logging.set_verbosity_error()
     torch.set_flush_denormal(True)
-    print(f"{machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {allocator()}")
+    keep_freed_memory()  # for both sides
+    print(f"{machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     dtype, base = getattr(torch, given.dtype), folder / "base"
     write_base(base, SHAPES[given.shape], torch.float32)
     plain: dict[str, Any] = {"gradient_checkpointing": False, "bf16": False}

@@ -20,6 +20,9 @@ T = TypeVar("T")
 
 GIB = 2**30
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+"""As malloc.h numbers them."""
+
 _RAN_OUT = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory|out of memory|Cannot allocate memory")
 _ASKED = re.compile(r"[Tt]ried to allocate (\d+(?:\.\d+)?) ?(bytes|[KMG]iB)?")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -32,6 +35,23 @@ _LIMITS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
     (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
 )
+
+
+# --- how it is asked for ----------------------------------------------------------------------------------------------
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what a step frees for the next one, instead of giving it back and having it zeroed again.
+
+    Tensors above 32 MiB are otherwise mapped anew every time: long rows took a sixth of their time for that
+    (bench/LOG.md). What a process holds at most stays the same. Elsewhere than on glibc it does nothing.
+    """
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)  # never
 
 
 # --- how it is told ---------------------------------------------------------------------------------------------------

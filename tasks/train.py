@@ -27,7 +27,7 @@ from tasks.errors import BadData, BadInput, BadModel, BadParams, Diverged
 from tasks.examples import Example, learns_prompts, parts_of, referred
 from tasks.loop import NOTHING, Course, run, schedule
 from tasks.losses import fast_products, held_out_loss, losses_of
-from tasks.memory import RowsAtOnce, explained, rows_at_once
+from tasks.memory import RowsAtOnce, explained, keep_freed_memory, rows_at_once
 from tasks.meter import Meter
 from tasks.models import Model, TokenRow
 from tasks.objective_params import KtoObjective, ReferringObjective, SftObjective
@@ -321,6 +321,7 @@ def main() -> None:
         method, checkpoints = stage.params.train[stage.item], checkpoint_folder(stage.workspace, stage.key)
         check_installed(method.report_to)
         check_writable(checkpoints)
+        keep_freed_memory()
         with (
             explained(where=f"train.{stage.item}", fix=fix),
             rows_at_once(method.micro_batch_rows, fit=method.fit_memory, checkpoints=checkpoints) as rows,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -234,3 +235,27 @@ def test_an_allocator_that_the_system_caps(tmp_path: Path) -> None:
     assert "going on with micro_batch_rows=" in after
     assert done.stderr.startswith("error: memory ran out\n  got:      ")
     assert "Traceback" not in done.stderr
+
+
+FAULTS = """
+import resource, sys
+import torch
+from tasks.memory import keep_freed_memory
+
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+for step in range(20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(64 << 20, dtype=torch.uint8).fill_(1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is told")
+def test_large_tensors_are_made_of_the_memory_of_those_before() -> None:
+    faults = {
+        how: int(subprocess.run([sys.executable, "-c", FAULTS, how], cwd=ROOT, capture_output=True, check=True).stdout)
+        for how in ("kept", "usual")
+    }
+    assert faults["usual"] >= 32  # every page is zeroed anew, be they of 2 MiB each
+    assert faults["kept"] < 10

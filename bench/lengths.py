@@ -1,0 +1,114 @@
+"""What a token costs in longer and longer rows, and what the loss holds in memory for larger and larger vocabularies.
+
+    .venv/bin/python -m bench.lengths [--shape tiny] [--dtype float32] [--longest 16384] [--rounds 3]
+
+One row a step for SFT, half of it reply; one pair a step for ORPO, prompt and replies of a third each. Attention to
+all that stands before grows with the length: `needed` is how many operations a token then takes, so that time per
+operation is what must stay level. Nothing else should run meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bench import orpo, sft
+from bench.clock import machine
+from bench.limits import SHAPES, Needed, attended, peak_bytes, peak_flops, useful_flops, write_base
+from bench.steps import Ours, token_row
+from tasks.memory import keep_freed_memory
+from tasks.process import quiet_libraries
+
+SHORTEST = 1024
+VOCABULARIES = (8192, 32_768, 131_072)
+LOSS_TOKENS, HIDDEN = 2048, 192
+
+
+def sft_step(tokens: int, some: Callable[[int], list[int]]) -> tuple[list[Any], Needed]:
+    """A step of one row, and what of it must be computed."""
+    row = token_row(some(tokens // 2), some(tokens - tokens // 2))
+    return [row], Needed(tokens, row.scored_tokens, attended(row.prompt_tokens, [row.scored_tokens]))
+
+
+def orpo_step(tokens: int, some: Callable[[int], list[int]]) -> tuple[list[Any], Needed]:
+    """A step of one pair whose prompt stands once, and what of it must be computed."""
+    prompt, reply = some(tokens - 2 * (tokens // 3)), tokens // 3
+    pair = token_row(prompt, some(reply)), token_row(prompt, some(reply))
+    return [pair], Needed(tokens, len(prompt) - 1 + 2 * reply, attended(len(prompt), [reply, reply]))
+
+
+def rows_of_lengths(given: argparse.Namespace, folder: Path, dtype: Any) -> None:
+    """Prints the table over lengths."""
+    vocabulary, draw = SHAPES[given.shape].vocabulary, random.Random(0)
+
+    def some(count: int) -> list[int]:
+        return [draw.randrange(3, vocabulary) for _ in range(count)]
+
+    print("\n| objective | tokens | s | us a token | needed, MFLOP a token | fraction of the limit | KiB a token |")
+    print("|---" * 7 + "|")
+    for name, step_of, loss in (("SFT", sft_step, sft.our_loss), ("ORPO", orpo_step, orpo.our_loss)):
+        tokens = SHORTEST
+        while tokens <= given.longest:
+            step, needed = step_of(tokens, some)
+            ours = Ours(folder, dtype, [step], loss)
+            ours()
+            seconds = statistics.median(ours() for _ in range(given.rounds))
+            flops, limit = useful_flops(ours.model, needed), peak_flops(ours.model)
+            held = peak_bytes(partial(_differentiated, ours))
+            print(
+                f"| {name} | {tokens} | {seconds:.2f} | {seconds / tokens * 1e6:.0f} | {flops / tokens / 1e6:.0f} | "
+                f"{flops / seconds / limit:.2f} | {held / tokens / 1024:.1f} |",
+                flush=True,
+            )
+            tokens *= 2
+
+
+def _differentiated(ours: Ours) -> None:
+    ours.loss(ours.batches[0]).backward()
+
+
+def held_by_loss(vocabulary: int, dtype: Any) -> int:
+    """Bytes that the head and the loss of random hidden states hold, forwards and backwards."""
+    import torch
+
+    from tasks.head import Head, score_targets
+
+    weight = torch.randn(vocabulary, HIDDEN, dtype=dtype)
+    hidden = torch.randn(LOSS_TOKENS, HIDDEN, dtype=dtype, requires_grad=True)
+    targets = torch.randint(0, vocabulary, (LOSS_TOKENS,))
+    return peak_bytes(lambda: score_targets(hidden, Head(weight), targets).logp.mean().backward())
+
+
+def main() -> None:
+    """Runs and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--longest", type=int, default=16_384)
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    quiet_libraries()
+    import torch
+
+    torch.set_flush_denormal(True)
+    keep_freed_memory()
+    print(f"{machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    dtype = getattr(torch, given.dtype)
+    with tempfile.TemporaryDirectory() as name:
+        write_base(Path(name), SHAPES[given.shape], torch.float32)
+        rows_of_lengths(given, Path(name), dtype)
+    print(f"\n| vocabulary | the loss of {LOSS_TOKENS} tokens holds, MiB | all their logits would, MiB |")
+    print("|---" * 3 + "|")
+    for vocabulary in VOCABULARIES:
+        logits = LOSS_TOKENS * vocabulary * 4
+        print(f"| {vocabulary} | {held_by_loss(vocabulary, dtype) / 2**20:.1f} | {logits / 2**20:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
