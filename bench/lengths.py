@@ -21,7 +21,7 @@ from typing import Any
 from bench import orpo, sft
 from bench.clock import machine
 from bench.limits import SHAPES, Needed, attended, peak_bytes, peak_flops, useful_flops, write_base
-from bench.steps import Ours, token_row
+from bench.steps import Ours, spin_while_waiting, token_row
 from tasks.memory import keep_freed_memory
 from tasks.process import quiet_libraries
 
@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=16_384)
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
+    spin_while_waiting()
     quiet_libraries()
     import torch
 

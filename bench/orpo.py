@@ -20,7 +20,7 @@ from typing import Any
 
 from bench.clock import ROOT
 from bench.limits import SHAPES, Needed, attended
-from bench.steps import BATCH_ROWS, COMMON, Race, Theirs, parser_of, random_tokens, run, token_row
+from bench.steps import BATCH_ROWS, COMMON, Race, Theirs, parser_of, random_tokens, run, spin_while_waiting, token_row
 from tasks.models import TokenRow
 from tasks.process import quiet_libraries
 
@@ -94,6 +94,7 @@ def trainer_of(pairs: Sequence[Pair], folder: Path) -> Any:
 def main() -> None:
     """Runs and prints."""
     given = parser_of(__doc__, 96, 96).parse_args()
+    spin_while_waiting()
     quiet_libraries()
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     from tasks.train import batches_of

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import random
 import statistics
 import time
@@ -75,6 +76,16 @@ class Side:
         return [p.grad.clone() for p in self.learns.values()]
 
 
+def give_back_freed_memory() -> None:
+    """What glibc comes to by itself: it maps what is larger than 32 MiB, and gives back what is more than 64."""
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option, value in ((-4, 65_536), (-3, 32 << 20), (-1, 64 << 20)):
+            mallopt(option, value)
+
+
 class Ours(Side):
     """What the stage `train` does with rows in batches."""
 
@@ -91,6 +102,7 @@ class Ours(Side):
         import torch
 
         self.again()
+        keep_freed_memory()  # as the stage does
         optimizer = self.optimizer()
         started = time.perf_counter()
         for batch in self.batches:
@@ -102,10 +114,21 @@ class Ours(Side):
 
 
 class Theirs(Side):
-    """A trainer of TRL's on the same rows; `make` gets the model and the arguments that differ."""
+    """A trainer of TRL's on the same rows; `make` gets the model and the arguments that differ.
 
-    def __init__(self, folder: Path, dtype: Any, make: Callable[..., Any], **arguments: Any) -> None:
+    `allocator` sets how memory is asked for: as for ours unless it says otherwise.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        dtype: Any,
+        make: Callable[..., Any],
+        allocator: Callable[[], None] = keep_freed_memory,
+        **arguments: Any,
+    ) -> None:
         super().__init__(folder, dtype)
+        self._allocator = allocator
         from transformers import PrinterCallback
 
         self.trainer = make(self.model, **arguments)
@@ -132,6 +155,7 @@ class Theirs(Side):
         self.again()
         self.trainer.optimizer = self.trainer.lr_scheduler = None
         self._clock.started = 0.0
+        self._allocator()
         self.trainer.train()
         seconds: float = self._clock.ended - self._clock.started
         return seconds
@@ -160,10 +184,10 @@ def anchors(folder: Path, dtype: Any, make: Callable[..., Any]) -> Iterator[tupl
     """As shipped, and with the best of three sizes of batches, told by a pass each; a step has as many rows always."""
     import torch
 
-    yield "default", Theirs(folder, dtype, make, bf16=dtype == torch.bfloat16)
+    yield "default", Theirs(folder, dtype, make, give_back_freed_memory, bf16=dtype == torch.bfloat16)
     best: tuple[float, Theirs] | None = None
     for rows in (BATCH_ROWS, BATCH_ROWS // 2, BATCH_ROWS // 4):
-        sizes = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": BATCH_ROWS // rows}
+        sizes: dict[str, Any] = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": BATCH_ROWS // rows}
         side = Theirs(folder, dtype, make, **TUNED, **sizes)
         seconds = side()
         if best is None or seconds < best[0]:
@@ -240,6 +264,11 @@ def token_row(prompt: Sequence[int], reply: Sequence[int]) -> TokenRow:
     return TokenRow([*prompt, *reply], [False] * len(prompt) + [True] * len(reply), len(prompt))
 
 
+def spin_while_waiting() -> None:
+    """Lets idle threads spin on both sides, as they do by default; stages leave cores to each other (tasks.process)."""
+    os.environ |= {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "300000"}
+
+
 def parser_of(description: str | None, prompt: int, reply: int) -> argparse.ArgumentParser:
     """What both benchmarks of steps can be asked."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -270,7 +299,6 @@ def run(race: Race, given: argparse.Namespace, folder: Path) -> None:
 
     transformers.logging.set_verbosity_error()
     torch.set_flush_denormal(True)
-    keep_freed_memory()  # for both sides
     print(f"{machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     dtype, base = getattr(torch, given.dtype), folder / "base"
     write_base(base, SHAPES[given.shape], torch.float32)

@@ -42,7 +42,10 @@ QUIET = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_MODEL_CATALOG_URI": "",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "OMP_WAIT_POLICY": "PASSIVE",  # stages run side by side; threads that spin while they wait slow the others down
+    # stages run side by side: threads that spin while they wait slow the others down, those that sleep at once are slow
+    # to wake; so they spin for some tens of microseconds (bench/LOG.md)
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "2000",
     "TOKENIZERS_PARALLELISM": "true",
     "TQDM_DISABLE": "1",  # the bars of libraries; ours ask to be shown
     "TRANSFORMERS_VERBOSITY": "error",
