@@ -13,6 +13,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from tasks.distributed import is_first
 from tasks.errors import BadData
 from tasks.models import Model, TokenRow, score_tokens
 from tasks.outputs import read_manifest, whole_folder
@@ -79,7 +80,8 @@ def precomputed(model: Model, rows: Sequence[TokenRow], rows_at_once: int, kept:
         with switched_off(model) if isinstance(model, PeftModel) else nullcontext():
             sums = sums_of(model, [row for _, row in ordered], rows_at_once).cpu()
         known = dict(zip([digest for digest, _ in ordered], sums, strict=True))
-        _write(kept, known)
+        if is_first():
+            _write(kept, known)
 
     def reference(asked: Sequence[TokenRow]) -> Tensor:
         return torch.stack([known[_digest(row)] for row in asked])
