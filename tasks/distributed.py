@@ -5,7 +5,8 @@ that all of them clip, check and update to the same bits. Random numbers that on
 fixed function of the seed, the step and its rank. The first process alone writes and says anything. A process that was
 launched by itself notices nothing of all this.
 
-Weights that are not trained may be sharded (`tasks/sharding.py`): then every process must take part in every pass.
+Weights that are not trained may be sharded (`tasks/sharding.py`): then every process must take part in every pass. What
+the launcher was configured to do is told by the environment, in the words of accelerate.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ class World(NamedTuple):
 
 
 ALONE = World(0, 1, 0)
+ZERO_OF_WEIGHTS = 3
+"""The stage of ZeRO that shards weights, beside gradients and optimizer states (arXiv:1910.02054, section 5)."""
 _world = ALONE
 
 
@@ -54,6 +57,22 @@ def launched() -> World:
 def world() -> World:
     """Where this process stands; alone outside of `group`."""
     return _world
+
+
+def shards_weights() -> bool:
+    """Whether weights that are not trained are to be sharded: by FSDP, or as the third stage of ZeRO does."""
+    return _world != ALONE and (uses_fsdp() or uses_zero() == ZERO_OF_WEIGHTS)
+
+
+def uses_fsdp() -> bool:
+    """Whether the launcher's configuration says so."""
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
+def uses_zero() -> int:
+    """The stage of ZeRO that the launcher's configuration names; 0 without DeepSpeed."""
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 0)) if deepspeed else 0
 
 
 def is_first() -> bool:

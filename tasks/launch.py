@@ -7,6 +7,7 @@ passed on, so that all processes end after their present step, and the exit code
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -45,7 +46,9 @@ def launch(config: Path, module: str, words: list[str]) -> int:
     if not config.is_file():
         raise BadParams("does not exist", where=str(config), fix=f"correct the path in {LAUNCH}, or unset it")
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP"  # torchrun's own handler loses the exit codes
-    os.environ.setdefault("LOGLEVEL", "CRITICAL")  # torchrun tells at length what the processes have told
+    logging.getLogger("torch.distributed.elastic.multiprocessing").setLevel(
+        logging.CRITICAL
+    )  # processes tell themselves
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 

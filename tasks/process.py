@@ -52,7 +52,7 @@ QUIET = {
 }
 OFFLINE = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
 _WATCH_S = 0.5
-_FIRST_TELLS_S = 2.0
+_FIRST_TELLS_S = 10.0
 """So long the other processes let the first one tell of an error, whose end is theirs; then each tells its own."""
 
 

@@ -181,7 +181,7 @@ def groups_of(model: Model, method: Method) -> list[dict[str, Any]]:
 
 def below_for(model: Model, examples: Sequence[Example], method: Method) -> Below | None:
     """What keeps the hidden states that no edit changes, where there are such and they are needed again."""
-    if sharding.is_asked():
+    if distributed.shards_weights():
         return None  # what is needed again differs from process to process, and so would their passes
     noisy = isinstance(method.objective, SftObjective) and method.objective.neftune_alpha > 0
     # noise makes them others every time, and where prompts are learnt all of their tokens must be there
@@ -363,7 +363,7 @@ def _train_stage(stage: process.Stage, method: Method, checkpoints: Path, rows: 
     settle(method.seed)
     steps = method.epochs * steps_per_epoch(len(examples), method.batch_rows)
     model = fresh(base, method.adapter, steps)
-    if sharding.is_asked():
+    if distributed.shards_weights():
         sharding.shard(model)
     reference = reference_for(model, examples, held_out, method, checkpoints)
 
