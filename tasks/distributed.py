@@ -158,6 +158,28 @@ def own_draws() -> Iterator[None]:
 # --- what they do together --------------------------------------------------------------------------------------------
 
 
+def add_up(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, in its place.
+
+    Raises:
+        Transient: another process is gone.
+    """
+    if _world == ALONE:
+        return tensor
+    from torch import distributed
+
+    try:
+        distributed.all_reduce(tensor)
+    except RuntimeError as error:
+        raise Transient(
+            "another process of this training is gone",
+            where=f"process {_world.rank} of {_world.size}",
+            got=str(error).split("\n")[0],
+            fix="see what it said; if it said nothing, run it again",
+        ) from error
+    return tensor
+
+
 def summed(numbers: Mapping[str, float]) -> dict[str, float]:
     """The sums over all processes, which name the same numbers."""
     if _world == ALONE:
@@ -165,7 +187,7 @@ def summed(numbers: Mapping[str, float]) -> dict[str, float]:
     import torch
 
     sums = torch.tensor(list(numbers.values()), dtype=torch.float64, device=_device())
-    _sum(sums)
+    add_up(sums)
     return dict(zip(numbers, sums.tolist(), strict=True))
 
 
@@ -185,12 +207,12 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
 
     ordered = list(parameters)
     known = torch.tensor([float(p.grad is not None) for p in ordered], device=_device())
-    _sum(known)
+    add_up(known)
     used = [parameter for parameter, times in zip(ordered, known.tolist(), strict=True) if times]
     for bucket in _buckets(used):
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
         flat = torch.cat([gradient.float().flatten() for gradient in gradients])
-        _sum(flat)
+        add_up(flat)
         for parameter, gradient, total in zip(bucket, gradients, flat.split([p.numel() for p in bucket]), strict=True):
             parameter.grad = gradient.copy_(total.view_as(gradient))
 
@@ -234,22 +256,3 @@ def _device() -> torch.device:
     import torch
 
     return torch.device("cuda", _world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def _sum(tensor: Tensor) -> None:
-    """Adds up a tensor over all processes, in place.
-
-    Raises:
-        Transient: another process is gone.
-    """
-    from torch import distributed
-
-    try:
-        distributed.all_reduce(tensor)
-    except RuntimeError as error:
-        raise Transient(
-            "another process of this training is gone",
-            where=f"process {_world.rank} of {_world.size}",
-            got=str(error).split("\n")[0],
-            fix="see what it said; if it said nothing, run it again",
-        ) from error

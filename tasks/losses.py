@@ -20,7 +20,7 @@ from tasks.models import Model, Scored, TokenRow
 from tasks.noise import noisy_embeddings
 from tasks.objective_params import DpoObjective, KtoObjective, OrpoObjective, SftObjective, SimpoObjective
 from tasks.params import Method
-from tasks.reference import Reference, adapter_off, sums_of
+from tasks.reference import Reference, adapter_off, sums_by_all, sums_of
 from tasks.scoring import score
 from tasks.seq2seq import PairRow
 
@@ -164,8 +164,12 @@ def _baseline(model: Model, others: Sequence[TokenRow], method: Method, referenc
 
     if not others:
         return torch.zeros((), device=model.device)
-    policy = sums_of(model, others, method.micro_batch_rows)
-    return kl_baseline(policy - reference(others).to(policy.device))
+
+    def gaps(some: Sequence[TokenRow]) -> Tensor:
+        policy = sums_of(model, some, method.micro_batch_rows)
+        return policy - reference(some).to(policy.device)
+
+    return kl_baseline(sums_by_all(gaps, others, method.micro_batch_rows))
 
 
 def fast_products(method: Method) -> AbstractContextManager[object]:

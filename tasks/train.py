@@ -337,7 +337,9 @@ def main() -> None:
     """The stage `train@METHOD`, in one process or in several that were launched together."""
     launch.launch_if_asked("tasks.train")
     with process.stage(__doc__, "base", "rendered", "out", item="method") as stage, distributed.group():
-        fix = f"set train.{stage.item}.fit_memory: true, or what `temper estimate --method {stage.item}` says would fit"
+        fits = f"what `temper estimate --method {stage.item}` says would fit"
+        alone = distributed.world() == distributed.ALONE
+        fix = f"set train.{stage.item}.fit_memory: true, or {fits}" if alone else f"set {fits}"
         method, checkpoints = stage.params.train[stage.item], checkpoint_folder(stage.workspace, stage.key)
         check_launched(stage.item, method)
         check_installed(method.report_to)
