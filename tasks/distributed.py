@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from tasks.errors import BadInput, BadParams, Transient
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+WAIT = timedelta(hours=6)
+"""So long a process waits for another, which may be writing much: the launcher notices one that has ended at once."""
 BUCKET_NUMBERS = 2**26
 """So many gradients are summed at once, at most: 256 MiB of them."""
 
@@ -105,7 +108,7 @@ def group() -> Iterator[None]:
                 fix="launch one process per GPU",
             )
         torch.cuda.set_device(found.local_rank)
-    distributed.init_process_group("nccl" if on_gpus else "gloo")
+    distributed.init_process_group("nccl" if on_gpus else "gloo", timeout=WAIT)
     with ExitStack() as stack:
         if found.rank:
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
@@ -253,6 +256,7 @@ def _buckets(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _device() -> torch.device:
+    """This process's GPU, which is the current one, or the CPU."""
     import torch
 
-    return torch.device("cuda", _world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
