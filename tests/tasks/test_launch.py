@@ -18,28 +18,29 @@ from tasks.outputs import read_manifest
 from tests.conftest import ROOT, environment
 from tests.tasks.test_train_stage import write_chats
 
-CONFIG = "infra/launch/gloo.yaml"
+CONFIGS = ROOT / "infra" / "launch"
+STEPS = 24
 
 
-def begin(workspace: Path, out: str, **settings: object) -> subprocess.Popen[str]:
+def begin(workspace: Path, config: str, **settings: object) -> subprocess.Popen[str]:
     """Starts the stage; eleven rows in steps of four, one of which two processes cannot share evenly."""
-    small = {"batch_rows": 4, "micro_batch_rows": 2, "checkpoint_every_steps": 2, "epochs": 20, "adapter.dropout": 0.1}
+    small = {"batch_rows": 4, "micro_batch_rows": 2, "checkpoint_every_steps": 2, "epochs": 8, "adapter.dropout": 0.1}
     change_params(workspace, None, [f"train.reft.{k}={json.dumps(v)}" for k, v in (small | settings).items()])
     if not (workspace / "rendered").exists():
         write_chats(workspace / "rendered", {"train": 11, "held_out": 5})
-    words = ["reft", "--base", "models/tiny", "--rendered", "rendered", "--out", out]
+    words = ["reft", "--base", "models/tiny", "--rendered", "rendered", "--out", "out"]
     return subprocess.Popen(
         [sys.executable, "-m", "tasks.train", *words],
         cwd=workspace,
-        env=environment(**{LAUNCH: CONFIG}),
+        env=environment(**{LAUNCH: f"infra/launch/{config}"}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def test_stopped_it_ends_after_a_checkpoint_and_goes_on_from_there(workspace: Path) -> None:
-    stopped = begin(workspace, "out")
+def test_stopped_it_ends_after_a_checkpoint_and_goes_on_from_there_with_sharded_weights(workspace: Path) -> None:
+    stopped = begin(workspace, "gloo.yaml")
     while not any((workspace / ".temper" / "checkpoints").glob("*/step-*")):
         assert stopped.poll() is None, stopped.communicate()
     family = psutil.Process(stopped.pid).children()
@@ -55,19 +56,19 @@ def test_stopped_it_ends_after_a_checkpoint_and_goes_on_from_there(workspace: Pa
     reached = latest(checkpoints)
     assert reached is not None
 
-    resumed = begin(workspace, "out")
+    resumed = begin(workspace, "fsdp2.yaml")
     said, errors = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, said + errors
-    assert said.count(f"going on from the checkpoint after step {reached.step} of 60") == 1
-    assert said.count("train reft: 60 of 60 steps") == 1
+    assert said.count(f"going on from the checkpoint after step {reached.step} of {STEPS}") == 1
+    assert said.count(f"train reft: {STEPS} of {STEPS} steps") == 1
     read_manifest(workspace / "out")
     log = [json.loads(line) for line in (workspace / "out" / "log.jsonl").read_text().splitlines()]
     assert log[: reached.step] == reached.log
-    assert [row["step"] for row in log] == list(range(1, 61))
+    assert [row["step"] for row in log] == list(range(1, STEPS + 1))
 
 
 def test_what_several_processes_cannot_do_is_refused_once(workspace: Path) -> None:
-    process = begin(workspace, "out", fit_memory=True)
+    process = begin(workspace, "gloo.yaml", fit_memory=True)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 65, errors
     assert errors.count("error: train.reft.fit_memory: several processes cannot fit their rows to memory") == 1
@@ -77,7 +78,7 @@ def test_what_several_processes_cannot_do_is_refused_once(workspace: Path) -> No
 
 @pytest.mark.parametrize(("ends", "code"), [("wait,65", 65), ("0,0", 0)])
 def test_the_end_of_one_process_is_that_of_all(ends: str, code: int) -> None:
-    call = f"launch(Path({CONFIG!r}), 'tests.tasks.failing_process', [{ends!r}])"
+    call = f"launch(Path({str(CONFIGS / 'gloo.yaml')!r}), 'tests.tasks.failing_process', [{ends!r}])"
     program = f"import sys; from pathlib import Path; from tasks.launch import launch; sys.exit({call})"
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -105,6 +106,14 @@ def test_the_end_of_one_process_is_that_of_all(ends: str, code: int) -> None:
 )
 def test_the_code_is_that_of_the_process_that_knows_why(codes: list[int], code: int) -> None:
     assert code_of(codes) == code
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.iterdir()), ids=lambda path: path.name)
+def test_every_shipped_configuration_is_one_of_accelerate_and_in_the_readme(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert load_config_from_file(str(path)).num_processes == 2
+    assert f"| `{path.name}` |" in (ROOT / "README.md").read_text()
 
 
 def test_a_configuration_that_is_not_there_is_told(workspace: Path) -> None:
