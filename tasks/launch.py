@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tasks import process
@@ -46,9 +46,8 @@ def launch(config: Path, module: str, words: list[str]) -> int:
     if not config.is_file():
         raise BadParams("does not exist", where=str(config), fix=f"correct the path in {LAUNCH}, or unset it")
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP"  # torchrun's own handler loses the exit codes
-    logging.getLogger("torch.distributed.elastic.multiprocessing").setLevel(
-        logging.CRITICAL
-    )  # processes tell themselves
+    # what it logs of processes that fail they have told themselves
+    logging.getLogger("torch.distributed.elastic.multiprocessing").setLevel(logging.CRITICAL)
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -84,7 +83,8 @@ def _passing_signals_on() -> Iterator[None]:
 
     def pass_on(number: int, frame: object) -> None:
         for child in psutil.Process().children():
-            child.send_signal(number)
+            with suppress(psutil.NoSuchProcess):
+                child.send_signal(number)
 
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = [signal.signal(number, pass_on) for number in numbers]

@@ -80,6 +80,9 @@ def shard(model: Model) -> None:
     for layer in layers_of(model):
         trained = {parameter for parameter in layer.parameters() if parameter.requires_grad}
         fully_shard(layer, ignored_params=trained, reshard_after_forward=again)
+    if not model.config.is_encoder_decoder:  # as one stack, a layer is gathered while the one before is computed
+        stack = base_of(model).get_decoder()
+        fully_shard(stack, ignored_params=set(stack.parameters()), reshard_after_forward=again)
     for tensor in (*model.parameters(), *model.buffers()):
         if not isinstance(tensor, DTensor):
             tensor.data = tensor.data.to(device())

@@ -20,12 +20,14 @@ from tests.tasks.test_train_stage import write_chats
 
 CONFIGS = ROOT / "infra" / "launch"
 STEPS = 24
+SAMPLES = {"every_steps": 8, "prompts": 1, "max_new_tokens": 3}
 
 
 def begin(workspace: Path, config: str, **settings: object) -> subprocess.Popen[str]:
     """Starts the stage; eleven rows in steps of four, one of which two processes cannot share evenly."""
     small = {"batch_rows": 4, "micro_batch_rows": 2, "checkpoint_every_steps": 2, "epochs": 8, "adapter.dropout": 0.1}
-    change_params(workspace, None, [f"train.reft.{k}={json.dumps(v)}" for k, v in (small | settings).items()])
+    looks = {"evaluation": {"every_steps": 8, "patience": "never", "keep": "best"}, "samples": SAMPLES}
+    change_params(workspace, None, [f"train.reft.{k}={json.dumps(v)}" for k, v in (small | looks | settings).items()])
     if not (workspace / "rendered").exists():
         write_chats(workspace / "rendered", {"train": 11, "held_out": 5})
     words = ["reft", "--base", "models/tiny", "--rendered", "rendered", "--out", "out"]
@@ -65,6 +67,7 @@ def test_stopped_it_ends_after_a_checkpoint_and_goes_on_from_there_with_sharded_
     log = [json.loads(line) for line in (workspace / "out" / "log.jsonl").read_text().splitlines()]
     assert log[: reached.step] == reached.log
     assert [row["step"] for row in log] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in log if "held_out_loss" in row and len(row["samples"]) == 1] == [8, 16, 24]
 
 
 def test_what_several_processes_cannot_do_is_refused_once(workspace: Path) -> None:
