@@ -25,6 +25,9 @@ LAUNCH = "TEMPER_LAUNCH"
 _DRAGGED_DOWN = (Transient.exit_code, -signal.SIGTERM)
 """How a process ends that lost another, or was ended by the launcher since another had failed."""
 
+_SIGNALLED = 128
+"""What a shell adds to the number of the signal that ended a process."""
+
 
 def launch_if_asked(module: str) -> None:
     """Ends this process with what came of several that run the same command, where TEMPER_LAUNCH asks for them."""
@@ -56,7 +59,10 @@ def launch(config: Path, module: str, words: list[str]) -> int:
         with _passing_signals_on():
             launch_command(asked)
     except ChildFailedError as error:
-        return code_of(failure.exitcode for failure in error.failures.values())
+        code = code_of(failure.exitcode for failure in error.failures.values())
+        if code > _SIGNALLED:
+            print(f"error: one of the processes was ended by signal {code - _SIGNALLED}", file=sys.stderr, flush=True)
+        return code
     except (ValueError, TypeError, ImportError, ConnectionError) as error:
         raise BadParams(
             "accelerate does not launch by this configuration", where=str(config), got=str(error).split("\n")[0]
@@ -67,13 +73,13 @@ def launch(config: Path, module: str, words: list[str]) -> int:
 def code_of(codes: Iterable[int]) -> int:
     """The exit code of processes that failed together: of the one that knows why, rather than of those it dragged down.
 
-    A process that was ended by a signal has minus its number, and gives 128 more than it, as in a shell.
+    A process that was ended by a signal has minus its number for a code; what is returned is as in a shell.
     """
     own = (BadInput.exit_code, OutOfMemory.exit_code)
     found = list(codes)
     ranked = [c for c in own if c in found] + [c for c in found if c not in _DRAGGED_DOWN]
     ranked += [c for c in _DRAGGED_DOWN if c in found]
-    return ranked[0] if ranked[0] >= 0 else 128 - ranked[0]
+    return ranked[0] if ranked[0] >= 0 else _SIGNALLED - ranked[0]
 
 
 @contextmanager
