@@ -78,8 +78,7 @@ def shard(model: Model) -> None:
     _keep_scales(model)
     again = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true") != "false"
     for layer in layers_of(model):
-        trained = {parameter for parameter in layer.parameters() if parameter.requires_grad}
-        fully_shard(layer, ignored_params=trained, reshard_after_forward=again)
+        fully_shard(layer, ignored_params=_kept_whole(layer), reshard_after_forward=again)
     if not model.config.is_encoder_decoder:  # as one stack, a layer is gathered while the one before is computed
         stack = base_of(model).get_decoder()
         fully_shard(stack, ignored_params=set(stack.parameters()), reshard_after_forward=again)
@@ -100,6 +99,15 @@ def layers_of(model: Model) -> list[nn.Module]:
             fix="launch it without sharding (infra/launch/ddp.yaml)",
         )
     return found
+
+
+def _kept_whole(layer: nn.Module) -> set[nn.Parameter]:
+    """What is trained in a layer, and whatever else belongs to an adapter, which may read it at any time."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapters = [module for module in layer.modules() if isinstance(module, BaseTunerLayer)]
+    of_adapters = {p for module in adapters for n, p in module.named_parameters() if not n.startswith("base_layer.")}
+    return of_adapters | {parameter for parameter in layer.parameters() if parameter.requires_grad}
 
 
 def _keep_scales(model: Model) -> None:
