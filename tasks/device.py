@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tasks.distributed import ALONE, world
+
 if TYPE_CHECKING:
     import torch
 
@@ -15,9 +17,11 @@ Not `avx512_bf16` alone: with it they take twice as long as in fp32 on the CPUs 
 
 
 def device() -> torch.device:
-    """The first GPU, or the CPU."""
+    """The first GPU, or the CPU; of several processes on a machine each has a GPU of its own."""
     import torch
 
+    if torch.cuda.is_available() and world() != ALONE:
+        return torch.device("cuda", world().local_rank)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

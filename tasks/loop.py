@@ -3,6 +3,9 @@
 It stops at the first loss or gradient that is not finite, before the optimizer sees it; it writes a checkpoint every
 so many steps, at the end, and when a signal asks it to stop; and it returns only if it took every step, or stopped
 early by its rule.
+
+Where several processes train, each differentiates its parts of a step; all then take the same step, and the first one
+keeps what is written.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from tasks.checkpoints import (
     set_random_state,
     unpack,
 )
+from tasks.distributed import anywhere, check_agreed, is_first, own_draws, sum_gradients, summed, wait
 from tasks.errors import Diverged, Interrupted
 from tasks.memory import RowsAtOnce
 from tasks.progress import Progress
@@ -122,10 +126,13 @@ def run(
             on_row(row)
             progress.step(f"loss {row['loss']:.3f}")
             over = len(log) == course.steps or watch.is_over(log)
-            if len(log) % course.checkpoint_every_steps == 0 or over or stopping.is_set():
+            stop = anywhere(stopping.is_set())
+            if len(log) % course.checkpoint_every_steps == 0 or over or stop:
                 _check_finite(parameters, len(log))
-                save(checkpoints, Checkpoint(len(log), pack(parameters, optimizers, best), log))
-            if stopping.is_set() and not over:
+                if is_first():
+                    save(checkpoints, Checkpoint(len(log), pack(parameters, optimizers, best), log))
+                wait()  # else the end of one process would end the first while it writes
+            if stop and not over:
                 raise Interrupted(
                     "the training was stopped",
                     where=f"step {len(log)} of {course.steps}",
@@ -144,7 +151,9 @@ def _resume(
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Puts everything where the newest checkpoint has it; returns the log and the best weights so far."""
     log, best = list[dict[str, Any]](), dict[str, Any]()
-    if found := latest(checkpoints):
+    found = latest(checkpoints)
+    check_agreed("the newest checkpoint", found.step if found else 0, fix=f"let all machines see {checkpoints}")
+    if found:
         best = unpack(found.tensors, parameters, optimizers, str(checkpoints))
         log = found.log
         print(f"{progress.label}: going on from the checkpoint after step {found.step} of {course.steps}", flush=True)
@@ -167,12 +176,16 @@ def _step(
         set_random_state(random)  # a step that is taken again draws what it drew
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        return _differentiate(course.losses(step))
+        with own_draws():
+            return _differentiate(course.losses(step))
 
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
-    loss, extra = rows.fitted(differentiate)
+    own_loss, own_extra = rows.fitted(differentiate)
+    sum_gradients(parameters.values())
+    sums = summed({"loss": own_loss, **own_extra})
+    loss, extra = sums.pop("loss"), sums
     norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), course.max_grad_norm).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise Diverged(

@@ -2,7 +2,8 @@
 
 A step is computed in parts of `micro_batch_rows`, whose losses and gradients add up to those of the whole step: a mean
 over tokens is weighed by a part's share of the step's tokens, a mean over rows or pairs by its share of those. KTO's
-baseline is one number for the whole step, worked out before its first part.
+baseline is one number for the whole step, worked out before its first part. Where several processes train, each has
+some of the parts.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks.adapter_params import AdaloraAdapter, FullAdapter
 from tasks.device import compute_dtype, device
+from tasks.distributed import dealt, summed, world
 from tasks.examples import Example, learns_prompts, learnt_tokens, likely, mismatched, parts_of, replies_of
 from tasks.models import Model, Scored, TokenRow
 from tasks.noise import noisy_embeddings
 from tasks.objective_params import DpoObjective, KtoObjective, OrpoObjective, SftObjective, SimpoObjective
 from tasks.params import Method
-from tasks.reference import Reference, adapter_off, sums_of
+from tasks.reference import Reference, adapter_off, sums_by_all, sums_of
 from tasks.scoring import score
 from tasks.seq2seq import PairRow
 
@@ -78,7 +80,7 @@ def losses_of(
     below: Below | None = None,
     reference: Reference | None = None,
 ) -> Iterator[Part]:
-    """The objective on the examples of a step, in parts of `micro_batch_rows` that add up to it.
+    """The objective on the examples of a step, in parts of `micro_batch_rows` that add up to it over all processes.
 
     Args:
         model: in training or in evaluation.
@@ -113,7 +115,10 @@ def loss_of(
 def held_out_loss(
     model: Model, examples: Sequence[Example], method: Method, reference: Reference | None = None
 ) -> float:
-    """The objective's mean over held-out examples, without dropout: each step of them weighs as many rows as it has."""
+    """The objective's mean over held-out examples, without dropout: each step of them weighs as many rows as it has.
+
+    The same in all processes, of which each computes some parts.
+    """
     import torch
 
     model.eval()
@@ -123,22 +128,25 @@ def held_out_loss(
             parts = _objective(model, step, method, None, reference)
             total += len(step) * sum(loss.item() for loss, _, _ in parts)
     model.train()
-    return total / len(examples)
+    return summed({"loss": total})["loss"] / len(examples)
 
 
 def _objective(
     model: Model, examples: Sequence[Example], method: Method, below: Below | None, reference: Reference | None
 ) -> Iterator[tuple[Tensor, dict[str, float], float]]:
-    """The parts of a step, each with its share of the rows."""
+    """The parts of a step that this process has, each with its share of the rows: 0 where it does not count."""
     reference = reference or adapter_off(model, method.micro_batch_rows)
     whole = None
-    for some in parts_of(examples, method.micro_batch_rows):
+    for some, counts in dealt(examples, method.micro_batch_rows, world()):
         with fast_products(method):
             whole = whole or _whole(model, examples, method, reference)
             loss, logged = _LOSSES[method.objective.name](
                 Given(model, some, method, below, reference, whole), method.objective
             )
-        yield loss, logged, len(some) / len(examples)
+        if counts:
+            yield loss, logged, len(some) / len(examples)
+        else:
+            yield loss * 0, dict.fromkeys(logged, 0.0), 0.0
 
 
 def _whole(model: Model, examples: Sequence[Example], method: Method, reference: Reference) -> Whole:
@@ -156,8 +164,12 @@ def _baseline(model: Model, others: Sequence[TokenRow], method: Method, referenc
 
     if not others:
         return torch.zeros((), device=model.device)
-    policy = sums_of(model, others, method.micro_batch_rows)
-    return kl_baseline(policy - reference(others).to(policy.device))
+
+    def gaps(some: Sequence[TokenRow]) -> Tensor:
+        policy = sums_of(model, some, method.micro_batch_rows)
+        return policy - reference(some).to(policy.device)
+
+    return kl_baseline(sums_by_all(gaps, others, method.micro_batch_rows))
 
 
 def fast_products(method: Method) -> AbstractContextManager[object]:

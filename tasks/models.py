@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from tasks.adapter_params import Int8Adapter, QloraAdapter
 from tasks.architecture import architecture_in
 from tasks.device import compute_dtype, device
+from tasks.distributed import shards_weights
 from tasks.errors import BadModel
 from tasks.outputs import read_object
 
@@ -132,7 +133,7 @@ def load_model(
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
-            device_map={"": device()},
+            device_map={"": "cpu" if shards_weights() else device()},
             quantization_config=quantization(quantized_for, compute_dtype()) if quantized_for else None,
         )
     except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:

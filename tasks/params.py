@@ -318,7 +318,7 @@ class Method(Section):
     batch_rows: Count
     """Rows in a step."""
     micro_batch_rows: Count
-    """Rows in a forward pass; a step adds up the gradients of as many passes as it takes."""
+    """Rows in a forward pass, of each process; a step adds up the gradients of as many passes as it takes."""
     optimizer: OptimizerName
     """AdamW or Lion; with states in 8 bits (`_8bit`), or that a GPU may move to the host (`paged_`); or AdamW that
     averages its steps instead of a schedule's decay (`_schedule_free`, arXiv:2405.15682)."""
@@ -339,7 +339,8 @@ class Method(Section):
     samples: Literal["none"] | Samples
     """Replies to held-out prompts on the way."""
     fit_memory: bool
-    """Whether a step that runs out of memory is taken again with half of `micro_batch_rows`: the same gradients."""
+    """Whether a step that runs out of memory is taken again with half of `micro_batch_rows`: the same gradients. One
+    process can do that, several cannot."""
     report_to: list[Literal["tensorboard", "wandb"]]
     """Where the log goes besides MLflow; each needs its package. TensorBoard's files are in .temper/tensorboard."""
     seed: Seed

@@ -4,6 +4,7 @@
   readable block.
 - It dies with the `dvc` or the flow that started it, so that no orphan goes on writing.
 - It knows the content key of what it reads, and fails when an input is edited while it runs.
+- Of several processes that were launched together, the first tells what befalls all of them.
 - The libraries below neither report usage nor look anything up on a network.
 """
 
@@ -22,8 +23,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NoReturn
 
 from tasks import graph
+from tasks.distributed import launched
 from tasks.errors import BadInput, BadParams, InputsChanged, TemperError, Transient
 from tasks.memory import out_of_memory, ran_out
 from tasks.params import Params
@@ -52,6 +55,8 @@ QUIET = {
 }
 OFFLINE = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
 _WATCH_S = 0.5
+_FIRST_TELLS_S = 10.0
+"""So long the other processes let the first one tell of an error, whose end is theirs; then each tells its own."""
 
 
 @dataclass(frozen=True)
@@ -117,18 +122,22 @@ def readable_errors() -> Iterator[None]:
     try:
         yield
     except TemperError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+        _end(str(error), error.exit_code)
     except Exception as error:
         if ran_out(error):
             short = out_of_memory(error, where="", fix="work on fewer rows at once, or take a machine with more memory")
-            print(f"error: {short}", file=sys.stderr, flush=True)
-            sys.exit(short.exit_code)
+            _end(str(short), short.exit_code)
         told = tell_of_storage(error)
         if told is None:
             raise
-        print(f"error: {told[0]}", file=sys.stderr, flush=True)
-        sys.exit(told[1])
+        _end(*told)
+
+
+def _end(said: str, exit_code: int) -> NoReturn:
+    if launched().rank:
+        time.sleep(_FIRST_TELLS_S)
+    print(f"error: {said}", file=sys.stderr, flush=True)
+    sys.exit(exit_code)
 
 
 def tell_of_storage(error: Exception) -> tuple[str, int] | None:

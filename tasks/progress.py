@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, TypeVar
 
+from tasks.distributed import is_first
+
 T = TypeVar("T")
 
 LINE_EVERY_S = 5.0
@@ -26,7 +28,7 @@ class Progress:
         self.label, self.total, self.unit, self.done = label, total, unit, 0
         self._first, self._started, self._told = 0, time.monotonic(), 0.0
         self._bar: Any = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and is_first():
             from tqdm import tqdm
 
             self._bar = tqdm(desc=label, total=total, unit=f" {unit}", leave=False, disable=False)

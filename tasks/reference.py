@@ -13,6 +13,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from tasks.distributed import add_up, dealt, is_first, world
 from tasks.errors import BadData
 from tasks.models import Model, TokenRow, score_tokens
 from tasks.outputs import read_manifest, whole_folder
@@ -38,6 +39,17 @@ def sums_of(model: Model, rows: Sequence[TokenRow], rows_at_once: int) -> Tensor
             return torch.cat([score_tokens(model, rows[s : s + rows_at_once]).row_sums() for s in starts])
     finally:
         model.train(training)
+
+
+def sums_by_all(of: Reference, rows: Sequence[TokenRow], rows_at_once: int) -> Tensor:
+    """What `of` gives some rows, so many at once, (rows,); where several processes train, each asks it for some."""
+    places = dealt(range(len(rows)), rows_at_once, world())
+    own = [of([rows[place] for place in part]) for part, _ in places]
+    found = own[0].new_zeros(len(rows))
+    for (part, counts), sums in zip(places, own, strict=True):
+        if counts:
+            found[list(part)] = sums
+    return add_up(found)
 
 
 def adapter_off(model: Any, rows_at_once: int) -> Reference:
@@ -77,9 +89,12 @@ def precomputed(model: Model, rows: Sequence[TokenRow], rows_at_once: int, kept:
     if unique.keys() - known.keys():
         ordered = sorted(unique.items(), key=lambda item: (item[1].tokens, item[0]))
         with switched_off(model) if isinstance(model, PeftModel) else nullcontext():
-            sums = sums_of(model, [row for _, row in ordered], rows_at_once).cpu()
+            sums = sums_by_all(
+                lambda some: sums_of(model, some, rows_at_once), [row for _, row in ordered], rows_at_once
+            ).cpu()
         known = dict(zip([digest for digest, _ in ordered], sums, strict=True))
-        _write(kept, known)
+        if is_first():
+            _write(kept, known)
 
     def reference(asked: Sequence[TokenRow]) -> Tensor:
         return torch.stack([known[_digest(row)] for row in asked])

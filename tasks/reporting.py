@@ -1,7 +1,7 @@
 """Where a training log goes besides MLflow, as `report_to` asks: TensorBoard, Weights & Biases.
 
 Neither package is one of temper's: who asks for one installs it. The training log, an output of the stage, has every
-row anyway.
+row anyway. Where several processes train, only the first reports.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from tasks.distributed import is_first
 from tasks.errors import BadParams
 from tasks.watch import SAMPLES, numbers_of
 
@@ -46,7 +47,7 @@ def reports(
     kinds: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
     with ExitStack() as stack:
         made: list[Report] = []
-        for name in names:
+        for name in names if is_first() else ():
             made.append(kinds[name](workspace, key, title, params))
             stack.callback(made[-1].close)
         yield made

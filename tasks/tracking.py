@@ -2,7 +2,7 @@
 
 A tracker never stands in the way of a training. It works in a thread of its own; when MLflow does not answer it says
 so once and asks again now and then, and the training log, an output of the stage, keeps every row. `register` completes
-the run from it.
+the run from it. Where several processes train, only the first tracks.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from queue import Empty, Queue
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+from tasks.distributed import is_first
 from tasks.errors import RegistryUnreachable, Transient
 from tasks.watch import SAMPLES, numbers_of
 
@@ -205,11 +206,12 @@ class Tracker:
         self._rows: Queue[dict[str, Any]] = Queue()
         self._unsent: list[dict[str, Any]] = []
         self._closing = threading.Event()
-        self._outcome = "RUNNING"
+        self._outcome, self._tracks = "RUNNING", is_first()
         self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
 
     def __enter__(self) -> Tracker:
-        self._thread.start()
+        if self._tracks:
+            self._thread.start()
         return self
 
     def __exit__(
@@ -217,11 +219,13 @@ class Tracker:
     ) -> None:
         self._outcome = "FINISHED" if kind is None else "KILLED" if issubclass(kind, Transient) else "FAILED"
         self._closing.set()
-        self._thread.join(timeout=60)
+        if self._tracks:
+            self._thread.join(timeout=60)
 
     def log(self, row: dict[str, Any]) -> None:
         """Queues one row; it has a `step`, numbers, and samples now and then."""
-        self._rows.put(row)
+        if self._tracks:
+            self._rows.put(row)
 
     def _work(self) -> None:
         """Follows the training; while MLflow does not answer it waits, and then sends what has gathered."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import process
+from tasks import distributed, launch, process, sharding
 from tasks.adapted import fresh, publish, published_state
 from tasks.adapter_params import AdaloraAdapter, ReftAdapter
 from tasks.architecture import ENCODER_DECODER, Architecture, architecture_in
@@ -181,6 +181,8 @@ def groups_of(model: Model, method: Method) -> list[dict[str, Any]]:
 
 def below_for(model: Model, examples: Sequence[Example], method: Method) -> Below | None:
     """What keeps the hidden states that no edit changes, where there are such and they are needed again."""
+    if distributed.shards_weights():
+        return None  # what is needed again differs from process to process, and so would their passes
     noisy = isinstance(method.objective, SftObjective) and method.objective.neftune_alpha > 0
     # noise makes them others every time, and where prompts are learnt all of their tokens must be there
     if not isinstance(method.adapter, ReftAdapter) or method.epochs == 1 or noisy or learns_prompts(method):
@@ -287,6 +289,23 @@ def taking(method: Method, rows: RowsAtOnce) -> Method:
     return method.model_copy(update={"micro_batch_rows": rows.rows})
 
 
+def check_launched(name: str, method: Method) -> None:
+    """Refuses what several processes cannot do.
+
+    Raises:
+        BadParams: a forward pass is to make do with fewer rows in one of them alone, or weights cannot be sharded.
+    """
+    if distributed.world() != distributed.ALONE and method.fit_memory:
+        raise BadParams(
+            "several processes cannot fit their rows to memory, since all must take as many",
+            where=f"train.{name}.fit_memory",
+            got=f"true, in {distributed.world().size} processes",
+            expected="false",
+            fix=f"set it so, and micro_batch_rows to what `temper estimate --method {name}` says would fit",
+        )
+    sharding.check(method.adapter)
+
+
 def check_outcome(initial: Mapping[str, torch.Tensor], model: Model, before: float, after: float) -> None:
     """Refuses to publish what is no result.
 
@@ -315,10 +334,14 @@ def say_what_was_kept(name: str, log: Log, watch: Watch, steps: int, before: flo
 
 
 def main() -> None:
-    """The stage `train@METHOD`."""
-    with process.stage(__doc__, "base", "rendered", "out", item="method") as stage:
-        fix = f"set train.{stage.item}.fit_memory: true, or what `temper estimate --method {stage.item}` says would fit"
+    """The stage `train@METHOD`, in one process or in several that were launched together."""
+    launch.launch_if_asked("tasks.train")
+    with process.stage(__doc__, "base", "rendered", "out", item="method") as stage, distributed.group():
+        fits = f"what `temper estimate --method {stage.item}` says would fit"
+        alone = distributed.world() == distributed.ALONE
+        fix = f"set train.{stage.item}.fit_memory: true, or {fits}" if alone else f"set {fits}"
         method, checkpoints = stage.params.train[stage.item], checkpoint_folder(stage.workspace, stage.key)
+        check_launched(stage.item, method)
         check_installed(method.report_to)
         check_writable(checkpoints)
         keep_freed_memory()
@@ -343,6 +366,8 @@ def _train_stage(stage: process.Stage, method: Method, checkpoints: Path, rows: 
     settle(method.seed)
     steps = method.epochs * steps_per_epoch(len(examples), method.batch_rows)
     model = fresh(base, method.adapter, steps)
+    if distributed.shards_weights():
+        sharding.shard(model)
     reference = reference_for(model, examples, held_out, method, checkpoints)
 
     def loss() -> float:
@@ -381,12 +406,14 @@ def _train_stage(stage: process.Stage, method: Method, checkpoints: Path, rows: 
         "held_out_loss_after": after,
         "params": method.model_dump(),
     }
-    with whole_folder(stage.path("out")) as folder:
-        publish(model, folder)
-        (folder / "log.jsonl").write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in log))
-        (folder / "summary.json").write_text(as_json(summary))
-        if isinstance(method.samples, Samples):
-            (folder / SAMPLES_FILE).write_text(lines_of(log))
+    if distributed.is_first():
+        with whole_folder(stage.path("out")) as folder:
+            publish(model, folder)
+            (folder / "log.jsonl").write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in log))
+            (folder / "summary.json").write_text(as_json(summary))
+            if isinstance(method.samples, Samples):
+                (folder / SAMPLES_FILE).write_text(lines_of(log))
+    distributed.wait()  # what was read must stay as it is until all is written
     say_what_was_kept(stage.item, log, watch, steps, before, after)
 
 

@@ -26,6 +26,7 @@ ELSEWHERE = {
     "dvc repro": "tests/flows/test_retrain.py",
     "temper push models:/temper-tiny@reft owner/name": "tests/flows/test_adapters.py",
     "temper estimate": "tests/flows/test_estimating.py",
+    "TEMPER_LAUNCH=infra/launch/fsdp2.yaml temper run": "tests/tasks/test_launch.py",
     "temper run --recipe recipes/belle.yaml --set ingest.sources.belle.path=belle_chat_1k.json": "test_recipes.py",
 }
 SAID = {

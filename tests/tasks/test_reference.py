@@ -107,7 +107,7 @@ def test_each_row_is_computed_once_over_epochs_and_retries(
     with pytest.raises(KeyboardInterrupt):
         attempt(3)
     attempt(0)
-    assert computed == [12]
+    assert sum(computed) == 12
 
 
 def test_a_damaged_reference_is_computed_again_and_said_so(

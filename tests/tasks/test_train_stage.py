@@ -34,8 +34,12 @@ ROWS = 12
 @pytest.fixture
 def rendered(tmp_path: Path) -> Path:
     """Twelve chats to learn and six held out."""
-    with whole_folder(tmp_path / "rendered") as folder:
-        for split, count in (("train", ROWS), ("held_out", 6)):
+    return write_chats(tmp_path / "rendered", {"train": ROWS, "held_out": 6})
+
+
+def write_chats(target: Path, counts: dict[str, int]) -> Path:
+    with whole_folder(target) as folder:
+        for split, count in counts.items():
             rows = [
                 {"id": str(n), "family": "", "ids": row.ids, "mask": row.mask, "prompt_tokens": row.prompt_tokens}
                 for n, (row,) in enumerate(examples("qlora", count))
@@ -43,7 +47,7 @@ def rendered(tmp_path: Path) -> Path:
             ]
             (folder / split).mkdir()
             write_rows(folder / split / "chat.parquet", rows, rendered_schema("chat"))
-    return tmp_path / "rendered"
+    return target
 
 
 @pytest.fixture
