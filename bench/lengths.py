@@ -20,9 +20,10 @@ from typing import Any
 
 from bench import orpo, sft
 from bench.clock import machine
-from bench.limits import SHAPES, Needed, attended, peak_bytes, peak_flops, useful_flops, write_base
+from bench.limits import SHAPES, peak_bytes, write_base
 from bench.steps import Ours, spin_while_waiting, token_row
 from tasks.memory import keep_freed_memory
+from tasks.meter import Needed, peak_flops, useful_flops
 from tasks.process import quiet_libraries
 
 SHORTEST = 1024
@@ -33,14 +34,14 @@ LOSS_TOKENS, HIDDEN = 2048, 192
 def sft_step(tokens: int, some: Callable[[int], list[int]]) -> tuple[list[Any], Needed]:
     """A step of one row, and what of it must be computed."""
     row = token_row(some(tokens // 2), some(tokens - tokens // 2))
-    return [row], Needed(tokens, row.scored_tokens, attended(row.prompt_tokens, [row.scored_tokens]))
+    return [row], Needed.by(row.prompt_tokens, [row.scored_tokens], row.scored_tokens)
 
 
 def orpo_step(tokens: int, some: Callable[[int], list[int]]) -> tuple[list[Any], Needed]:
     """A step of one pair whose prompt stands once, and what of it must be computed."""
     prompt, reply = some(tokens - 2 * (tokens // 3)), tokens // 3
     pair = token_row(prompt, some(reply)), token_row(prompt, some(reply))
-    return [pair], Needed(tokens, len(prompt) - 1 + 2 * reply, attended(len(prompt), [reply, reply]))
+    return [pair], orpo.needed_of(pair)
 
 
 def rows_of_lengths(given: argparse.Namespace, folder: Path, dtype: Any) -> None:

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.clock import ROOT
-from bench.limits import SHAPES, Needed, attended
+from bench.limits import SHAPES
 from bench.steps import BATCH_ROWS, COMMON, Race, Theirs, parser_of, random_tokens, run, spin_while_waiting, token_row
+from tasks.meter import Needed
 from tasks.models import TokenRow
 from tasks.process import quiet_libraries
 
@@ -36,6 +37,13 @@ def pairs_of(count: int, prompt: int, reply: int, vocabulary: int) -> list[Pair]
     tokens = partial(random_tokens, draw, vocabulary=vocabulary)
     asked = [tokens(prompt) for _ in range(count)]
     return [(token_row(each, tokens(reply)), token_row(each, tokens(reply))) for each in asked]
+
+
+def needed_of(pair: Pair) -> Needed:
+    """What a pair must compute: likelihoods of its prompt, too."""
+    chosen, rejected = pair
+    scored = chosen.tokens - 1 + rejected.scored_tokens
+    return Needed.by(chosen.prompt_tokens, [chosen.scored_tokens, rejected.scored_tokens], scored)
 
 
 def our_loss(model: Any, batch: Sequence[Pair]) -> Any:
@@ -97,16 +105,10 @@ def main() -> None:
     spin_while_waiting()
     quiet_libraries()
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    from tasks.train import batches_of
+    from tasks.batches import batches_of
 
     pairs = pairs_of(given.rows, given.prompt, given.reply, SHAPES[given.shape].vocabulary)
-    prompts = [chosen.prompt_tokens for chosen, _ in pairs]
-    replies = [[row.scored_tokens for row in pair] for pair in pairs]
-    needed = Needed(
-        sum(prompts) + sum(map(sum, replies)),
-        sum(chosen.tokens - 1 for chosen, _ in pairs) + sum(rejected for _, rejected in replies),
-        sum(attended(prompt, both) for prompt, both in zip(prompts, replies, strict=True)),
-    )
+    needed = Needed.of_all([needed_of(pair) for pair in pairs])
     lengths = [sum(row.tokens for row in pair) for pair in pairs]
     batches = [[pairs[n] for n in batch] for batch in batches_of(0, lengths, BATCH_ROWS, 0)]
     with tempfile.TemporaryDirectory() as name:

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.clock import ROOT, Ratio, machine
+from tasks.batches import batches_of
 from tasks.process import quiet_libraries
-from tasks.train import batches_of
 
 THEIRS = ROOT / ".venv-pyreft" / "bin" / "python"
 RANK = 4

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.clock import ROOT
-from bench.limits import SHAPES, Needed, attended
+from bench.limits import SHAPES
 from bench.steps import BATCH_ROWS, COMMON, Race, Theirs, parser_of, random_tokens, run, spin_while_waiting, token_row
+from tasks.meter import Needed
 from tasks.models import TokenRow
 from tasks.process import quiet_libraries
 
@@ -71,14 +72,10 @@ def main() -> None:
     given = parser_of(__doc__, 96, 96).parse_args()
     spin_while_waiting()
     quiet_libraries()
-    from tasks.train import batches_of
+    from tasks.batches import batches_of
 
     rows = rows_of(given.rows, given.prompt, given.reply, SHAPES[given.shape].vocabulary)
-    needed = Needed(
-        sum(row.tokens for row in rows),
-        sum(row.scored_tokens for row in rows),
-        sum(attended(row.prompt_tokens, [row.scored_tokens]) for row in rows),
-    )
+    needed = Needed.of_all([Needed.by(row.prompt_tokens, [row.scored_tokens], row.scored_tokens) for row in rows])
     batches = [[rows[n] for n in batch] for batch in batches_of(0, [row.tokens for row in rows], BATCH_ROWS, 0)]
     with tempfile.TemporaryDirectory() as name:
         race = Race("SFT", batches, needed, our_loss, their_loss, trainer_of(rows, Path(name)))

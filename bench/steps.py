@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.clock import Ratio, machine
-from bench.limits import SHAPES, Needed, peak_bytes, peak_flops, useful_flops, write_base
+from bench.limits import SHAPES, peak_bytes, write_base
 from tasks.memory import keep_freed_memory
+from tasks.meter import Needed, peak_flops, useful_flops
 from tasks.models import TokenRow
 
 RANK = 8

@@ -167,7 +167,7 @@ def _base(workspace: Path, params: Params) -> Path:
 
 def _rows(rendered: Path, method: Method, config: PreTrainedConfig) -> Callable[[Method], Sequence[Example]]:
     from tasks.architecture import DECODER, ENCODER_DECODER
-    from tasks.train import read_examples
+    from tasks.batches import read_examples
 
     architecture = ENCODER_DECODER if config.is_encoder_decoder else DECODER
     examples = read_examples(rendered, "train", method, architecture)

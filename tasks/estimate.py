@@ -11,18 +11,27 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tasks.adapter_params import AdaloraAdapter, AnyAdapter, LoraAdapter, QloraAdapter
+from tasks.adapter_params import (
+    AdaloraAdapter,
+    AnyAdapter,
+    LoraAdapter,
+    PeftAdapter,
+    PrefixAdapter,
+    PTuningV2Adapter,
+    QloraAdapter,
+)
+from tasks.batches import all_batches, lengths_of, shapes_of
 from tasks.errors import BadModel
 from tasks.examples import Example
 from tasks.hollow import Parameters, count, hollow, pretend
-from tasks.losses import losses_of
-from tasks.memory import GIB, free_bytes
+from tasks.losses import below_for, losses_of
+from tasks.memory import GIB, free_bytes, recompute_activations, shown
 from tasks.models import TokenRow
 from tasks.objective_params import PairObjective, ReferringObjective
+from tasks.optimizers import groups_of, optimizer_for
 from tasks.params import Method
 from tasks.scoring import Row
 from tasks.seq2seq import PairRow
-from tasks.train import all_batches, below_for, groups_of, lengths_of, optimizer_for, shapes_of
 
 if TYPE_CHECKING:
     import torch
@@ -110,6 +119,7 @@ def estimate(
     device: torch.device,
     *,
     all_rows: bool = True,
+    recomputing: bool = False,
 ) -> Estimate:
     """What training a model of this shape by a method on these rows needs.
 
@@ -120,6 +130,7 @@ def estimate(
         dtype: what the weights are loaded in.
         device: where it is trained.
         all_rows: whether there are no others; else the training is taken to be as long as its method needs it to be.
+        recomputing: whether activations are computed again in the backward pass.
 
     Raises:
         BadModel: the method does not fit the model, or cannot be rehearsed.
@@ -127,7 +138,7 @@ def estimate(
     batches = [[examples[i] for i in chosen] for chosen in all_batches(lengths_of(examples), method)]
     steps = len(batches) if all_rows else max(len(batches), _least_steps(method.adapter))
     costs = [
-        (_padded_tokens(batch), _rehearsed(config, method, examples, batch, dtype, device, steps))
+        (_padded_tokens(batch), _rehearsed(config, method, examples, batch, dtype, device, steps, recomputing))
         for batch in _heaviest(batches)
     ]
     tokens, longest = costs[0]
@@ -201,11 +212,14 @@ def _rehearsed(
     dtype: torch.dtype,
     device: torch.device,
     steps: int,
+    recomputing: bool,
 ) -> Cost:
     from tasks.rehearsal import States, rehearse
 
     model = hollow(config, method.adapter, dtype, steps)
     pretend(model, device)
+    if recomputing:
+        recompute_activations(model)
     below = below_for(model, examples, method)
     if method.optimizer == "adamw":
         optimizer = optimizer_for(model, method)
@@ -281,6 +295,33 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
         finish()
         times += 1
     return (time.perf_counter() - begin) / times
+
+
+def must_recompute(config: PreTrainedConfig, method: Method, examples: Sequence[Example]) -> bool:
+    """Whether a training fits here only if activations are computed again in the backward pass; says so.
+
+    Not where learnt keys and values stand before the first token, which recomputing would lose.
+
+    Raises:
+        BadModel: the method does not fit the model, or cannot be rehearsed.
+    """
+    from tasks.device import compute_dtype, device
+
+    if isinstance(method.adapter, PrefixAdapter | PTuningV2Adapter | PeftAdapter):
+        return False
+    needed, kept = (
+        estimate(config, method, examples, compute_dtype(), device(), recomputing=recomputing).memory.total
+        for recomputing in (True, False)
+    )
+    room = this_machine(device()).room_bytes
+    if kept <= room or needed >= kept:
+        return False
+    print(
+        f"a step needs {shown(kept)} and {shown(room)} are free: activations are computed again in the backward pass, "
+        f"which needs {shown(needed)}",
+        flush=True,
+    )
+    return True
 
 
 # --- what would fit ---------------------------------------------------------------------------------------------------

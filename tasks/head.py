@@ -6,12 +6,16 @@ for both keys and values. So it is computed as flash attention computes it (Dao 
 depends on its own hidden state alone, its gradient is one vector per token, whatever the loss makes of the
 log-probabilities: it falls out of the same pass, and the backward pass only scales it. Two products of matrices, no
 tile computed twice.
+
+On a GPU it is the fused kernel of Liger (Hsu et al. 2024, arXiv:2410.10989) where that package is installed and has
+what is asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +67,8 @@ def score_targets(hidden: Tensor, head: Head, targets: Tensor, *, with_mean: boo
         targets: token ids, (tokens,) int64.
         with_mean: asks for the means over the vocabulary, as label smoothing needs them.
     """
+    if hidden.is_cuda and not with_mean and _has_liger(head):
+        return TokenScores(_by_liger(hidden, head, targets), None)
     needed = torch.is_grad_enabled() and hidden.requires_grad
     how = _How(head.scale, head.cap, product_dtype(hidden, head), with_mean, needed)
     logp, mean = _Scores.apply(hidden, head.weight, head.bias, targets, how)  # type: ignore[no-untyped-call]
@@ -78,6 +84,22 @@ def product_dtype(hidden: Tensor, head: Head) -> torch.dtype:
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
     slow = device == "cpu" and dtype in (torch.bfloat16, torch.float16) and not has_fast_bf16()
     return torch.float32 if slow else dtype
+
+
+def _has_liger(head: Head) -> bool:
+    """Whether Liger is installed and knows this form of logits: it scales none."""
+    return (head.scale == 1.0 or head.bias is None) and find_spec("liger_kernel") is not None
+
+
+def _by_liger(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    given = (hidden * head.scale).to(head.weight.dtype)
+    nats = liger_fused_linear_cross_entropy(
+        given, head.weight, targets, head.bias, reduction="none", softcap=head.cap, accum_dtype=torch.float32
+    )
+    logp: Tensor = -nats.float()
+    return logp
 
 
 _observers: list[Callable[[Tensor], None]] = []

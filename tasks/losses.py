@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tasks.adapter_params import AdaloraAdapter, FullAdapter
+from tasks.adapter_params import AdaloraAdapter, FullAdapter, ReftAdapter
+from tasks.batches import shapes_of
 from tasks.device import compute_dtype, device
-from tasks.distributed import dealt, summed, world
+from tasks.distributed import dealt, shards_weights, summed, world
 from tasks.examples import Example, learns_prompts, learnt_tokens, likely, mismatched, parts_of, replies_of
 from tasks.models import Model, Scored, TokenRow
 from tasks.noise import noisy_embeddings
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tasks.adapters.below import Below
+
+KEPT_BYTES = 1 << 30
+"""So much is kept at most of what no adapter changes, but for ReFT, whose params say how much."""
 
 Part = tuple["Tensor", dict[str, float]]
 """A scalar to differentiate, and its share of what is logged."""
@@ -179,6 +183,23 @@ def fast_products(method: Method) -> AbstractContextManager[object]:
     if not isinstance(method.adapter, FullAdapter):
         return nullcontext()
     return torch.autocast(device().type, compute_dtype(), enabled=compute_dtype() != torch.float32)
+
+
+def below_for(model: Model, examples: Sequence[Example], method: Method) -> Below | None:
+    """What keeps the hidden states that no adapter changes, where there are such and they are needed again."""
+    if shards_weights() or model.is_activation_checkpointing:
+        return None  # what is needed again differs from process to process; or keys and values would get lost
+    objective = method.objective
+    noisy = isinstance(objective, SftObjective) and objective.neftune_alpha > 0
+    # noise makes them others every time, and where prompts are learnt all of their tokens must be there
+    if method.epochs == 1 or noisy or learns_prompts(method):
+        return None
+    from tasks.adapters.below import Below
+
+    if isinstance(method.adapter, ReftAdapter):
+        return Below.of(model, shapes_of(examples), method.adapter.cache_mib << 20)
+    # pairs gain more by a prompt that is computed once
+    return Below.of(model, shapes_of(examples), KEPT_BYTES) if isinstance(objective, SftObjective) else None
 
 
 # --- objectives -------------------------------------------------------------------------------------------------------

@@ -11,10 +11,14 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tasks.errors import OutOfMemory
 from tasks.outputs import write_whole
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 T = TypeVar("T")
 
@@ -134,6 +138,15 @@ def explained(*, where: str, fix: str) -> Iterator[None]:
 
 
 # --- how a training makes do with less --------------------------------------------------------------------------------
+
+
+def recompute_activations(model: PreTrainedModel | PeftModel) -> None:
+    """Lets layers keep their inputs alone and compute the rest again in the backward pass (arXiv:1604.06174).
+
+    The same bits, for about a third more work. Keys and values that stand before the first token would get lost.
+    """
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()  # what only the reentrant form needs
 
 
 class RowsAtOnce:

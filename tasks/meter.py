@@ -3,21 +3,109 @@
 from __future__ import annotations
 
 import resource
+import statistics
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+PEAK_TOKENS = 512
+"""The rows of the products that a machine's peak is told by."""
+
+
+class Needed(NamedTuple):
+    """What a step must compute: no padding, and a prompt once however many replies follow it.
+
+    Attributes:
+        tokens: that go through the layers.
+        scored: of them that a token is predicted at.
+        pairs_attended: pairs of a token and one that it attends to.
+    """
+
+    tokens: int
+    scored: int
+    pairs_attended: int
+
+    @classmethod
+    def by(cls, prompt: int, replies: Sequence[int], scored: int) -> Needed:
+        """Of a prompt of so many tokens, and what follows it."""
+        alone = prompt * (prompt + 1) // 2
+        behind = sum(reply * prompt + reply * (reply + 1) // 2 for reply in replies)
+        return cls(prompt + sum(replies), scored, alone + behind)
+
+    @classmethod
+    def of_all(cls, parts: Sequence[Needed]) -> Needed:
+        """Of several together."""
+        return cls(*map(sum, zip(*parts, strict=True)))
 
 
 class Meter:
-    """Measures from one step to the next."""
+    """Measures from one step of a model's training to the next; rates the machine first."""
 
-    def __init__(self) -> None:
-        """Begins now."""
+    def __init__(self, model: Any) -> None:
+        """Begins now; `model` is a decoder or an encoder-decoder, with or without an adapter."""
+        self._model, self._peak = model, peak_flops(model)
         self._last = time.monotonic()
 
-    def since_last(self, tokens: int) -> dict[str, float]:
-        """Tokens per second of a step of so many tokens that just ended, and the most memory held until now."""
+    def since_last(self, tokens: int, needed: Needed | None) -> dict[str, float]:
+        """Of a step of so many tokens that just ended: tokens per second, and the most memory held until now.
+
+        Where it is known what the step needed: the share of the machine's peak that was spent on that.
+        """
         before, self._last = self._last, time.monotonic()
-        return {"tokens_per_s": tokens / (self._last - before), "memory_peak_mib": memory_peak_bytes() / 2**20}
+        seconds = self._last - before
+        found = {"tokens_per_s": tokens / seconds, "memory_peak_mib": memory_peak_bytes() / 2**20}
+        share = {} if needed is None else {"peak_share": useful_flops(self._model, needed) / seconds / self._peak}
+        return found | share
+
+
+def useful_flops(model: Any, needed: Needed) -> float:
+    """4 operations a frozen weight and token, 6 a trained one; the head on scored tokens alone; causal attention.
+
+    So a weight is counted once forwards, once for the gradient to its input and, if trained, once for its own. Hidden
+    states that are kept from epoch to epoch are counted as if they were computed.
+    """
+    config = model.config.get_text_config()
+    inner = list(matrices(model))
+    frozen = sum(rows * columns for (rows, columns), trained in inner if not trained)
+    learnt = sum(rows * columns for (rows, columns), trained in inner if trained)
+    attention = 3 * 4 * config.num_hidden_layers * config.hidden_size * needed.pairs_attended
+    head = config.vocab_size * config.hidden_size
+    flops: float = (4 * frozen + 6 * learnt) * needed.tokens + 4 * head * needed.scored + attention
+    return flops
+
+
+def matrices(model: Any) -> Iterator[tuple[tuple[int, int], bool]]:
+    """The shapes of what tokens are multiplied with, without the vocabulary head, and whether each is trained."""
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        weight = module._parameters.get("weight")  # what wraps a layer shows its weight as its own, too
+        if module is head or weight is None:
+            continue
+        if isinstance(rows := getattr(module, "out_features", None), int):
+            yield (rows, module.in_features), weight.requires_grad
+        elif isinstance(getattr(module, "nf", None), int):  # GPT-2's
+            yield tuple(weight.shape), weight.requires_grad
+
+
+def peak_flops(model: Any) -> float:
+    """The best rate of the model's own products on 512 tokens, operations a second, median of five."""
+    import torch
+    from torch.nn import functional as F
+
+    device, rates = model.device, [0.0]
+    for rows, columns in {shape for shape, _ in matrices(model)}:
+        sizes = (rows, columns), (PEAK_TOKENS, columns)
+        weight, given = (torch.ones(size, dtype=model.dtype, device=device) for size in sizes)
+        times = []
+        for _ in range(6):
+            started = time.perf_counter()
+            F.linear(given, weight)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - started)
+        rates.append(2 * PEAK_TOKENS * weight.numel() / statistics.median(times[1:]))
+    return max(rates)
 
 
 def memory_peak_bytes() -> int:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tasks.device import device
-from tasks.params import OptimizerName
+from tasks.params import Method, OptimizerName
 
 if TYPE_CHECKING:
+    from torch import nn
     from torch.optim import Optimizer
 
 _OF_BITSANDBYTES = {
@@ -19,6 +20,20 @@ _OF_BITSANDBYTES = {
     "lion": "Lion",
     "lion_8bit": "Lion8bit",
 }
+
+
+def optimizer_for(model: nn.Module, method: Method) -> Optimizer:
+    """The optimizer of all that is trainable."""
+    return optimizer_of(method.optimizer, groups_of(model, method))
+
+
+def groups_of(model: nn.Module, method: Method) -> list[dict[str, Any]]:
+    """What is trainable, by its weight decay."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    # angles say how far a rotation is from where it began: decayed, it would be drawn back there
+    angles = [p for name, p in parameters.items() if name.endswith(".angles")]
+    others = [p for name, p in parameters.items() if not name.endswith(".angles")]
+    return [{"params": others, "weight_decay": method.weight_decay}, {"params": angles, "weight_decay": 0.0}]
 
 
 def optimizer_of(name: OptimizerName, groups: Sequence[dict[str, Any]]) -> Optimizer:

@@ -339,8 +339,9 @@ class Method(Section):
     samples: Literal["none"] | Samples
     """Replies to held-out prompts on the way."""
     fit_memory: bool
-    """Whether a step that runs out of memory is taken again with half of `micro_batch_rows`: the same gradients. One
-    process can do that, several cannot."""
+    """Whether a training may make do with less memory: if by its estimate it would not fit, activations are computed
+    again in the backward pass; a step that still runs out of memory is taken again with half of `micro_batch_rows`. The
+    gradients are the same. One process can do that, several cannot."""
     report_to: list[Literal["tensorboard", "wandb"]]
     """Where the log goes besides MLflow; each needs its package. TensorBoard's files are in .temper/tensorboard."""
     seed: Seed

@@ -19,28 +19,29 @@ from typing import TYPE_CHECKING, Any
 
 from tasks import distributed, launch, process, sharding
 from tasks.adapted import fresh, publish, published_state
-from tasks.adapter_params import AdaloraAdapter, ReftAdapter
-from tasks.architecture import ENCODER_DECODER, Architecture, architecture_in
+from tasks.adapter_params import AdaloraAdapter
+from tasks.architecture import architecture_in
+from tasks.batches import all_batches, data_digests, kind_of_rows, lengths_of, needed_of, read_examples, steps_per_epoch
 from tasks.checkpoints import Stepper, check_writable, checkpoint_folder
 from tasks.device import settle
-from tasks.errors import BadData, BadInput, BadModel, BadParams, Diverged
-from tasks.examples import Example, learns_prompts, parts_of, referred
+from tasks.errors import BadInput, BadModel, BadParams, Diverged
+from tasks.estimate import must_recompute
+from tasks.examples import Example, parts_of, referred
+from tasks.hollow import read_config
 from tasks.loop import NOTHING, Course, run, schedule
-from tasks.losses import fast_products, held_out_loss, losses_of
-from tasks.memory import RowsAtOnce, explained, keep_freed_memory, rows_at_once
+from tasks.losses import below_for, fast_products, held_out_loss, losses_of
+from tasks.memory import RowsAtOnce, explained, keep_freed_memory, recompute_activations, rows_at_once
 from tasks.meter import Meter
-from tasks.models import Model, TokenRow
-from tasks.objective_params import KtoObjective, ReferringObjective, SftObjective
-from tasks.optimizers import optimizer_of
-from tasks.outputs import as_json, read_manifest, whole_folder
+from tasks.models import Model
+from tasks.objective_params import ReferringObjective
+from tasks.optimizers import optimizer_for
+from tasks.outputs import as_json, whole_folder
 from tasks.params import Evaluation, Method, Samples, WarmupStableDecay
 from tasks.progress import Progress
 from tasks.reference import Reference, precomputed
 from tasks.reporting import check_installed, reports
 from tasks.samples import FILE as SAMPLES_FILE
 from tasks.samples import lines_of, replies
-from tasks.scoring import row_of
-from tasks.tables import read_rows
 from tasks.templates import load_tokenizer
 from tasks.tracking import KEPT_LOSS, Tracker, flat
 from tasks.watch import HELD_OUT_LOSS, SAMPLES, Log, Look, Watch
@@ -49,147 +50,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from tasks.adapters.below import Below
-
 HELD_OUT_ROWS = 128
 """Held-out loss is read on so many rows, before and after."""
-
-
-# --- data -------------------------------------------------------------------------------------------------------------
-
-
-def kind_of_rows(method: Method, architecture: Architecture) -> str:
-    """The kind of rows that a method learns from: for SFT what the base answers, else pairs or labelled replies.
-
-    Raises:
-        BadParams: the objective is not for this kind of model.
-    """
-    if isinstance(method.objective, SftObjective):
-        return architecture.rows
-    if architecture is ENCODER_DECODER:
-        raise BadParams(
-            "preferences are learnt by decoders only",
-            where="train.*.objective",
-            got=f"{method.objective.name} on an {architecture.name} base",
-            expected="sft, which learns inputs and their targets",
-        )
-    return "labelled" if isinstance(method.objective, KtoObjective) else "preference"
-
-
-def read_examples(rendered: Path, split: str, method: Method, architecture: Architecture) -> list[Example]:
-    """The rows that a method learns from, on a base of this kind.
-
-    Raises:
-        BadData: there is none, or KTO has nothing to tell apart.
-        BadParams: the objective is not for this kind of model.
-    """
-    kind = kind_of_rows(method, architecture)
-    path = rendered / split / f"{kind}.parquet"
-    rows = read_rows(path)
-    if not rows:
-        raise BadData(
-            f"holds no {kind} rows, which the objective {method.objective.name} learns from",
-            where=str(path),
-            got=f"a base that is of the kind {architecture.name}",
-            fix="add a source with such rows, or remove the method from `train`",
-        )
-    if kind == "preference":
-        replies = ("chosen_ids", "rejected_ids")
-        return [tuple(_joined(row["prompt_ids"], row[reply]) for reply in replies) for row in rows]
-    if kind == "labelled":
-        labels = {row["label"] for row in rows}
-        if split == "train" and len(labels) == 1:
-            raise BadData(
-                "holds replies of one label only, so there is nothing to tell apart",
-                where=str(path),
-                got=f"{len(rows)} replies that are all {'good' if labels == {True} else 'bad'}",
-                expected="good and bad ones",
-                fix="add a source with the others, or learn good replies by the objective sft",
-            )
-        return [(_joined(row["prompt_ids"], row["reply_ids"], desirable=row["label"]),) for row in rows]
-    return [(row_of(row),) for row in rows]
-
-
-def data_digests(rendered: Path, kind: str) -> dict[str, str]:
-    """The SHA-256 of the files that a training reads, by their paths, after checking all of the folder."""
-    files = read_manifest(rendered)["files"]
-    names = [f"{split}/{kind}.parquet" for split in ("train", "held_out")]
-    return {name: files[name]["sha256"] for name in names if name in files}
-
-
-def _joined(prompt: list[int], reply: list[int], *, desirable: bool = True) -> TokenRow:
-    return TokenRow(prompt + reply, [False] * len(prompt) + [True] * len(reply), len(prompt), desirable)
-
-
-def lengths_of(examples: Sequence[Example]) -> list[int]:
-    """Tokens of each example, over all its sequences."""
-    return [sum(sequence.tokens for sequence in example) for example in examples]
-
-
-def shapes_of(examples: Sequence[Example]) -> list[tuple[int, int]]:
-    """Tokens of each sequence that a decoder reads, and how many of them are the prompt's."""
-    sequences = [sequence for example in examples for sequence in example if isinstance(sequence, TokenRow)]
-    return [(sequence.tokens, sequence.prompt_tokens) for sequence in sequences]
-
-
-def all_batches(lengths: Sequence[int], method: Method) -> list[list[int]]:
-    """The rows of every step: fixed by the method, so that a resumed training sees what it would have seen."""
-    epochs = (batches_of(epoch, lengths, method.batch_rows, method.seed) for epoch in range(method.epochs))
-    return [rows for epoch in epochs for rows in epoch]
-
-
-def batches_of(epoch: int, lengths: Sequence[int], batch_rows: int, seed: int) -> list[list[int]]:
-    """The rows of an epoch's steps.
-
-    Every epoch is a new shuffle; within runs of sixteen batches rows are grouped by length, so that little is padding.
-    """
-    import torch
-
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(lengths), generator=generator).tolist()
-    window = 16 * batch_rows
-    grouped = [
-        i
-        for start in range(0, len(order), window)
-        for i in sorted(order[start : start + window], key=lengths.__getitem__)
-    ]
-    places = torch.randperm(steps_per_epoch(len(lengths), batch_rows), generator=generator).tolist()
-    return [grouped[which * batch_rows : (which + 1) * batch_rows] for which in places]
-
-
-def steps_per_epoch(rows: int, batch_rows: int) -> int:
-    """The number of batches that cover all rows once."""
-    return math.ceil(rows / batch_rows)
-
-
-# --- the training -----------------------------------------------------------------------------------------------------
-
-
-def optimizer_for(model: Model, method: Method) -> torch.optim.Optimizer:
-    """The optimizer of all that is trainable."""
-    return optimizer_of(method.optimizer, groups_of(model, method))
-
-
-def groups_of(model: Model, method: Method) -> list[dict[str, Any]]:
-    """What is trainable, by its weight decay."""
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    # angles say how far a rotation is from where it began: decayed, it would be drawn back there
-    angles = [p for name, p in parameters.items() if name.endswith(".angles")]
-    others = [p for name, p in parameters.items() if not name.endswith(".angles")]
-    return [{"params": others, "weight_decay": method.weight_decay}, {"params": angles, "weight_decay": 0.0}]
-
-
-def below_for(model: Model, examples: Sequence[Example], method: Method) -> Below | None:
-    """What keeps the hidden states that no edit changes, where there are such and they are needed again."""
-    if distributed.shards_weights():
-        return None  # what is needed again differs from process to process, and so would their passes
-    noisy = isinstance(method.objective, SftObjective) and method.objective.neftune_alpha > 0
-    # noise makes them others every time, and where prompts are learnt all of their tokens must be there
-    if not isinstance(method.adapter, ReftAdapter) or method.epochs == 1 or noisy or learns_prompts(method):
-        return None
-    from tasks.adapters.below import Below
-
-    return Below.of(model, shapes_of(examples), method.adapter.cache_mib << 20)
 
 
 def reference_for(
@@ -269,10 +131,11 @@ def train(
         from tasks.adapters.adalora import RankSteps
 
         steppers.append(RankSteps(model))
-    meter = Meter()
+    meter = Meter(model)
 
     def tell(row: dict[str, Any]) -> None:
-        on_row(row | meter.since_last(sum(lengths[i] for i in chosen[row["step"] - 1])))
+        taken = chosen[row["step"] - 1]
+        on_row(row | meter.since_last(sum(lengths[i] for i in taken), needed_of([examples[i] for i in taken])))
 
     return run(course, parameters, steppers, checkpoints, progress, tell, watch, at_once)
 
@@ -365,7 +228,10 @@ def _train_stage(stage: process.Stage, method: Method, checkpoints: Path, rows: 
         )
     settle(method.seed)
     steps = method.epochs * steps_per_epoch(len(examples), method.batch_rows)
+    recomputing = method.fit_memory and must_recompute(read_config(base), method, examples)
     model = fresh(base, method.adapter, steps)
+    if recomputing:
+        recompute_activations(model)
     if distributed.shards_weights():
         sharding.shard(model)
     reference = reference_for(model, examples, held_out, method, checkpoints)

@@ -1,8 +1,8 @@
-"""What no edit of a ReFT model can change is the same in every epoch: it is computed once and kept.
+"""What no adapter can change is the same in every epoch: it is computed once and kept.
 
-Layers up to the first edited one see neither edits nor anything that is trained; and where only tokens at the end of
-the prompt are edited, what stands before those is the same in all layers, so that the layers above need no more of it
-than its keys and values. Both are computed for a row alone, so that they depend neither on its batch nor on when a
+Layers below the first one that an adapter changes see nothing that is trained. With ReFT, where only tokens at the end
+of the prompt are edited, what stands before those is the same in all layers, so that the layers above need no more of
+it than its keys and values. Both are computed for a row alone, so that they depend neither on its batch nor on when a
 training was interrupted.
 """
 
@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -51,7 +52,7 @@ class State(NamedTuple):
 
 
 class Below:
-    """Keeps what lies below the first edit, and before the first edited token."""
+    """Keeps what lies below the first layer that is changed, and before the first edited token."""
 
     def __init__(self, body: nn.Module, layers: Sequence[nn.Module], cut: int, last: int, prompts: Any) -> None:
         """Keeps the output of layer number `cut` - 1; `last` tokens of each prompt are edited, 0: more."""
@@ -61,23 +62,29 @@ class Below:
 
     @classmethod
     def of(cls, model: Any, rows: Sequence[tuple[int, int]], max_bytes: int) -> Below | None:
-        """For a model with edits and rows of so many tokens, of which so many are the prompt's.
+        """For a model with an adapter and rows of so many tokens, of which so many are the prompt's.
 
         Where keys and values would need more than `max_bytes`, hidden states alone are kept. None where those are too
-        many too, or would be wrong: dropout below the first edit, no layer below, an encoder.
+        many too, or would be wrong: no layer below the first that is changed, dropout in one, learnt tokens or
+        embeddings, an encoder.
         """
         config = getattr(model, "peft_config", {}).get(getattr(model, "active_adapter", ""))
-        if not isinstance(config, ReftConfig):
+        if config is None or config.is_prompt_learning or model.config.is_encoder_decoder:
             return None
-        base, spans = model.get_base_model(), parse_positions(config.positions)
-        layers = list(layers_of(base).values())
-        edited = [any(isinstance(part, ReftLayer) for part in layer.modules()) for layer in layers]
-        cut = edited.index(True) + (config.component == "block_output")
-        if cut == 0 or base.config.is_encoder_decoder or _drops(base, layers[:cut]):
+        base = model.get_base_model()
+        try:
+            layers = list(layers_of(base).values())
+        except ValueError:  # ReFT has told of that before
+            return None
+        cut = _first_changed(base, layers)
+        if isinstance(config, ReftConfig):
+            cut += config.component == "block_output"
+        if cut == 0 or _drops(base, layers[:cut]):
             return None
         below = cls(body_of(base), layers, cut, 0, prompts_of(base))
-        if not spans.first and not spans.all and not _slides(base.config) and not _drops(base, layers):
-            below._last = spans.last
+        if isinstance(config, ReftConfig) and not _slides(base.config) and not _drops(base, layers):
+            spans = parse_positions(config.positions)
+            below._last = 0 if spans.first or spans.all else spans.last
         for last in (below._last, 0):
             below._last = last
             state = below._one([0, 1, 2, 3], 4)
@@ -146,7 +153,7 @@ class Below:
         handle = self._layers[self._cut - 1].register_forward_hook(take, prepend=True)
         cache = None
         try:
-            with self._prompts.nowhere():
+            with self._prompts.nowhere() if self._prompts else nullcontext():
                 cache = self._body(input_ids=ids, use_cache=True).past_key_values
         except _Enough:
             pass
@@ -160,6 +167,14 @@ class Below:
         above = [cache.layers[number] for number in range(self._cut, len(self._layers))]
         kept = [torch.stack([layer.keys[0, :, :start], layer.values[0, :, :start]]) for layer in above]
         return State(hidden, torch.stack(kept) if kept else None)
+
+
+def _first_changed(base: Any, layers: Sequence[nn.Module]) -> int:
+    """The number of the first layer that an adapter changes; 0 where it changes what comes before the layers, too."""
+    changes = [any(isinstance(part, BaseTunerLayer | ReftLayer) for part in layer.modules()) for layer in layers]
+    embedding = base.get_input_embeddings()
+    before = isinstance(embedding, BaseTunerLayer) or any(p.requires_grad for p in embedding.parameters())
+    return 0 if before or True not in changes else changes.index(True)
 
 
 class _Enough(Exception):  # no error

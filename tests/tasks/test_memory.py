@@ -15,13 +15,23 @@ import torch
 
 from tasks import memory
 from tasks.adapted import fresh
-from tasks.device import settle
+from tasks.device import compute_dtype, settle
 from tasks.errors import OutOfMemory
-from tasks.memory import RowsAtOnce, asked_bytes, explained, kills_for_memory, ran_out, rows_at_once
+from tasks.hollow import read_config
+from tasks.losses import loss_of
+from tasks.memory import (
+    RowsAtOnce,
+    asked_bytes,
+    explained,
+    kills_for_memory,
+    ran_out,
+    recompute_activations,
+    rows_at_once,
+)
 from tasks.progress import Progress
 from tasks.train import train
 from tests.conftest import ROOT
-from tests.samples import LOREFT, ORPO, QLORA, SFT, method
+from tests.samples import DPO, LORA, LOREFT, ORPO, QLORA, SFT, method
 from tests.tasks.test_train import examples
 
 CPU = (
@@ -132,9 +142,76 @@ def test_without_fit_memory_nothing_is_noted(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-# --- a training -------------------------------------------------------------------------------------------------------
-
 EXACT = {**QLORA, "compute_dtype": "float32", "dropout": 0.0}
+
+# --- activations that are computed again ------------------------------------------------------------------------------
+
+DROPS = {**LORA, "dropout": 0.3, "targets": "all-linear"}
+
+
+@pytest.mark.parametrize(("adapter", "objective"), [(DROPS, SFT), (EXACT, ORPO), (EXACT, DPO), (LOREFT, SFT)])
+def test_computed_again_they_give_the_same_gradients_to_the_bit_in_less_memory(
+    pico_base: Path, adapter: dict[str, Any], objective: dict[str, Any]
+) -> None:
+    params = method(adapter, objective, batch_rows=8)
+    learnt = examples("qlora" if objective is SFT else "orpo", 8)
+    found = []
+    for recomputing in (False, True):
+        settle(1)
+        model = fresh(pico_base, params.adapter).train()
+        if recomputing:
+            recompute_activations(model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.02
+        settle(2)
+        loss, _ = loss_of(model, learnt, params)
+        kept = kept_bytes(lambda model=model: loss_of(model, learnt, params)[0])
+        loss.backward()
+        found.append(([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)], kept))
+    (plain, plainly_kept), (again, kept) = found
+    assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+    assert kept < 0.7 * plainly_kept
+
+
+def kept_bytes(forward: Any) -> int:
+    """What autograd keeps of a forward pass."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = forward()
+    del loss
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize(("room_share", "recomputed"), [(2.0, False), (0.99, True)])
+def test_so_it_is_done_where_a_training_would_not_fit_by_its_estimate(
+    pico_base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    room_share: float,
+    recomputed: bool,
+) -> None:
+    from tasks import estimate
+
+    params, learnt = method(LORA, SFT, fit_memory=True), examples("lora", 8)
+    config = read_config(pico_base)
+    needed = estimate.estimate(config, params, learnt, compute_dtype(), torch.device("cpu")).memory.total
+    machine = estimate.Machine("cpu", int(room_share * needed), 0)
+    monkeypatch.setattr(estimate, "this_machine", lambda device: machine)
+    assert estimate.must_recompute(config, params, learnt) == recomputed
+    assert ("activations are computed again" in capsys.readouterr().out) == recomputed
+    prefix = method({"name": "prefix", "tokens": 3, "hidden_size": 8}, SFT, fit_memory=True)
+    assert not estimate.must_recompute(config, prefix, learnt)
+
+
+# --- a training -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("adapter", "objective"), [(EXACT, SFT), (EXACT, ORPO), (LOREFT, SFT)])

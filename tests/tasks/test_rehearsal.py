@@ -25,6 +25,7 @@ from tasks.estimate import estimate, full_rows
 from tasks.examples import Example
 from tasks.hollow import count, hollow, pretend, read_config, tensors_of
 from tasks.losses import loss_of
+from tasks.memory import recompute_activations
 from tasks.models import TokenRow, score_tokens
 from tasks.objectives.sft import sft_loss
 from tasks.progress import Progress
@@ -153,6 +154,19 @@ def test_the_estimated_memory_is_that_of_a_real_training(
     assert estimated.weights == pytest.approx(weights, rel=1e-4)
     assert estimated.total == pytest.approx(measured, rel=0.02)
     assert estimated.activations + estimated.logits > 2 * estimated.weights
+
+
+@pytest.mark.parametrize("adapter", [QLORA, LORA], ids=["qlora", "lora"])
+def test_so_it_is_where_activations_are_computed_again(
+    small_base: Path, tmp_path: Path, adapter: dict[str, Any]
+) -> None:
+    params, given = method(adapter, SFT, batch_rows=2), rows(4, 512)
+    estimated = estimate(read_config(small_base), params, given, compute_dtype(), CPU, recomputing=True).memory
+    model = fresh(small_base, params.adapter).train()
+    recompute_activations(model)
+    weights = held_bytes(model)
+    measured = weights + most_allocated(lambda: train(model, given, params, tmp_path, Progress("t", 4, "steps")))
+    assert estimated.total == pytest.approx(measured, rel=0.02)
 
 
 @pytest.mark.parametrize("adapter", [QLORA, LORA, LOREFT], ids=["qlora", "lora", "reft"])

@@ -16,6 +16,7 @@ from tasks.adapter_files import CONFIG
 from tasks.adapter_params import LoraAdapter
 from tasks.architecture import DECODER, ENCODER_DECODER, architecture_in, architecture_of
 from tasks.base import check, give_template
+from tasks.batches import kind_of_rows
 from tasks.chat import answer_text
 from tasks.device import settle
 from tasks.errors import BadData, BadModel, BadParams
@@ -31,7 +32,7 @@ from tasks.render import check_kinds, render_rows
 from tasks.scoring import row_of, score
 from tasks.seq2seq import PairRow, check_room, generate_targets, score_pairs
 from tasks.templates import decode, load_tokenizer, template_digest
-from tasks.train import kind_of_rows, train
+from tasks.train import train
 from tasks.updates import changes_of
 from tests.conftest import ROOT
 from tests.encoder_decoders import LORA, SHAPE, make_base

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tasks.adapted import fresh, published_state
 from tasks.architecture import DECODER, ENCODER_DECODER
+from tasks.batches import batches_of, kind_of_rows, read_examples, steps_per_epoch
 from tasks.device import settle
 from tasks.errors import BadData, BadParams
 from tasks.examples import Example
@@ -22,7 +23,7 @@ from tasks.progress import Progress
 from tasks.render import render_rows, rendered_schema
 from tasks.tables import write_rows
 from tasks.tracking import flat
-from tasks.train import batches_of, kind_of_rows, read_examples, reference_for, steps_per_epoch, train
+from tasks.train import reference_for, train
 from tests.samples import ADALORA, DPO, IA3, KTO, LORA, LOREFT, ORPO, QLORA, RENDER, SFT, SIMPO, file_source, method
 
 METHODS = {
@@ -322,9 +323,10 @@ def test_speed_and_memory_are_told_beside_the_log(pico_base: Path, tmp_path: Pat
     params, rows = METHODS["reft"], examples("reft")
     log = train(fresh(pico_base, params.adapter), rows, params, tmp_path, Progress("t", 1, "steps"), told.append)
     assert [row.keys() - kept.keys() for row, kept in zip(told, log, strict=True)] == [
-        {"tokens_per_s", "memory_peak_mib"}
+        {"tokens_per_s", "memory_peak_mib", "peak_share"}
     ] * 3
     assert all(row["tokens_per_s"] > 0 and row["memory_peak_mib"] > 50 for row in told)
+    assert all(0 < row["peak_share"] < 1 for row in told)
 
 
 def test_params_are_logged_under_dotted_names() -> None:

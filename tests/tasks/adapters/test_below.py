@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from tasks.adapters.below import Below
 from tasks.models import TokenRow, score_tokens
@@ -57,6 +58,38 @@ def test_what_is_kept_gives_the_values_and_gradients_of_what_is_not(kind: str, c
         assert again.keys() == gradients.keys()
         for name, gradient in gradients.items():
             torch.testing.assert_close(again[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DECODERS if kind != "falcon"])
+@pytest.mark.parametrize("name", ["lora", "dora", "ia3"])
+def test_so_it_does_below_the_first_layer_that_other_adapters_change(kind: str, name: str) -> None:
+    from peft import IA3Config, LoraConfig, get_peft_model
+
+    model = pico_model(kind)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and ".2." in n]
+    given: Any = {"target_modules": linear, "fan_in_fan_out": kind == "gpt2"}
+    config = (
+        IA3Config(feedforward_modules=[], **given) if name == "ia3" else LoraConfig(use_dora=name == "dora", **given)
+    )
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, config).train()
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    below = Below.of(adapted, SHAPES, 1 << 20)
+    assert below is not None
+    assert below._cut == 2
+    expected, gradients = learnt(adapted, None, 1)
+    assert gradients
+    for times in (1, 2):
+        found, again = learnt(adapted, below, times)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert again.keys() == gradients.keys()
+        for each, gradient in gradients.items():
+            torch.testing.assert_close(again[each], gradient, rtol=1e-3, atol=1e-5)
 
 
 def test_a_row_gives_the_same_bits_whenever_and_beside_whatever_it_comes() -> None:
