@@ -67,7 +67,7 @@ def score_targets(hidden: Tensor, head: Head, targets: Tensor, *, with_mean: boo
         targets: token ids, (tokens,) int64.
         with_mean: asks for the means over the vocabulary, as label smoothing needs them.
     """
-    if hidden.is_cuda and not with_mean and _has_liger(head):
+    if hidden.is_cuda and not with_mean and not _observers and _has_liger(head):
         return TokenScores(_by_liger(hidden, head, targets), None)
     needed = torch.is_grad_enabled() and hidden.requires_grad
     how = _How(head.scale, head.cap, product_dtype(hidden, head), with_mean, needed)
@@ -87,8 +87,9 @@ def product_dtype(hidden: Tensor, head: Head) -> torch.dtype:
 
 
 def _has_liger(head: Head) -> bool:
-    """Whether Liger is installed and knows this form of logits: it scales none."""
-    return (head.scale == 1.0 or head.bias is None) and find_spec("liger_kernel") is not None
+    """Whether Liger is installed and knows this form of logits: it scales none. Capped ones stay ours."""
+    known = head.cap is None and (head.scale == 1.0 or head.bias is None)
+    return known and find_spec("liger_kernel") is not None
 
 
 def _by_liger(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ def _by_liger(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
 
     given = (hidden * head.scale).to(head.weight.dtype)
     nats = liger_fused_linear_cross_entropy(
-        given, head.weight, targets, head.bias, reduction="none", softcap=head.cap, accum_dtype=torch.float32
+        given, head.weight, targets, head.bias, reduction="none", accum_dtype=torch.float32
     )
     logp: Tensor = -nats.float()
     return logp
