@@ -300,21 +300,22 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 def must_recompute(config: PreTrainedConfig, method: Method, examples: Sequence[Example]) -> bool:
     """Whether a training fits here only if activations are computed again in the backward pass; says so.
 
-    Not where learnt keys and values stand before the first token, which recomputing would lose.
-
-    Raises:
-        BadModel: the method does not fit the model, or cannot be rehearsed.
+    Not where learnt keys and values stand before the first token, which recomputing would lose; nor where an estimate
+    cannot be made.
     """
     from tasks.device import compute_dtype, device
 
     if isinstance(method.adapter, PrefixAdapter | PTuningV2Adapter | PeftAdapter):
         return False
-    needed, kept = (
-        estimate(config, method, examples, compute_dtype(), device(), recomputing=recomputing).memory.total
-        for recomputing in (True, False)
-    )
     room = this_machine(device()).room_bytes
-    if kept <= room or needed >= kept:
+    needs = partial(estimate, config, method, examples, compute_dtype(), device())
+    try:
+        kept = needs().memory.total
+        if kept <= room:
+            return False
+        needed = needs(recomputing=True).memory.total
+    except BadModel as error:
+        print(f"whether a step fits cannot be told before it is taken: {error.line()}", flush=True)
         return False
     print(
         f"a step needs {shown(kept)} and {shown(room)} are free: activations are computed again in the backward pass, "

@@ -198,8 +198,9 @@ def below_for(model: Model, examples: Sequence[Example], method: Method) -> Belo
 
     if isinstance(method.adapter, ReftAdapter):
         return Below.of(model, shapes_of(examples), method.adapter.cache_mib << 20)
-    # pairs gain more by a prompt that is computed once
-    return Below.of(model, shapes_of(examples), KEPT_BYTES) if isinstance(objective, SftObjective) else None
+    if method.fit_memory or not isinstance(objective, SftObjective):
+        return None  # memory may be short; and pairs gain more by a prompt that is computed once
+    return Below.of(model, shapes_of(examples), KEPT_BYTES)
 
 
 # --- objectives -------------------------------------------------------------------------------------------------------

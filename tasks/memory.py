@@ -6,6 +6,7 @@ memory says nothing to it, but counts: in the process's control group, or else f
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tasks.errors import OutOfMemory
+from tasks.errors import BadModel, OutOfMemory
 from tasks.outputs import write_whole
 
 if TYPE_CHECKING:
@@ -50,8 +51,6 @@ def keep_freed_memory() -> None:
     Tensors above 32 MiB are otherwise mapped anew every time: long rows took a sixth of their time for that
     (bench/LOG.md). What a process holds at most stays the same. Elsewhere than on glibc it does nothing.
     """
-    import ctypes
-
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
@@ -144,8 +143,16 @@ def recompute_activations(model: PreTrainedModel | PeftModel) -> None:
     """Lets layers keep their inputs alone and compute the rest again in the backward pass (arXiv:1604.06174).
 
     The same bits, for about a third more work. Keys and values that stand before the first token would get lost.
+
+    Raises:
+        BadModel: the architecture cannot.
     """
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    try:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise BadModel(
+            "its activations cannot be computed again", where=type(model).__name__, got=str(error)
+        ) from error
     model.disable_input_require_grads()  # what only the reentrant form needs
 
 
@@ -158,8 +165,17 @@ class RowsAtOnce:
         file: where the next attempt finds how many there are; without one it begins anew.
     """
 
-    def __init__(self, rows: int, *, fit: bool, file: Path | None = None) -> None:
-        self.rows, self._fit, self._file = rows, fit, file
+    def __init__(self, rows: int, *, fit: bool, file: Path | None = None, recomputing: bool | None = None) -> None:
+        self.rows, self._fit, self._file, self._recomputing = rows, fit, file, recomputing
+
+    def recomputing(self, must: Callable[[], bool]) -> bool:
+        """Whether activations are computed again: what `must` says at the first attempt, so that bits stay the same."""
+        if not self._fit:
+            return False
+        if self._recomputing is None:
+            self._recomputing = must()
+            self.note(kills_for_memory())
+        return self._recomputing
 
     def fitted(self, work: Callable[[], T]) -> T:
         """Does some work, again from its beginning with half the rows each time that memory runs out.
@@ -186,7 +202,8 @@ class RowsAtOnce:
     def note(self, kills: int | None) -> None:
         """Leaves word for the next attempt; `kills` is None once this one has ended by itself."""
         if self._file:
-            write_whole(self._file, json.dumps({"micro_batch_rows": self.rows, "kills_for_memory": kills}) + "\n")
+            attempt = {"micro_batch_rows": self.rows, "recomputing": self._recomputing, "kills_for_memory": kills}
+            write_whole(self._file, json.dumps(attempt) + "\n")
 
 
 @contextmanager
@@ -202,10 +219,10 @@ def rows_at_once(rows: int, *, fit: bool, checkpoints: Path) -> Iterator[RowsAtO
         yield RowsAtOnce(rows, fit=False)
         return
     file = checkpoints / "attempt.json"
-    last: dict[str, Any] = {"micro_batch_rows": rows, "kills_for_memory": None}
+    last: dict[str, Any] = {"micro_batch_rows": rows, "recomputing": None, "kills_for_memory": None}
     if file.is_file():
         last = json.loads(file.read_text())
-    now = RowsAtOnce(min(rows, last["micro_batch_rows"]), fit=True, file=file)
+    now = RowsAtOnce(min(rows, last["micro_batch_rows"]), fit=True, file=file, recomputing=last["recomputing"])
     killed = last["kills_for_memory"] is not None and kills_for_memory() > last["kills_for_memory"]
     if killed and not now.halve("the kernel ended the last attempt for it"):
         now.note(None)
@@ -229,5 +246,7 @@ def _give_back() -> None:
     import torch
 
     gc.collect()
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:  # see keep_freed_memory
+        trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

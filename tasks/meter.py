@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from tasks.device import compute_dtype
+
 PEAK_TOKENS = 512
 """The rows of the products that a machine's peak is told by."""
 
@@ -44,19 +46,27 @@ class Meter:
 
     def __init__(self, model: Any) -> None:
         """Begins now; `model` is a decoder or an encoder-decoder, with or without an adapter."""
-        self._model, self._peak = model, peak_flops(model)
+        self._model, self._peak = model, 0.0 if has_experts(model) else peak_flops(model)
         self._last = time.monotonic()
 
     def since_last(self, tokens: int, needed: Needed | None) -> dict[str, float]:
         """Of a step of so many tokens that just ended: tokens per second, and the most memory held until now.
 
-        Where it is known what the step needed: the share of the machine's peak that was spent on that.
+        Where it is known what the step needed, and which weights it went through, also the share of the machine's peak
+        that was spent on that.
         """
         before, self._last = self._last, time.monotonic()
         seconds = self._last - before
         found = {"tokens_per_s": tokens / seconds, "memory_peak_mib": memory_peak_bytes() / 2**20}
-        share = {} if needed is None else {"peak_share": useful_flops(self._model, needed) / seconds / self._peak}
-        return found | share
+        if needed is None or not self._peak:
+            return found
+        return found | {"peak_share": useful_flops(self._model, needed) / seconds / self._peak}
+
+
+def has_experts(model: Any) -> bool:
+    """Whether a token goes through some of the weights only."""
+    values = model.config.get_text_config().to_dict()
+    return any("expert" in name and isinstance(count, int) and count > 1 for name, count in values.items())
 
 
 def useful_flops(model: Any, needed: Needed) -> float:
@@ -69,7 +79,9 @@ def useful_flops(model: Any, needed: Needed) -> float:
     inner = list(matrices(model))
     frozen = sum(rows * columns for (rows, columns), trained in inner if not trained)
     learnt = sum(rows * columns for (rows, columns), trained in inner if trained)
-    attention = 3 * 4 * config.num_hidden_layers * config.hidden_size * needed.pairs_attended
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attended = config.num_attention_heads * width * needed.pairs_attended
+    attention = 3 * 4 * config.num_hidden_layers * attended
     head = config.vocab_size * config.hidden_size
     flops: float = (4 * frozen + 6 * learnt) * needed.tokens + 4 * head * needed.scored + attention
     return flops
@@ -77,10 +89,10 @@ def useful_flops(model: Any, needed: Needed) -> float:
 
 def matrices(model: Any) -> Iterator[tuple[tuple[int, int], bool]]:
     """The shapes of what tokens are multiplied with, without the vocabulary head, and whether each is trained."""
-    head = model.get_output_embeddings()
+    head = set(model.get_output_embeddings().modules())
     for module in model.modules():
         weight = module._parameters.get("weight")  # what wraps a layer shows its weight as its own, too
-        if module is head or weight is None:
+        if module in head or weight is None:
             continue
         if isinstance(rows := getattr(module, "out_features", None), int):
             yield (rows, module.in_features), weight.requires_grad
@@ -93,10 +105,12 @@ def peak_flops(model: Any) -> float:
     import torch
     from torch.nn import functional as F
 
+    frozen = any(not trained for _, trained in matrices(model))
+    dtype = model.dtype if frozen else compute_dtype()  # where all are trained, products are in the fast format
     device, rates = model.device, [0.0]
     for rows, columns in {shape for shape, _ in matrices(model)}:
         sizes = (rows, columns), (PEAK_TOKENS, columns)
-        weight, given = (torch.ones(size, dtype=model.dtype, device=device) for size in sizes)
+        weight, given = (torch.ones(size, dtype=dtype, device=device) for size in sizes)
         times = []
         for _ in range(6):
             started = time.perf_counter()

@@ -203,6 +203,7 @@ def _attention_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Ten
 
 FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
+    _ATEN.addmm_: flop_registry[_ATEN.addmm],
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }

@@ -228,7 +228,7 @@ def _train_stage(stage: process.Stage, method: Method, checkpoints: Path, rows: 
         )
     settle(method.seed)
     steps = method.epochs * steps_per_epoch(len(examples), method.batch_rows)
-    recomputing = method.fit_memory and must_recompute(read_config(base), method, examples)
+    recomputing = rows.recomputing(lambda: must_recompute(read_config(base), method, examples))
     model = fresh(base, method.adapter, steps)
     if recomputing:
         recompute_activations(model)

@@ -79,10 +79,11 @@ class Below:
         cut = _first_changed(base, layers)
         if isinstance(config, ReftConfig):
             cut += config.component == "block_output"
-        if cut == 0 or _drops(base, layers[:cut]):
+        shares = getattr(base.config.get_text_config(), "num_kv_shared_layers", 0)  # layers that are passed over, too
+        if cut == 0 or shares or _drops(base, layers[cut:]):
             return None
         below = cls(body_of(base), layers, cut, 0, prompts_of(base))
-        if isinstance(config, ReftConfig) and not _slides(base.config) and not _drops(base, layers):
+        if isinstance(config, ReftConfig) and not _slides(base.config) and not _drops(base, []):
             spans = parse_positions(config.positions)
             below._last = 0 if spans.first or spans.all else spans.last
         for last in (below._last, 0):
@@ -159,7 +160,7 @@ class Below:
             pass
         finally:
             handle.remove()
-        if not isinstance(found[0], Tensor):
+        if not isinstance(found[0], Tensor) or found[0].dim() != 3:
             return None
         hidden = found[0][0, start:].clone()
         if cache is None:
@@ -170,11 +171,15 @@ class Below:
 
 
 def _first_changed(base: Any, layers: Sequence[nn.Module]) -> int:
-    """The number of the first layer that an adapter changes; 0 where it changes what comes before the layers, too."""
-    changes = [any(isinstance(part, BaseTunerLayer | ReftLayer) for part in layer.modules()) for layer in layers]
-    embedding = base.get_input_embeddings()
-    before = isinstance(embedding, BaseTunerLayer) or any(p.requires_grad for p in embedding.parameters())
-    return 0 if before or True not in changes else changes.index(True)
+    """The number of the first layer that an adapter changes; 0 where anything else but the head is changed, too."""
+
+    def changes(part: nn.Module) -> bool:
+        return isinstance(part, BaseTunerLayer | ReftLayer) or any(p.requires_grad for p in part.parameters(False))
+
+    changed = {part for part in base.modules() if changes(part)}
+    first = next((number for number, layer in enumerate(layers) if changed & set(layer.modules())), 0)
+    behind = {part for each in (*layers, base.get_output_embeddings()) for part in each.modules()}
+    return 0 if changed - behind else first
 
 
 class _Enough(Exception):  # no error
@@ -193,12 +198,14 @@ def _instead(forwards: dict[nn.Module, Any]) -> Iterator[None]:
             del module.forward
 
 
-def _drops(base: Any, layers: Sequence[nn.Module]) -> bool:
-    """Whether something other than the edits drops out in these layers."""
-    edits = {id(part) for each in base.modules() if isinstance(each, ReftLayer) for part in each.modules()}
-    parts = (part for layer in layers for part in layer.modules() if id(part) not in edits)
-    dropout = any(isinstance(part, nn.Dropout) and part.p > 0 for part in parts)
-    return dropout or bool(getattr(base.config, "attention_dropout", 0))
+def _drops(base: Any, above: Sequence[nn.Module]) -> bool:
+    """Whether something other than the edits drops out, elsewhere than in the layers `above`."""
+    edits = [part for part in base.modules() if isinstance(part, ReftLayer)]
+    passed_over = {id(part) for each in (*above, *edits) for part in each.modules()}
+    parts = (part for part in base.modules() if id(part) not in passed_over)
+    config = base.config.get_text_config()
+    by_functions = any(getattr(config, name, 0) for name in ("dropout", "attention_dropout", "activation_dropout"))
+    return by_functions or any(isinstance(part, nn.Dropout) and part.p > 0 for part in parts)
 
 
 def _slides(config: Any) -> bool:

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
+from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -21,7 +22,7 @@ from torch.autograd.function import once_differentiable
 def add_in_one_pass(model: PeftModel, name: str = "default") -> None:
     """Lets plain LoRA layers of an adapter add their updates so; variants such as DoRA stay as they are."""
     for module in model.modules():
-        if isinstance(module, LoraLayer) and name in module.lora_A and name not in module.lora_variant:
+        if isinstance(module, Linear | Linear4bit | Linear8bitLt) and name not in module.lora_variant:
             module.lora_variant[name] = InOnePass()
 
 
@@ -56,7 +57,8 @@ class InOnePass(LoraVariant):  # type: ignore[misc, unused-ignore]
         plain = a.bias is None and b.bias is None and result.is_contiguous()
         # without gradients it is PEFT's arithmetic to the bit: that of the model that is served
         if not (torch.is_grad_enabled() and alike and plain):
-            as_peft: Tensor = result + b(a(x)) * scaling
+            update = b(a(x)) * scaling
+            as_peft: Tensor = result + (update if isinstance(module, Linear) else update.to(result.dtype))
             return as_peft
         if result._is_view():  # of what another function made: autograd would not have it changed in place
             result = result.clone()

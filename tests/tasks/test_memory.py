@@ -16,7 +16,7 @@ import torch
 from tasks import memory
 from tasks.adapted import fresh
 from tasks.device import compute_dtype, settle
-from tasks.errors import OutOfMemory
+from tasks.errors import BadModel, OutOfMemory
 from tasks.hollow import read_config
 from tasks.losses import loss_of
 from tasks.memory import (
@@ -133,7 +133,11 @@ def test_after_a_kill_for_memory_the_next_attempt_takes_half(tmp_path: Path, mon
         rows_at_once(4, fit=True, checkpoints=tmp_path),
     ):
         raise AssertionError
-    assert json.loads((tmp_path / "attempt.json").read_text()) == {"kills_for_memory": None, "micro_batch_rows": 1}
+    assert json.loads((tmp_path / "attempt.json").read_text()) == {
+        "kills_for_memory": None,
+        "micro_batch_rows": 1,
+        "recomputing": None,
+    }
 
 
 def test_without_fit_memory_nothing_is_noted(tmp_path: Path) -> None:
@@ -209,6 +213,30 @@ def test_so_it_is_done_where_a_training_would_not_fit_by_its_estimate(
     assert ("activations are computed again" in capsys.readouterr().out) == recomputed
     prefix = method({"name": "prefix", "tokens": 3, "hidden_size": 8}, SFT, fit_memory=True)
     assert not estimate.must_recompute(config, prefix, learnt)
+
+
+def test_where_that_cannot_be_told_rows_are_all_that_gives_way(
+    pico_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tasks import estimate
+
+    monkeypatch.setattr(estimate, "estimate", _cannot)
+    params = method(LORA, SFT, fit_memory=True)
+    assert not estimate.must_recompute(read_config(pico_base), params, examples("lora", 8))
+    assert "whether a step fits cannot be told before it is taken: step: no" in capsys.readouterr().out
+
+
+def _cannot(*_: Any, **__: Any) -> None:
+    raise BadModel("no", where="step")
+
+
+def test_the_first_attempt_decides_for_all(tmp_path: Path) -> None:
+    with rows_at_once(4, fit=True, checkpoints=tmp_path) as rows:
+        assert rows.recomputing(lambda: True)
+    with rows_at_once(4, fit=True, checkpoints=tmp_path) as rows:
+        assert rows.recomputing(lambda: False)
+    with rows_at_once(4, fit=False, checkpoints=tmp_path / "other") as rows:
+        assert not rows.recomputing(lambda: True)
 
 
 # --- a training -------------------------------------------------------------------------------------------------------

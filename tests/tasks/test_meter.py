@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -10,7 +12,7 @@ from transformers import GPT2Config, LlamaConfig
 from tasks.adapted import trainable
 from tasks.batches import needed_of
 from tasks.losses import loss_of
-from tasks.meter import Needed, matrices, useful_flops
+from tasks.meter import Meter, Needed, matrices, useful_flops
 from tasks.models import TokenRow
 from tests.samples import LORA, SFT, method
 
@@ -48,6 +50,14 @@ def test_operations_are_those_that_pytorch_counts() -> None:
     assert products == pytest.approx(counter.get_total_flops(), rel=0.05)
     # two products forwards and four backwards, of which causal attention needs half
     assert useful_flops(model, needed) - products == 12 * 6 * 2 * 64 * (40 * 41 // 2)
+
+
+def test_of_a_model_with_experts_no_share_is_told() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 50}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+    assert Meter(model).since_last(10, Needed(10, 5, 55)).keys() == {"tokens_per_s", "memory_peak_mib"}
 
 
 def test_every_matrix_is_counted_once_whatever_its_class() -> None:

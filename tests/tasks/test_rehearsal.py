@@ -279,12 +279,16 @@ def test_arithmetic_is_what_pytorch_counts_on_a_real_step(pico_base: Path) -> No
     def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return int(sdpa_flop_count(query, key, value))
 
+    def addmm(to: Any, left: Any, right: Any, **_: Any) -> int:
+        return int(2 * left[0] * left[1] * right[1])
+
     def attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return int(sdpa_backward_flop_count(gradient, query, key, value))
 
     ours = {  # PyTorch has no formula for these, and would count nothing
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+        torch.ops.aten.addmm_: addmm,
     }
     with FlopCounterMode(display=False, custom_mapping=ours) as counter:
         loss_of(model, given, params)[0].backward()

@@ -92,6 +92,29 @@ def test_so_it_does_below_the_first_layer_that_other_adapters_change(kind: str, 
             torch.testing.assert_close(again[each], gradient, rtol=1e-3, atol=1e-5)
 
 
+def test_nothing_is_kept_where_something_below_is_changed_or_drops_out() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    upper = ["layers.2.self_attn.q_proj"]
+
+    def below_of(model: Any, **given: Any) -> Below | None:
+        return Below.of(
+            get_peft_model(model, LoraConfig(**{"target_modules": upper, **given})).train(), SHAPES, 1 << 20
+        )
+
+    assert below_of(pico_model()) is not None
+    assert below_of(pico_model(tie_word_embeddings=False), modules_to_save=["lm_head"]) is not None
+    assert below_of(pico_model(), modules_to_save=["input_layernorm"]) is None
+    assert below_of(pico_model("qwen2"), bias="all") is None
+    assert below_of(pico_model(), target_modules=["embed_tokens", *upper]) is None
+    assert below_of(pico_model(attention_dropout=0.1)) is None
+    gpt2 = {"target_modules": ["h.2.attn.c_attn"], "fan_in_fan_out": True}
+    drops = dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.0)
+    assert below_of(pico_model("gpt2", **drops), **gpt2) is not None
+    assert below_of(pico_model("gpt2", **{**drops, "embd_pdrop": 0.1}), **gpt2) is None
+    assert below_of(pico_model("gpt2", **drops), **{**gpt2, "target_modules": ["wpe", "h.2.attn.c_attn"]}) is None
+
+
 def test_a_row_gives_the_same_bits_whenever_and_beside_whatever_it_comes() -> None:
     model = model_of("llama", positions="last", layers=[1])
     one, two = (Below.of(model, SHAPES, 1 << 20) for _ in range(2))
