@@ -11,25 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from tasks.params import FileSource
-
 ROOT = Path(__file__).resolve().parent.parent
 REAL = Path(os.environ.get("TEMPER_REAL_DATA", ROOT.parent / "shared" / "data"))
 """Real public files, where they lie beside the clone."""
-
-
-def a_file(path: Path) -> FileSource:
-    """A file of rows, told by its content; malformed rows are left out."""
-    return FileSource(
-        kind="file",
-        path=str(path),
-        use="train",
-        licence="?",
-        format="auto",
-        encoding="utf-8",
-        max_refused=1.0,
-        take="all",
-    )
 
 
 class Ratio(NamedTuple):

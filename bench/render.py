@@ -20,7 +20,8 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from bench.clock import REAL, ROOT, Ratio, a_file, alternate, machine
+from bench.clock import REAL, ROOT, Ratio, alternate, machine
+from flows.alone import any_file
 from tasks.process import quiet_libraries
 
 SOURCES = {"preference": "llama_factory/dpo_en_demo.json", "chat": "stanford_alpaca/alpaca_5000.json"}
@@ -33,7 +34,7 @@ def rows_of(kind: str, count: int) -> list[Any]:
 
     path = REAL / SOURCES[kind]
     if path.is_file():
-        found = [r for r in Reading("real", a_file(path)).records() if all(_texts(r))]
+        found = [r for r in Reading("real", any_file(path)).records() if all(_texts(r))]
     else:
         print(f"no real data at {path}: generated rows instead")
         found = list(generate(Recipe("made", kind, min(count, 5000), 1), read_lexicon(ROOT / "data" / "lexicon.yaml")))

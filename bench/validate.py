@@ -18,7 +18,8 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from bench.clock import REAL, ROOT, a_file, machine
+from bench.clock import REAL, ROOT, machine
+from flows.alone import any_file
 from tasks.process import quiet_libraries
 
 
@@ -33,7 +34,7 @@ def rows(count: int, *, generated: bool) -> Any:
         return as_table(
             "chat", generate(Recipe("made", "chat", count, 1), read_lexicon(ROOT / "data" / "lexicon.yaml"))
         )
-    found: list[Any] = list(Reading("real", a_file(path)).records())
+    found: list[Any] = list(Reading("real", any_file(path)).records())
     return as_table("chat", (_marked(record, n) for n, record in enumerate(islice(cycle(found), count))))
 
 

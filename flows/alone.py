@@ -64,7 +64,7 @@ def inspect(path: Path, against: Sequence[Path]) -> dict[str, Any]:
     reasons = Counter(error.what for error in refused)
     if not records:
         return {**found, "rejected": len(refused), "repaired": 0, "duplicates": 0, "leaks": 0, "reasons": dict(reasons)}
-    benchmarks = {str(each): questions_of(_tables(Reading("", _any_file(each)).records())) for each in against}
+    benchmarks = {str(each): questions_of(_tables(Reading("", any_file(each)).records())) for each in against}
     with TemporaryDirectory() as docs:
         verdict = judge(
             _tables(records), benchmarks, params.render.held_out, params.validate_, Path(docs), Memory(None)
@@ -93,7 +93,7 @@ def _look_into(path: Path) -> tuple[list[FileFound], list[Record], list[BadData]
     records: list[Record] = []
     refused: list[BadData] = []
     for file in _files(path):
-        reading = Reading(str(file), _any_file(file))
+        reading = Reading(str(file), any_file(file))
         try:
             found = list(reading.records())
             if reading.holds_nothing:
@@ -132,7 +132,7 @@ def render(path: Path, tokenizer_folder: Path, show: int) -> tuple[list[Shown], 
     tokenizer = load_tokenizer(tokenizer_folder)
     shown: list[Shown] = []
     counts, refused = {"rows": 0, "rendered": 0, "tokens": 0, "learnt": 0}, Counter[str]()
-    for record in Reading("", _any_file(path)).records():
+    for record in Reading("", any_file(path)).records():
         counts["rows"] += 1
         try:
             parts = _rendered(record, tokenizer)
@@ -208,7 +208,7 @@ def convert(source: Path, target: Path, form: str) -> int:
     count = 0
     with whole_file(target) as file:
         array = target.suffix == ".json"
-        for record in Reading("", _any_file(source, max_refused=0.0)).records():
+        for record in Reading("", any_file(source, max_refused=0.0)).records():
             line = json.dumps(FORMS[form](record), ensure_ascii=False)
             file.write(((("[\n" if not count else ",\n") + line) if array else line + "\n").encode())
             count += 1
@@ -227,7 +227,8 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _any_file(path: Path, max_refused: float = 1.0) -> FileSource:
+def any_file(path: Path, max_refused: float = 1.0) -> FileSource:
+    """A file of rows, told by its content; up to this share of malformed rows are left out."""
     return FileSource(
         kind="file",
         path=str(path),

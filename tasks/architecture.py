@@ -6,6 +6,7 @@ A model's own configuration says which it is; nothing else does.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,7 +14,7 @@ from tasks.errors import BadModel
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class Architecture(NamedTuple):
@@ -34,6 +35,12 @@ class Architecture(NamedTuple):
 
 DECODER = Architecture("decoder", "AutoModelForCausalLM", "CAUSAL_LM", "chat")
 ENCODER_DECODER = Architecture("encoder-decoder", "AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", "pair")
+
+
+def positions_of(config: PreTrainedConfig) -> float:
+    """How many tokens a model can take in; infinity for families that set no limit."""
+    longest: float | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return math.inf if longest is None else longest
 
 
 def architecture_in(folder: Path) -> Architecture:

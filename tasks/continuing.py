@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.adapter_configs import config_of
 from tasks.adapter_params import LoraAdapter
-from tasks.architecture import ENCODER_DECODER, architecture_in
+from tasks.architecture import ENCODER_DECODER, architecture_in, positions_of
 from tasks.base_params import AllWeights, ContinueBase, Growth, HubBase
 from tasks.corpus import Document, own_token_ids, pack_blocks, read_corpus, text_bytes
 from tasks.device import settle
@@ -227,8 +227,8 @@ def publish(model: Model, folder: Path, params: ContinueBase, new: Sequence[int]
 
 
 def _check_context(model: PreTrainedModel, params: ContinueBase) -> None:
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # families without have no limit
-    if longest is not None and longest < params.context_tokens:
+    longest = positions_of(model.config)
+    if longest < params.context_tokens:
         raise BadModel(
             "reads fewer tokens than base.context_tokens",
             where=params.of.path,

@@ -15,14 +15,13 @@ batch, fills inputs up on the left, where encoders that count positions go wrong
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 from tasks import process
 from tasks.adapted import load_packaged
-from tasks.architecture import ENCODER_DECODER, architecture_in
+from tasks.architecture import ENCODER_DECODER, architecture_in, positions_of
 from tasks.device import settle
 from tasks.errors import BadData
 from tasks.intervals import bootstrap
@@ -84,8 +83,7 @@ def answer_rows(
     from tasks.adapters.virtual import virtual_tokens
 
     prompts = [row["ids"][: last_turn(row)] for row in rows]
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)  # families without: no limit
-    room = longest - params.max_new_tokens - virtual_tokens(model)
+    room = positions_of(model.config) - params.max_new_tokens - virtual_tokens(model)
     if cramped := [
         f"{row['id']}: {len(ids)} tokens" for row, ids in zip(rows, prompts, strict=True) if len(ids) > room
     ]:
@@ -108,7 +106,7 @@ def answer_rows(
 def answer_pairs(
     model: Model, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], params: Evaluate
 ) -> list[Answer]:
-    """Answers the inputs of rendered pairs greedily and scores their targets.
+    """Answers the inputs of rendered pairs and scores their targets.
 
     Raises:
         BadData: an input, or what may be answered, is too long for the model.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tasks.architecture import positions_of
 from tasks.errors import BadData
 from tasks.generation_params import Generation
 from tasks.models import Model, Scored
@@ -121,9 +122,7 @@ def check_room(model: Model, rows: Sequence[tuple[str, Sequence[int]]], max_new_
     Raises:
         BadData: one of them is too long.
     """
-    room = model.config.to_dict().get("max_position_embeddings")
-    if room is None:
-        return
+    room = positions_of(model.config)
     if max_new_tokens > room:
         raise BadData("evaluate.max_new_tokens is more than the model can write", got=str(max_new_tokens))
     if cramped := [f"{row}: {len(ids)} tokens" for row, ids in rows if len(ids) > room]:

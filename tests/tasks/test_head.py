@@ -196,7 +196,7 @@ def test_products_are_in_the_type_of_the_weights_or_of_autocast_where_the_machin
 
 def test_memory_does_not_grow_with_the_vocabulary() -> None:
     """What PyTorch allocates forwards and backwards, by its own profiler; the plain way holds all logits, twice."""
-    from tests.tasks.test_rehearsal import most_allocated
+    from bench.limits import peak_bytes
 
     def most(vocabulary: int, *, plain: bool = False) -> int:
         hidden, weight = torch.randn(64, 16, requires_grad=True), torch.randn(vocabulary, 16)
@@ -208,7 +208,7 @@ def test_memory_does_not_grow_with_the_vocabulary() -> None:
             else:
                 score_targets(hidden, Head(weight), targets).logp.mean().backward()
 
-        return most_allocated(work)
+        return peak_bytes(work)
 
     assert most(20_000) == most(2_000) < 40_000
     assert most(20_000, plain=True) > 2 * 64 * 20_000 * 4

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from bench.limits import peak_bytes
 from tasks.adapted import fresh
 from tasks.device import compute_dtype
 from tasks.estimate import estimate, full_rows
@@ -85,26 +86,6 @@ def held_bytes(model: Any) -> int:
     return sum(storages.values())
 
 
-def most_allocated(work: Any) -> int:
-    """Bytes that PyTorch holds at most during some work, beyond what it held before."""
-    from torch._C._profiler import _EventType
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        work()
-    todo, blocks = list(profiled.profiler.kineto_results.experimental_event_tree()), []
-    while todo:
-        event = todo.pop()
-        todo += event.children
-        if event.tag == _EventType.Allocation:
-            blocks.append((event.start_time_ns, event.extra_fields.alloc_size))
-    held = most = 0
-    for _, size in sorted(blocks, key=lambda block: block[0]):
-        held += size
-        most = max(most, held)
-    return most
-
-
 @pytest.mark.parametrize(
     ("adapter", "objective", "changes"),
     [
@@ -150,7 +131,7 @@ def test_the_estimated_memory_is_that_of_a_real_training(
     estimated = estimate(read_config(small_base), params, given, compute_dtype(), CPU).memory
     model = fresh(small_base, params.adapter).train()
     weights = held_bytes(model)
-    measured = weights + most_allocated(lambda: train(model, given, params, tmp_path, Progress("t", 4, "steps")))
+    measured = weights + peak_bytes(lambda: train(model, given, params, tmp_path, Progress("t", 4, "steps")))
     assert estimated.weights == pytest.approx(weights, rel=1e-4)
     assert estimated.total == pytest.approx(measured, rel=0.02)
     assert estimated.activations + estimated.logits > 2 * estimated.weights
@@ -165,7 +146,7 @@ def test_so_it_is_where_activations_are_computed_again(
     model = fresh(small_base, params.adapter).train()
     recompute_activations(model)
     weights = held_bytes(model)
-    measured = weights + most_allocated(lambda: train(model, given, params, tmp_path, Progress("t", 4, "steps")))
+    measured = weights + peak_bytes(lambda: train(model, given, params, tmp_path, Progress("t", 4, "steps")))
     assert estimated.total == pytest.approx(measured, rel=0.02)
 
 
@@ -180,7 +161,7 @@ def test_so_it_is_of_pico_models_of_other_shapes(
     estimated = estimate(read_config(folder), params, given, compute_dtype(), CPU).memory
     model = fresh(folder, params.adapter).train()
     weights = held_bytes(model)
-    measured = weights + most_allocated(lambda: train(model, given, params, tmp_path, Progress("t", 2, "steps")))
+    measured = weights + peak_bytes(lambda: train(model, given, params, tmp_path, Progress("t", 2, "steps")))
     assert estimated.total == pytest.approx(measured, rel=0.15)
 
 
@@ -210,7 +191,7 @@ def test_full_fine_tuning_too(dtype: torch.dtype) -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
 
-    assert estimated.total == pytest.approx(weights + most_allocated(work), rel=0.02)
+    assert estimated.total == pytest.approx(weights + peak_bytes(work), rel=0.02)
     assert estimated.gradients == pytest.approx(weights, rel=1e-3)
     assert estimated.optimizer == pytest.approx(2 * weights, rel=1e-3)
 
