@@ -21,9 +21,9 @@ from typing import Any
 from bench import orpo, sft
 from bench.clock import machine
 from bench.limits import SHAPES, peak_bytes, write_base
-from bench.steps import Ours, spin_while_waiting, token_row
+from bench.steps import Ours, exactly, spin_while_waiting, token_row
 from tasks.memory import keep_freed_memory
-from tasks.meter import Needed, peak_flops, useful_flops
+from tasks.meter import Needed, operations_of, peak_flops
 from tasks.process import quiet_libraries
 
 SHORTEST = 1024
@@ -34,7 +34,7 @@ LOSS_TOKENS, HIDDEN = 2048, 192
 def sft_step(tokens: int, some: Callable[[int], list[int]]) -> tuple[list[Any], Needed]:
     """A step of one row, and what of it must be computed."""
     row = token_row(some(tokens // 2), some(tokens - tokens // 2))
-    return [row], Needed.by(row.prompt_tokens, [row.scored_tokens], row.scored_tokens)
+    return [row], sft.needed_of(row)
 
 
 def orpo_step(tokens: int, some: Callable[[int], list[int]]) -> tuple[list[Any], Needed]:
@@ -46,11 +46,7 @@ def orpo_step(tokens: int, some: Callable[[int], list[int]]) -> tuple[list[Any],
 
 def rows_of_lengths(given: argparse.Namespace, folder: Path, dtype: Any) -> None:
     """Prints the table over lengths."""
-    vocabulary, draw = SHAPES[given.shape].vocabulary, random.Random(0)
-
-    def some(count: int) -> list[int]:
-        return [draw.randrange(3, vocabulary) for _ in range(count)]
-
+    some = partial(exactly, random.Random(0), vocabulary=SHAPES[given.shape].vocabulary)
     print("\n| objective | tokens | s | us a token | needed, MFLOP a token | fraction of the limit | KiB a token |")
     print("|---" * 7 + "|")
     for name, step_of, loss in (("SFT", sft_step, sft.our_loss), ("ORPO", orpo_step, orpo.our_loss)):
@@ -60,7 +56,7 @@ def rows_of_lengths(given: argparse.Namespace, folder: Path, dtype: Any) -> None
             ours = Ours(folder, dtype, [step], loss)
             ours()
             seconds = statistics.median(ours() for _ in range(given.rounds))
-            flops, limit = useful_flops(ours.model, needed), peak_flops(ours.model)
+            flops, limit = operations_of(ours.model).of(needed), peak_flops(ours.model)
             held = peak_bytes(partial(_differentiated, ours))
             print(
                 f"| {name} | {tokens} | {seconds:.2f} | {seconds / tokens * 1e6:.0f} | {flops / tokens / 1e6:.0f} | "

@@ -30,6 +30,11 @@ def rows_of(count: int, prompt: int, reply: int, vocabulary: int) -> list[TokenR
     return [token_row(tokens(prompt), tokens(reply)) for _ in range(count)]
 
 
+def needed_of(row: TokenRow) -> Needed:
+    """What a row must compute."""
+    return Needed.by(row.prompt_tokens, [row.scored_tokens], row.scored_tokens)
+
+
 def our_loss(model: Any, batch: list[TokenRow]) -> Any:
     """The stage's."""
     from tasks.models import score_tokens
@@ -75,7 +80,7 @@ def main() -> None:
     from tasks.batches import batches_of
 
     rows = rows_of(given.rows, given.prompt, given.reply, SHAPES[given.shape].vocabulary)
-    needed = Needed.of_all([Needed.by(row.prompt_tokens, [row.scored_tokens], row.scored_tokens) for row in rows])
+    needed = Needed.of_all([needed_of(row) for row in rows])
     batches = [[rows[n] for n in batch] for batch in batches_of(0, [row.tokens for row in rows], BATCH_ROWS, 0)]
     with tempfile.TemporaryDirectory() as name:
         race = Race("SFT", batches, needed, our_loss, their_loss, trainer_of(rows, Path(name)))

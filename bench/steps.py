@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 from bench.clock import Ratio, machine
 from bench.limits import SHAPES, peak_bytes, write_base
-from tasks.memory import keep_freed_memory
-from tasks.meter import Needed, peak_flops, useful_flops
+from tasks.memory import keep_freed_memory, tell_malloc
+from tasks.meter import Needed, operations_of, peak_flops
 from tasks.models import TokenRow
 
 RANK = 8
@@ -79,12 +79,7 @@ class Side:
 
 def give_back_freed_memory() -> None:
     """What glibc comes to by itself: it maps what is larger than 32 MiB, and gives back what is more than 64."""
-    import ctypes
-
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for option, value in ((-4, 65_536), (-3, 32 << 20), (-1, 64 << 20)):
-            mallopt(option, value)
+    tell_malloc(mmap_max=65_536, mmap_threshold=32 << 20, trim_threshold=64 << 20)
 
 
 class Ours(Side):
@@ -250,14 +245,19 @@ def report(name: str, ours: Ours, sides: Iterator[tuple[str, Theirs]], needed: N
         yield f"| {name}, TRL {label} | {ratio.row()} | {ratio_of_bytes:.1f} |"
     control = side_by_side(ours, ours, rounds)
     limit = statistics.median([before, peak_flops(ours.model)])
-    reached = useful_flops(ours.model, needed) / statistics.median(control.ours_s) / limit
+    reached = operations_of(ours.model).of(needed) / statistics.median(control.ours_s) / limit
     void = "" if 0.97 <= statistics.median(control.ratios) <= 1.03 else " VOID: outside 0.97 to 1.03"
     yield f"| {name}, ours against ours{void} | {control.row()} | fraction of the limit {reached:.2f} |"
 
 
 def random_tokens(draw: random.Random, most: int, vocabulary: int) -> list[int]:
     """A quarter of so many tokens to all of them."""
-    return [draw.randrange(3, vocabulary) for _ in range(draw.randint(max(1, most // 4), most))]
+    return exactly(draw, draw.randint(max(1, most // 4), most), vocabulary)
+
+
+def exactly(draw: random.Random, count: int, vocabulary: int) -> list[int]:
+    """So many random tokens."""
+    return [draw.randrange(3, vocabulary) for _ in range(count)]
 
 
 def token_row(prompt: Sequence[int], reply: Sequence[int]) -> TokenRow:

@@ -41,12 +41,24 @@ class Needed(NamedTuple):
         return cls(*map(sum, zip(*parts, strict=True)))
 
 
+class Operations(NamedTuple):
+    """What a model takes, forwards and backwards: for each token, scored token, and pair of tokens that attend."""
+
+    token: int
+    scored: int
+    pair: int
+
+    def of(self, needed: Needed) -> int:
+        """All that is needed."""
+        return self.token * needed.tokens + self.scored * needed.scored + self.pair * needed.pairs_attended
+
+
 class Meter:
     """Measures from one step of a model's training to the next; rates the machine first."""
 
     def __init__(self, model: Any) -> None:
         """Begins now; `model` is a decoder or an encoder-decoder, with or without an adapter."""
-        self._model, self._peak = model, 0.0 if has_experts(model) else peak_flops(model)
+        self._operations, self._peak = operations_of(model), 0.0 if has_experts(model) else peak_flops(model)
         self._last = time.monotonic()
 
     def since_last(self, tokens: int, needed: Needed | None) -> dict[str, float]:
@@ -60,7 +72,7 @@ class Meter:
         found = {"tokens_per_s": tokens / seconds, "memory_peak_mib": memory_peak_bytes() / 2**20}
         if needed is None or not self._peak:
             return found
-        return found | {"peak_share": useful_flops(self._model, needed) / seconds / self._peak}
+        return found | {"peak_share": self._operations.of(needed) / seconds / self._peak}
 
 
 def has_experts(model: Any) -> bool:
@@ -69,22 +81,18 @@ def has_experts(model: Any) -> bool:
     return any("expert" in name and isinstance(count, int) and count > 1 for name, count in values.items())
 
 
-def useful_flops(model: Any, needed: Needed) -> float:
+def operations_of(model: Any) -> Operations:
     """4 operations a frozen weight and token, 6 a trained one; the head on scored tokens alone; causal attention.
 
     So a weight is counted once forwards, once for the gradient to its input and, if trained, once for its own. Hidden
     states that are kept from epoch to epoch are counted as if they were computed.
     """
     config = model.config.get_text_config()
-    inner = list(matrices(model))
-    frozen = sum(rows * columns for (rows, columns), trained in inner if not trained)
-    learnt = sum(rows * columns for (rows, columns), trained in inner if trained)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attended = config.num_attention_heads * width * needed.pairs_attended
-    attention = 3 * 4 * config.num_hidden_layers * attended
-    head = config.vocab_size * config.hidden_size
-    flops: float = (4 * frozen + 6 * learnt) * needed.tokens + 4 * head * needed.scored + attention
-    return flops
+    token = sum((6 if trained else 4) * rows * columns for (rows, columns), trained in matrices(model))
+    heads = getattr(config, "num_attention_heads", 0)  # state space models have none
+    width = heads and (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    pair = 3 * 4 * config.num_hidden_layers * heads * width
+    return Operations(token, 4 * config.vocab_size * config.hidden_size, pair)
 
 
 def matrices(model: Any) -> Iterator[tuple[tuple[int, int], bool]]:

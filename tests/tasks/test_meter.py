@@ -12,7 +12,7 @@ from transformers import GPT2Config, LlamaConfig
 from tasks.adapted import trainable
 from tasks.batches import needed_of
 from tasks.losses import loss_of
-from tasks.meter import Meter, Needed, matrices, useful_flops
+from tasks.meter import Meter, Needed, matrices, operations_of
 from tasks.models import TokenRow
 from tests.samples import LORA, SFT, method
 
@@ -46,10 +46,10 @@ def test_operations_are_those_that_pytorch_counts() -> None:
         loss_of(model, [(row,)], params)[0].backward()
     needed = needed_of([(row,)])
     assert needed is not None
-    products = useful_flops(model, needed._replace(pairs_attended=0))
+    products = operations_of(model).of(needed._replace(pairs_attended=0))
     assert products == pytest.approx(counter.get_total_flops(), rel=0.05)
     # two products forwards and four backwards, of which causal attention needs half
-    assert useful_flops(model, needed) - products == 12 * 6 * 2 * 64 * (40 * 41 // 2)
+    assert operations_of(model).of(needed) - products == 12 * 6 * 2 * 64 * (40 * 41 // 2)
 
 
 def test_of_a_model_with_experts_no_share_is_told() -> None:
@@ -58,6 +58,13 @@ def test_of_a_model_with_experts_no_share_is_told() -> None:
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 50}
     model = MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
     assert Meter(model).since_last(10, Needed(10, 5, 55)).keys() == {"tokens_per_s", "memory_peak_mib"}
+
+
+def test_a_model_without_attention_has_none_to_count() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=50, state_size=4)
+    assert operations_of(MambaForCausalLM(config)).pair == 0
 
 
 def test_every_matrix_is_counted_once_whatever_its_class() -> None:
