@@ -329,9 +329,10 @@ def _stopping_cleanly(root: Path) -> Iterator[None]:
     from flows.display import clear_board
     from flows.servers import end_old_server
     from tasks.runner import stop_all
+    from tasks.signals import STOPPING, on_stop
 
     def stop(number: int, frame: Any) -> None:
-        for each in numbers:
+        for each in STOPPING:
             signal.signal(each, signal.SIG_IGN)
         clear_board()
         typer.echo("\nstopping: stages that train write a checkpoint first", err=True)
@@ -340,13 +341,8 @@ def _stopping_cleanly(root: Path) -> Iterator[None]:
         typer.echo("stopped; `temper run` goes on from here", err=True)
         os._exit(Interrupted.exit_code)  # not through Prefect, whose temporary server got the same signal
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, stop) for number in numbers]
-    try:
+    with on_stop(stop):
         yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
 
 
 _debugging = "--debug" in sys.argv

@@ -53,18 +53,16 @@ def _machine(workspace: Path) -> list[Finding]:
     import psutil
     import torch
 
-    from tasks.device import FAST_BF16, compute_dtype, device
+    from tasks.device import FAST_BF16, compute_dtype, device, has_fast_bf16
 
-    features = torch.cpu.get_capabilities()
-    fast = [name for name in FAST_BF16 if features.get(name)]
-    where = device()
+    fast, where = has_fast_bf16(), device()
     free, memory = shutil.disk_usage(workspace).free / _GIB, psutil.virtual_memory()
     return [
         Finding(
             "device", torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {os.cpu_count()} cores"
         ),
-        Finding("AMX", "yes" if features.get("amx_bf16") else "no"),
-        Finding("bf16", f"fast ({', '.join(fast)})" if fast or where.type == "cuda" else "slow here"),
+        Finding("AMX", "yes" if fast else "no"),
+        Finding("bf16", f"fast ({FAST_BF16 if fast else ''})" if fast or where.type == "cuda" else "slow here"),
         Finding("computes in", str(compute_dtype()).removeprefix("torch.")),
         Finding(
             "memory",

@@ -9,8 +9,8 @@ from tasks.distributed import ALONE, world
 if TYPE_CHECKING:
     import torch
 
-FAST_BF16 = ("amx_bf16",)
-"""CPU features with which bf16 matrix products are several times faster than fp32 ones.
+FAST_BF16 = "amx_bf16"
+"""The CPU feature with which bf16 matrix products are several times faster than fp32 ones.
 
 Not `avx512_bf16` alone: with it they take twice as long as in fp32 on the CPUs that were measured (bench/LOG.md).
 """
@@ -38,8 +38,7 @@ def has_fast_bf16() -> bool:
     """Whether this CPU multiplies bf16 faster than fp32."""
     import torch
 
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(feature) for feature in FAST_BF16)
+    return bool(torch.cpu.get_capabilities().get(FAST_BF16))
 
 
 def settle(seed: int) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from tasks import process
 from tasks.distributed import ALONE, launched
 from tasks.errors import BadInput, BadParams, OutOfMemory, Transient
+from tasks.signals import on_stop
 
 LAUNCH = "TEMPER_LAUNCH"
 """Environment variable: a configuration of `accelerate launch`."""
@@ -92,10 +93,5 @@ def _passing_signals_on() -> Iterator[None]:
             with suppress(psutil.NoSuchProcess):
                 child.send_signal(number)
 
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, pass_on) for number in numbers]
-    try:
+    with on_stop(pass_on):
         yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)

@@ -11,7 +11,6 @@ keeps what is written.
 from __future__ import annotations
 
 import math
-import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from tasks.distributed import anywhere, check_agreed, is_first, own_draws, sum_g
 from tasks.errors import Diverged, Interrupted
 from tasks.memory import RowsAtOnce
 from tasks.progress import Progress
+from tasks.signals import on_stop
 from tasks.watch import HELD_OUT_LOSS, Watch, best_step
 
 if TYPE_CHECKING:
@@ -268,13 +268,8 @@ def _check_finite(parameters: Mapping[str, torch.Tensor], step: int) -> None:
 def stop_signals() -> Iterator[threading.Event]:
     """Within this block SIGTERM and SIGINT only set the event, so that a step can end and be saved."""
     stopping = threading.Event()
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, lambda *_: stopping.set()) for number in numbers]
-    try:
+    with on_stop(lambda *_: stopping.set()):
         yield stopping
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
 
 
 def schedule(step: int, steps: int, *, peak: float, warmup_steps: int, shape: str, decay: float = 1.0) -> float:

@@ -25,8 +25,8 @@ T = TypeVar("T")
 
 GIB = 2**30
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-"""As malloc.h numbers them."""
+_OF_MALLOC = {"trim_threshold": -1, "mmap_threshold": -3, "mmap_max": -4}
+"""What malloc can be told, as malloc.h numbers it."""
 
 _RAN_OUT = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory|out of memory|Cannot allocate memory")
 _ASKED = re.compile(r"[Tt]ried to allocate (\d+(?:\.\d+)?) ?(bytes|[KMG]iB)?")
@@ -51,10 +51,15 @@ def keep_freed_memory() -> None:
     Tensors above 32 MiB are otherwise mapped anew every time: long rows took a sixth of their time for that
     (bench/LOG.md). What a process holds at most stays the same. Elsewhere than on glibc it does nothing.
     """
+    tell_malloc(mmap_max=0, trim_threshold=-1)  # never
+
+
+def tell_malloc(**settings: int) -> None:
+    """Sets what glibc's malloc goes by, by the names of `mallopt` without their M_; elsewhere it does nothing."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1)  # never
+        for name, value in settings.items():
+            mallopt(_OF_MALLOC[name], value)
 
 
 # --- how it is told ---------------------------------------------------------------------------------------------------

@@ -2,8 +2,7 @@
 
 PEFT computes result + (x A^T) B^T * s as it is written: a product as large as the layer's output is made, scaled in a
 second pass and added in a third, and its gradient is scaled in a fourth. Here the product is added to the result as it
-is made, and what is scaled is only as wide as the rank. On a CPU such passes cost as much as a third of the products of
-matrices themselves (bench/LOG.md).
+is made, and what is scaled is only as wide as the rank (what that gains: bench/LOG.md).
 """
 
 from __future__ import annotations

@@ -18,12 +18,16 @@ ROWS = [
 SHAPES = [(len(row.ids), row.prompt_tokens) for row in ROWS]
 
 
-def model_of(kind: str, **changes: Any) -> Any:
+def without_dropout(kind: str) -> Any:
     model = pico_model(kind)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    return with_reft(model, **changes).train()
+    return model
+
+
+def model_of(kind: str, **changes: Any) -> Any:
+    return with_reft(without_dropout(kind), **changes).train()
 
 
 def learnt(model: Any, below: Below | None, times: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -33,6 +37,18 @@ def learnt(model: Any, below: Below | None, times: int) -> tuple[torch.Tensor, d
         scored = score_tokens(model, ROWS, below)
         scored.row_means().sum().backward()
     return scored.logp.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def check_same(model: Any, below: Below) -> None:
+    """Values and gradients with what is kept are those without."""
+    expected, gradients = learnt(model, None, 1)
+    assert gradients
+    for times in (1, 2):  # while it is filled, and afterwards
+        found, again = learnt(model, below, times)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert again.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(again[name], gradient, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in DECODERS if kind != "falcon"])
@@ -51,13 +67,7 @@ def test_what_is_kept_gives_the_values_and_gradients_of_what_is_not(kind: str, c
     model = model_of(kind, **changes)
     below = Below.of(model, SHAPES, 1 << 20)
     assert below is not None
-    expected, gradients = learnt(model, None, 1)
-    for times in (1, 2):  # while it is filled, and afterwards
-        found, again = learnt(model, below, times)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-        assert again.keys() == gradients.keys()
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(again[name], gradient, rtol=1e-3, atol=1e-5)
+    check_same(model, below)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in DECODERS if kind != "falcon"])
@@ -65,10 +75,7 @@ def test_what_is_kept_gives_the_values_and_gradients_of_what_is_not(kind: str, c
 def test_so_it_does_below_the_first_layer_that_other_adapters_change(kind: str, name: str) -> None:
     from peft import IA3Config, LoraConfig, get_peft_model
 
-    model = pico_model(kind)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    model = without_dropout(kind)
     linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and ".2." in n]
     given: Any = {"target_modules": linear, "fan_in_fan_out": kind == "gpt2"}
     config = (
@@ -82,14 +89,7 @@ def test_so_it_does_below_the_first_layer_that_other_adapters_change(kind: str, 
     below = Below.of(adapted, SHAPES, 1 << 20)
     assert below is not None
     assert below._cut == 2
-    expected, gradients = learnt(adapted, None, 1)
-    assert gradients
-    for times in (1, 2):
-        found, again = learnt(adapted, below, times)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-        assert again.keys() == gradients.keys()
-        for each, gradient in gradients.items():
-            torch.testing.assert_close(again[each], gradient, rtol=1e-3, atol=1e-5)
+    check_same(adapted, below)
 
 
 def test_nothing_is_kept_where_something_below_is_changed_or_drops_out() -> None:
