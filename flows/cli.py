@@ -13,9 +13,10 @@ from typing import Annotated, Any
 
 import typer
 
-from flows import output
+from flows import cli_alone, cli_registry, output
+from flows.here import Workspace, enter, ready, seen_from_here
 from tasks import graph
-from tasks.errors import BadParams, GateRefused, Interrupted, TemperError
+from tasks.errors import BadParams, Interrupted, TemperError
 from tasks.process import tell_of_storage
 
 app = typer.Typer(
@@ -28,9 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Workspace = Annotated[
-    Path | None, typer.Option("--workspace", help="Work on this folder instead of the one found upward from here.")
-]
+app.add_typer(cli_registry.app)
+app.add_typer(cli_alone.app)
 
 
 @app.command()
@@ -58,7 +58,7 @@ def run(
     from flows.params_file import change_params
     from flows.workspace import held
 
-    root = _workspace(workspace)
+    root = enter(workspace)
     with held(root, "temper run"):
         if difference := change_params(root, recipe, set_ or []):
             output.difference(difference)
@@ -82,40 +82,10 @@ def status(
     from flows import servers
     from flows.overview import overview
 
-    root = _workspace(workspace)
+    root = enter(workspace)
     servers.prepare(root, terminal=True)
     found = overview(root)
     typer.echo(json.dumps(found, indent=2, ensure_ascii=False)) if as_json else output.overview(found)
-
-
-@app.command()
-def promote(
-    version: Annotated[
-        str | None, typer.Option(help="The version to promote; without it, the best that was registered last.")
-    ] = None,
-    workspace: Workspace = None,
-) -> None:
-    """Make a version champion, if it is better than the base and not worse than the present champion."""
-    root = _ready(workspace)
-    from flows.promote import promote as flow
-    from flows.workspace import held
-
-    with held(root, "temper promote"):
-        done = flow.fn(root, version)
-    output.promotion(done)
-    if not done.passed:
-        raise GateRefused("the gate refused it", where=done.model, fix="look at the comparisons above")
-
-
-@app.command()
-def rollback(workspace: Workspace = None) -> None:
-    """Make the champion before the present one champion again."""
-    root = _ready(workspace)
-    from flows.promote import rollback as flow
-    from flows.workspace import held
-
-    with held(root, "temper rollback"):
-        output.promotion(flow.fn(root))
 
 
 @app.command()
@@ -158,8 +128,8 @@ def chat(
 
     if model and not model.startswith(REGISTERED):
         model = str(Path(model).resolve())  # seen from here, not from the workspace
-    references = [_seen_from_here(reference) for reference in adapter or []]
-    root = _ready(workspace)
+    references = [seen_from_here(reference) for reference in adapter or []]
+    root = ready(workspace)
 
     if not references:
         typer.echo(ask(root, model or champion_uri(root), [("user", text)], max_tokens, generation))
@@ -187,8 +157,8 @@ def push(
     from tasks.adapter_sources import find
     from tasks.push import push as upload
 
-    reference = _seen_from_here(reference)
-    root = _ready(workspace)
+    reference = seen_from_here(reference)
+    root = ready(workspace)
     done = upload(find(reference, root), name, private=private, message=message)
     typer.echo(f"hub:{name}@{done.commit}" + ("" if done.changed else "\nnothing changed: this is what was there"))
 
@@ -209,7 +179,7 @@ def schedule(
     chosen = [bool(cron), bool(every), list_, pause, resume, remove]
     if sum(chosen) != 1:
         raise BadParams("say one of --cron, --every, --list, --pause, --resume, --remove", got=f"{sum(chosen)} of them")
-    root = _ready(workspace, terminal=list_ or pause or resume or remove)
+    root = ready(workspace, terminal=list_ or pause or resume or remove)
     from flows import deployments
 
     if list_:
@@ -222,49 +192,6 @@ def schedule(
         line = deployments.check_cron(cron) if cron else None
         typer.echo(f"serving the schedule of {root}; stop it with Ctrl-C")
         deployments.serve(root, cron=line, every=deployments.parse_interval(every) if every else None)
-
-
-@app.command()
-def inspect(
-    path: Annotated[Path, typer.Argument(help="A file of rows, or a folder of files.")],
-    against: Annotated[
-        list[Path] | None, typer.Option(help="A file with the questions of a benchmark; may be repeated.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Show what a file or folder of rows is, and what a run would reject, repair, merge or find leaked."""
-    from flows import alone
-    from tasks.process import quiet_libraries
-
-    quiet_libraries()
-    found = alone.inspect(path, against or [])
-    typer.echo(json.dumps(found, indent=2, ensure_ascii=False)) if as_json else output.inspection(found)
-
-
-@app.command()
-def render(
-    path: Annotated[Path, typer.Argument(help="A file of chats, preference pairs or labelled replies.")],
-    tokenizer: Annotated[Path, typer.Option(help="A folder with a tokenizer and its chat template.")],
-    show: Annotated[int, typer.Option(min=0, help="Rows to show.")] = 3,
-) -> None:
-    """Show rows as the tokens that a model is trained on; those that the loss falls on stand out."""
-    from flows import alone
-    from tasks.process import quiet_libraries
-
-    quiet_libraries()
-    output.rendering(*alone.render(path, tokenizer, show))
-
-
-@app.command()
-def convert(
-    source: Annotated[Path, typer.Argument(help="A file of rows in any form that is known.")],
-    target: Annotated[Path, typer.Argument(help="The file to write: .json or .jsonl.")],
-    to: Annotated[str, typer.Option(help="messages, conversations, alpaca or preference.")],
-) -> None:
-    """Write a file of rows in another form, if nothing is lost by it."""
-    from flows import alone
-
-    typer.echo(f"{alone.convert(source, target, to)} rows written to {target}")
 
 
 @app.command()
@@ -285,7 +212,7 @@ def estimate(
 
     quiet_libraries()
     named = model.resolve() if model else None
-    found = estimates(_workspace(workspace), named, method)
+    found = estimates(enter(workspace), named, method)
     typer.echo(json.dumps(found, indent=2, ensure_ascii=False)) if as_json else output.estimation(found)
 
 
@@ -294,33 +221,11 @@ def doctor(workspace: Workspace = None) -> None:
     """Tell what is installed, what this machine can do, and which servers answer."""
     from flows.doctor import examine
 
-    root = _ready(workspace)
+    root = ready(workspace)
     output.examination(examine(root))
 
 
 # --- around the commands ----------------------------------------------------------------------------------------------
-
-
-def _workspace(given: Path | None) -> Path:
-    """The workspace as an absolute path; the commands of stages take their paths from there."""
-    root = graph.find_workspace((given or Path.cwd()).resolve())
-    os.chdir(root)
-    return root
-
-
-def _seen_from_here(reference: str) -> str:
-    """A reference to an adapter; a path is made absolute before the workspace becomes the present folder."""
-    from tasks.adapter_sources import is_folder
-
-    return str(Path(reference).resolve()) if is_folder(reference) else reference
-
-
-def _ready(given: Path | None, *, terminal: bool = True) -> Path:
-    from flows import servers
-
-    root = _workspace(given)
-    servers.prepare(root, terminal=terminal)
-    return root
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from prefect import flow
 
 from tasks import graph
 from tasks.errors import BadParams
-from tasks.params import Promote
 from tasks.params_reading import load
 from tasks.registry import (
     champions,
@@ -28,6 +27,7 @@ from tasks.registry import (
     versions,
     withdrawn,
 )
+from tasks.registry_params import Promote
 from tasks.tracking import answering, connect
 
 if TYPE_CHECKING:

@@ -24,11 +24,11 @@ from tasks.adapted import load_packaged
 from tasks.architecture import ENCODER_DECODER, architecture_in, positions_of
 from tasks.device import settle
 from tasks.errors import BadData
+from tasks.evaluate_params import Evaluate
 from tasks.intervals import bootstrap
 from tasks.labels import label_metrics
 from tasks.models import Model
 from tasks.outputs import as_json, read_manifest, write_whole
-from tasks.params import Evaluate
 from tasks.progress import Progress
 from tasks.scoring import read_questions, row_of, score
 from tasks.seq2seq import check_room, generate_targets

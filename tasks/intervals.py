@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tasks.params import Evaluate
+from tasks.evaluate_params import Evaluate
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

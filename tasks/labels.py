@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from tasks.evaluate_params import Evaluate
 from tasks.intervals import bootstrap
-from tasks.params import Evaluate
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -12,9 +12,11 @@ from pydantic import Field, StringConstraints, model_validator
 
 from tasks.adapter_params import AdaloraAdapter, AnyAdapter, FullAdapter
 from tasks.base_params import AnyBase
+from tasks.evaluate_params import Evaluate
 from tasks.fields import Commit, Count, FilePath, HubName, Name, NotNegative, Positive, Section, Seed, Share
-from tasks.generation_params import Generation
+from tasks.merge_params import Merge
 from tasks.objective_params import AnyObjective, KtoObjective, ReferringObjective
+from tasks.registry_params import Promote, Register
 
 REMOTE = "data/remote.md"
 
@@ -373,55 +375,6 @@ class Method(Section):
                 "adalora takes ranks away until its last step: it needs `patience: never` and `keep: last`"
             )
         return self
-
-
-# --- merge, evaluate, register, promote -------------------------------------------------------------------------------
-
-
-class Merge(Section):
-    """Folding an adapter into the 16-bit base, and how closely the two must agree."""
-
-    onto: Literal["original", "dequantized"]
-    """What the update is added to: the base's weights, or what their 4-bit form stands for (what was trained on)."""
-    probe_rows: Count
-    """Held-out rows on which adapter model and merged model are compared."""
-    max_mean_kl: Positive
-    """Nats per token, adapter model against merged model."""
-
-
-class Evaluate(Section):
-    """Answers to the held-out rows."""
-
-    rows: Count
-    """Held-out rows to answer, at most."""
-    batch_rows: Count
-    """Rows in a forward pass."""
-    max_new_tokens: Count
-    """Tokens in an answer, at most."""
-    bootstrap_samples: Count
-    """Resamples behind an interval."""
-    confidence: Annotated[float, Field(gt=0, lt=1)]
-    """Of the intervals."""
-    seed: Seed
-    """Of the resampling."""
-    generation: Generation
-    """How answers are generated."""
-
-
-class Register(Section):
-    """The name in the MLflow registry."""
-
-    model: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-    """All methods of this file are versions of it."""
-
-
-class Promote(Section):
-    """What a challenger must show."""
-
-    metric: Literal["exact_match", "loss"]
-    """On the held-out rows; the loss is per token."""
-    margin: NotNegative
-    """How much worse than the champion the challenger may be, in the metric's own unit."""
 
 
 class Params(Section):

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from tasks.base_params import PretrainBase
+from tasks.evaluate_params import Evaluate
 from tasks.generation_params import GREEDY
-from tasks.params import Checks, Evaluate, FileSource, Method, Render, Validate
+from tasks.params import Checks, FileSource, Method, Render, Validate
 
 PICO_SETTINGS = [
     "ingest.sources.chats.count=120",

@@ -116,11 +116,29 @@ def test_no_defaults_hide_in_python() -> None:
 
 
 def test_every_knob_is_explained_beside_its_declaration() -> None:
-    from tasks import adapter_params, base_params, objective_params, params
+    from tasks import (
+        adapter_params,
+        base_params,
+        evaluate_params,
+        merge_params,
+        objective_params,
+        params,
+        registry_params,
+    )
     from tasks.fields import Section
 
     for section in (
-        value for module in (params, adapter_params, base_params, objective_params) for value in vars(module).values()
+        value
+        for module in (
+            params,
+            adapter_params,
+            base_params,
+            evaluate_params,
+            merge_params,
+            objective_params,
+            registry_params,
+        )
+        for value in vars(module).values()
     ):
         if isinstance(section, type) and issubclass(section, Section) and section is not params.Params:
             for name, field in section.model_fields.items():

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from flows.promote import Evidence, Score, figure, judge
-from tasks.params import Promote
+from tasks.registry_params import Promote
 
 EXACT = Promote(metric="exact_match", margin=0.0)
 LOSS = Promote(metric="loss", margin=0.1)
