@@ -146,6 +146,13 @@ def overview(found: Mapping[str, Any]) -> None:
     )
 
 
+def merged(found: Mapping[str, Any]) -> None:
+    """What `temper merge` wrote."""
+    typer.echo(f"{found['out']}: {found['bytes'] / 1e6:.1f} MB, {found['form']}")
+    for name, each in found.get("onto", {}).items():
+        typer.echo(f"  onto the {name} weights: mean KL {each['mean_kl']:.2e} nats per token")
+
+
 def schedules(found: Sequence[Scheduled]) -> None:
     """What `temper schedule --list` prints."""
     if not found:

@@ -17,7 +17,7 @@ from tasks.adapted import FOLDER
 from tasks.adapter_files import CONFIG, PUBLISHED, read_config, read_weights, said_base
 from tasks.errors import BadInput, BadModel, BadParams, TemperError, Transient
 from tasks.fields import HUB_NAME
-from tasks.merge import EQUIVALENCE
+from tasks.merged import EQUIVALENCE
 from tasks.models import MODEL_FILES, model_files
 from tasks.outputs import MANIFEST, read_manifest
 
