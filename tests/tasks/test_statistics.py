@@ -15,7 +15,12 @@ def test_figures_by_hand() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["As an AI language model, I have no opinion.", "I'm sorry, but I can't help.", "很抱歉，我无法回答。", "作为一个语言模型"],
+    [
+        "As an AI language model, I have no opinion.",
+        "I'm sorry, but I can't help.",
+        "很抱歉，我无法回答。",
+        "作为一个语言模型",
+    ],
 )
 def test_refusals_in_english_and_chinese(text: str) -> None:
     assert answer_statistics([text, "Paris", "我无法相信它这么好"], [9, 1, 9])["refusals"] == pytest.approx(1 / 3)
