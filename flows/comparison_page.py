@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,19 +75,10 @@ def page(found: Found) -> str:
 
 
 def shown(text: str) -> str:
-    """A text as a reader may see it: shortened in the middle, and what is invisible or turns the text made visible."""
-    if len(text) > _FIRST + _LAST:
-        left_out = f"\n[… {len(text) - _FIRST - _LAST:,} characters …]\n"
-        text = text[:_FIRST] + left_out + text[-_LAST:]
-    return "".join(_visible(character) for character in text)
-
-
-def _visible(character: str) -> str:
-    """Control characters as their pictures, marks of direction and the like by number; letters are joined as ever."""
-    if unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co") or character in "\n\t\u200c\u200d":
-        return character
-    number = ord(character)
-    return chr(0x2400 + number) if number < 0x20 else "\u2421" if number == 0x7F else f"\u27e8U+{number:04X}\u27e9"
+    """A text as it is, or shortened in the middle."""
+    if len(text) <= _FIRST + _LAST:
+        return text
+    return f"{text[:_FIRST]}\n[… {len(text) - _FIRST - _LAST:,} characters …]\n{text[-_LAST:]}"
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------

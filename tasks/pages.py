@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,6 +53,8 @@ svg { width: 100%; height: auto; display: block } svg text { font: 11px system-u
 .bar { fill: var(--bar) } .good { color: var(--good) } .bad { color: var(--bad) } code { font-size: .9em }
 """
 
+_PLAIN = "\n\t\u200c\u200d"
+
 _SKELETON = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
 <meta http-equiv="Content-Security-Policy" content="{{ policy }}">
@@ -68,7 +71,7 @@ def page(title: str, body: str, values: Mapping[str, Any], *, style: str = "") -
     Args:
         title: of the window.
         body: a Jinja template of what the page holds; numbers have the filter `thousands`.
-        values: what the template is filled with; all but `Markup` is escaped.
+        values: what the template is filled with; all but `Markup` is escaped, and no character stays invisible.
         style: CSS beside that of all pages.
     """
     from jinja2 import Environment
@@ -78,7 +81,22 @@ def page(title: str, body: str, values: Mapping[str, Any], *, style: str = "") -
     environment.filters["thousands"] = "{:,}".format
     filled = Markup(environment.from_string(body).render(values))  # noqa: S704 - it was escaped as it was filled
     skeleton = environment.from_string(_SKELETON)
-    return skeleton.render(title=title, policy=_POLICY, style=Markup(_colours() + _STYLE + style), body=filled)  # noqa: S704
+    return visible(
+        skeleton.render(title=title, policy=_POLICY, style=Markup(_colours() + _STYLE + style), body=filled)  # noqa: S704
+    )
+
+
+def visible(text: str) -> str:
+    """A text whose control characters are shown as their pictures, and marks of direction and the like by number.
+
+    Lines, tabs and what joins letters stay: of anything else a reader could not tell that it is there.
+    """
+    hidden = [c for c in set(text) if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co") and c not in _PLAIN]
+    return text.translate({ord(character): _picture(ord(character)) for character in hidden})
+
+
+def _picture(number: int) -> str:
+    return chr(0x2400 + number) if number < 0x20 else "\u2421" if number == 0x7F else f"\u27e8U+{number:04X}\u27e9"
 
 
 def _colours() -> str:
