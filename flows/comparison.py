@@ -12,7 +12,7 @@ from flows.power import Power, machine_power
 from tasks import graph
 from tasks.evaluate_params import Evaluate
 from tasks.params_reading import load
-from tasks.runner import last_seconds
+from tasks.runner import seconds_by_key
 from tasks.tables import read_rows
 
 COSTS = Path(".temper", "costs")
@@ -59,7 +59,7 @@ class Found(NamedTuple):
 
 def gather(workspace: Path) -> Found:
     """Reads the reports, adapters and times of a workspace, as far as they are there."""
-    params, seconds, nodes = load(workspace / graph.PARAMS), last_seconds(workspace), graph.load(workspace)
+    params, seconds, nodes = load(workspace / graph.PARAMS), seconds_by_key(workspace), graph.load(workspace)
     models, missing, trainings = [], {}, {}
     for name in (BASE, *params.train):
         stage = "baseline" if name == BASE else f"evaluate@{name}"
@@ -71,24 +71,26 @@ def gather(workspace: Path) -> Found:
     for name in params.train:
         adapter = workspace / nodes[f"train@{name}"].outs[0]
         if (adapter / "summary.json").is_file():
-            trainings[name] = _training(adapter, seconds.get(f"train@{name}"))
+            trainings[name] = _training(adapter, seconds)
     return Found(models, missing, list(params.train), trainings, params.evaluate, machine_power())
 
 
 def _model(workspace: Path, name: str, outs: Sequence[str]) -> Model | str:
     """A model's report, or why there is none."""
-    files = {Path(out).suffix: workspace / out for out in outs}
-    if not all(file.is_file() for file in files.values()):
+    figures, examples = (workspace / next(o for o in outs if o.endswith(end)) for end in (".json", ".parquet"))
+    if not (figures.is_file() and examples.is_file()):
         return "was not evaluated"
-    metrics = json.loads(files[".json"].read_text())
+    metrics = json.loads(figures.read_text())
     if "suites" not in metrics:
         return "was evaluated by an earlier temper, which knew no suites"
     cost = workspace / COSTS / f"{name}.json"
-    answers = answers_of(read_rows(files[".parquet"]))
+    answers = answers_of(read_rows(examples))
     return Model(name, metrics, answers, json.loads(cost.read_text()) if cost.is_file() else None)
 
 
-def _training(adapter: Path, seconds: float | None) -> Training:
+def _training(adapter: Path, seconds: Mapping[str, float]) -> Training:
+    """A training as its folder tells it; `seconds` by content key."""
+    summary = json.loads((adapter / "summary.json").read_text())
     log = [json.loads(line) for line in (adapter / "log.jsonl").read_text().splitlines()]
     weights = sum(file.stat().st_size for file in adapter.rglob("*.safetensors"))
-    return Training(log, json.loads((adapter / "summary.json").read_text()), weights, seconds)
+    return Training(log, summary, weights, seconds.get(summary["key"]))

@@ -64,7 +64,9 @@ def page(found: Found) -> str:
         "examples": disagreements(answered, BASE),
         "most": MOST_SHOWN,
         "costs": [_cost(name, found) for name in (BASE, *series)],
-        "forgetting": [(model.name, model.metrics["forgetting"]) for model in found.models if _forgets(model)],
+        "forgetting": [
+            (model.name, model.metrics["forgetting"]) for model in found.models if "forgetting" in model.metrics
+        ],
         "percent": "{:.1%}".format,
         "shown": shown,
         "mark": _right_or_wrong,
@@ -227,7 +229,3 @@ def _cost(name: str, found: Found) -> dict[str, str]:
     if cost:
         row["evaluation"] = f"{duration(cost['seconds'])}, {cost['tokens_per_s']:,.0f} tokens/s on {cost['device']}"
     return row
-
-
-def _forgets(model: Model) -> bool:
-    return "forgetting" in model.metrics

@@ -126,10 +126,10 @@ prompt's digest; every task in turn, at most {{ most }}.</p>
 <td>{{ c.evaluation or '–' }}</td></tr>
 {% endfor %}
 </table></div>
-<p class="note">Time is that of the whole training stage when it last ran in this workspace, with loading, evaluation
-and checkpoints; tokens/s is over that time. A dash: not recorded here. Energy is an estimate, not a measurement:
-time x {{ '%.0f' | format(found.power.watts) }} W ({{ found.power.source }}), as if all of it were drawn all the time;
-memory, cooling and power supplies are left out.</p>
+<p class="note">Time is that of the training stage in this workspace, with loading, looks at held-out rows and
+checkpoints; of one that was stopped and went on, since then. Tokens/s is over all of it. A dash: not recorded here.
+Energy is an estimate, not a measurement: time x power ({{ found.power.source }}), as if all of it were drawn all the
+time; memory, cooling and power supplies are left out.</p>
 
 <h2>Answers</h2>
 {% if found.models %}

@@ -30,7 +30,7 @@ class Power(NamedTuple):
 def machine_power(powercap: Path = POWERCAP) -> Power:
     """The processors' and the GPUs' power limits, added; of processors that tell none, so many watts a core."""
     parts = [_processors(powercap), *_gpus()]
-    return Power(sum(part.watts for part in parts), "; ".join(part.source for part in parts))
+    return Power(sum(part.watts for part in parts), " and ".join(part.source for part in parts))
 
 
 def _processors(powercap: Path) -> Power:
@@ -56,4 +56,5 @@ def _gpus() -> list[Power]:
     asked = [program, "--query-gpu=power.limit", "--format=csv,noheader,nounits"]
     done = subprocess.run(asked, capture_output=True, text=True, check=False)
     limits = [float(line) for line in done.stdout.split("\n") if line.strip().replace(".", "", 1).isdigit()]
-    return [Power(sum(limits), f"{sum(limits):.0f} W, the power limit of {len(limits)} GPUs")] if limits else []
+    count = "the GPU" if len(limits) == 1 else f"{len(limits)} GPUs"
+    return [Power(sum(limits), f"{sum(limits):.0f} W, the power limit of {count}")] if limits else []

@@ -44,7 +44,7 @@ h3 { font-size: .95rem; margin: 0 0 .4rem; font-weight: 600 }
 .cards { display: flex; flex-wrap: wrap; gap: .8rem } .card { border: 1px solid var(--line); border-radius: 8px;
   padding: .6rem 1rem; min-width: 7rem } .card b { display: block; font-size: 1.5rem; font-weight: 600 }
 .card span, .note, td.soft, .soft { color: var(--soft) } .note { max-width: 60rem }
-table { border-collapse: collapse; width: 100% } .wide { overflow-x: auto }
+table { border-collapse: collapse; width: 100% } .wide { overflow-x: auto } .wide th { white-space: nowrap }
 th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
 th { color: var(--soft); font-weight: 500 } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1.6rem;

@@ -122,6 +122,7 @@ def _write_adapter(folder: Path, method: str, seed: int) -> None:
     (adapter / "adapter_model.safetensors").write_bytes(b"\0" * 850_000)
     (adapter / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     summary = {
+        "key": f"key of {method}",
         "method": method,
         "steps": steps,
         "kept_step": steps,
@@ -132,6 +133,6 @@ def _write_adapter(folder: Path, method: str, seed: int) -> None:
         "params": {"adapter": {"name": "qlora"}, "objective": {"name": "sft"}},
     }
     (adapter / "summary.json").write_text(as_json(summary))
-    entry = {"stage": f"train@{method}", "state": "completed", "seconds": 154.3, "key": "k", "at": ""}
+    entry = {"stage": f"train@{method}", "state": "completed", "seconds": 154.3, "key": f"key of {method}", "at": ""}
     with (folder / ".temper" / "journal.jsonl").open("a") as file:
         file.write(json.dumps(entry) + "\n")

@@ -106,6 +106,14 @@ def test_the_same_files_give_the_same_bytes(made: Path, changed: Path) -> None:
     assert write(made).read_bytes() == write(changed).read_bytes()  # nor does the order of rows matter
 
 
+def test_the_time_of_another_training_is_not_taken_for_this_ones(changed: Path) -> None:
+    summary = changed / "data" / "adapters" / "orpo" / "summary.json"
+    summary.write_text(summary.read_text().replace("key of orpo", "restored from the cache"))
+    found = gather(changed)
+    assert [training.seconds for training in found.trainings.values()] == [154.3, None, 154.3]
+    assert table_after("Cost", page(found)).count(" Wh</td>") == 2
+
+
 # --- what is missing --------------------------------------------------------------------------------------------------
 
 
