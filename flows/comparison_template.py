@@ -131,8 +131,8 @@ checkpoints; of one that was stopped and went on, since then. Tokens/s is over a
 Energy is an estimate, not a measurement: time x power ({{ found.power.source }}), as if all of it were drawn all the
 time; memory, cooling and power supplies are left out.</p>
 
-<h2>Answers</h2>
 {% if found.models %}
+<h2>Answers</h2>
 <div class="wide"><table>
 <tr><th>model</th><th class="n">characters</th><th class="n">tokens</th><th class="n">empty</th>
 <th class="n">refusals</th><th class="n">repetition</th></tr>
