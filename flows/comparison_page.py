@@ -64,9 +64,8 @@ def page(found: Found) -> str:
         "examples": disagreements(answered, BASE),
         "most": MOST_SHOWN,
         "costs": [_cost(name, found) for name in (BASE, *series)],
-        "forgetting": [
-            (model.name, model.metrics["forgetting"]) for model in found.models if "forgetting" in model.metrics
-        ],
+        "answers": _parts(found.models, "answers"),
+        "forgetting": _parts(found.models, "forgetting"),
         "percent": "{:.1%}".format,
         "shown": shown,
         "mark": _right_or_wrong,
@@ -132,6 +131,7 @@ def _suite_plots(models: Sequence[Model], suite: str, series: Mapping[str, int])
         "suite": suite,
         "metric": about["metric"],
         "rows": about["rows"],
+        "skipped": sorted({part for scored in by_model.values() for part in scored.get("skipped", [])}),
         "whole": plots.whiskers(whole, span, f"Scores in {suite}") if whole else None,
         "parts": plots.whiskers(parts, span, f"Scores in {suite} by task") if len(parts) > 1 else None,
         "tasks": len(parts),
@@ -229,3 +229,8 @@ def _cost(name: str, found: Found) -> dict[str, str]:
     if cost:
         row["evaluation"] = f"{duration(cost['seconds'])}, {cost['tokens_per_s']:,.0f} tokens/s on {cost['device']}"
     return row
+
+
+def _parts(models: Sequence[Model], part: str) -> list[tuple[str, Mapping[str, float]]]:
+    """A part of the metrics of every model that has it."""
+    return [(model.name, model.metrics[part]) for model in models if part in model.metrics]

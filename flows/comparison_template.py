@@ -38,6 +38,7 @@ Whiskers are {{ '%g' | format(100 * found.params.confidence) }}% bootstrap inter
 {% for p in plots if p.whole %}
 <section class="panel"><h3>{{ p.suite }}
 <span class="soft small">{{ p.metric }}, {{ p.rows | thousands }} rows</span></h3>
+{% if p.skipped %}<p class="note small">Left out, as there is no data: {{ p.skipped | join(', ') }}</p>{% endif %}
 {{ p.whole }}
 {% if p.parts %}
 <details{{ ' open' if p.open }}><summary>{{ p.tasks }} tasks</summary>
@@ -131,14 +132,13 @@ checkpoints; of one that was stopped and went on, since then. Tokens/s is over a
 Energy is an estimate, not a measurement: time x power ({{ found.power.source }}), as if all of it were drawn all the
 time; memory, cooling and power supplies are left out.</p>
 
-{% if found.models %}
+{% if answers %}
 <h2>Answers</h2>
 <div class="wide"><table>
 <tr><th>model</th><th class="n">characters</th><th class="n">tokens</th><th class="n">empty</th>
 <th class="n">refusals</th><th class="n">repetition</th></tr>
-{% for m in found.models %}
-{% set a = m.metrics.answers %}
-<tr><td><b>{{ m.name }}</b></td><td class="n">{{ '%.1f' | format(a.characters) }}</td>
+{% for name, a in answers %}
+<tr><td><b>{{ name }}</b></td><td class="n">{{ '%.1f' | format(a.characters) }}</td>
 <td class="n">{{ '%.1f' | format(a.tokens) }}</td><td class="n">{{ percent(a.empty) }}</td>
 <td class="n">{{ percent(a.refusals) }}</td><td class="n">{{ percent(a.repetition) }}</td></tr>
 {% endfor %}

@@ -156,6 +156,14 @@ def test_a_suite_that_one_model_was_not_given_is_an_empty_cell(changed: Path) ->
     assert text.count("not evaluated</span>") == 1
 
 
+def test_what_a_suite_left_out_is_told(changed: Path) -> None:
+    report = changed / "data" / "reports" / "orpo" / "metrics.json"
+    metrics = json.loads(report.read_text())
+    metrics["suites"]["agieval"]["skipped"] = ["lsat_rc", "gaokao"]
+    report.write_text(json.dumps(metrics))
+    assert "Left out, as there is no data: gaokao, lsat_rc<" in page(gather(changed))
+
+
 def test_items_that_are_not_common_are_told(changed: Path) -> None:
     write_report(changed, "reft", items("reft", 30, 1), load(changed / "params.yaml").evaluate)
     assert page(gather(changed)).count("on 24 common items") == 3
