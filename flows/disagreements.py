@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -90,17 +89,21 @@ def disagreements(models: Mapping[str, Answers], base: str, most: int = MOST_SHO
     common = set.intersection(*(set(answers) for answers in models.values())) if models else set()
     methods = [answers for name, answers in models.items() if name != base]
 
-    def spread(item: Item, among: Sequence[Answers]) -> float:
-        return statistics.pvariance([answers[item].score for answers in among]) if among else 0.0
-
     ranked = sorted(
-        (-spread(item, methods), -spread(item, list(models.values())), item.prompt_sha256, item) for item in common
+        (-_spread(item, methods), -_spread(item, list(models.values())), item.prompt_sha256, item) for item in common
     )
     chosen = [item for *_, item in _in_turn([entry for entry in ranked if math.fsum(entry[:2]) < 0])]
     return [
         Difference(item, next(iter(models.values()))[item].prompt, {n: answers[item] for n, answers in models.items()})
         for item in chosen[:most]
     ]
+
+
+def _spread(item: Item, among: Sequence[Answers]) -> float:
+    """The variance of some models' scores; `fsum`, as it gives equal scores the same in any order."""
+    scores = [answers[item].score for answers in among]
+    mean = math.fsum(scores) / max(len(scores), 1)
+    return math.fsum((score - mean) ** 2 for score in scores) / max(len(scores), 1)
 
 
 def _in_turn(ranked: Sequence[tuple[float, float, str, Item]]) -> Iterator[tuple[float, float, str, Item]]:
