@@ -60,7 +60,7 @@ def page(found: Found) -> str:
         "plots": [_suite_plots(found.models, suite, series) for suite in suites],
         "scores": _score_table(found, suites),
         "tasks": [_task_table(found.models, suite) for suite in suites],
-        "curves": [_curves(name, training, series[name]) for name, training in found.trainings.items() if training.log],
+        "curves": _curves(found.trainings, series),
         "examples": disagreements(answered, BASE),
         "most": MOST_SHOWN,
         "costs": [_cost(name, found) for name in (BASE, *series)],
@@ -186,21 +186,30 @@ def _task_cell(scored: Mapping[str, Any] | None) -> dict[str, str]:
 # --- curves, examples, cost -------------------------------------------------------------------------------------------
 
 
-def _curves(name: str, training: Training, series: int) -> dict[str, Any]:
-    """The training loss and the held-out loss of a method by step, from before the first to the weights kept."""
+def _curves(trainings: Mapping[str, Training], series: Mapping[str, int]) -> list[dict[str, Any]]:
+    """The curves of every method, all on even axes or all on logarithmic ones, so that shapes can be compared."""
+    drawn = {name: _losses(training) for name, training in trainings.items() if training.log}
+    steep = plots.are_steep([curve for both in drawn.values() for curve in both])
+    return [
+        {
+            "name": name,
+            "objective": trainings[name].summary["params"]["objective"]["name"],
+            "adapter": trainings[name].summary["params"]["adapter"]["name"],
+            "before": trainings[name].summary["held_out_loss_before"],
+            "after": trainings[name].summary["held_out_loss_after"],
+            "plot": plots.curves(*both, series[name], f"Loss of {name} by step", logarithmic=steep),
+        }
+        for name, both in drawn.items()
+    ]
+
+
+def _losses(training: Training) -> tuple[plots.Curve, plots.Curve]:
+    """The training loss and the held-out loss by step, the latter from before the first to the weights kept."""
     summary = training.summary
     held_out = {row["step"]: row[HELD_OUT_LOSS] for row in training.log if HELD_OUT_LOSS in row}
     held_out |= {0: summary["held_out_loss_before"], summary["kept_step"]: summary["held_out_loss_after"]}
     line = plots.Curve("training loss", [(row["step"], row["loss"]) for row in training.log])
-    dots = plots.Curve("held-out loss", sorted(held_out.items()))
-    return {
-        "name": name,
-        "objective": summary["params"]["objective"]["name"],
-        "adapter": summary["params"]["adapter"]["name"],
-        "before": summary["held_out_loss_before"],
-        "after": summary["held_out_loss_after"],
-        "plot": plots.curves(line, dots, series, f"Loss of {name} by step"),
-    }
+    return line, plots.Curve("held-out loss", sorted(held_out.items()))
 
 
 def _right_or_wrong(score: float) -> dict[str, str]:

@@ -172,15 +172,17 @@ def legend(names: Sequence[tuple[str, int]]) -> Markup:
 # --- curves -----------------------------------------------------------------------------------------------------------
 
 
-def curves(line: Curve, dots: Curve, series: int, title: str) -> Markup:
-    """One curve as a line and one as dots that are joined, over the same axes.
+def are_steep(several: Sequence[Curve]) -> bool:
+    """Whether curves want logarithms: the highest value is ten times the lowest or more, and all are above 0."""
+    values = [y for curve in several for _, y in curve.points]
+    return bool(values) and 0 < 10 * min(values) <= max(values)
 
-    The axis of y is logarithmic where the highest value is ten times the lowest or more, and both are above 0.
-    """
+
+def curves(line: Curve, dots: Curve, series: int, title: str, *, logarithmic: bool) -> Markup:
+    """One curve as a line and one as dots that are joined, over the same axes, of which y may be logarithmic."""
     line = line._replace(points=thinned(line.points))
     everything = [*line.points, *dots.points]
     lowest, highest = min(y for _, y in everything), max(y for _, y in everything)
-    logarithmic = lowest > 0 and highest >= 10 * lowest
     y_ticks = decade_ticks(lowest, highest) if logarithmic else nice_ticks(lowest, highest)
     x_ticks = [tick for tick in nice_ticks(0, max(x for x, _ in everything), 5) if tick == int(tick)]
     x, y = Axis(0, x_ticks[-1], 40, WIDTH - 14), Axis(y_ticks[0], y_ticks[-1], 170, 10, logarithmic)

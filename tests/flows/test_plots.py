@@ -10,6 +10,7 @@ from flows.plots import (
     Curve,
     Mark,
     Row,
+    are_steep,
     curves,
     decade_ticks,
     legend,
@@ -80,15 +81,26 @@ def test_plots_that_shall_be_compared_share_what_their_axes_hold() -> None:
 
 def test_curves_go_through_their_points() -> None:
     """x from 40 to 346 for 0 to 100 steps, y from 170 to 10 for 0 to 2."""
-    drawn = ET.fromstring(curves(Curve("l", [(0, 2.0), (50, 1.0), (100, 0.0)]), Curve("d", [(100, 0.5)]), 0, "t"))
+    drawn = ET.fromstring(
+        curves(Curve("l", [(0, 2.0), (50, 1.0), (100, 0.0)]), Curve("d", [(100, 0.5)]), 0, "t", logarithmic=False)
+    )
     lines = {line.get("class"): line.get("points") for line in drawn.iter("polyline")}
     assert lines == {"line": "40.0,10.0 193.0,90.0 346.0,170.0", "joined": "346.0,130.0"}
     assert [(dot.get("cx"), dot.get("cy")) for dot in drawn.iter("circle")] == [("346.0", "130.0")]
 
 
-def test_a_steep_curve_is_drawn_by_logarithms() -> None:
-    drawn = ET.fromstring(curves(Curve("l", [(0, 10.0), (1, 1.0), (2, 0.1)]), Curve("d", []), 0, "t"))
+def test_steep_curves_are_drawn_by_logarithms() -> None:
+    steep = Curve("l", [(0, 10.0), (1, 1.0), (2, 0.1)])
+    drawn = ET.fromstring(curves(steep, Curve("d", []), 0, "t", logarithmic=True))
     assert next(drawn.iter("polyline")).get("points") == "40.0,10.0 193.0,90.0 346.0,170.0"  # an even descent
+
+
+def test_curves_are_steep_together_or_not_at_all() -> None:
+    low, high, negative = Curve("", [(0, 0.5)]), Curve("", [(0, 5.0)]), Curve("", [(0, -0.5)])
+    assert are_steep([low, high])
+    assert not are_steep([low])
+    assert not are_steep([low, high, negative])
+    assert not are_steep([])
 
 
 def test_names_are_text_and_long_ones_are_cut_with_the_whole_as_a_hint() -> None:
