@@ -94,13 +94,10 @@ def _interval(scored: Mapping[str, Any]) -> Interval:
 
 
 def _best(models: Sequence[Model], suite: str) -> dict[str, Any]:
-    """The model with the highest score in a suite, the first of equals."""
-    best = max((m for m in models if suite in m.metrics["suites"]), key=lambda m: _mean(m, suite))
-    return {"suite": suite, "model": best.name, "score": f"{_mean(best, suite):.3f}"}
-
-
-def _mean(model: Model, suite: str) -> float:
-    return _interval(model.metrics["suites"][suite]).mean
+    """The highest score in a suite, and all models that have it."""
+    means = {m.name: _interval(m.metrics["suites"][suite]).mean for m in models if suite in m.metrics["suites"]}
+    highest = max(means.values())
+    return {"suite": suite, "score": f"{highest:.3f}", "models": [name for name in means if means[name] == highest]}
 
 
 def _suite_plots(models: Sequence[Model], suite: str, series: Mapping[str, int]) -> dict[str, Any]:

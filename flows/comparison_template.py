@@ -3,6 +3,8 @@
 STYLE = """
 .panel { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem;
   min-width: 0 }
+.lone { grid-column: 1 / -1; max-width: 56rem; display: grid; gap: 0 2rem; align-items: start;
+  grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)) } .lone h3, .lone p { grid-column: 1 / -1 }
 .warning { border-left: 4px solid var(--bad); padding: .3rem .8rem; margin: 0 0 1rem }
 .gain { white-space: nowrap; font-size: .9em } td b { font-weight: 600 } .small { font-size: .88em }
 td .small { white-space: nowrap } summary { cursor: pointer; color: var(--soft); padding: .3rem 0; font-size: .9em }
@@ -24,7 +26,7 @@ PAGE = """\
 {% endfor %}
 <div class="cards">
 {% for b in best %}
-  <div class="card"><b>{{ b.score }}</b><span>{{ b.suite }}: {{ b.model }} scores highest</span></div>
+  <div class="card"><b>{{ b.score }}</b><span>{{ b.suite }}, highest: {{ b.models | join(', ') }}</span></div>
 {% endfor %}
 </div>
 
@@ -36,7 +38,7 @@ Whiskers are {{ '%g' | format(100 * found.params.confidence) }}% bootstrap inter
 ({{ found.params.bootstrap_samples | thousands }} resamples). Higher is better.</p>
 <div class="charts">
 {% for p in plots if p.whole %}
-<section class="panel"><h3>{{ p.suite }}
+<section class="panel{{ ' lone' if plots | length == 1 }}"><h3>{{ p.suite }}
 <span class="soft small">{{ p.metric }}, {{ p.rows | thousands }} rows</span></h3>
 {% if p.skipped %}<p class="note small">Left out, as there is no data: {{ p.skipped | join(', ') }}</p>{% endif %}
 {{ p.whole }}

@@ -71,7 +71,7 @@ def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     After Heckbert, "Nice numbers for graph labels", Graphics Gems (1990).
     """
     if high <= low:
-        low, high = low - (abs(low) / 2 or 0.5), high + (abs(high) / 2 or 0.5)
+        low, high = (min(low, 0.0), max(high, 0.0)) if low else (0.0, 1.0)
     rough = (high - low) / (wanted - 1)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(nice * power for nice in (1, 2, 5, 10) if nice * power >= rough * 0.75)

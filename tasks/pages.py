@@ -47,7 +47,7 @@ h3 { font-size: .95rem; margin: 0 0 .4rem; font-weight: 600 }
 table { border-collapse: collapse; width: 100% } .wide { overflow-x: auto } .wide th { white-space: nowrap }
 th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
 th { color: var(--soft); font-weight: 500 } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1.6rem;
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1.6rem;
   align-items: start }
 svg { width: 100%; height: auto; display: block } svg text { font: 11px system-ui, sans-serif; fill: var(--soft) }
 .bar { fill: var(--bar) } .good { color: var(--good) } .bad { color: var(--bad) } code { font-size: .9em }

@@ -31,8 +31,9 @@ SVG = {"aria-label": "t", "role": "img"}
         (0.82, 0.88, [0.82, 0.84, 0.86, 0.88]),
         (-3, 41, [-10, 0, 10, 20, 30, 40, 50]),
         (0, 300, [0, 100, 200, 300]),
-        (0.5, 0.5, [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]),  # one number gets room around it
-        (0, 0, [-0.6, -0.4, -0.2, 0, 0.2, 0.4, 0.6]),
+        (0.5, 0.5, [0, 0.1, 0.2, 0.3, 0.4, 0.5]),  # one number is seen from 0
+        (-2, -2, [-2, -1.5, -1, -0.5, 0]),
+        (0, 0, [0, 0.2, 0.4, 0.6, 0.8, 1]),
     ],
 )
 def test_ticks_are_round_and_hold_everything(low: float, high: float, ticks: list[float]) -> None:
