@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,7 +68,7 @@ class Go:
     def branch(self, action: str, marks: list[int], message: Message | None) -> str:
         if action.startswith("range "):
             return "".join(self.run(marks[0] + 1, marks[1], each) for each in self.messages)
-        for begin, end in zip(marks, marks[1:], strict=False):
+        for begin, end in itertools.pairwise(marks):
             condition = self.parts[begin][2:-2].strip().removeprefix("else").strip()
             if not condition or self.holds(condition, message):
                 return self.run(begin + 1, end, message)
