@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tasks.adapted import FOLDER
 from tasks.errors import BadModel
 from tasks.gguf_file import write_gguf
 from tasks.merge_params import Export, GgufExport, HubExport, SafetensorsExport
 from tasks.merged import merge_changes, write_merged
 from tasks.ollama import modelfile
 from tasks.outputs import as_json, read_object
+from tasks.packaged import FOLDER
 from tasks.push import push
 from tasks.shards import MIB
 from tasks.templates import load_tokenizer

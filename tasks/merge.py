@@ -2,7 +2,7 @@
 
 Reads:  data/base/, data/adapters/METHOD/, held-out rows of data/rendered/ as probes.
 Writes: data/models/METHOD/: a model folder; equivalence.json. What cannot be merged (ReFT edits depend on the input) is
-        packaged instead: the base's files and `adapter/`. data/exports/METHOD/: further forms of it.
+        packaged instead: `adapter/`, and reference.json, which names the base. data/exports/METHOD/: further forms.
 Params: merge, train.METHOD.adapter
 Fails:  a merged model that differs from the adapter model by more than merge.max_mean_kl (65, never retried); the hub
         does not answer (75, retried).
@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks import process
-from tasks.adapted import FOLDER, load_adapted, load_packaged, mergeable
-from tasks.adapter_files import PUBLISHED
+from tasks.adapted import load_adapted, load_packaged, mergeable
 from tasks.architecture import architecture_in
 from tasks.device import settle
 from tasks.errors import NotEquivalent
 from tasks.exports import export
 from tasks.merged import EQUIVALENCE, merge, write_merged
-from tasks.models import Model, model_files
+from tasks.models import Model
 from tasks.outputs import as_json, read_manifest, whole_folder
+from tasks.packaged import package
 from tasks.progress import Progress
 from tasks.quantized import dequantized
 from tasks.scoring import read_questions
@@ -131,15 +131,6 @@ def merge_closest(
     return {"form": f"merged onto the {best.name} weights", **found[best]._asdict(), "onto": told}, digests[best]
 
 
-def package(base: Path, trained: Path, folder: Path) -> None:
-    """Writes the base's files and the adapter beside them into an empty folder."""
-    for file in model_files(base):
-        shutil.copyfile(file, folder / file.name)
-    (folder / FOLDER).mkdir()
-    for name in PUBLISHED:
-        shutil.copyfile(trained / name, folder / FOLDER / name)
-
-
 def check_equivalent(told: Mapping[str, Any], max_mean_kl: float, where: str) -> None:
     """Refuses a model that is too far from the one that was trained.
 
@@ -179,9 +170,9 @@ def main() -> None:
                 )
                 known |= digests
             else:
-                package(base, trained, folder)
-                form = f"packaged: the base and the adapter, because {adapter.name} cannot be added to weights"
-                told = {"form": form, **difference(model, load_packaged(folder), probes)._asdict()}
+                package(base, trained, folder, stage.path("out"))
+                form = f"packaged: adapter and reference to the base, because {adapter.name} cannot be added to weights"
+                told = {"form": form, **difference(model, load_packaged(folder, base), probes)._asdict()}
             (folder / EQUIVALENCE).write_text(as_json(told))
             for name, each in told.get("onto", {}).items():
                 print(f"merge {stage.item}: onto the {name} weights: mean KL {each['mean_kl']:.2e}", flush=True)

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -108,29 +103,6 @@ def test_an_adapter_that_names_another_base_is_refused(here: Path) -> None:
     assert done.returncode == 65
     assert "is an adapter for another base" in done.stderr
     assert command(here, "merge", "a base", "one", "out", "--any-base").returncode == 0
-
-
-def test_after_a_kill_there_is_a_whole_folder_or_none(here: Path) -> None:
-    """Killed at ever later moments, until one merge is quicker."""
-    for number in range(12):
-        merging = subprocess.Popen(
-            [sys.executable, "-m", "flows.cli", "merge", "a base", "one", "out"],
-            cwd=here,
-            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(here)},
-            stdout=subprocess.DEVNULL,
-        )
-        time.sleep(0.25 * number)
-        merging.send_signal(signal.SIGKILL)
-        merging.wait()
-        if (here / "out").exists():
-            break
-    assert command(here, "merge", "a base", "one", "out").returncode == (65 if (here / "out").exists() else 0)
-    read_manifest(here / "out")
-    assert (
-        not [path for path in here.iterdir() if path.name.startswith(".out.draft")]
-        or (here / "out" / MANIFEST).exists()
-    )
-    assert os.listdir(here / "out")
 
 
 def test_a_model_folder_is_exported(here: Path) -> None:

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tasks.adapted import FOLDER
 from tasks.errors import BadModel, Transient
 from tasks.exports import GGUF, MODELFILE, PUSHED, export
 from tasks.merge_params import GgufExport, HubExport, SafetensorsExport
 from tasks.models import load_model
+from tasks.packaged import FOLDER
 from tests import hub as hubs
 from tests.conftest import ROOT
 
