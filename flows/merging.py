@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 from tasks.adapter_files import CONFIG, base_of, check_base, read_config, said_base
 from tasks.combine import Combination, combined
 from tasks.errors import BadParams
-from tasks.merged import EQUIVALENCE, Merged, merge, merge_changes, write_merged
+from tasks.merged import DEQUANTIZED, DTYPES, EQUIVALENCE, ORIGINAL, Merged, merge, merge_changes, write_merged
 from tasks.outputs import MANIFEST, as_json, read_manifest, whole_folder
-from tasks.progress import Progress
 from tasks.shards import MIB
+
+WHOLE = "16bit"
+"""The form of a base that is not quantized."""
 
 PROBES = (
     "The capital of France is Paris, and the capital of Italy is Rome.",
@@ -31,7 +33,7 @@ class Wish(NamedTuple):
     """How a merge is to be done.
 
     Attributes:
-        trained_on: `16bit`, or the form of the base that the adapter was trained on: nf4, fp4.
+        trained_on: WHOLE, or the form of the base that the adapter was trained on: nf4, fp4.
         onto: of merge.onto; only for a quantized form.
         dtype: of the result; `own`: as the base has it.
         max_shard_mib: a file of weights is at most so large.
@@ -45,6 +47,21 @@ class Wish(NamedTuple):
     max_shard_mib: int
     max_mean_kl: float
     any_base: bool
+
+    def check(self) -> None:
+        """Refuses what there is not.
+
+        Raises:
+            BadParams: it is wished for.
+        """
+        known = {
+            "trained-on": (self.trained_on, (WHOLE, "nf4", "fp4")),
+            "onto": (self.onto, ("closest", ORIGINAL, DEQUANTIZED)),
+            "dtype": (self.dtype, ("own", *DTYPES)),
+        }
+        for name, (wished, choices) in known.items():
+            if wished not in choices:
+                raise BadParams("is no choice", where=f"--{name}", got=wished, expected=", ".join(choices))
 
 
 def merge_folders(
@@ -68,35 +85,27 @@ def merge_folders(
     if not wish.any_base:
         for adapter in adapters:
             _check_base(adapter, base)
+    wish.check()
     known: dict[str, str] = {}
-    told: dict[str, Any] = {"form": "merged onto the original weights"}
-    about = {"adapters": [str(adapter) for adapter in adapters]}
-    with whole_folder(out, about, known) as folder:
-        if how:
-            how.check(len(adapters))
-            told = {"form": f"{len(adapters)} adapters combined: {how.method}", **how._asdict()}
-            known |= _write(
-                base, adapters[0], merge_changes(base, partial(combined, adapters, how), wish.dtype), folder, wish
-            )
-        elif wish.trained_on == "16bit":
-            known |= _write(base, adapters[0], merge(base, adapters[0], wish.dtype), folder, wish)
-        else:
+    with whole_folder(out, {"adapters": [str(adapter) for adapter in adapters]}, known) as folder:
+        if how is None and wish.trained_on != WHOLE:
             told = _measured(base, adapters[0], folder, wish, known)
+        else:
+            made, told = _planned(base, adapters, wish, how)
+            known |= write_merged(base, adapters[0], {folder: made}, wish.max_shard_mib * MIB)[folder]
         (folder / EQUIVALENCE).write_text(as_json(told))
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     return {"out": str(out), "bytes": size, **told}
 
 
-def _write(base: Path, adapter: Path, made: Merged, folder: Path, wish: Wish) -> dict[str, str]:
-    with Progress("merge", sum(tensor.nbytes for tensor in made.tensors.values()) // MIB, "MiB") as progress:
-        written = 0
-
-        def step(nbytes: int) -> None:
-            nonlocal written
-            before, written = written, written + nbytes
-            progress.step(by=written // MIB - before // MIB)
-
-        return write_merged(base, adapter, {folder: made}, wish.max_shard_mib * MIB, step)[folder]
+def _planned(
+    base: Path, adapters: Sequence[Path], wish: Wish, how: Combination | None
+) -> tuple[Merged, dict[str, Any]]:
+    if how is None:
+        return merge(base, adapters[0], wish.dtype), {"form": "merged onto the original weights"}
+    how.check(len(adapters))
+    told = {"form": f"{len(adapters)} adapters combined: {how.method}", **how._asdict()}
+    return merge_changes(base, partial(combined, adapters, how), wish.dtype), told
 
 
 def _measured(base: Path, adapter: Path, folder: Path, wish: Wish, known: dict[str, str]) -> dict[str, Any]:
@@ -134,9 +143,9 @@ def trained_on(adapter: Path) -> str:
     """In which form of the base an adapter was trained, as temper's own say; `16bit` for others."""
     summary = adapter / "summary.json"
     if not summary.is_file():
-        return "16bit"
+        return WHOLE
     said = json.loads(summary.read_text()).get("params", {}).get("adapter", {})
-    return str(said.get("quantization", "16bit"))
+    return str(said.get("quantization", WHOLE))
 
 
 def _check_base(adapter: Path, base: Path) -> None:

@@ -21,11 +21,10 @@ from tasks.architecture import architecture_in
 from tasks.device import settle
 from tasks.errors import NotEquivalent
 from tasks.exports import export
-from tasks.merged import EQUIVALENCE, merge, write_merged
+from tasks.merged import DEQUANTIZED, EQUIVALENCE, ORIGINAL, merge, write_merged
 from tasks.models import Model
 from tasks.outputs import as_json, read_manifest, whole_folder
 from tasks.packaged import package
-from tasks.progress import Progress
 from tasks.quantized import dequantized
 from tasks.scoring import read_questions
 from tasks.shards import MIB, Source, stored_in
@@ -33,8 +32,6 @@ from tasks.sources import Made
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-ORIGINAL, DEQUANTIZED = "original", "dequantized"
 
 
 class Difference(NamedTuple):
@@ -118,9 +115,7 @@ def merge_closest(
     }
     for place in made:
         place.mkdir()
-    total = sum(tensor.nbytes for each in made.values() for tensor in each.tensors.values())
-    with Progress("merge", total, "bytes") as progress:
-        digests = write_merged(base, trained, made, most_bytes, lambda nbytes: progress.step(by=nbytes))
+    digests = write_merged(base, trained, made, most_bytes)
     found = {place: difference(model, load_packaged(place), probes) for place in made}
     best = min(found, key=lambda place: (found[place].mean_kl, place.name))
     for file in sorted(best.iterdir()):

@@ -16,11 +16,15 @@ from tasks.adapter_files import CONFIG
 from tasks.errors import BadModel
 from tasks.models import MODEL_FILES, model_files, refuse_code
 from tasks.outputs import as_json, digest, read_object
+from tasks.progress import Progress
 from tasks.shards import BYTES, INDEX, Planned, Source, Stored, stored_in, write_shards
 from tasks.updates import Change, changes_of
 
 EQUIVALENCE = "equivalence.json"
 """Where a model folder says how far it is from the model that was trained."""
+
+ORIGINAL, DEQUANTIZED = "original", "dequantized"
+"""What the update of a quantized base may be added to: its own weights, or what their quantized form stands for."""
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """Number formats that a merged model may have, and what safetensors calls them."""
@@ -71,11 +75,7 @@ def merge_changes(base: Path, changes: Callable[[Mapping[str, Stored]], Mapping[
 
 
 def write_merged(
-    base: Path,
-    adapter: Path,
-    wanted: Mapping[Path, Merged],
-    most_bytes: int,
-    step: Callable[[int], None] = lambda nbytes: None,
+    base: Path, adapter: Path, wanted: Mapping[Path, Merged], most_bytes: int
 ) -> dict[Path, dict[str, str]]:
     """Writes merged models into existing folders, in one pass over the base; returns the digests of their files.
 
@@ -89,7 +89,9 @@ def write_merged(
     if own:
         refuse_code(adapter / "tokenizer_config.json")
     beside = {name: path for name, path in beside.items() if path.suffix != ".safetensors" and name != INDEX}
-    digests = write_shards({folder: made.tensors for folder, made in wanted.items()}, most_bytes, step)
+    tensors = {folder: made.tensors for folder, made in wanted.items()}
+    with Progress("merge", sum(map(len, tensors.values())), "tensors") as progress:
+        digests = write_shards(tensors, most_bytes, progress.step)
     for folder, made in wanted.items():
         for name, path in beside.items():
             shutil.copyfile(path, folder / name)

@@ -274,14 +274,14 @@ def split(planned: Mapping[str, Planned], most_bytes: int) -> list[dict[str, Pla
 
 
 def write_shards(
-    wanted: Mapping[Path, Mapping[str, Planned]], most_bytes: int, step: Callable[[int], None] = lambda nbytes: None
+    wanted: Mapping[Path, Mapping[str, Planned]], most_bytes: int, step: Callable[[], None] = lambda: None
 ) -> dict[Path, dict[str, str]]:
     """Writes tensors as the weights of one or several model folders, in one pass, with an index for several files.
 
     Args:
         wanted: of each existing folder the tensors by name; all have the same names, shapes and formats.
         most_bytes: of a shard.
-        step: is told how many bytes were written.
+        step: is called for every tensor that was written.
 
     Returns:
         Of each folder the SHA-256 of every file that was written, by its name.
@@ -311,7 +311,7 @@ def write_shards(
 
 
 def write_files(
-    wanted: Mapping[Path, Mapping[str, Planned]], step: Callable[[int], None] = lambda nbytes: None
+    wanted: Mapping[Path, Mapping[str, Planned]], step: Callable[[], None] = lambda: None
 ) -> dict[Path, str]:
     """Writes safetensors files of the same layout, tensor by tensor in all of them; returns their SHA-256."""
     from threadpoolctl import threadpool_limits
@@ -328,7 +328,7 @@ def write_files(
             for path, tensors in wanted.items():
                 with _told_of(name):
                     _write_tensor(files[path], tensors[name], workers)
-                step(tensors[name].nbytes)
+                step()
         return {path: file.digest() for path, file in files.items()}
 
 

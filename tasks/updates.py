@@ -248,13 +248,14 @@ def _experts(adapter: _Adapter, module: str, a: str, b: str, scale: float) -> It
         whole = adapter.weight(f"{plain}.{parameter}", "")
         if whole is not None and sorted(adapter.base[whole].shape[-2:]) == sorted(wanted):
             turned = adapter.base[whole].shape[-2:] != wanted
-            yield whole, lambda base: AddedExperts(base, first, second, experts, scale, turned)  # noqa: B023
+            yield whole, _of_experts(first, second, experts, scale, turned=turned)
         parts = _EXPERTS.get(parameter, ()) if whole is None else ()
         names = [[_expert_weight(adapter, plain, expert, part) for part in parts] for expert in range(experts)]
         shapes = [adapter.base[name].shape if name else (0, 0) for name in names[0]]
         if parts and (sum(shape[0] for shape in shapes), shapes[0][1]) == wanted:
             for expert, number in product(range(experts), range(len(parts))):
-                change = _of_expert(first, second, experts, scale, expert, sum(shape[0] for shape in shapes[:number]))
+                before = sum(shape[0] for shape in shapes[:number])
+                change = _of_experts(first, second, experts, scale, first=expert, rows_from=before)
                 yield names[expert][number] or plain, change
 
 
@@ -269,8 +270,10 @@ def _expert_weight(adapter: _Adapter, module: str, expert: int, part: tuple[str,
     return next((name for name in found if name), None)
 
 
-def _of_expert(a: Stored, b: Stored, experts: int, scale: float, expert: int, rows_from: int) -> Change:
-    return lambda base: AddedExperts(base, a, b, experts, scale, first=expert, rows_from=rows_from)
+def _of_experts(
+    a: Stored, b: Stored, experts: int, scale: float, *, turned: bool = False, first: int = 0, rows_from: int = 0
+) -> Change:
+    return lambda base: AddedExperts(base, a, b, experts, scale, turned, first, rows_from)
 
 
 def _instead(adapter: _Adapter, name: str, weight: str | None) -> Change:

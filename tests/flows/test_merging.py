@@ -65,6 +65,13 @@ def test_several_adapters_are_combined(here: Path) -> None:
     assert not (here / "other").exists()
 
 
+@pytest.mark.parametrize(("option", "value"), [("--onto", "both"), ("--dtype", "int8"), ("--trained-on", "int3")])
+def test_a_wish_for_what_there_is_not_is_refused(here: Path, option: str, value: str) -> None:
+    done = command(here, "merge", "a base", "one", "out", option, value)
+    assert done.returncode == 65
+    assert f"{option}: is no choice" in done.stderr
+
+
 def test_what_goes_wrong_leaves_nothing_behind(here: Path) -> None:
     tensors = load_file(here / "one" / WEIGHTS)
     next(iter(tensors.values())).fill_(float("nan"))

@@ -112,11 +112,11 @@ def test_several_folders_are_written_in_one_pass(tmp_path: Path) -> None:
     for place in places:
         place.mkdir()
     numbers = torch.arange(12.0).reshape(3, 4)
-    steps: list[int] = []
+    steps: list[None] = []
     wanted = {place: {"w": Planned("F32", Made(lambda f=f: numbers * f, (3, 4)))} for f, place in enumerate(places)}  # type: ignore[misc]
-    write_shards(wanted, 1 << 30, steps.append)
+    write_shards(wanted, 1 << 30, lambda: steps.append(None))
     assert [load_file(place / "model.safetensors")["w"].sum().item() for place in places] == [0.0, 66.0]
-    assert sum(steps) == 96
+    assert len(steps) == 2
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
