@@ -61,6 +61,10 @@ class Summary(NamedTuple):
     metric: str
     figures: Mapping[str, float]
 
+    def counting(self, name: str, count: int) -> Summary:
+        """The same with one more figure, if it is not zero."""
+        return self._replace(figures={**self.figures, name: float(count)}) if count else self
+
 
 def digest_of(text: str) -> str:
     """The SHA-256 of a text in UTF-8."""

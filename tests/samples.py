@@ -181,7 +181,15 @@ def file_source(path: Path, **changes: Any) -> FileSource:
 
 
 EVALUATE = Evaluate(
-    rows=8, batch_rows=4, max_new_tokens=3, bootstrap_samples=200, confidence=0.95, seed=1, generation=GREEDY
+    rows=8,
+    batch_rows=4,
+    max_new_tokens=3,
+    bootstrap_samples=200,
+    confidence=0.95,
+    seed=1,
+    generation=GREEDY,
+    suites={},
+    general_text="none",
 )
 
 
