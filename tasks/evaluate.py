@@ -1,10 +1,11 @@
 """Lets a model answer the held-out rows and scores it, against the base model too.
 
 Reads:  data/models/METHOD/ (or data/base/ for the stage `baseline`), held-out chats of data/rendered/ (where there are
-        none: chosen replies; of an encoder-decoder model: pairs), the base's answers.
-Writes: data/reports/METHOD/examples.parquet (one row per example) and metrics.json.
+        none: chosen replies; of an encoder-decoder model: pairs), the base's report, and what suites of params name.
+Writes: data/reports/METHOD/examples.parquet (one row per item of every suite) and metrics.json.
 Params: evaluate
-Fails:  no held-out rows (65, never retried).
+Fails:  no held-out rows, another chat template, a suite that cannot be asked, scores that are not finite (65, never
+        retried); a dataset that the hub does not give now (75).
 
 Exact match of chats runs through lm-eval; the loss per token is read off the model directly, because rows may
 have several scored turns, which no task form of lm-eval has. Pairs are answered without lm-eval: its seq2seq backend
@@ -14,18 +15,22 @@ batch, fills inputs up on the left, where encoders that count positions go wrong
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from tasks import process
-from tasks.adapted import load_packaged
-from tasks.architecture import ENCODER_DECODER, architecture_in, positions_of
-from tasks.device import settle
-from tasks.errors import BadData
+from tasks.architecture import positions_of
+from tasks.errors import BadData, BadModel
 from tasks.evaluate_params import Evaluate
+from tasks.examinee import Examinee
+from tasks.forgetting import TextLoss, general_loss
+from tasks.harness import language_model
 from tasks.intervals import bootstrap
 from tasks.items import (
     EXAMPLES,
@@ -39,13 +44,15 @@ from tasks.items import (
     suite_metrics,
     write_items,
 )
+from tasks.journal import BATCHES, FOLDER
 from tasks.labels import label_metrics
 from tasks.models import Model
 from tasks.outputs import as_json, read_manifest, write_whole
 from tasks.progress import Progress
 from tasks.scoring import read_questions, row_of, score
 from tasks.seq2seq import check_room, generate_targets
-from tasks.templates import decode, load_tokenizer, template_digest
+from tasks.suites import examine
+from tasks.templates import decode, template_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -155,60 +162,20 @@ def generate(
     }
     with Progress("answer", len(prompts), "rows") as progress:
         result = simple_evaluate(
-            model=_language_model(model, tokenizer, tokens, params, progress),
+            model=language_model(
+                model,
+                tokenizer,
+                batch_rows=params.batch_rows,
+                generation=params.generation,
+                progress=progress,
+                tokens=tokens,
+            ),
             tasks=[task],
             task_manager=TaskManager(include_defaults=False),
             bootstrap_iters=0,
         )
     samples = sorted(result["samples"]["held_out"], key=lambda sample: sample["doc_id"])
     return [sample["filtered_resps"][0].strip() for sample in samples]
-
-
-def _language_model(
-    model: Model,
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: Mapping[str, Sequence[int]],
-    params: Evaluate,
-    progress: Progress,
-) -> Any:
-    """The model as lm-eval drives it: on the tokens that training saw, with our options, counting rows."""
-    import torch
-    from lm_eval.models.huggingface import HFLM
-
-    from tasks.generation import decoding
-
-    class Counted(HFLM):  # type: ignore[misc]  # lm-eval's class is untyped
-        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return super().generate_until(requests, disable_tqdm=True)
-
-        def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
-            return list(tokens[string]) if string in tokens else super().tok_encode(string, *args, **kwargs)
-
-        def tok_batch_encode(self, strings: Sequence[str], *args: Any, **kwargs: Any) -> Any:
-            longest = max(len(tokens[text]) for text in strings)
-            ids = torch.full((len(strings), longest), tokenizer.pad_token_id)
-            attended = torch.zeros_like(ids)
-            for number, text in enumerate(strings):
-                ids[number, longest - len(tokens[text]) :] = torch.tensor(tokens[text])
-                attended[number, longest - len(tokens[text]) :] = 1
-            return ids, attended
-
-        def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
-            kwargs |= decoding(model, params.generation, context, kwargs["attention_mask"])
-            kwargs["eos_token_id"] = tokenizer.eos_token_id
-            answered = super()._model_generate(context, *args, **kwargs)
-            progress.step(by=len(context))
-            return answered
-
-    return Counted(
-        pretrained=model,
-        tokenizer=tokenizer,
-        backend="causal",
-        batch_size=params.batch_rows,
-        add_bos_token=False,
-        # of a model that does not say how much it reads lm-eval would cut prompts to 2048 tokens
-        max_length=max(map(len, tokens.values())) + params.max_new_tokens,
-    )
 
 
 def token_logps(model: Model, rows: Sequence[Mapping[str, Any]], batch_rows: int) -> list[float]:
@@ -289,35 +256,97 @@ def _paired(answers: Sequence[Item], base: Sequence[Item]) -> list[Item]:
     return [known[item.id, *item.same] for item in answers]
 
 
+def held_out_items(examinee: Examinee, rendered: Path) -> list[Item]:
+    """What a model makes of the held-out rows; what its journal has is not asked again.
+
+    Raises:
+        BadData: there are no such rows, or a prompt leaves no room to answer.
+        BadModel: the chat template is not the one that the rows were rendered with.
+    """
+    params, tokenizer = examinee.params, examinee.tokenizer
+    about = read_manifest(rendered)
+    if not examinee.encodes and (wanted := about.get("template_sha256")) != template_digest(tokenizer):
+        raise BadModel(
+            "its chat template is not the one that the rows were rendered with",
+            where=str(examinee.folder),
+            got=template_digest(tokenizer)[:12],
+            expected=str(wanted)[:12],
+            fix="evaluate the model with the template that it was trained with",
+        )
+    answering = answer_pairs if examinee.encodes else answer_rows
+
+    def answered(some: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [item._asdict() for item in answering(examinee.model, tokenizer, some, params)]
+
+    rows = read_questions(rendered, examinee.architecture)[: params.rows]
+    items: list[Item] = []
+    for start in range(0, len(rows), BATCHES * params.batch_rows):
+        some = rows[start : start + BATCHES * params.batch_rows]
+        asked = [HELD_OUT, params.max_new_tokens, some]
+        items += [Item(**each) for each in examinee.journal.recall(asked, partial(answered, some))]
+    return items
+
+
 def evaluate_model(
-    model_folder: Path, rendered: Path, out: Path, name: str, base: Path | None, params: Evaluate
+    model_folder: Path, rendered: Path, out: Path, name: str, base: Path | None, params: Evaluate, journals: Path | None
 ) -> None:
-    """Evaluates a model folder and writes its report."""
+    """Evaluates a model folder and writes its report; `base` are the base model's items.
+
+    Raises:
+        BadInput: as `held_out_items`, `examine` and `general_loss` say; then nothing is written.
+    """
     read_manifest(model_folder)
-    read_manifest(rendered)
-    architecture = architecture_in(model_folder)
-    rows = read_questions(rendered, architecture)[: params.rows]
-    settle(params.seed)
-    answering = answer_pairs if architecture is ENCODER_DECODER else answer_rows
-    tokenizer = load_tokenizer(model_folder)
-    answers = answering(load_packaged(model_folder), tokenizer, rows, params)
+    examinee = Examinee(model_folder, params, journals, chats=True)
+    answers = held_out_items(examinee, rendered)
     check_finite(answers)
-    metrics = metrics_of(name, answers, read_items(base) if base else None, params)
-    metrics["template_sha256"] = template_digest(tokenizer)
+    asked = examine(examinee, params.suites)
+    metrics = metrics_of(name, [*answers, *asked.items], read_items(base) if base else None, params, asked.summaries)
+    metrics["template_sha256"] = template_digest(examinee.tokenizer)
+    for suite, skipped in asked.skipped.items():
+        metrics["suites"][suite]["skipped"] = skipped
+    if params.general_text != "none":
+        metrics["forgetting"] = forgetting(general_loss(examinee, params.general_text), base)
     out.mkdir(parents=True, exist_ok=True)
-    write_items(out / EXAMPLES, answers)
+    write_items(out / EXAMPLES, [*answers, *asked.items])
     write_whole(out / METRICS, as_json(metrics))
+    print(f"evaluate {name}: {_said(metrics)}", flush=True)
+
+
+def forgetting(own: TextLoss, base: Path | None) -> dict[str, Any]:
+    """The loss on the general text beside the base model's, whose report stands beside its items.
+
+    Raises:
+        BadData: the base's report lacks it, or is of another text.
+    """
+    if base is None:
+        return {**own._asdict(), "base_loss": own.loss}
+    before = json.loads((base.parent / METRICS).read_text()).get("forgetting", {})
+    if before.get("tokens") != own.tokens or not math.isfinite(before.get("loss", math.nan)):
+        raise BadData(
+            "the base model has no loss on this general text",
+            where=str(base.parent / METRICS),
+            got=f"{before.get('tokens')} tokens",
+            expected=f"{own.tokens} tokens",
+            fix="run the stage `baseline` anew",
+        )
+    return {**own._asdict(), "base_loss": before["loss"]}
+
+
+def _said(metrics: Mapping[str, Any]) -> str:
     exact, labels = metrics["exact_match"], metrics.get("labels")
-    print(
-        f"evaluate {name}: exact match {exact['mean']:.3f} [{exact['low']:.3f}, {exact['high']:.3f}], "
-        f"loss {metrics['loss']:.3f}" + (f", macro-F1 {labels['macro_f1']['mean']:.3f}" if labels else ""),
-        flush=True,
-    )
+    said = f"exact match {exact['mean']:.3f} [{exact['low']:.3f}, {exact['high']:.3f}], loss {metrics['loss']:.3f}"
+    if labels:
+        said += f", macro-F1 {labels['macro_f1']['mean']:.3f}"
+    for suite, each in metrics["suites"].items():
+        if suite != HELD_OUT:
+            score = each["score"]
+            said += f"; {suite} {each['metric']} {score['mean']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
+    return said
 
 
 def main() -> None:
     """The stage `evaluate@METHOD`."""
-    with process.stage(__doc__, "model", "rendered", "base", "out", item="method") as stage:
+    with process.stage(__doc__, "model", "rendered", "base", "out", item="method", may_fetch=True) as stage:
         evaluate_model(
             stage.path("model"),
             stage.path("rendered"),
@@ -325,6 +354,7 @@ def main() -> None:
             stage.item,
             stage.path("base"),
             stage.params.evaluate,
+            stage.workspace / FOLDER,
         )
 
 
