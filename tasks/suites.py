@@ -117,30 +117,49 @@ def _harness(suite: str, part: HarnessPart, limit: int | None, examinee: Examine
 def _ready(
     suite: str, params: ReadySuite, limit: int | None, examinee: Examinee, skipped: dict[str, list[str]]
 ) -> Found:
-    root, found = Path(params.data), Results([], {}, {})
-    parts = shipped(params.name).parts
-    there, missing = list[RowsPart | HarnessPart](), list[str]()
-    for part in parts:
+    how = Asking(limit, params.chat_template, skips=params.missing == "skip")
+    found = examine_parts(examinee, suite, shipped(params.name), Path(params.data), how)
+    skipped.update(found.skipped)
+    return found.items, found.summaries
+
+
+class Asking(NamedTuple):
+    """How a ready suite is asked: at most so many questions of a task, and whether what is missing is skipped."""
+
+    limit: int | None
+    chat: bool
+    skips: bool
+
+
+def examine_parts(examinee: Examinee, suite: str, ready: Ready, root: Path, how: Asking) -> Results:
+    """Asks a model the questions of a ready suite, whose files lie in `root`.
+
+    Raises:
+        BadData: files are missing, and are not to be skipped, or none is there.
+    """
+    found, there = Results([], {}, {}), list[RowsPart | HarnessPart]()
+    missing = list[str]()
+    for part in ready.parts:
         lacks = _lacking(part, root)
         missing += lacks
         if not lacks:
             there.append(part)
-    if missing and (params.missing == "refuse" or not there):
+    if missing and not (how.skips and there):
         raise BadData(
-            f"lacks {len(missing)} files or datasets of the suite {params.name}",
+            f"lacks {len(missing)} files or datasets of the suite {suite}",
             where=str(root),
             examples=missing,
-            fix="fetch them there, or say `missing: skip` to go without their tasks",
+            fix="fetch them there; or go without their tasks, by `missing: skip` or `--skip-missing`",
         )
     if missing:
-        skipped[suite] = missing
+        found.skipped[suite] = missing
     for part in there:
         if isinstance(part, RowsPart):
-            _add(found, _rows(suite, part, limit, examinee, params.chat_template, root), suite)
+            _add(found, _rows(suite, part, how.limit, examinee, how.chat, root), suite)
         else:
             mirror = MirrorData(kind="mirror", path=str(root))
-            _add(found, _harness(suite, part, limit, examinee, params.chat_template, mirror), suite)
-    return found.items, found.summaries
+            _add(found, _harness(suite, part, how.limit, examinee, how.chat, mirror), suite)
+    return found
 
 
 def _lacking(part: RowsPart | HarnessPart, root: Path) -> list[str]:
