@@ -16,8 +16,9 @@ run: install ## from a clone to a registered, promoted model
 test: check ## all checks and all tests
 	@$(BIN)/python -m pytest
 
-kills: install ## 30 times kill -9 at random moments for each kind of training: the same adapter, to the bit
+kills: install ## kill -9 at random moments, 30 times in each kind of training and 20 in an evaluation: the same, to the bit
 	@TEMPER_KILLS=30 $(BIN)/python -m pytest -n0 -s tests/tasks/test_kills.py
+	@TEMPER_KILLS=20 $(BIN)/python -m pytest -n0 -s tests/tasks/test_evaluation_kills.py
 
 check: install ## format, lint, types, import layers, consistent packages
 	@$(BIN)/ruff format --check .
