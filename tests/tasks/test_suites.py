@@ -26,7 +26,7 @@ from tests.encoder_decoders import make_base
 from tests.samples import CHOICE, EVALUATE, LORA, MULTIPLE, method, rows_suite, write_lines
 from tests.tasks.test_task_files import GOOD
 
-ANIMALS = [
+ANIMALS: list[dict[str, Any]] = [
     {"question": "What says meow?", "choices": ["the cat", "a dog", "two big horses"], "answer": 0},
     {"question": "What barks?", "choices": ["cat", "the old dog"], "answer": "B"},
     {"question": "Count: cat, dog, cow", "choices": ["1", "2", "3", "4"], "answer": 2},
@@ -81,7 +81,7 @@ def test_choices_are_those_of_the_model_itself(examinee: Examinee, rows: Path, n
     found = asked(examinee, s=rows_suite(rows, {**CHOICE, "normalise": normalise}, MULTIPLE))
     rights = [(0,), (1,), (2,), (0,), (0, 2)]
     for item, row, right in zip(found.items, ANIMALS, rights, strict=True):
-        texts: Any = row["choices"]
+        texts = row["choices"]
         logps = [logp(examinee.model, examinee.tokenizer, str(row["question"]), f" {text}") for text in texts]
         by = [
             {"none": 1, "characters": len(text), "tokens": len(examinee.tokenizer(f" {text}")["input_ids"])}[normalise]
@@ -147,7 +147,7 @@ def test_letters_are_named_after_solved_questions(examinee: Examinee, rows: Path
 
 
 def test_contexts_stand_before_one_ending(examinee: Examinee, tmp_path: Path) -> None:
-    row = {"o": ["The cat said", "The dog said"], "t": "meow loudly.", "gold": 1}
+    row: dict[str, Any] = {"o": ["The cat said", "The dog said"], "t": "meow loudly.", "gold": 1}
     suite = rows_suite(write_lines(tmp_path / "w.jsonl", [row]), {**CHOICE, "endings": "contexts"},
                        {"choices": "o", "target": "t", "answer": "gold"}, prompt="")  # fmt: skip
     (item,) = asked(examinee, s=suite).items
@@ -226,7 +226,8 @@ def test_the_chat_template_is_the_models_own(examinee: Examinee, rows: Path) -> 
         ending = examinee.tokenizer("the old dog", add_special_tokens=False)["input_ids"]
         logps = examinee.model(input_ids=torch.tensor([ids + ending])).logits[0].log_softmax(-1)
     expected = sum(float(logps[len(ids) + n - 1, token]) for n, token in enumerate(ending))
-    assert (item.logp, item.tokens) == (pytest.approx(expected, abs=1e-3), len(ending))
+    assert item.logp == pytest.approx(expected, abs=1e-3)
+    assert item.tokens == len(ending)
 
 
 def test_what_is_longer_than_the_model_reads_is_counted(examinee: Examinee, tmp_path: Path) -> None:
@@ -236,7 +237,7 @@ def test_what_is_longer_than_the_model_reads_is_counted(examinee: Examinee, tmp_
 
 
 def test_an_encoder_decoder_is_asked_too(tmp_path: Path, rows: Path) -> None:
-    texts = [" ".join([str(row["question"]), *map(str, row["choices"])]) for row in ANIMALS]  # type: ignore[call-overload]
+    texts = [" ".join([str(row["question"]), *map(str, row["choices"])]) for row in ANIMALS]
     folder = make_base(tmp_path / "t5", "t5", texts)
     model = Examinee(folder, PARAMS, None, chats=False)
     metric = {"name": "generate", "extract": "whole", "target": "whole", "match": "exact", "stop": []}
@@ -302,7 +303,8 @@ def test_a_task_file_gives_what_the_same_rows_give(examinee: Examinee, rows: Pat
             other.prediction,
             other.score,
         )
-        assert (one.logp, one.tokens) == (pytest.approx(other.logp, abs=1e-4), other.tokens)
+        assert one.logp == pytest.approx(other.logp, abs=1e-4)
+        assert one.tokens == other.tokens
     assert {item.task for item in theirs} == {"mine"}
 
 
