@@ -50,6 +50,9 @@ def evaluate(wanted: Wanted) -> dict[str, Any]:
     from tasks.templates import template_digest
 
     name, suite = resolve(wanted)
+    root = wanted.data or Path()
+    if isinstance(suite, Ready) and wanted.data is None:
+        raise BadParams("this suite needs to know where its files are", where=name, fix="say --data FOLDER")
     params = nearest_params().evaluate
     examinee = Examinee(
         wanted.model,
@@ -61,10 +64,8 @@ def evaluate(wanted: Wanted) -> dict[str, Any]:
         any_base=wanted.any_base,
     )
     if isinstance(suite, Ready):
-        if wanted.data is None:
-            raise BadParams("this suite needs to know where its files are", where=name, fix="say --data FOLDER")
         how = Asking(wanted.limit, wanted.chat, skips=wanted.skip_missing)
-        found = examine_parts(examinee, name, suite, wanted.data, how)
+        found = examine_parts(examinee, name, suite, root, how)
     else:
         found = examine(examinee, {name: suite})
     check_finite(found.items)

@@ -54,12 +54,15 @@ class Replied(NamedTuple):
 
 
 class Prompting(NamedTuple):
-    """How prompts are made: `chat` puts turns through the chat template, where it is used; `stop` ends an answer."""
+    """How prompts are made.
+
+    Attributes:
+        chat: puts turns through the chat template, where it is used.
+        tokens_after: how many tokens a continuation has after a context.
+    """
 
     chat: Callable[[Sequence[Message]], str] | None
-    stop: Sequence[str]
     tokens_after: Callable[[str, str], int]
-    """How many tokens a continuation has after a context."""
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
@@ -107,7 +110,7 @@ def _asked(part: RowsPart, question: Question, solved: Sequence[tuple[str, str]]
         return Asked(question, prompts[question.right[0]], [Request("loglikelihood", (p, ending)) for p in prompts])
     prompt = _joined(part, solved, _prompt(part, question, task), how)
     if isinstance(metric, Generate):
-        options = {"until": [*metric.stop, *how.stop], "max_gen_toks": part.max_new_tokens, "do_sample": False}
+        options = {"until": metric.stop, "max_gen_toks": part.max_new_tokens}
         return Asked(question, prompt, [Request("generate_until", (prompt, options))])
     if isinstance(metric, Choice):
         endings = _endings(metric, question)

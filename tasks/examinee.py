@@ -17,7 +17,7 @@ from tasks.asking import Request, continuation_tokens
 from tasks.device import compute_dtype, device, settle
 from tasks.errors import BadModel
 from tasks.evaluate_params import Evaluate
-from tasks.harness import language_model
+from tasks.harness import MOST_TOKENS, language_model
 from tasks.journal import BATCHES, Journal, code_digest, key_of, parts
 from tasks.models import Model, load_model, model_files
 from tasks.outputs import digest
@@ -131,7 +131,7 @@ class Examinee:
             return 0  # read in windows; and what an encoder-decoder cannot read is refused
         known = self.tokens.get(context) or self.tokenizer(context)["input_ids"]
         if request.kind == "generate_until":
-            return len(known) + int(ending[0]["max_gen_toks"])
+            return len(known) + int(ending[0].get("max_gen_toks", MOST_TOKENS))
         return len(known) + self.counter(chat=context in self.tokens)(context, ending[0]) - 1
 
     # --- replies ------------------------------------------------------------------------------------------------------

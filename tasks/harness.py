@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+MOST_TOKENS = 256
+"""In an answer, where a task of lm-eval does not say."""
+
+
 def language_model(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
@@ -147,10 +151,12 @@ def _encoder_decoder(
             answers: list[str] = []
             for start in range(0, len(requests), batch_rows):
                 given = [request.args for request in requests[start : start + batch_rows]]
-                most = max(options["max_gen_toks"] for _, options in given)
+                most = max(options.get("max_gen_toks", MOST_TOKENS) for _, options in given)
                 ids = generate_targets(model, tokenizer, [encode(text) for text, _ in given], most, generation)
                 answers += [
-                    _until(decode(tokenizer, each[: options["max_gen_toks"]]), options["until"])
+                    _until(
+                        decode(tokenizer, each[: options.get("max_gen_toks", MOST_TOKENS)]), options.get("until", [])
+                    )
                     for each, (_, options) in zip(ids, given, strict=True)
                 ]
                 if progress:

@@ -25,9 +25,6 @@ from tasks.suite_params import HubData, MirrorData
 
 Find = Callable[..., Any]
 
-MOST_TOKENS = 256
-"""In an answer, where a task does not say; as lm-eval has it."""
-
 
 class HarnessRun(NamedTuple):
     """What is run: a suite's name, tasks as `simple_evaluate` takes them, and how."""
@@ -162,12 +159,7 @@ def _asking(examinee: Examinee, label: str) -> Any:
             return self._replies("loglikelihood_rolling", requests)
 
         def generate_until(self, requests: Any) -> list[str]:
-            stop = [str(examinee.tokenizer.eos_token)]
-            asked = [
-                Request("generate_until", (text, _writing(options, stop)))
-                for text, options in (request.args for request in requests)
-            ]
-            return examinee.replies(asked, label)
+            return self._replies("generate_until", requests)
 
         def _replies(self, kind: str, requests: Any) -> list[Any]:
             return examinee.replies([Request(kind, request.args) for request in requests], label)
@@ -192,26 +184,13 @@ def _asking(examinee: Examinee, label: str) -> Any:
     return Asking()
 
 
-def _writing(options: Mapping[str, Any], stop: Sequence[str]) -> dict[str, Any]:
-    """Where an answer ends, as the task has it; how tokens are chosen is a matter of `evaluate.generation` alone."""
-    until = options.get("until") or []
-    return {
-        "until": [*([until] if isinstance(until, str) else until), *stop],
-        "max_gen_toks": options.get("max_gen_toks", MOST_TOKENS),
-        "do_sample": False,
-    }
-
-
 def _requests(samples: Sequence[Mapping[str, Any]]) -> list[Request]:
     """What was asked for some samples."""
     kinds = {1: "loglikelihood_rolling", 2: "loglikelihood"}
-    found = []
-    for arguments in (tuple(each) for sample in samples for each in sample["arguments"]):
-        if len(arguments) == 2 and isinstance(arguments[1], Mapping):
-            found.append(Request("generate_until", (arguments[0], _writing(arguments[1], []))))
-        else:
-            found.append(Request(kinds[len(arguments)], arguments))
-    return found
+    return [
+        Request("generate_until" if isinstance(arguments[-1], Mapping) else kinds[len(arguments)], arguments)
+        for arguments in (tuple(each) for sample in samples for each in sample["arguments"])
+    ]
 
 
 # --- items ------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ IDENTITY = "identity.json"
 FOLDER = Path(".temper", "evaluations")
 """Where a workspace keeps its journals."""
 
-BATCHES = 4
+BATCHES = 8
 """A part of the work is so many batches."""
 
 

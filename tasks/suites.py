@@ -79,11 +79,7 @@ def _add(results: Results, found: Found, suite: str) -> None:
 
 
 def _rows(suite: str, part: RowsPart, limit: int | None, examinee: Examinee, chat: bool, root: Path | None) -> Found:
-    how = Prompting(
-        chat=examinee.chat if chat else None,
-        stop=[str(examinee.tokenizer.eos_token)] if examinee.tokenizer.eos_token else [],
-        tokens_after=examinee.counter(chat=chat),
-    )
+    how = Prompting(examinee.chat if chat else None, examinee.counter(chat=chat))
     tasks = read_tasks(part, limit, root)
     asked: list[list[Asked]] = [ask(task, part, how) for task in tasks]
     requests = [request for task in asked for each in task for request in each.requests]

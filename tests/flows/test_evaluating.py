@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from flows.evaluating import Wanted, resolve
-from tasks.errors import BadData
+from flows.evaluating import Wanted, evaluate, resolve
+from tasks.errors import BadData, BadInput
 from tasks.items import read_items
 from tasks.suite_params import Ready, RowsSuite, TaskFileSuite
 from tests.flows.test_alone import command
@@ -77,25 +77,40 @@ def test_a_yaml_file_is_a_task_a_suite_or_several_parts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("suite", "words", "said"),
+    ("suite", "changes", "said"),
     [
-        ("gsm8", (), 'no suite "gsm8" is shipped; did you mean "gsm8k"?'),
-        ("gsm8k", (), "this suite needs to know where its files are"),
-        ("gsm8k", ("--data", "."), "lacks 2 files or datasets of the suite gsm8k"),
-        ("task/mine.yaml", (), "a YAML tag is not allowed here"),
-        ("rows.jsonl", ("--quantization", "nf5"), "is no form of a base"),
-        ("rows.jsonl", ("--adapter", "task"), "is no adapter"),
-        ("rows.jsonl", ("--chat-template",), ""),
+        ("gsm8k", {}, "this suite needs to know where its files are"),
+        ("gsm8k", {"data": Path()}, "lacks 2 files or datasets of the suite gsm8k"),
+        ("rows.jsonl", {"quantization": "nf5"}, "is no form of a base"),
+        ("rows.jsonl", {"adapter": Path("task")}, "is no adapter"),
+        ("rows.jsonl", {"model": Path("task")}, "is not a model folder"),
     ],
 )
-def test_what_cannot_be_asked_ends_with_one_block_and_writes_nothing(
-    pico_base: Path, tmp_path: Path, suite: str, words: tuple[str, ...], said: str
+def test_what_cannot_be_asked_is_refused_and_nothing_is_written(
+    pico_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    suite: str,
+    changes: dict[str, Any],
+    said: str,
 ) -> None:
-    write(tmp_path, HOSTILE["a function"])
+    write(tmp_path, GOOD)
     write_lines(tmp_path / "rows.jsonl", ANIMALS)
-    done = command(tmp_path, "evaluate", str(pico_base), "--suite", suite, *words, "--out", "report")
-    assert done.returncode == (65 if said else 0), done.stderr
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match=said) as refused:
+        evaluate(wanted(suite, **{"model": pico_base, "out": tmp_path / "report", **changes}))
+    assert refused.value.exit_code == 65
+    assert not {"metrics.json", "examples.parquet"} & {file.name for file in tmp_path.glob("report/*")}
+
+
+@pytest.mark.parametrize(
+    ("suite", "said"),
+    [("gsm8", 'no suite "gsm8" is shipped; did you mean "gsm8k"?'), ("task/mine.yaml", "a YAML tag is not allowed")],
+)
+def test_what_cannot_be_asked_ends_with_one_block(pico_base: Path, tmp_path: Path, suite: str, said: str) -> None:
+    write(tmp_path, HOSTILE["a function"])
+    done = command(tmp_path, "evaluate", str(pico_base), "--suite", suite, "--out", "report")
+    assert done.returncode == 65, done.stderr
+    assert done.stderr.startswith("error: ")
     assert said in done.stderr
-    assert "Traceback" not in done.stderr
-    assert (tmp_path / "report" / "metrics.json").exists() == (not said)
-    assert (tmp_path / "report" / "examples.parquet").exists() == (not said)
+    assert not (tmp_path / "report").exists()
