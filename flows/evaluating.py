@@ -87,12 +87,12 @@ def _with_skipped(suites: dict[str, Any], skipped: Mapping[str, list[str]]) -> d
 
 def _journals(out: Path | None) -> Path | None:
     """Where answers are kept: in the workspace, or else beside the report; nowhere without either."""
-    from tasks.journal import FOLDER
+    from tasks.journal import JOURNALS, STATE
 
     try:
-        return graph.find_workspace(Path.cwd()) / FOLDER
+        return graph.find_workspace(Path.cwd()) / STATE / JOURNALS
     except BadParams:
-        return out / FOLDER if out else None
+        return out / STATE / JOURNALS if out else None
 
 
 def _quantized_for(name: str) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from tasks import process
 from tasks.evaluate import evaluate_model
-from tasks.journal import FOLDER
+from tasks.journal import STATE
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
             "base",
             None,
             stage.params.evaluate,
-            stage.workspace / FOLDER,
+            stage.workspace / STATE,
         )
 
 

@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 from tasks import process
 from tasks.architecture import positions_of
+from tasks.device import device
 from tasks.errors import BadData, BadModel
 from tasks.evaluate_params import Evaluate
-from tasks.examinee import Examinee
+from tasks.examinee import Effort, Examinee
 from tasks.forgetting import TextLoss, general_loss
 from tasks.harness import language_model
 from tasks.intervals import bootstrap
@@ -44,7 +45,7 @@ from tasks.items import (
     suite_metrics,
     write_items,
 )
-from tasks.journal import BATCHES, FOLDER
+from tasks.journal import BATCHES, JOURNALS, STATE
 from tasks.labels import label_metrics
 from tasks.models import Model
 from tasks.outputs import as_json, read_manifest, write_whole
@@ -58,6 +59,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 METRICS = "metrics.json"
+
+COSTS = Path("costs")
+"""Where a workspace keeps what evaluations cost."""
 
 
 def last_turn(row: Mapping[str, Any]) -> int:
@@ -278,25 +282,38 @@ def held_out_items(examinee: Examinee, rendered: Path) -> list[Item]:
     def answered(some: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return [item._asdict() for item in answering(examinee.model, tokenizer, some, params)]
 
+    def tokens(answers: Sequence[Mapping[str, Any]]) -> int:
+        texts = [f"{answer['prompt']}{answer['prediction']}" for answer in answers]
+        return sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
+
     rows = read_questions(rendered, examinee.architecture)[: params.rows]
     items: list[Item] = []
     for start in range(0, len(rows), BATCHES * params.batch_rows):
         some = rows[start : start + BATCHES * params.batch_rows]
         asked = [HELD_OUT, params.max_new_tokens, some]
-        items += [Item(**each) for each in examinee.journal.recall(asked, partial(answered, some))]
+        items += [Item(**each) for each in examinee.recall(asked, partial(answered, some), tokens)]
     return items
 
 
 def evaluate_model(
-    model_folder: Path, rendered: Path, out: Path, name: str, base: Path | None, params: Evaluate, journals: Path | None
+    model_folder: Path, rendered: Path, out: Path, name: str, base: Path | None, params: Evaluate, state: Path | None
 ) -> None:
-    """Evaluates a model folder and writes its report; `base` are the base model's items.
+    """Evaluates a model folder and writes its report.
+
+    Args:
+        model_folder: the model.
+        rendered: with the held-out rows.
+        out: the report's folder.
+        name: of the method, or `base`.
+        base: the base model's items, for the gain.
+        params: what is asked.
+        state: a workspace's own folder, which keeps the journal, and what the evaluation cost; None to keep neither.
 
     Raises:
         BadInput: as `held_out_items`, `examine` and `general_loss` say; then nothing is written.
     """
     read_manifest(model_folder)
-    examinee = Examinee(model_folder, params, journals, chats=True)
+    examinee = Examinee(model_folder, params, state / JOURNALS if state else None, chats=True)
     answers = held_out_items(examinee, rendered)
     check_finite(answers)
     asked = examine(examinee, params.suites)
@@ -309,7 +326,15 @@ def evaluate_model(
     out.mkdir(parents=True, exist_ok=True)
     write_items(out / EXAMPLES, [*answers, *asked.items])
     write_whole(out / METRICS, as_json(metrics))
+    if state and examinee.effort.seconds:  # else all was known, and what it once cost stays written
+        write_whole(state / COSTS / f"{name}.json", as_json(cost_of(examinee.effort)))
     print(f"evaluate {name}: {_said(metrics)}", flush=True)
+
+
+def cost_of(effort: Effort) -> dict[str, Any]:
+    """What an evaluation cost, which depends on the machine and so is no part of its report."""
+    speed = effort.tokens / effort.seconds
+    return {**effort._asdict(), "tokens_per_s": speed, "device": str(device())}
 
 
 def forgetting(own: TextLoss, base: Path | None) -> dict[str, Any]:
@@ -354,7 +379,7 @@ def main() -> None:
             stage.item,
             stage.path("base"),
             stage.params.evaluate,
-            stage.workspace / FOLDER,
+            stage.workspace / STATE,
         )
 
 

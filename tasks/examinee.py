@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from tasks.adapted import FOLDER as PACKAGED
 from tasks.adapted import attach, load_packaged
@@ -27,6 +28,15 @@ from tasks.templates import load_tokenizer, read_tokenizer, render_prompt, templ
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
+
+class Effort(NamedTuple):
+    """What was done anew: `seconds` of work, in which so many tokens were read and written."""
+
+    seconds: float
+    tokens: int
 
 
 class Examinee:
@@ -63,6 +73,7 @@ class Examinee:
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder) if chats else read_tokenizer(folder)
         self.tokens: dict[str, list[int]] = {}
         self.journal = Journal(journals, self._identity(files))
+        self.effort = Effort(0.0, 0)
 
     def _identity(self, files: Sequence[Path]) -> dict[str, str]:
         """Everything that an answer depends on besides the question."""
@@ -117,10 +128,11 @@ class Examinee:
 
     def cut(self, requests: Sequence[Request]) -> int:
         """How many of some requests are longer than the model can read, so that their beginning is cut off."""
-        return sum(self._length(request) > self._room for request in requests)
+        return sum(self._length(request) > self.room for request in requests)
 
     @cached_property
-    def _room(self) -> float:
+    def room(self) -> float:
+        """How many tokens the model can read; infinity for families that set no limit."""
         from transformers import AutoConfig
 
         return positions_of(AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False))
@@ -148,10 +160,30 @@ class Examinee:
             for places in parts([len(text) for text in contexts], contexts, BATCHES * self.params.batch_rows):
                 asked = [requests[place] for place in places]
                 known = [self.tokens.get(contexts[place]) for place in places]
-                replies = self.journal.recall([[list(each) for each in asked], known], partial(self._ask, asked))
+                tokens = partial(self._read_and_written, asked)
+                replies = self.recall([[list(each) for each in asked], known], partial(self._ask, asked), tokens)
                 found |= zip(places, replies, strict=True)
                 progress.step(by=len(places))
         return [found[place] for place in range(len(requests))]
+
+    def recall(self, asked: Any, work: Callable[[], T], tokens: Callable[[T], int]) -> T:
+        """What `work` gives: out of the journal, or done now; `tokens` tells of its result what the effort was."""
+
+        def timed() -> T:
+            _ = self.model  # loading it is no part of the effort
+            began = time.monotonic()
+            result = work()
+            seconds, before = self.effort
+            self.effort = Effort(seconds + time.monotonic() - began, before + tokens(result))
+            return result
+
+        return self.journal.recall(asked, timed)
+
+    def _read_and_written(self, requests: Sequence[Request], replies: Sequence[Any]) -> int:
+        read = [len(self.tokenizer("".join(map(str, r.arguments[: 1 + (r.kind == "loglikelihood")])))["input_ids"])
+                for r in requests]  # fmt: skip
+        written = [len(self.tokenizer(reply)["input_ids"]) for reply in replies if isinstance(reply, str)]
+        return sum(read) + sum(written)
 
     def _ask(self, requests: Sequence[Request]) -> list[Any]:
         from lm_eval.api.instance import Instance

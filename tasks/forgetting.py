@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from tasks.architecture import positions_of
 from tasks.errors import BadData, BadParams, Diverged
 from tasks.examinee import Examinee
 from tasks.files import read_rows_of
@@ -16,7 +15,10 @@ from tasks.questions import check_digest
 from tasks.suite_params import GeneralText
 
 WINDOW_TOKENS = 512
-"""What is read at a time, at most; windows overlap by one token, so that each token but the first is predicted."""
+"""What is read at a time, at most, and at most half of what the model can: a learnt prompt takes its place before it.
+
+Windows overlap by one token, so that each token but the first is predicted once.
+"""
 
 
 class TextLoss(NamedTuple):
@@ -40,7 +42,7 @@ def general_loss(examinee: Examinee, text: GeneralText) -> TextLoss:
     batch, logp = examinee.params.batch_rows, 0.0
     for start in range(0, len(windows), BATCHES * batch):
         some = windows[start : start + BATCHES * batch]
-        logp += examinee.journal.recall(["general_text", some], partial(_logp, examinee, some, batch))
+        logp += examinee.recall(["general_text", some], partial(_logp, examinee, some, batch), partial(_read, some))
     tokens = sum(len(window) - 1 for window in windows)
     loss = -logp / tokens
     if not 0 <= loss < float("inf"):
@@ -49,8 +51,6 @@ def general_loss(examinee: Examinee, text: GeneralText) -> TextLoss:
 
 
 def _windows(examinee: Examinee, text: GeneralText) -> list[list[int]]:
-    from tasks.adapters.virtual import virtual_tokens
-
     path = Path(text.path)
     check_digest(path, text.sha256)
     ids: list[int] = []
@@ -63,7 +63,7 @@ def _windows(examinee: Examinee, text: GeneralText) -> list[list[int]]:
     ids = ids[: text.max_tokens]
     if len(ids) < 2:
         raise BadData("holds too little text", where=text.path, got=f"{len(ids)} tokens")
-    size = int(min(WINDOW_TOKENS, positions_of(examinee.model.config) - virtual_tokens(examinee.model)))
+    size = int(min(WINDOW_TOKENS, examinee.room // 2))
     return [ids[start : start + size] for start in range(0, len(ids) - 1, size - 1)]
 
 
@@ -76,3 +76,7 @@ def _logp(examinee: Examinee, windows: list[list[int]], batch_rows: int) -> floa
         with torch.no_grad():
             total += score_tokens(examinee.model, rows).logp.double().sum().item()
     return total
+
+
+def _read(windows: list[list[int]], _: float) -> int:
+    return sum(map(len, windows))

@@ -20,8 +20,11 @@ from tasks.outputs import as_json, write_whole
 T = TypeVar("T")
 
 IDENTITY = "identity.json"
-FOLDER = Path(".temper", "evaluations")
-"""Where a workspace keeps its journals."""
+STATE = Path(".temper")
+"""The folder of a workspace's own state."""
+
+JOURNALS = Path("evaluations")
+"""Where it keeps its journals."""
 
 BATCHES = 8
 """A part of the work is so many batches."""
