@@ -18,7 +18,7 @@ from tasks.asking import Request, continuation_tokens
 from tasks.device import compute_dtype, device, settle
 from tasks.errors import BadModel
 from tasks.evaluate_params import Evaluate
-from tasks.harness import MOST_TOKENS, language_model
+from tasks.harness import language_model
 from tasks.journal import BATCHES, Journal, code_digest, key_of, parts
 from tasks.models import Model, load_model, model_files
 from tasks.outputs import digest
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
+
+MOST_TOKENS = 256
+"""In an answer, where a task of lm-eval does not say."""
 
 
 class Effort(NamedTuple):
