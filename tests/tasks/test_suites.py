@@ -17,7 +17,7 @@ from tasks.errors import BadData, BadModel, BadParams
 from tasks.examinee import Examinee
 from tasks.harness_tasks import HarnessRun, _check_names, dataset_finder, run
 from tasks.items import Item, check_finite, digest_of, suite_metrics
-from tasks.models import load_model
+from tasks.models import TokenRow, load_model, score_tokens
 from tasks.records import Message
 from tasks.suite_params import HubData, MirrorData, ReadySuite, TaskFileSuite
 from tasks.suites import Asking, Results, examine, examine_parts, read_ready, shipped, shipped_names
@@ -277,6 +277,25 @@ def test_an_adapter_is_put_on_its_base(base: Path, rows: Path, tmp_path: Path, q
         assert found[0].logp == pytest.approx(expected, abs=1e-3)
     else:
         assert any(type(module).__name__ == "Linear4bit" for module in with_adapter.model.modules())
+
+
+@pytest.mark.parametrize("name", ["loreft", "prefix"])
+def test_an_adapter_that_must_know_the_prompts_end_is_asked_as_it_was_trained(
+    base: Path, rows: Path, tmp_path: Path, name: str
+) -> None:
+    """Against the scores that training sees."""
+    from tests.tasks.test_adapted import trained
+
+    (tmp_path / "adapter").mkdir()
+    publish(trained(base, name), tmp_path / "adapter")
+    examinee = Examinee(base, PARAMS, None, chats=False, adapter=tmp_path / "adapter")
+    for item, row in zip(asked(examinee, s=rows_suite(rows, CHOICE, MULTIPLE, limit=4)).items, ANIMALS, strict=False):
+        prompt, whole = (
+            examinee.tokenizer(text)["input_ids"] for text in (item.prompt, f"{item.prompt} {item.target}")
+        )
+        mask = [place >= len(prompt) for place in range(len(whole))]
+        expected = score_tokens(examinee.model, [TokenRow(whole, mask, len(prompt))]).row_sums().item()
+        assert item.logp == pytest.approx(expected, abs=1e-3), row
 
 
 # --- lm-eval's form ---------------------------------------------------------------------------------------------------
