@@ -89,6 +89,17 @@ def status(
 
 
 @app.command()
+def page(workspace: Workspace = None) -> None:
+    """Write the page that compares all models, from what was trained and evaluated so far, and print its path.
+
+    A run ends with the same page, and logs it to MLflow. It is one HTML file that needs nothing beside it.
+    """
+    from flows.comparison_page import write
+
+    typer.echo(write(enter(workspace)))
+
+
+@app.command()
 def chat(
     text: Annotated[str, typer.Argument(help="What to say to the model.")],
     model: Annotated[

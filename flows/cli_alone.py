@@ -92,3 +92,70 @@ def evaluate(
     with redirect_stdout(sys.stderr) if as_json else nullcontext():  # progress is no part of the object
         found = evaluating.evaluate(wanted)
     typer.echo(json.dumps(found, indent=2, ensure_ascii=False)) if as_json else output.evaluation(found)
+
+
+@app.command()
+def merge(
+    base: Annotated[Path, typer.Argument(help="A model folder, in 16 or 32 bits.")],
+    adapter: Annotated[Path, typer.Argument(help="The folder of an adapter that changes weights.")],
+    out: Annotated[Path, typer.Argument(help="The model folder to write; it must not exist.")],
+    with_: Annotated[
+        list[Path] | None, typer.Option("--with", help="A further adapter to combine it with; may be repeated.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="How adapters are combined: linear, svd, ties, dare_linear or dare_ties.")
+    ] = "linear",
+    weight: Annotated[
+        list[float] | None, typer.Option(help="Of each adapter in their order, in a combination; 1 each.")
+    ] = None,
+    density: Annotated[float, typer.Option(help="The share of an update's numbers that ties and dare keep.")] = 0.5,
+    rank: Annotated[int, typer.Option(help="Of the update that svd leaves.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of what dare drops.")] = 0,
+    trained_on: Annotated[
+        str | None,
+        typer.Option(
+            help="The form of the base that the adapter was trained on: 16bit, nf4 or fp4. By default what the adapter "
+            "says, or 16bit. For nf4 and fp4 the result is compared with the adapter model."
+        ),
+    ] = None,
+    onto: Annotated[
+        str, typer.Option(help="After nf4 or fp4: closest, original or dequantized, as merge.onto in params.yaml.")
+    ] = "closest",
+    max_mean_kl: Annotated[float, typer.Option(help="Refuse a result that is further off, in nats per token.")] = 0.01,
+    dtype: Annotated[str, typer.Option(help="Of the result: own, bfloat16, float16 or float32.")] = "own",
+    max_shard_mib: Annotated[int, typer.Option(min=1, help="A file of weights is at most so large.")] = 4096,
+    any_base: Annotated[bool, typer.Option("--any-base", help="Also an adapter that names another base.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Fold an adapter, or several, into a base: a new model folder, written tensor by tensor."""
+    from flows import merging
+    from tasks.combine import Combination
+    from tasks.process import quiet_libraries
+
+    quiet_libraries()
+    adapters = [adapter, *(with_ or [])]
+    form = trained_on or merging.trained_on(adapter)
+    wish = merging.Wish(form, onto, dtype, max_shard_mib, max_mean_kl, any_base)
+    weights = tuple(weight or [1.0] * len(adapters))
+    how = Combination(method, weights, density, rank, seed) if with_ or weight or method != "linear" else None
+    found = merging.merge_folders(base, adapters, out, wish, how)
+    typer.echo(json.dumps(found, indent=2, ensure_ascii=False)) if as_json else output.merged(found)
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="A model folder.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    kind: Annotated[str, typer.Option(help="gguf or safetensors.")] = "gguf",
+    dtype: Annotated[
+        str, typer.Option(help="float32, float16 or bfloat16; for gguf also q8_0, for safetensors own.")
+    ] = "float16",
+    max_shard_mib: Annotated[int, typer.Option(min=1, help="A file of safetensors is at most so large.")] = 4096,
+    ollama: Annotated[bool, typer.Option(help="With GGUF a Modelfile for Ollama.")] = True,
+) -> None:
+    """Write a model folder as GGUF, with a Modelfile for Ollama, or in another number format."""
+    from flows.merging import export_folder
+    from tasks.process import quiet_libraries
+
+    quiet_libraries()
+    typer.echo(export_folder(model, out, kind, dtype, max_shard_mib, ollama))

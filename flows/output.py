@@ -137,8 +137,8 @@ def summary(workspace: Path, report: Report) -> None:
         table(
             [{"stage": outcome.stage, "state": outcome.state, "seconds": f"{outcome.seconds:.1f}"} for outcome in ran]
         )
-    for name, command in servers.ui_commands(workspace).items():
-        typer.echo(f"{name + ':':<9} {command}")
+    for name, where in {"comparison": report.comparison, **servers.ui_commands(workspace)}.items():
+        typer.echo(f"{name + ':':<11} {where}")
 
 
 def overview(found: Mapping[str, Any]) -> None:
@@ -165,6 +165,13 @@ def overview(found: Mapping[str, Any]) -> None:
             for name, each in found["stages"].items()
         ]
     )
+
+
+def merged(found: Mapping[str, Any]) -> None:
+    """What `temper merge` wrote."""
+    typer.echo(f"{found['out']}: {found['bytes'] / 1e6:.1f} MB, {found['form']}")
+    for name, each in found.get("onto", {}).items():
+        typer.echo(f"  onto the {name} weights: mean KL {each['mean_kl']:.2e} nats per token")
 
 
 def schedules(found: Sequence[Scheduled]) -> None:
@@ -197,7 +204,7 @@ def estimation(found: Mapping[str, Any]) -> None:
     """What `temper estimate` prints for people."""
     machine = found["machine"]
     typer.echo(f"model:   {found['model']}\nrows:    {found['rows']}")
-    free = f"{_size(machine['free_bytes'])} free, of which Python itself takes {_size(machine['process_bytes'])}"
+    free = f"{size(machine['free_bytes'])} free, of which Python itself takes {size(machine['process_bytes'])}"
     typer.echo(f"machine: {machine['device']}, trains in {machine['dtype']}, {free}\n")
     kinds = ("weights", "gradients", "optimizer", "activations", "logits", "total")
     table(
@@ -206,8 +213,8 @@ def estimation(found: Mapping[str, Any]) -> None:
                 "method": name,
                 "dtype": dtype,
                 "trained": f"{each['trained']:,} of {each['all']:,} ({each['trained'] / each['all']:.4%})",
-                **{kind: _size(each[kind]) for kind in kinds},
-                "fits": f"{'yes' if each['fits'] else 'NO'}, {_size(abs(each['left_bytes']))} "
+                **{kind: size(each[kind]) for kind in kinds},
+                "fits": f"{'yes' if each['fits'] else 'NO'}, {size(abs(each['left_bytes']))} "
                 + ("left" if each["fits"] else "short"),
                 "time, roughly": _time(each["step_s"], each["steps"]),
             }
@@ -222,17 +229,21 @@ def estimation(found: Mapping[str, Any]) -> None:
         typer.echo("the C library keeps freed blocks under 32 MiB: of small models more can be resident than in use")
     for name, method in found["methods"].items():
         for suggestion in method["suggestions"]:
-            typer.echo(f"{name} would fit with {suggestion['change']} ({_size(suggestion['total_bytes'])})")
+            typer.echo(f"{name} would fit with {suggestion['change']} ({size(suggestion['total_bytes'])})")
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
     """Bytes in the unit that suits them."""
     unit = next(unit for unit in (3, 2, 1, 0) if abs(count) >= 1024**unit or not unit)
     return f"{count / 1024**unit:.1f} {('B', 'KiB', 'MiB', 'GiB')[unit]}"
 
 
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them."""
+    length, unit = next((s, u) for s, u in ((86400, "d"), (3600, "h"), (60, "min"), (0.0, "s")) if seconds >= 2 * s)
+    return f"{seconds / (length or 1):.1f} {unit}"
+
+
 def _time(step_s: float, steps: int | None) -> str:
     """A training's time where its steps are known, else a step's."""
-    seconds = step_s * (steps or 1)
-    size, unit = next((s, u) for s, u in ((86400, "d"), (3600, "h"), (60, "min"), (0.0, "s")) if seconds >= 2 * s)
-    return f"{seconds / (size or 1):.1f} {unit} for {f'{steps:,} steps' if steps else 'a step'}"
+    return f"{duration(step_s * (steps or 1))} for {f'{steps:,} steps' if steps else 'a step'}"

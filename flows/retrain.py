@@ -12,16 +12,17 @@ from prefect import flow
 from prefect.futures import wait
 
 from flows.promote import Promotion, promote
-from flows.session import begin, show_results
+from flows.session import begin, show_comparison, show_results
 from tasks.runner import Outcome
 from tasks.stages import base, baseline, evaluate, ingest, merge, register, render, train, validate
 
 
 class Report(NamedTuple):
-    """What became of every stage, and of the best method."""
+    """What became of every stage, and of the best method; `comparison` is the page that compares all models."""
 
     outcomes: list[Outcome]
     promotion: Promotion | None
+    comparison: Path
 
 
 @flow(name="retrain")
@@ -45,4 +46,5 @@ def retrain(workspace: Path, promoting: bool = True) -> Report:
         session.check()
         promotion = promote(workspace) if promoting else None
         show_results(workspace)
-        return Report(list(session.outcomes.values()), promotion)
+        comparison = show_comparison(workspace)
+        return Report(list(session.outcomes.values()), promotion, comparison)

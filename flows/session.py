@@ -12,7 +12,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from flows import data_page, display, estimating, servers
+from flows import comparison_page, data_page, display, estimating, servers
 from flows.results import read_results, table
 from flows.workspace import held, keep_lock_copy, put_in_order
 from tasks import graph
@@ -82,3 +82,12 @@ def show_results(workspace: Path) -> None:
             link = f"[MLflow]({servers.run_link(workspace, experiment, result.run)})"
         lines.append("| " + " | ".join([*row.values(), link]) + " |")
     create_markdown_artifact("\n".join(lines), key="methods", description="Every model on the held-out rows")
+
+
+def show_comparison(workspace: Path) -> Path:
+    """Writes the page that compares all models, logs it to MLflow and links it from this flow run."""
+    page, client = comparison_page.write(workspace), connect(workspace)
+    run = comparison_page.publish(client, workspace, page)
+    link = servers.run_link(workspace, run.info.experiment_id, run.info.run_id)
+    create_link_artifact(f"{link}/artifacts", link_text="All models compared", key="comparison")
+    return page

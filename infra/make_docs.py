@@ -36,10 +36,10 @@ def params_page() -> str:
 
 
 def _tables(path: str, field: dict[str, Any], defs: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every section at or below a field, with its dotted path; NAME stands for what the user names."""
-    named = bool(_named(field))
+    """Every section at or below a field, with its dotted path; NAME stands for what the user names, ITEM in a list."""
+    several = ".NAME" if _named(field) else ".ITEM" if "items" in field else ""
     for body in _sections(field, defs):
-        here = path + (".NAME" if named else "")
+        here = path + several
         if any("description" in each and not _sections(each, defs) for each in body["properties"].values()):
             yield here, body
         for key, inner in body["properties"].items():
@@ -47,7 +47,7 @@ def _tables(path: str, field: dict[str, Any], defs: dict[str, Any]) -> Iterator[
 
 
 def _sections(field: dict[str, Any], defs: dict[str, Any]) -> list[dict[str, Any]]:
-    field = _named(field) or field
+    field = _named(field) or field.get("items") or field
     references = [each["$ref"] for each in [field, *field.get("oneOf", [])] if "$ref" in each]
     return [defs[reference.rsplit("/", 1)[1]] for reference in references]
 
@@ -67,7 +67,7 @@ def _kind(field: dict[str, Any]) -> str:
     """The type and range of a field in words."""
     if "anyOf" in field:
         return " or ".join(_kind(each) for each in field["anyOf"])
-    if "$ref" in field:
+    if "$ref" in field or "oneOf" in field:
         return "mapping"
     if "const" in field or "enum" in field:
         return ", ".join(f"`{each}`" for each in field.get("enum", [field.get("const")]))
@@ -82,13 +82,20 @@ def _value(quickstart: Any, path: str, key: str, body: dict[str, Any]) -> str:
     """The quickstart's values for a key; more than one where NAME stands for several sections that differ."""
     nodes = [quickstart]
     for part in path.split("."):
-        steps = [node.values() if part == "NAME" else [node[part]] if part in node else [] for node in nodes]
+        steps = [_within(node, part) for node in nodes]
         nodes = [inner for step in steps for inner in step]
     choice = next((name for name in ("kind", "name") if name in body["properties"]), None)
     if choice:
         own = body["properties"][choice]
         nodes = [node for node in nodes if node[choice] in own.get("enum", [own.get("const")])]
     return ", ".join(f"`{value}`" for value in dict.fromkeys(_plain(node[key]) for node in nodes))
+
+
+def _within(node: Any, part: str) -> list[Any]:
+    """What a part of a path leads to: all that the user named, the items of a list, or one value."""
+    if part == "NAME":
+        return list(node.values())
+    return list(node) if part == "ITEM" else [node[part]] if part in node else []
 
 
 def _plain(value: Any) -> str:

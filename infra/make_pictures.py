@@ -1,4 +1,4 @@
-"""Takes the README's pictures in headless Chromium: MLflow's pages of what a workspace has run, and its data."""
+"""Takes the README's pictures in headless Chromium: MLflow's pages of what a workspace has run, its data and models."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ CLOSE_ASSISTANT = "document.querySelector('[data-component-id=\"mlflow.assistant
 
 def main() -> None:
     """Serves MLflow for the workspace given as the first argument (else this clone) and photographs it."""
+    from flows import comparison_page
     from tasks.params_reading import load
     from tasks.process import quiet_libraries
     from tasks.tracking import EXPERIMENT, connect, tracking_uri
@@ -60,6 +61,7 @@ def main() -> None:
             photograph(send, f"{address}/models/{model}", ROOT / "docs" / "model.png", (1400, 900))
             profile = workspace / "data" / "validation" / "index.html"
             photograph(send, profile.as_uri(), ROOT / "docs" / "data.png", (1100, 900))
+            photograph(send, comparison_page.write(workspace).as_uri(), ROOT / "docs" / "comparison.png", (1200, 1500))
     finally:
         server.terminate()
         server.wait()

@@ -39,14 +39,12 @@ from tasks.checkpoints import apart
 from tasks.errors import BadModel
 from tasks.models import Model, load_model
 from tasks.outputs import as_json, write_whole
+from tasks.packaged import FOLDER, base_in
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from torch import Tensor
     from transformers import PreTrainedModel
-
-FOLDER = "adapter"
-"""Where a model folder keeps an adapter that cannot be merged."""
 
 
 def mergeable(adapter: AnyAdapter) -> bool:
@@ -167,10 +165,16 @@ def folder_base(model: PreTrainedModel) -> Base:
     return base_of(Path(model.name_or_path)) if model.name_or_path else UNKNOWN
 
 
-def load_packaged(folder: Path) -> Model:
-    """The model of a folder that `merge` wrote: with its adapter, when it holds one that could not be merged."""
-    model = load_model(folder)
-    # the folder's own manifest says that they belong together
+def load_packaged(folder: Path, base: Path | None = None) -> Model:
+    """The model of a folder that `merge` wrote: with its adapter, when it holds one that could not be merged.
+
+    `base` is where the base of such an adapter is, if it is not where the folder says.
+
+    Raises:
+        BadModel: the folder is unsafe or incomplete, or its base is not to be found.
+    """
+    model = load_model(base_in(folder, base))
+    # the folder itself says that they belong together
     return attach(model, folder / FOLDER, any_base=True) if (folder / FOLDER).is_dir() else model
 
 

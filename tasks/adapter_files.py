@@ -157,15 +157,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a published adapter.
+def weights_file(folder: Path) -> Path:
+    """The file with the tensors of a published adapter.
 
     Raises:
-        BadModel: there are none, they are pickled, torn, or hold a number that is not finite.
+        BadModel: there is none, or they are pickled.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = folder / WEIGHTS
     if not path.is_file() and (folder / PICKLE).is_file():
         raise BadModel(
@@ -177,6 +174,19 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         )
     if not path.is_file():
         raise BadModel("has no weights", where=str(folder), expected=WEIGHTS)
+    return path
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a published adapter.
+
+    Raises:
+        BadModel: there are none, they are pickled, torn, or hold a number that is not finite.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = weights_file(folder)
     try:
         state: dict[str, Tensor] = load_file(path)
     except SafetensorError as error:

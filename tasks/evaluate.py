@@ -52,6 +52,7 @@ from tasks.outputs import as_json, read_manifest, write_whole
 from tasks.progress import Progress
 from tasks.scoring import read_questions, row_of, score
 from tasks.seq2seq import check_room, generate_targets
+from tasks.statistics import answer_statistics
 from tasks.suites import examine
 from tasks.templates import decode, template_digest
 
@@ -319,6 +320,7 @@ def evaluate_model(
     asked = examine(examinee, params.suites)
     metrics = metrics_of(name, [*answers, *asked.items], read_items(base) if base else None, params, asked.summaries)
     metrics["template_sha256"] = template_digest(examinee.tokenizer)
+    metrics["answers"] = answer_statistics(*written_by(examinee, answers))
     for suite, skipped in asked.skipped.items():
         metrics["suites"][suite]["skipped"] = skipped
     if params.general_text != "none":
@@ -329,6 +331,12 @@ def evaluate_model(
     if state and examinee.effort.seconds:  # else all was known, and what it once cost stays written
         write_whole(state / COSTS / f"{name}.json", as_json(cost_of(examinee.effort)))
     print(f"evaluate {name}: {_said(metrics)}", flush=True)
+
+
+def written_by(examinee: Examinee, answers: Sequence[Item]) -> tuple[list[str], list[int]]:
+    """The texts of answers, and how many tokens each has."""
+    texts = [item.prediction for item in answers]
+    return texts, [len(ids) for ids in examinee.tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
 def cost_of(effort: Effort) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from tasks.adapted import FOLDER as PACKAGED
 from tasks.adapted import attach, load_packaged
 from tasks.adapter_files import CONFIG, WEIGHTS
 from tasks.adapter_params import Int8Adapter, QloraAdapter
@@ -20,8 +19,10 @@ from tasks.errors import BadModel
 from tasks.evaluate_params import Evaluate
 from tasks.harness import language_model
 from tasks.journal import BATCHES, Journal, code_digest, key_of, parts
-from tasks.models import Model, load_model, model_files
+from tasks.models import MODEL_FILES, Model, load_model, model_files
 from tasks.outputs import digest
+from tasks.packaged import FOLDER as PACKAGED
+from tasks.packaged import base_in
 from tasks.progress import Progress
 from tasks.records import Message
 from tasks.templates import load_tokenizer, read_tokenizer, render_prompt, template_digest
@@ -69,7 +70,8 @@ class Examinee:
         quantized_for: QloraAdapter | Int8Adapter | None = None,
         any_base: bool = False,
     ) -> None:
-        files = model_files(folder)
+        self._base = base_in(folder)
+        files = [*model_files(self._base), *(file for each in MODEL_FILES for file in folder.glob(each))]
         self.folder, self.params, self.adapter, self._any_base = folder, params, adapter, any_base
         self._quantized_for = quantized_for
         self.architecture = architecture_in(folder)
@@ -89,7 +91,11 @@ class Examinee:
         }
         prose = ("README", "LICENSE")
         return {
-            "weights": key_of({file.name: digest(file) for file in files if not file.name.startswith(prose)}),
+            "weights": key_of(
+                sorted(
+                    [file.name, digest(file)] for file in dict.fromkeys(files) if not file.name.startswith(prose)
+                )
+            ),
             "adapter": key_of([{n: digest(each / n) for n in (CONFIG, WEIGHTS) if (each / n).is_file()}
                                for each in adapters]),
             "template": template_digest(self.tokenizer),
@@ -106,7 +112,7 @@ class Examinee:
         """
         settle(self.params.seed)
         if self.adapter is None:
-            return load_packaged(self.folder)
+            return load_packaged(self.folder, self._base)
         if (self.folder / PACKAGED).is_dir():
             raise BadModel("has an adapter already", where=str(self.folder), fix="name the base model's own folder")
         return attach(load_model(self.folder, self._quantized_for), self.adapter, any_base=self._any_base)

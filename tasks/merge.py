@@ -2,35 +2,39 @@
 
 Reads:  data/base/, data/adapters/METHOD/, held-out rows of data/rendered/ as probes.
 Writes: data/models/METHOD/: a model folder; equivalence.json. What cannot be merged (ReFT edits depend on the input) is
-        packaged instead: the base's files and `adapter/`.
+        packaged instead: `adapter/`, and reference.json, which names the base. data/exports/METHOD/: further forms.
 Params: merge, train.METHOD.adapter
-Fails:  a merged model that differs from the adapter model by more than merge.max_mean_kl (65, never retried).
+Fails:  a merged model that differs from the adapter model by more than merge.max_mean_kl (65, never retried); the hub
+        does not answer (75, retried).
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks import process
-from tasks.adapted import FOLDER, load_adapted, load_packaged, mergeable
-from tasks.adapter_files import PUBLISHED
+from tasks.adapted import load_adapted, load_packaged, mergeable
 from tasks.architecture import architecture_in
 from tasks.device import settle
-from tasks.errors import BadModel, NotEquivalent
-from tasks.models import Model, model_files
+from tasks.errors import NotEquivalent
+from tasks.exports import export
+from tasks.merged import EQUIVALENCE, merge, write_merged
+from tasks.models import Model
 from tasks.outputs import as_json, read_manifest, whole_folder
+from tasks.packaged import package
+from tasks.progress import Progress
 from tasks.quantized import dequantized
 from tasks.scoring import read_questions
-from tasks.updates import Change, changes_of
+from tasks.shards import MIB, Source, stored_in
+from tasks.sources import Made
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-EQUIVALENCE = "equivalence.json"
+ORIGINAL, DEQUANTIZED = "original", "dequantized"
 
 
 class Difference(NamedTuple):
@@ -41,74 +45,6 @@ class Difference(NamedTuple):
     tokens: int
 
 
-def merge_shards(
-    base: Path,
-    changes: Mapping[str, Change],
-    replaced: Mapping[str, Tensor],
-    out: Path,
-    copies: Mapping[str, str] | None = None,
-) -> None:
-    """Writes the base's weights with their changes, shard by shard; each is made in float32 and rounded once.
-
-    Args:
-        base: a model folder.
-        changes: what becomes of weights, by name.
-        replaced: float32 tensors that stand in for the base's own before that.
-        out: the folder that gets shards of the same names.
-        copies: weights that the base does not have, by the name of the one of which they are an unchanged copy.
-
-    Raises:
-        BadModel: a change has no weight in the base.
-    """
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    copies = copies or {}
-    unused = {name for name in changes if name.endswith(".weight")}  # there need not be a bias
-    for shard in sorted(base.glob("*.safetensors")):
-        tensors = {}
-        with safe_open(shard, framework="pt") as source:
-            for name in source.keys():  # noqa: SIM118  # not a mapping
-                tensors[name] = weight = source.get_tensor(name)
-                tensors |= {copy: weight.clone() for copy, of in copies.items() if of == name}
-                if name in changes or name in replaced:
-                    total = replaced.get(name, weight).float()
-                    total = changes[name](total) if name in changes else total
-                    tensors[name] = total.to(weight.dtype).contiguous()
-                    unused.discard(name)
-        save_file(tensors, out / shard.name, metadata={"format": "pt"})
-    if unused:
-        raise BadModel("has no such weights to add the adapter to", where=str(base), examples=sorted(unused))
-
-
-def untie(model: Model, changes: Mapping[str, Change], folder: Path) -> dict[str, str]:
-    """Gives a merged model a head of its own where it was tied to an embedding that the adapter changes.
-
-    The adapter changes what tokens are read as, not what the head compares with.
-
-    Returns:
-        For `merge_shards`: the head's weight, and which one it is a copy of; empty where nothing has to be untied.
-    """
-    from peft import PeftModel
-
-    if not isinstance(model, PeftModel):  # all weights were trained, the head's with the embedding's
-        return {}
-    named = {id(module): name.removeprefix("base_model.model.") for name, module in model.named_modules()}
-    embedding, head = (
-        f"{named[id(module)].removesuffix('.base_layer')}.weight"
-        for module in (model.get_input_embeddings(), model.get_output_embeddings())
-    )
-    if embedding not in changes or not model.config.tie_word_embeddings:
-        return {}
-    path, index = folder / "config.json", folder / "model.safetensors.index.json"
-    path.write_text(as_json({**json.loads(path.read_text()), "tie_word_embeddings": False}))
-    if index.is_file():
-        known = json.loads(index.read_text())
-        known["weight_map"][head] = known["weight_map"][embedding]
-        index.write_text(as_json(known))
-    return {head: embedding}
-
-
 PROBES: Mapping[str, Mapping[str, str]] = {
     "chat": {"input_ids": "ids"},
     "pair": {"input_ids": "input_ids", "labels": "target_ids"},
@@ -116,26 +52,106 @@ PROBES: Mapping[str, Mapping[str, str]] = {
 """What the models are given of a held-out row, by its kind: an argument of theirs, and the column that it is."""
 
 
-def difference(first: Model, second: Model, probes: Sequence[Mapping[str, Sequence[int]]]) -> Difference:
-    """Compares the next-token distributions of two models at every token that they write or read on of some probes."""
+def logits_on(model: Model, probe: Mapping[str, Sequence[int]]) -> Tensor:
+    """The logits at every token that a model writes or reads on of a probe, (tokens, vocabulary), float32."""
     import torch
 
+    written = len(probe.get("labels", probe["input_ids"]))  # a learnt prompt's own positions come before these
+    given = {name: torch.tensor([list(ids)], device=model.device) for name, ids in probe.items()}
+    with torch.no_grad():
+        logits: Tensor = model(**given).logits[0, -written:].float()
+    return logits
+
+
+def difference(first: Model, second: Model, probes: Sequence[Mapping[str, Sequence[int]]]) -> Difference:
+    """Compares the next-token distributions of two models on some probes.
+
+    The vocabulary of the second may be longer; what it has more is left out.
+    """
     kl, largest, tokens = 0.0, 0.0, 0
     for probe in probes:
-        written = len(probe.get("labels", probe["input_ids"]))  # a learnt prompt's own positions come before these
-        given = {name: torch.tensor([list(ids)], device=first.device) for name, ids in probe.items()}
-        with torch.no_grad():
-            one, two = (model(**given).logits[:, -written:].float() for model in (first, second))
+        one = logits_on(first, probe)
+        two = logits_on(second, probe)[:, : one.shape[1]]
         log_p, log_q = one.log_softmax(-1), two.log_softmax(-1)
         kl += (log_p.exp() * (log_p - log_q)).sum().item()
         largest = max(largest, (one - two).abs().max().item())
-        tokens += written
+        tokens += len(one)
     return Difference(kl / tokens, largest, tokens)
+
+
+def stand_ins(model: Model, base: Path, onto: str) -> dict[str, Mapping[str, Source]]:
+    """The weights that an update may be added to, by what they are called; of each, what stands in for the base's own.
+
+    Args:
+        model: the adapter model in the form in which it was trained.
+        base: the folder of its base.
+        onto: of merge.onto.
+    """
+    stored = stored_in(base)
+    weights = {name: Made(make, stored[name].shape) for name, make in dequantized(model).items()}
+    both: dict[str, Mapping[str, Source]] = {ORIGINAL: {}, DEQUANTIZED: weights}
+    if not weights:
+        return {ORIGINAL: {}}
+    return both if onto == "closest" else {onto: both[onto]}
+
+
+def merge_closest(
+    base: Path,
+    trained: Path,
+    model: Model,
+    probes: Sequence[Mapping[str, Sequence[int]]],
+    folder: Path,
+    *,
+    onto: str,
+    most_bytes: int,
+    dtype: str = "own",
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Writes a merged model into an empty folder: of those that may be made the closest to what was trained.
+
+    All are written in one pass over the base and compared with the adapter model on the probes.
+
+    Returns:
+        What is said of it in equivalence.json, and the digests of its files.
+    """
+    made = {
+        folder / name: merge(base, trained, dtype, weights) for name, weights in stand_ins(model, base, onto).items()
+    }
+    for place in made:
+        place.mkdir()
+    total = sum(tensor.nbytes for each in made.values() for tensor in each.tensors.values())
+    with Progress("merge", total, "bytes") as progress:
+        digests = write_merged(base, trained, made, most_bytes, lambda nbytes: progress.step(by=nbytes))
+    found = {place: difference(model, load_packaged(place), probes) for place in made}
+    best = min(found, key=lambda place: (found[place].mean_kl, place.name))
+    for file in sorted(best.iterdir()):
+        file.rename(folder / file.name)
+    for place in made:
+        shutil.rmtree(place)
+    told = {place.name: each._asdict() for place, each in found.items()}
+    return {"form": f"merged onto the {best.name} weights", **found[best]._asdict(), "onto": told}, digests[best]
+
+
+def check_equivalent(told: Mapping[str, Any], max_mean_kl: float, where: str) -> None:
+    """Refuses a model that is too far from the one that was trained.
+
+    Raises:
+        NotEquivalent: the mean KL is above the bound, or not a number.
+    """
+    if not told["mean_kl"] <= max_mean_kl:
+        raise NotEquivalent(
+            "the merged model is not the model that was trained",
+            where=where,
+            got=f"mean KL {told['mean_kl']:.2e} nats per token",
+            expected=f"at most merge.max_mean_kl = {max_mean_kl:g}",
+            fix="set merge.onto to closest, or raise merge.max_mean_kl if you accept the difference",
+        )
 
 
 def main() -> None:
     """The stage `merge@METHOD`."""
-    with process.stage(__doc__, "base", "adapter", "rendered", "out", item="method") as stage:
+    with process.stage(
+        __doc__, "base", "adapter", "rendered", "out", "exports", item="method", may_fetch=True
+    ) as stage:
         params, adapter = stage.params.merge, stage.params.train[stage.item].adapter
         base, trained = stage.path("base"), stage.path("adapter")
         for folder in (base, trained):
@@ -145,35 +161,30 @@ def main() -> None:
         rows = read_questions(stage.path("rendered"), architecture)[: params.probe_rows]
         probes = [{name: row[column] for name, column in PROBES[architecture.rows].items()} for row in rows]
         model = load_adapted(base, trained, adapter)
-        with whole_folder(stage.path("out")) as folder:
-            for file in model_files(base):
-                if file.suffix != ".safetensors" or not mergeable(adapter):
-                    shutil.copyfile(file, folder / file.name)
-            if not mergeable(adapter):
-                form = f"packaged: the base and the adapter, because {adapter.name} cannot be added to weights"
-                (folder / FOLDER).mkdir()
-                for name in PUBLISHED:
-                    shutil.copyfile(trained / name, folder / FOLDER / name)
+        known: dict[str, str] = {}
+        with whole_folder(stage.path("out"), known=known) as folder:
+            if mergeable(adapter):
+                most_bytes = params.max_shard_mib * MIB
+                told, digests = merge_closest(
+                    base, trained, model, probes, folder, onto=params.onto, most_bytes=most_bytes
+                )
+                known |= digests
             else:
-                form = f"merged onto the {params.onto} weights"
-                changes = changes_of(trained)
-                replaced = dequantized(model) if params.onto == "dequantized" else {}
-                merge_shards(base, changes, replaced, folder, untie(model, changes, folder))
-            found = difference(model, load_packaged(folder), probes)
-            (folder / EQUIVALENCE).write_text(as_json({"form": form, **found._asdict()}))
+                package(base, trained, folder, stage.path("out"))
+                form = f"packaged: adapter and reference to the base, because {adapter.name} cannot be added to weights"
+                told = {"form": form, **difference(model, load_packaged(folder, base), probes)._asdict()}
+            (folder / EQUIVALENCE).write_text(as_json(told))
+            for name, each in told.get("onto", {}).items():
+                print(f"merge {stage.item}: onto the {name} weights: mean KL {each['mean_kl']:.2e}", flush=True)
             print(
-                f"merge {stage.item}: {form}; mean KL {found.mean_kl:.2e}, "
-                f"largest logit difference {found.max_logit_difference:.3g}",
+                f"merge {stage.item}: {told['form']}; mean KL {told['mean_kl']:.2e}, "
+                f"largest logit difference {told['max_logit_difference']:.3g}",
                 flush=True,
             )
-            if not found.mean_kl <= params.max_mean_kl:
-                raise NotEquivalent(
-                    "the merged model is not the model that was trained",
-                    where=stage.item,
-                    got=f"mean KL {found.mean_kl:.2e} nats per token",
-                    expected=f"at most merge.max_mean_kl = {params.max_mean_kl:g}",
-                    fix="set merge.onto to dequantized, or raise merge.max_mean_kl if you accept the difference",
-                )
+            check_equivalent(told, params.max_mean_kl, stage.item)
+        with whole_folder(stage.path("exports")) as folder:
+            for number, wanted in enumerate(params.exports):
+                export(stage.path("out"), wanted, folder / f"{number}-{wanted.kind}")
 
 
 if __name__ == "__main__":

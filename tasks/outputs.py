@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 from tasks.errors import BadData, BadModel
@@ -22,12 +23,15 @@ _BLOCK_BYTES = 1 << 20
 
 
 @contextmanager
-def whole_folder(path: Path, about: dict[str, Any] | None = None) -> Iterator[Path]:
+def whole_folder(
+    path: Path, about: dict[str, Any] | None = None, known: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[Path]:
     """Yields an empty folder that takes the place of `path` when the block ends without an error.
 
     Args:
         path: where the folder shall stand; what stood there stays until the new one is complete.
         about: what the manifest says beside the digests; may be filled while the block runs.
+        known: digests of files that were taken as these were written, by relative path; may be filled likewise.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft-{os.getpid()}")
@@ -35,7 +39,7 @@ def whole_folder(path: Path, about: dict[str, Any] | None = None) -> Iterator[Pa
     draft.mkdir()
     try:
         yield draft
-        _write_manifest(draft, about or {})
+        _write_manifest(draft, about or {}, known)
         old = path.with_name(f".{path.name}.draft-old-{os.getpid()}")
         if path.exists():
             path.rename(old)
@@ -119,10 +123,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def digests(folder: Path) -> dict[str, str]:
+def digests(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
     """The SHA-256 of every file below a folder but its manifest, by relative path, sorted."""
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
-    return {name: digest(folder / name) for name in names}
+    return {name: known.get(name) or digest(folder / name) for name in names}
 
 
 def digest(path: Path, algorithm: str = "sha256") -> str:
@@ -154,9 +158,9 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _write_manifest(folder: Path, about: dict[str, Any]) -> None:
+def _write_manifest(folder: Path, about: dict[str, Any], known: Mapping[str, str]) -> None:
     files = {}
-    for name, sha256 in digests(folder).items():
+    for name, sha256 in digests(folder, known).items():
         _sync(folder / name)
         files[name] = {"sha256": sha256, "bytes": (folder / name).stat().st_size}
     for inner in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:

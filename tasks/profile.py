@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tasks import pages
 from tasks.judge import Verdict
 from tasks.params import Validate
 from tasks.suite import REASONS
@@ -141,14 +142,11 @@ def page(numbers: Mapping[str, Any], moved: Mapping[str, float] | None = None) -
         numbers: a profile.
         moved: the stability index per column against an earlier run, if there was one.
     """
-    from jinja2 import Environment
-
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["thousands"] = "{:,}".format
     bars = {name: _bars(numbers["histograms"][name], EDGES[name]) for name in EDGES}
     bars["scripts"] = _bars(list(numbers["scripts"].values()), list(numbers["scripts"]))
     reasons = {name: reason for name, (_, reason) in REASONS.items()}
-    return environment.from_string(_PAGE).render(p=numbers, bars=bars, moved=moved, reasons=reasons)
+    values = {"p": numbers, "bars": bars, "moved": moved, "reasons": reasons}
+    return pages.page("temper: the data of this run", _PAGE, values)
 
 
 def _bars(counts: Sequence[int], labels: Sequence[Any]) -> list[tuple[str, int, float]]:
@@ -161,22 +159,7 @@ def _bars(counts: Sequence[int], labels: Sequence[Any]) -> list[tuple[str, int, 
     return [(f"{labels[p]:,}" if isinstance(labels[p], int) else labels[p], counts[p], counts[p] / top) for p in span]
 
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>temper: the data of this run</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-:root { --ink: #1c2430; --soft: #5f6b7a; --line: #e1e6ec; --bar: #3b6fb5; --good: #2e7d4f; --bad: #b3352f; }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); margin: 2rem auto; max-width: 66rem; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin: 0 0 1rem } h2 { font-size: 1.05rem; margin: 2.2rem 0 .6rem }
-.cards { display: flex; flex-wrap: wrap; gap: .8rem } .card { border: 1px solid var(--line); border-radius: 8px;
-  padding: .6rem 1rem; min-width: 7rem } .card b { display: block; font-size: 1.5rem; font-weight: 600 }
-.card span, .note, td.soft { color: var(--soft) } table { border-collapse: collapse; width: 100% }
-th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
-th { color: var(--soft); font-weight: 500 } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: 1.6rem }
-svg { width: 100%; height: auto; display: block } svg text { font: 11px system-ui, sans-serif; fill: var(--soft) }
-rect { fill: var(--bar) } .good { color: var(--good) } .bad { color: var(--bad) } code { font-size: .9em }
-</style></head><body>
+_PAGE = """\
 <h1>The data of this run</h1>
 <div class="cards">
 {% for name, count in p.rows.items() %}
@@ -186,7 +169,8 @@ rect { fill: var(--bar) } .good { color: var(--good) } .bad { color: var(--bad) 
 <p class="note">checked = clean + quarantined + merged. Refused rows were malformed and never became rows.</p>
 
 <h2>Sources</h2>
-<table><tr><th>source</th><th>use</th><th>rows by kind</th><th class="n">read</th><th class="n">refused</th>
+<div class="wide"><table>
+<tr><th>source</th><th>use</th><th>rows by kind</th><th class="n">read</th><th class="n">refused</th>
 <th>licence</th><th>path</th></tr>
 {% for name, s in p.sources.items() %}
 <tr><td>{{ name }}</td><td>{{ s.use }}</td><td>
@@ -194,7 +178,7 @@ rect { fill: var(--bar) } .good { color: var(--good) } .bad { color: var(--bad) 
 </td><td class="n">{{ s.read | thousands }}</td><td class="n">{{ s.refused | thousands }}</td><td>{{ s.licence }}</td>
 <td class="soft"><code>{{ s.path }}</code></td></tr>
 {% endfor %}
-</table>
+</table></div>
 
 <div class="charts">
 {% for name, rows in bars.items() %}
@@ -203,7 +187,8 @@ rect { fill: var(--bar) } .good { color: var(--good) } .bad { color: var(--bad) 
 <svg viewBox="0 0 340 {{ rows | length * 18 + 4 }}" role="img" aria-label="{{ name }}">
 {% for label, count, share in rows %}
 <text x="62" y="{{ loop.index0 * 18 + 13 }}" text-anchor="end">{{ label }}</text>
-<rect x="70" y="{{ loop.index0 * 18 + 3 }}" width="{{ (share * 200) | round(1) }}" height="13" rx="2"></rect>
+<rect x="70" y="{{ loop.index0 * 18 + 3 }}" width="{{ (share * 200) | round(1) }}" height="13" rx="2"
+class="bar"></rect>
 <text x="{{ (share * 200) | round(1) + 76 }}" y="{{ loop.index0 * 18 + 13 }}">{{ count | thousands }}</text>
 {% endfor %}
 </svg>
@@ -215,17 +200,19 @@ rect { fill: var(--bar) } .good { color: var(--good) } .bad { color: var(--bad) 
 and Japanese characters. Tokens of the base's own tokenizer are counted where rows are rendered.</p>
 
 <h2>Checks</h2>
-<table><tr><th>check</th><th>finds that</th><th>action</th><th class="n">rows</th><th>enough rows pass</th></tr>
+<div class="wide"><table>
+<tr><th>check</th><th>finds that</th><th>action</th><th class="n">rows</th><th>enough rows pass</th></tr>
 {% for name, c in p.checks.items() %}
 <tr><td>{{ name }}</td><td class="soft">{{ reasons[name] }}</td><td>{{ c.action }}</td>
 <td class="n">{{ c.found | thousands }}</td>
 <td class="{{ 'good' if c.enough_pass else 'bad' }}">{{ 'yes' if c.enough_pass else 'no' }}</td></tr>
 {% endfor %}
-</table>
+</table></div>
 
 <h2>Quarantine</h2>
 {% if p.quarantine or p.refused %}
-<table><tr><th>reason</th><th class="n">rows</th><th>for example</th></tr>
+<div class="wide"><table>
+<tr><th>reason</th><th class="n">rows</th><th>for example</th></tr>
 {% for q in p.quarantine %}
 <tr><td>{{ q.reason }}</td><td class="n">{{ q.rows | thousands }}</td>
 <td class="soft">{{ q.examples | join(', ') }}</td></tr>
@@ -233,18 +220,19 @@ and Japanese characters. Tokens of the base's own tokenizer are counted where ro
 {% for r in p.refused %}
 <tr><td>refused: {{ r.reason }}</td><td class="n"></td><td class="soft"><code>{{ r.excerpt }}</code></td></tr>
 {% endfor %}
-</table>
+</table></div>
 {% else %}<p>Every row passed.</p>{% endif %}
 
 <h2>Leaks</h2>
 {% if p.leaks %}
-<table><tr><th>benchmark</th><th class="n">questions</th><th class="n">found whole</th><th class="n">found in part</th>
+<div class="wide"><table>
+<tr><th>benchmark</th><th class="n">questions</th><th class="n">found whole</th><th class="n">found in part</th>
 <th class="n">rows that hold one</th></tr>
 {% for name, l in p.leaks.items() %}
 <tr><td>{{ name }}</td><td class="n">{{ l.questions | thousands }}</td><td class="n">{{ l.exact | thousands }}</td>
 <td class="n">{{ l.overlapping | thousands }}</td><td class="n">{{ l.rows | thousands }}</td></tr>
 {% endfor %}
-</table>
+</table></div>
 {% else %}<p>No benchmark was looked for.</p>{% endif %}
 
 <h2>Duplicates and repairs</h2>
@@ -256,13 +244,13 @@ and Japanese characters. Tokens of the base's own tokenizer are counted where ro
 
 <h2>Drift since the last run</h2>
 {% if moved %}
-<table><tr><th>column</th><th class="n">stability index</th><th></th></tr>
+<div class="wide"><table>
+<tr><th>column</th><th class="n">stability index</th><th></th></tr>
 {% for name, value in moved.items() %}
 <tr><td>{{ name }}</td><td class="n">{{ '%.3f' | format(value) }}</td>
 <td class="{{ 'bad' if value > 0.25 else 'good' }}">{{ 'another population' if value > 0.25 else
 'moved' if value > 0.1 else 'steady' }}</td></tr>
 {% endfor %}
-</table>
+</table></div>
 {% else %}<p>There is no earlier run to compare with.</p>{% endif %}
-</body></html>
 """

@@ -13,13 +13,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tasks.adapted import FOLDER
 from tasks.adapter_files import CONFIG, PUBLISHED, read_config, read_weights, said_base
 from tasks.errors import BadInput, BadModel, BadParams, TemperError, Transient
 from tasks.fields import HUB_NAME
-from tasks.merge import EQUIVALENCE
+from tasks.merged import EQUIVALENCE
 from tasks.models import MODEL_FILES, model_files
 from tasks.outputs import MANIFEST, read_manifest
+from tasks.packaged import FOLDER, base_in
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -88,7 +88,8 @@ def pushable(folder: Path) -> dict[str, Path]:
         read_manifest(folder)
     if (folder / CONFIG).is_file():
         return _adapter(folder)
-    files = {path.name: path for path in model_files(folder)}
+    files = {path.name: path for path in model_files(base_in(folder))}
+    files |= {path.name: path for pattern in MODEL_FILES for path in folder.glob(pattern)}
     for path in files.values():
         if path.suffix == ".safetensors":
             _check_finite(path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tasks.adapter_params import Int8Adapter, QloraAdapter
@@ -10,6 +12,7 @@ from tasks.errors import BadModel
 
 if TYPE_CHECKING:
     import torch
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from peft import PeftModel
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -46,22 +49,29 @@ def prepare(model: PreTrainedModel, adapter: QloraAdapter | Int8Adapter) -> None
         _check_four_bit(model, adapter)
 
 
-def dequantized(model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
-    """What the quantized weights of a model stand for, float32, by their name in the base."""
-    from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
+def dequantized(model: PreTrainedModel | PeftModel) -> dict[str, Callable[[], Tensor]]:
+    """What the quantized weights of a model stand for, float32, by their name in the base; made when it is called."""
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    weights = {}
-    for name, module in model.named_modules():
-        name = f"{name.removeprefix('base_model.model.').removesuffix('.base_layer')}.weight"
-        if isinstance(module, Linear4bit):
-            weights[name] = dequantize_4bit(module.weight.data, module.weight.quant_state).float().cpu()
-        elif isinstance(module, Linear8bitLt):
-            # the first forward pass moves both from the weight to the module's state
-            packed = module.weight.data if module.weight.CB is None else module.weight.CB
-            scales = module.state.SCB if module.weight.SCB is None else module.weight.SCB
-            weights[name] = int8_vectorwise_dequant(packed, scales).float().cpu()
-    return weights
+    return {
+        f"{name.removeprefix('base_model.model.').removesuffix('.base_layer')}.weight": partial(_stands_for, module)
+        for name, module in model.named_modules()
+        if isinstance(module, Linear4bit | Linear8bitLt)
+    }
+
+
+def _stands_for(module: Linear4bit | Linear8bitLt) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
+    from bitsandbytes.nn import Linear4bit
+
+    if isinstance(module, Linear4bit):
+        four: Tensor = dequantize_4bit(module.weight.data, module.weight.quant_state).float().cpu()
+        return four
+    # the first forward pass moves both from the weight to the module's state
+    packed = module.weight.data if module.weight.CB is None else module.weight.CB
+    scales = module.state.SCB if module.weight.SCB is None else module.weight.SCB
+    eight: Tensor = int8_vectorwise_dequant(packed, scales).float().cpu()
+    return eight
 
 
 def _keep_trainable(model: PreTrainedModel) -> None:

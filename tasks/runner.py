@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks import graph
 from tasks.errors import BadInput, OutOfMemory, TemperError, Transient
@@ -342,13 +342,21 @@ def record(workspace: Path, outcome: Outcome) -> None:
 
 def last_seconds(workspace: Path) -> dict[str, float]:
     """How long each stage took when it last really ran."""
+    return {entry["stage"]: entry["seconds"] for entry in _completed(workspace)}
+
+
+def seconds_by_key(workspace: Path) -> dict[str, float]:
+    """How long what has each content key took to make, where it was made here; of several times the last."""
+    return {entry["key"]: entry["seconds"] for entry in _completed(workspace)}
+
+
+def _completed(workspace: Path) -> Iterator[dict[str, Any]]:
+    """What the journal tells of stages that really ran."""
     path = journal_file(workspace)
-    seconds: dict[str, float] = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             entry = json.loads(line)
         except ValueError:
             continue  # a line that was cut by a kill tells nothing
         if entry["state"] == "completed":
-            seconds[entry["stage"]] = entry["seconds"]
-    return seconds
+            yield entry

@@ -140,6 +140,12 @@ def train(
     return run(course, parameters, steppers, checkpoints, progress, tell, watch, at_once)
 
 
+def tokens_of(examples: Sequence[Example], method: Method, steps: int) -> int:
+    """How many tokens a training goes through in its first so many steps, over all epochs."""
+    lengths = lengths_of(examples)
+    return sum(lengths[i] for chosen in all_batches(lengths, method)[:steps] for i in chosen)
+
+
 def learning_rate(step: int, steps: int, method: Method) -> float:
     """The rate at a step, from 0, by the method's schedule."""
     asked = method.schedule
@@ -266,6 +272,7 @@ def _train_stage(stage: process.Stage, method: Method, checkpoints: Path, rows: 
         "planned_steps": steps,
         "kept_step": watch.kept_step(log),
         "rows": len(examples),
+        "tokens": tokens_of(examples, method, len(log)),
         "data": data,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "held_out_loss_before": before,

@@ -33,6 +33,7 @@ SAID = {
     "temper run": r"nothing has changed since the last run",
     "temper run --set train.orpo.objective.weight=0.2": r"\n\+ +weight: 0\.2 # the paper's lambda; TRL calls it beta\n",
     "temper status": r"champion: +version \d \((qlora|orpo|reft)\)",
+    "temper page": r"comparison\.html$",
     'temper chat "What is 12 plus 7?"': r"\n$",
     "temper promote --version 2": r"\(qlora\) is now champion: models:/temper-tiny@champion",
     "temper rollback": r"\(orpo\) is now champion",

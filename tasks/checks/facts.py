@@ -211,10 +211,9 @@ def _facts(table: pa.Table, kind: str) -> pd.DataFrame:
     }
     replies = np.isin(turns.letter, np.frombuffer(b"acr", np.uint8))
     asked = turns.letter == ord("u")
-    beginnings = pc.utf8_slice_codeunits(turns.text.filter(pa.array(replies)), 0, _BEGINNING)
-    refusing = np.zeros(len(turns.row), np.int64)
-    refusing[replies] = _matches(beginnings, Pattern(REFUSAL))
-    facts["refusals"] = total(refusing)
+    refusals = np.zeros(len(turns.row), np.int64)
+    refusals[replies] = refusing(turns.text.filter(pa.array(replies)))
+    facts["refusals"] = total(refusals)
     scripts = np.stack([letters[script] for script in SCRIPTS], axis=1)
     facts["script"] = _script(_by_row(scripts, turns.row, rows))
     question, reply = (_script(_by_row(scripts * who[:, None], turns.row, rows)) for who in (asked, replies))
@@ -226,6 +225,13 @@ def _facts(table: pa.Table, kind: str) -> pd.DataFrame:
     for name, patterns in PATTERNS.items():
         facts[name] = total(sum(_matches(scanned, pattern, count=True) for pattern in patterns))
     return pd.DataFrame(facts, columns=list(COLUMNS))
+
+
+def refusing(replies: pa.Array) -> NDArray[np.int64]:
+    """1 for each reply whose beginning declines, in English or Chinese, (replies,)."""
+    import pyarrow.compute as pc
+
+    return _matches(pc.utf8_slice_codeunits(replies, 0, _BEGINNING), Pattern(REFUSAL))
 
 
 def _matches(texts: pa.Array, pattern: Pattern, *, count: bool = False) -> NDArray[np.int64]:

@@ -40,6 +40,7 @@ def longer(copy: Path) -> Path:
     """A copy of the finished workspace whose QLoRA training is to be run anew."""
     shutil.copyfile(copy / "params.yaml", copy / "recipes" / "before.yaml")
     change_params(copy, None, LONG)
+    shutil.rmtree(copy / ".temper" / "checkpoints")  # of the first run; the next one would remove them, but later
     return copy
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.comparison_page import PAGE as COMPARISON
 from flows.params_file import change_params
 from tasks import graph
 from tasks.generation_params import Generation
@@ -36,6 +37,7 @@ def test_the_run_ends_with_figures_a_champion_a_reply_times_and_where_to_look(fa
     assert re.search(r"^  user: .+\n(.+\n)*?  assistant:", said, re.MULTILINE)
     for stage in graph.load(factory):
         assert re.search(rf"^{re.escape(stage)} +completed +\d+\.\d", said, re.MULTILINE), stage
+    assert re.search(rf"^comparison: +{re.escape(str(factory / COMPARISON))}$", said, re.MULTILINE)
     assert "mlflow ui --backend-store-uri" in said
     assert "prefect server start" in said
 
@@ -61,6 +63,20 @@ def test_the_artifact_links_every_method_to_its_mlflow_run(factory: Path) -> Non
     for method in METHODS:
         run = json.loads((factory / "data" / "reports" / method / "registered.json").read_text())["run"]
         assert re.search(rf"\| {method} \|.*/runs/{run}\)", json.loads(data))
+
+
+def test_the_comparison_is_linked_from_prefect_and_kept_in_mlflow(factory: Path, tmp_path: Path) -> None:
+    from tasks.tracking import connect
+
+    with sqlite3.connect(factory / ".temper" / "prefect" / "prefect.db") as database:
+        ((data,),) = database.execute("select data from artifact where key = 'comparison'").fetchall()
+    run = re.search(r"/runs/(\w+)/artifacts", data)
+    assert run is not None
+    logged = Path(connect(factory).download_artifacts(run[1], COMPARISON.name, str(tmp_path)))
+    page = logged.read_text()
+    assert page == (factory / COMPARISON).read_text()
+    for method in METHODS:  # each was trained, whatever else is known of it
+        assert f'aria-label="Loss of {method} by step"' in page
 
 
 def test_one_identity_from_the_registry_to_the_rows(factory: Path) -> None:

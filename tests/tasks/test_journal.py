@@ -139,5 +139,5 @@ def test_a_finished_evaluation_needs_no_model(
     pico_base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = items(pico_base, rows, tmp_path)
-    monkeypatch.setattr("tasks.examinee.load_packaged", lambda _: pytest.fail("loaded"))
+    monkeypatch.setattr("tasks.examinee.load_packaged", lambda *_: pytest.fail("loaded"))
     assert items(pico_base, rows, tmp_path) == before

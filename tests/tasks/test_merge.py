@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from tasks.adapted import fresh, load_adapted, load_packaged, publish
-from tasks.adapter_files import CONFIG, WEIGHTS
+from tasks.adapter_files import WEIGHTS
 from tasks.adapter_params import (
     AdaloraAdapter,
     AnyAdapter,
@@ -20,11 +20,12 @@ from tasks.adapter_params import (
     LoraAdapter,
     QloraAdapter,
 )
-from tasks.errors import BadModel
-from tasks.merge import difference, merge_shards, untie
+from tasks.errors import NotEquivalent
+from tasks.merge import check_equivalent, difference, merge_closest, stand_ins
+from tasks.merged import merge, write_merged
 from tasks.models import load_model
 from tasks.quantized import dequantized
-from tasks.updates import changes_of
+from tasks.shards import Source
 from tests.samples import ADALORA, IA3, LORA, QLORA
 
 ADAPTER = QloraAdapter.model_validate(QLORA)
@@ -45,9 +46,15 @@ def adapter(pico_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def merged_folder(base: Path, adapter: Path, out: Path, replaced: Mapping[str, Source] | None = None) -> Path:
+    out.mkdir()
+    write_merged(base, adapter, {out: merge(base, adapter, "own", replaced or {})}, 1 << 30)
+    return out
+
+
 def test_merged_tensors_are_the_float64_sum_rounded_once(pico_base: Path, adapter: Path, tmp_path: Path) -> None:
-    merge_shards(pico_base, changes_of(adapter), {}, tmp_path)
-    base, merged = load_file(pico_base / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    out = merged_folder(pico_base, adapter, tmp_path / "out")
+    base, merged = load_file(pico_base / "model.safetensors"), load_file(out / "model.safetensors")
     lora = {name: tensor.double() for name, tensor in load_file(adapter / WEIGHTS).items()}
     changed = 0
     assert base.keys() == merged.keys()
@@ -90,6 +97,7 @@ MERGED: dict[str, tuple[AnyAdapter, int]] = {
 def write_base(model: Any, folder: Path) -> Path:
     """A model's weights in float32, by the names that they have without an adapter."""
     folder.mkdir()
+    model.config.save_pretrained(folder)
     save_file({name: weight.data.float() for name, weight in model.named_parameters()}, folder / "model.safetensors")
     return folder
 
@@ -111,14 +119,13 @@ def check_merged(model: Any, base: Path, tmp_path: Path, places: int) -> None:
     (tmp_path / "adapter").mkdir()
     publish(model, tmp_path / "adapter")
     theirs = dict(model.float().merge_and_unload().named_parameters())
-    (tmp_path / "out").mkdir()
-    changes = changes_of(tmp_path / "adapter")
-    merge_shards(base, changes, {}, tmp_path / "out")
-    merged, before = load_file(tmp_path / "out" / "model.safetensors"), load_file(base / "model.safetensors")
-    changed = {weight for weight, tensor in merged.items() if not torch.equal(tensor, before[weight])}
+    out = merged_folder(base, tmp_path / "adapter", tmp_path / "out")
+    merged, before = load_file(out / "model.safetensors"), load_file(base / "model.safetensors")
+    assert merged.keys() - before.keys() <= {"lm_head.weight"}  # untied
+    changed = {weight for weight, tensor in before.items() if not torch.equal(tensor, merged[weight])}
     assert len(changed) == places
-    assert changed <= changes.keys()
-    for weight, tensor in merged.items():
+    for weight in before:
+        tensor = merged[weight]
         torch.testing.assert_close(tensor, theirs[weight].data, rtol=1e-5, atol=2e-6)
 
 
@@ -155,10 +162,7 @@ def test_an_embedding_that_is_also_the_head_is_untied(pico_base: Path, tmp_path:
                 parameter += 0.1 * torch.randn_like(parameter)
     (tmp_path / "adapter").mkdir()
     publish(model, tmp_path / "adapter")
-    shutil.copytree(pico_base, tmp_path / "out")
-    changes = changes_of(tmp_path / "adapter")
-    merge_shards(pico_base, changes, {}, tmp_path / "out", untie(model, changes, tmp_path / "out"))
-    merged: Any = load_packaged(tmp_path / "out")
+    merged: Any = load_packaged(merged_folder(pico_base, tmp_path / "adapter", tmp_path / "out"))
     assert not merged.config.tie_word_embeddings
     head, before = merged.get_output_embeddings().weight, load_file(pico_base / "model.safetensors")
     assert torch.equal(head, before["model.embed_tokens.weight"])
@@ -172,11 +176,8 @@ def test_all_weights_are_those_that_were_trained_rounded_once(pico_base: Path, t
         for parameter in model.parameters():
             parameter += 0.01 * torch.randn_like(parameter)
     (tmp_path / "trained").mkdir()
-    (tmp_path / "out").mkdir()
     publish(model, tmp_path / "trained")
-    shutil.copyfile(pico_base / "config.json", tmp_path / "out" / "config.json")
-    changes = changes_of(tmp_path / "trained")
-    merge_shards(pico_base, changes, {}, tmp_path / "out", untie(model, changes, tmp_path / "out"))
+    merged_folder(pico_base, tmp_path / "trained", tmp_path / "out")
     assert load_model(tmp_path / "out").config.tie_word_embeddings  # as it was
     merged = load_file(tmp_path / "out" / "model.safetensors")
     for name, weight in model.named_parameters():
@@ -189,9 +190,9 @@ def test_what_the_eight_bit_weights_stand_for(pico_base: Path) -> None:
     """Each row in 127 steps of its largest number, before and after the first forward pass moves them."""
     model = load_model(pico_base, Int8Adapter.model_validate({**LORA, "name": "lora8bit", "outlier_threshold": 6.0}))
     base = load_file(pico_base / "model.safetensors")
-    first = dequantized(model)
+    first = {name: make() for name, make in dequantized(model).items()}
     model(input_ids=torch.arange(5, 25)[None])
-    again = dequantized(model)
+    again = {name: make() for name, make in dequantized(model).items()}
     assert len(first) == 14
     for name, weight in first.items():
         assert torch.equal(weight, again[name])
@@ -203,7 +204,8 @@ def test_what_the_four_bit_weights_stand_for(pico_base: Path) -> None:
     """NF4's widest gap is 0.304 (between -1 and -0.696): no weight is further off than half of that, times the largest
     number of its block, plus what the double quantization does to that number (one part in 127 of its own block's)."""
     model = load_model(pico_base, ADAPTER)
-    weights, base = dequantized(model), load_file(pico_base / "model.safetensors")
+    weights = {name: make() for name, make in dequantized(model).items()}
+    base = load_file(pico_base / "model.safetensors")
     assert len(weights) == 14
     for name, weight in weights.items():
         original = base[name].float()
@@ -213,29 +215,46 @@ def test_what_the_four_bit_weights_stand_for(pico_base: Path) -> None:
         assert not torch.equal(weight, original)
 
 
-def merged_model(base: Path, adapter: Path, out: Path, replaced: dict[str, torch.Tensor]) -> Path:
-    shutil.copytree(base, out)
-    merge_shards(base, changes_of(adapter), replaced, out)
-    return out
+def test_of_both_bases_the_closer_is_taken(pico_base: Path, adapter: Path, tmp_path: Path) -> None:
+    """And it is ten times closer than what PEFT makes, which rounds the sum to four bits again."""
+    from peft import PeftModel
 
-
-def test_merging_onto_what_was_trained_is_closer_than_onto_the_original(
-    pico_base: Path, adapter: Path, tmp_path: Path
-) -> None:
     trained = load_adapted(pico_base, adapter, ADAPTER)
-    onto = {"original": {}, "dequantized": dequantized(trained)}
-    found = {
-        name: difference(trained, load_packaged(merged_model(pico_base, adapter, tmp_path / name, weights)), PROBES)
-        for name, weights in onto.items()
-    }
-    assert found["dequantized"].mean_kl < found["original"].mean_kl / 10
-    assert found["dequantized"].tokens == 27
+    told, digests = merge_closest(pico_base, adapter, trained, PROBES, tmp_path, onto="closest", most_bytes=1 << 30)
+    assert told["onto"].keys() == {"original", "dequantized"}
+    assert told["mean_kl"] == min(each["mean_kl"] for each in told["onto"].values())
+    assert told["form"] == "merged onto the dequantized weights"
+    assert told["onto"]["dequantized"]["mean_kl"] < told["onto"]["original"]["mean_kl"] / 10
+    assert told["tokens"] == 27
+    assert digests.keys() == {path.name for path in tmp_path.iterdir()}
+    assert difference(trained, load_packaged(tmp_path), PROBES).mean_kl == told["mean_kl"]
+    again = load_adapted(pico_base, adapter, ADAPTER)
+    assert isinstance(again, PeftModel)
+    theirs = difference(trained, again.merge_and_unload(), PROBES)
+    assert told["mean_kl"] < theirs.mean_kl / 10
+
+
+@pytest.mark.parametrize("onto", ["original", "dequantized"])
+def test_one_of_both_may_be_chosen(pico_base: Path, adapter: Path, tmp_path: Path, onto: str) -> None:
+    trained = load_adapted(pico_base, adapter, ADAPTER)
+    (tmp_path / "a").mkdir()
+    told, _ = merge_closest(pico_base, adapter, trained, PROBES, tmp_path / "a", onto=onto, most_bytes=1 << 30)
+    assert list(told["onto"]) == [onto]
+    one = merged_folder(pico_base, adapter, tmp_path / "b", stand_ins(trained, pico_base, onto)[onto])
+    assert (one / "model.safetensors").read_bytes() == (tmp_path / "a" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kl", [0.02, float("nan")])
+def test_a_model_that_is_too_far_off_is_refused(kl: float) -> None:
+    check_equivalent({"mean_kl": 0.01}, 0.01, "qlora")
+    with pytest.raises(NotEquivalent, match="not the model that was trained"):
+        check_equivalent({"mean_kl": kl}, 0.01, "qlora")
 
 
 def test_the_difference_is_the_kullback_leibler_divergence(pico_base: Path, adapter: Path, tmp_path: Path) -> None:
     """Against PyTorch's own, position by position."""
     first = load_model(pico_base)
-    second = load_packaged(merged_model(pico_base, adapter, tmp_path / "m", {}))
+    second = load_packaged(merged_folder(pico_base, adapter, tmp_path / "m"))
     found = difference(first, second, PROBES)
     total, largest = 0.0, 0.0
     for probe in PROBES:
@@ -247,31 +266,3 @@ def test_the_difference_is_the_kullback_leibler_divergence(pico_base: Path, adap
     assert found.mean_kl == pytest.approx(total / 27, rel=1e-4)
     assert found.max_logit_difference == pytest.approx(largest, rel=1e-6)
     assert difference(first, first, PROBES).mean_kl == 0.0
-
-
-def test_an_update_without_a_place_is_refused(pico_base: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadModel, match="no such weights"):
-        merge_shards(pico_base, {"model.layers.7.self_attn.q_proj.weight": lambda weight: weight}, {}, tmp_path)
-
-
-def test_shards_stay_apart(pico_base: Path, adapter: Path, tmp_path: Path) -> None:
-    (tmp_path / "base").mkdir()
-    tensors = load_file(pico_base / "model.safetensors")
-    names = sorted(tensors)
-    for part, chosen in enumerate((names[::2], names[1::2])):
-        save_file({name: tensors[name] for name in chosen}, tmp_path / "base" / f"model-{part}.safetensors")
-    (tmp_path / "out").mkdir()
-    merge_shards(tmp_path / "base", changes_of(adapter), {}, tmp_path / "out")
-    merge_shards(pico_base, changes_of(adapter), {}, tmp_path)
-    one = load_file(tmp_path / "model.safetensors")
-    two = {k: v for part in (0, 1) for k, v in load_file(tmp_path / "out" / f"model-{part}.safetensors").items()}
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
-
-
-def test_a_method_that_does_not_change_weights_is_refused(adapter: Path, tmp_path: Path) -> None:
-    shutil.copytree(adapter, tmp_path / "a")
-    text = (tmp_path / "a" / CONFIG).read_text()
-    (tmp_path / "a" / CONFIG).write_text(text.replace('"LORA"', '"OFT"'))
-    with pytest.raises(BadModel, match="cannot be merged"):
-        changes_of(tmp_path / "a")

@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tasks.adapted import FOLDER, fresh, load_packaged, publish
+from tasks.adapted import fresh, load_packaged, publish
 from tasks.models import model_files
 from tasks.outputs import whole_folder
+from tasks.packaged import FOLDER
 from tasks.register import log_model
 from tasks.tracking import connect, run_of
 from tests.conftest import environment

@@ -23,7 +23,8 @@ from tasks.errors import BadData, BadModel, BadParams
 from tasks.evaluate import answer_pairs
 from tasks.generation_params import GREEDY
 from tasks.losses import held_out_loss, loss_of
-from tasks.merge import difference, merge_shards
+from tasks.merge import difference
+from tasks.merged import merge, write_merged
 from tasks.models import load_model
 from tasks.params import Method
 from tasks.progress import Progress
@@ -31,6 +32,7 @@ from tasks.records import ChatExample, Message, PreferencePair, Record, SeqPair
 from tasks.render import check_kinds, render_rows
 from tasks.scoring import row_of, score
 from tasks.seq2seq import PairRow, check_room, generate_targets, score_pairs
+from tasks.shards import stored_in
 from tasks.templates import decode, load_tokenizer, template_digest
 from tasks.train import train
 from tasks.updates import changes_of
@@ -357,10 +359,11 @@ def test_an_adapter_is_peft_s_own_sequence_to_sequence_adapter_and_merges_as_pef
     ours = load_adapted(bases["mt5"], tmp_path / "adapter", adapter)
     with torch.no_grad():
         assert torch.equal(score_pairs(ours, rows).logp, score_pairs(theirs, rows).logp)
-    shutil.copytree(bases["mt5"], tmp_path / "merged")
-    updates = changes_of(tmp_path / "adapter")
-    assert len(updates) == 12  # q and v of two encoder layers, and twice of two decoder layers
-    merge_shards(bases["mt5"], updates, {}, tmp_path / "merged")
+    # q and v of two encoder layers, and twice of two decoder layers
+    assert len(changes_of(tmp_path / "adapter", stored_in(bases["mt5"]))) == 12
+    (tmp_path / "merged").mkdir()
+    made = merge(bases["mt5"], tmp_path / "adapter")
+    write_merged(bases["mt5"], tmp_path / "adapter", {tmp_path / "merged": made}, 1 << 30)
     exact = AutoModelForSeq2SeqLM.from_pretrained(bases["mt5"], dtype=torch.float32)
     merged = dict(PeftModel.from_pretrained(exact, tmp_path / "adapter").merge_and_unload().named_parameters())
     stored = load_file(tmp_path / "merged" / "model.safetensors")

@@ -23,7 +23,7 @@ from tasks.progress import Progress
 from tasks.render import render_rows, rendered_schema
 from tasks.tables import write_rows
 from tasks.tracking import flat
-from tasks.train import reference_for, train
+from tasks.train import reference_for, tokens_of, train
 from tests.samples import ADALORA, DPO, IA3, KTO, LORA, LOREFT, ORPO, QLORA, RENDER, SFT, SIMPO, file_source, method
 
 METHODS = {
@@ -331,3 +331,12 @@ def test_speed_and_memory_are_told_beside_the_log(pico_base: Path, tmp_path: Pat
 
 def test_params_are_logged_under_dotted_names() -> None:
     assert flat({"a": {"b": 1, "c": {"d": 2}}, "e": 3}) == {"a.b": 1, "a.c.d": 2, "e": 3}
+
+
+def test_tokens_of_all_steps_by_hand() -> None:
+    """Rows of 3, 5, 7 and 9 tokens in steps of two: 24 tokens in each of three epochs; a pair counts both replies."""
+    rows: list[Example] = [(TokenRow([1] * count, [True] * count, 1),) for count in (3, 5, 7, 9)]
+    asked = method(LORA, SFT, batch_rows=2, epochs=3)
+    assert [tokens_of(rows, asked, steps) for steps in (0, 2, 4, 6)] == [0, 24, 48, 72]
+    pair: Example = (TokenRow([1] * 4, [True] * 4, 1), TokenRow([1] * 6, [True] * 6, 1))
+    assert tokens_of([pair], method(LORA, ORPO, batch_rows=1), 1) == 10

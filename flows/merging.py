@@ -1,0 +1,174 @@
+"""Merging and exporting plain folders, without a workspace."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tasks.adapter_files import CONFIG, base_of, check_base, read_config, said_base
+from tasks.combine import Combination, combined
+from tasks.errors import BadParams
+from tasks.merged import EQUIVALENCE, Merged, merge, merge_changes, write_merged
+from tasks.outputs import MANIFEST, as_json, read_manifest, whole_folder
+from tasks.progress import Progress
+from tasks.shards import MIB
+
+PROBES = (
+    "The capital of France is Paris, and the capital of Italy is Rome.",
+    "Question: What is 17 plus 25?\nAnswer: 42",
+    "def add(a, b):\n    return a + b\n",
+    "Once upon a time there was a small house at the edge of a forest.",
+    "请用一句话介绍一下北京。北京是中国的首都。",
+    "List three colours: red, green and blue.",
+)
+"""What the models are compared on where nothing else is given: prose, a question, code, in two languages."""
+
+
+class Wish(NamedTuple):
+    """How a merge is to be done.
+
+    Attributes:
+        trained_on: `16bit`, or the form of the base that the adapter was trained on: nf4, fp4.
+        onto: of merge.onto; only for a quantized form.
+        dtype: of the result; `own`: as the base has it.
+        max_shard_mib: a file of weights is at most so large.
+        max_mean_kl: so far the merged model may be from the adapter model, in nats per token, where it is measured.
+        any_base: also an adapter that names another base.
+    """
+
+    trained_on: str
+    onto: str
+    dtype: str
+    max_shard_mib: int
+    max_mean_kl: float
+    any_base: bool
+
+
+def merge_folders(
+    base: Path, adapters: Sequence[Path], out: Path, wish: Wish, how: Combination | None
+) -> dict[str, Any]:
+    """Merges one adapter, or several by a combination, into a base, as a new model folder with a manifest.
+
+    Returns:
+        `out`, `bytes`, `form`, and where it was measured the figures of equivalence.json.
+
+    Raises:
+        BadParams: the folder exists, or wishes are at odds.
+        BadModel: base and adapter do not fit each other, or one is unsafe or torn.
+        NotEquivalent: it was measured and is too far from the adapter model.
+    """
+    if out.exists():
+        raise BadParams("exists already", where=str(out), fix="name a new folder, or remove this one")
+    for folder in (base, *adapters):
+        if (folder / MANIFEST).is_file():
+            read_manifest(folder)
+    if not wish.any_base:
+        for adapter in adapters:
+            _check_base(adapter, base)
+    known: dict[str, str] = {}
+    told: dict[str, Any] = {"form": "merged onto the original weights"}
+    about = {"adapters": [str(adapter) for adapter in adapters]}
+    with whole_folder(out, about, known) as folder:
+        if how:
+            how.check(len(adapters))
+            told = {"form": f"{len(adapters)} adapters combined: {how.method}", **how._asdict()}
+            known |= _write(
+                base, adapters[0], merge_changes(base, partial(combined, adapters, how), wish.dtype), folder, wish
+            )
+        elif wish.trained_on == "16bit":
+            known |= _write(base, adapters[0], merge(base, adapters[0], wish.dtype), folder, wish)
+        else:
+            told = _measured(base, adapters[0], folder, wish, known)
+        (folder / EQUIVALENCE).write_text(as_json(told))
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    return {"out": str(out), "bytes": size, **told}
+
+
+def _write(base: Path, adapter: Path, made: Merged, folder: Path, wish: Wish) -> dict[str, str]:
+    with Progress("merge", sum(tensor.nbytes for tensor in made.tensors.values()) // MIB, "MiB") as progress:
+        written = 0
+
+        def step(nbytes: int) -> None:
+            nonlocal written
+            before, written = written, written + nbytes
+            progress.step(by=written // MIB - before // MIB)
+
+        return write_merged(base, adapter, {folder: made}, wish.max_shard_mib * MIB, step)[folder]
+
+
+def _measured(base: Path, adapter: Path, folder: Path, wish: Wish, known: dict[str, str]) -> dict[str, Any]:
+    from tasks.adapted import load_adapted
+    from tasks.adapter_params import QloraAdapter
+    from tasks.device import settle
+    from tasks.merge import check_equivalent, merge_closest
+    from tasks.templates import read_tokenizer
+
+    settle(0)
+    tokenizer = read_tokenizer(base)
+    probes = [{"input_ids": list(tokenizer(text)["input_ids"])} for text in PROBES]
+    config = read_config(adapter)
+    form = QloraAdapter(
+        name="qlora",
+        rank=int(config.get("r", 8)),
+        alpha=float(config.get("lora_alpha", 8)),
+        dropout=0.0,
+        targets="all-linear",
+        quantization="nf4" if wish.trained_on == "nf4" else "fp4",
+        double_quantization=True,
+        compute_dtype="auto",
+    )
+    model = load_adapted(base, adapter, form)
+    most_bytes = wish.max_shard_mib * MIB
+    told, digests = merge_closest(
+        base, adapter, model, probes, folder, onto=wish.onto, most_bytes=most_bytes, dtype=wish.dtype
+    )
+    known |= digests
+    check_equivalent(told, wish.max_mean_kl, str(adapter))
+    return told
+
+
+def trained_on(adapter: Path) -> str:
+    """In which form of the base an adapter was trained, as temper's own say; `16bit` for others."""
+    summary = adapter / "summary.json"
+    if not summary.is_file():
+        return "16bit"
+    said = json.loads(summary.read_text()).get("params", {}).get("adapter", {})
+    return str(said.get("quantization", "16bit"))
+
+
+def _check_base(adapter: Path, base: Path) -> None:
+    """Refuses an adapter of another base; the base's weights are hashed only for one that says theirs."""
+    if (adapter / CONFIG).is_file() and said_base(adapter).weights_sha256:
+        check_base(adapter, base_of(base))
+
+
+def export_folder(model: Path, out: Path, kind: str, dtype: str, max_shard_mib: int, ollama: bool) -> str:
+    """Writes a model folder in another form, as a new folder with a manifest; returns in words what was written.
+
+    Raises:
+        BadParams: the folder exists, or there is no such form.
+        BadModel: the model cannot have it.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    from tasks.exports import export
+    from tasks.merge_params import Export
+
+    if out.exists():
+        raise BadParams("exists already", where=str(out), fix="name a new folder, or remove this one")
+    own: dict[str, dict[str, Any]] = {"gguf": {"ollama": ollama}, "safetensors": {"max_shard_mib": max_shard_mib}}
+    if kind not in own:
+        raise BadParams("is no form to write", where=f"--kind {kind}", expected=", ".join(own))
+    try:
+        wanted: Export = TypeAdapter(Export).validate_python({"kind": kind, "dtype": dtype, **own[kind]})
+    except ValidationError as error:
+        raise BadParams("is no number format of this form", got=dtype, expected=error.errors()[0]["msg"]) from error
+    with whole_folder(out) as folder:
+        told = export(model, wanted, folder / kind)
+        for file in sorted((folder / kind).iterdir()):
+            file.rename(folder / file.name)
+        (folder / kind).rmdir()
+    return f"{out}: {told}"

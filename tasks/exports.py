@@ -1,0 +1,51 @@
+"""Further forms of a merged model: other number formats, GGUF with an Ollama Modelfile, a repository of the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tasks.errors import BadModel
+from tasks.gguf_file import write_gguf
+from tasks.merge_params import Export, GgufExport, HubExport, SafetensorsExport
+from tasks.merged import merge_changes, write_merged
+from tasks.ollama import modelfile
+from tasks.outputs import as_json, read_object
+from tasks.packaged import FOLDER
+from tasks.push import push
+from tasks.shards import MIB
+from tasks.templates import load_tokenizer
+
+GGUF, MODELFILE, PUSHED = "model.gguf", "Modelfile", "hub.json"
+
+
+def export(model: Path, wanted: Export, folder: Path) -> str:
+    """Writes one form of a model folder into a new folder; returns in words what it is.
+
+    Raises:
+        BadModel: the model cannot have this form.
+        Transient: the hub does not answer.
+    """
+    folder.mkdir(parents=True)
+    if isinstance(wanted, HubExport):
+        pushed = push(model, wanted.id, private=wanted.private, message="Upload with temper")
+        (folder / PUSHED).write_text(as_json({"id": wanted.id, "commit": pushed.commit}))
+        return f"hub:{wanted.id}@{pushed.commit}"
+    if (model / FOLDER).is_dir():
+        raise BadModel(
+            f"cannot be exported as {wanted.kind}: its adapter is beside the weights, not in them",
+            where=str(model),
+            fix="take this export out, or a method that can be merged",
+        )
+    if isinstance(wanted, SafetensorsExport):
+        made = merge_changes(model, lambda base: {}, wanted.dtype)
+        write_merged(model, model, {folder: made}, wanted.max_shard_mib * MIB)
+        return f"safetensors in {wanted.dtype}"
+    return _gguf(model, wanted, folder)
+
+
+def _gguf(model: Path, wanted: GgufExport, folder: Path) -> str:
+    write_gguf(model, folder / GGUF, wanted.dtype)
+    if wanted.ollama:
+        longest = int(read_object(model / "config.json")["max_position_embeddings"])
+        (folder / MODELFILE).write_text(modelfile(load_tokenizer(model), GGUF, longest))
+    return f"GGUF in {wanted.dtype}"

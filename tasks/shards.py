@@ -1,0 +1,445 @@
+"""Safetensors files, read and written block by block, without a model and without torch.
+
+A tensor is seen as rows: (rows, columns), where the last axis is the columns and all others together the rows. Numbers
+are computed with in float32 and rounded once, to nearest, ties to even, when they are written. What is not changed is
+copied by the kernel from file to file.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from queue import Queue
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from tasks.errors import BadModel
+from tasks.outputs import as_json, read_object
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""The number formats that are computed with, and the bytes of a number."""
+
+MIB = 1 << 20
+
+_MOST_HEADER_BYTES = 100_000_000
+"""What the format itself allows."""
+_BLOCK_NUMBERS = 1 << 18
+"""So many numbers of a tensor are worked on at a time: a MiB in float32, which stays in a core's cache."""
+_COPY_BYTES = 1 << 24
+_WORKERS = min(4, os.cpu_count() or 1)
+
+
+class Stored(NamedTuple):
+    """A tensor in a file.
+
+    Attributes:
+        file: which.
+        dtype: as safetensors calls it, such as BF16.
+        shape: of the tensor.
+        start: where its bytes begin in the file.
+        nbytes: how many they are.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    @property
+    def rows(self) -> int:
+        """All axes but the last together."""
+        return math.prod(self.shape[:-1])
+
+    @property
+    def columns(self) -> int:
+        """The last axis; 1 for a single number."""
+        return self.shape[-1] if self.shape else 1
+
+    def floats(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Some of the rows, (rows, columns), float32.
+
+        Raises:
+            BadModel: these are no floating-point numbers, or the file ends before them.
+        """
+        import numpy as np
+
+        if self.dtype not in BYTES:
+            raise BadModel(
+                "is no tensor to compute with", where=str(self.file), got=self.dtype, expected=", ".join(BYTES)
+            )
+        stop = self.rows if stop is None else stop
+        line = self.columns * BYTES[self.dtype]
+        raw = np.empty((stop - start) * line, dtype=np.uint8)
+        with self.file.open("rb", buffering=0) as file:
+            _read_into(file.fileno(), raw.data, self.start + start * line, self.file)
+        return widened(raw, self.dtype).reshape(stop - start, self.columns)
+
+
+class Source(Protocol):
+    """Where the numbers of a tensor come from that is written."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor."""
+
+    def floats(self, start: int, stop: int) -> NDArray[Any]:
+        """Some of its rows, (rows, columns), float32."""
+
+
+class Planned(NamedTuple):
+    """A tensor to write: a stored one as it is, or numbers rounded to a format."""
+
+    dtype: str
+    source: Source
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in the file."""
+        if isinstance(self.source, Stored) and self.is_copy:
+            return self.source.nbytes
+        return math.prod(self.source.shape) * BYTES[self.dtype]
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether its bytes are those of a file."""
+        return isinstance(self.source, Stored) and self.source.dtype == self.dtype
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def stored_in(folder: Path) -> dict[str, Stored]:
+    """All tensors of a model folder by name, in the order in which they lie in its files.
+
+    Raises:
+        BadModel: there are none, a file is cut or no safetensors file, one that the index names is missing or does not
+            hold what the index says, or two hold the same tensor.
+    """
+    index = folder / INDEX
+    named: dict[str, str] = read_object(index).get("weight_map", {}) if index.is_file() else {}
+    files = sorted({folder / name for name in named.values()} or folder.glob("*.safetensors"))
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise BadModel(
+            "a shard named in the index is missing", where=str(folder), examples=missing, fix="fetch it again"
+        )
+    if not files:
+        raise BadModel("has no weights", where=str(folder), expected="*.safetensors")
+    found: dict[str, Stored] = {}
+    for file in files:
+        tensors = read_header(file)
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise BadModel("holds a tensor that another file holds too", where=str(file), examples=twice)
+        found |= tensors
+    if absent := [f"{name}: not in {file}" for name, file in named.items() if name not in found]:
+        raise BadModel("the index names tensors that no file holds", where=str(index), examples=absent)
+    return found
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """The tensors of one safetensors file by name, in the order of their bytes.
+
+    Raises:
+        BadModel: the header is longer than the file, not what the format says, or tells of bytes that are not there.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        start = opened.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if not 2 <= length <= min(size - 8, _MOST_HEADER_BYTES):
+            raise BadModel(
+                "is cut, or no safetensors file",
+                where=str(file),
+                got=f"the header says {length} bytes, the file has {size}",
+                fix="fetch it again",
+            )
+        text = opened.read(length)
+    try:
+        header: dict[str, Any] = json.loads(text)
+        header.pop("__metadata__", None)
+        tensors = {
+            name: Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
+            for name, entry in header.items()
+            for begin, end in [entry["data_offsets"]]
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadModel("has a header that is none", where=str(file), got=str(error), fix="fetch it again") from error
+    ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)))
+    _check_layout(file, ordered, size, 8 + length)
+    return ordered
+
+
+def _check_layout(file: Path, tensors: Mapping[str, Stored], size: int, first: int) -> None:
+    """Refuses tensors that overlap, leave gaps, have another size than their shape, or end beyond the file."""
+    place = first
+    for name, tensor in tensors.items():
+        count = math.prod(tensor.shape) * BYTES.get(tensor.dtype, 0)
+        if tensor.start != place or tensor.nbytes < 0 or count not in (0, tensor.nbytes):
+            raise BadModel("has a header that does not fit its tensors", where=str(file), examples=[name])
+        place += tensor.nbytes
+    if place != size:
+        raise BadModel(
+            "is cut, or longer than its header says",
+            where=str(file),
+            got=f"{size} bytes",
+            expected=f"{place} bytes",
+            fix="fetch it again",
+        )
+
+
+def _read_into(descriptor: int, target: memoryview, offset: int, file: Path) -> None:
+    while len(target):
+        got = os.preadv(descriptor, [target], offset)
+        if not got:
+            raise BadModel("ends before its tensors do", where=str(file), fix="fetch it again")
+        target, offset = target[got:], offset + got
+
+
+# --- number formats ---------------------------------------------------------------------------------------------------
+
+
+def widened(raw: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Bytes of a number format as float32, exactly (but for float64, which is rounded)."""
+    import numpy as np
+
+    if dtype == "BF16":
+        wide = np.zeros((raw.nbytes // 2, 2), dtype=np.uint16)
+        wide[:, 1] = raw.view(np.uint16)  # little-endian: a bfloat16 is the upper half of a float32
+        return wide.view(np.float32).reshape(-1)
+    numbers: NDArray[Any] = raw.view({"F64": np.float64, "F32": np.float32, "F16": np.float16}[dtype])
+    return numbers.astype(np.float32, copy=False)
+
+
+def rounded(numbers: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """float32 as the bytes of a number format, rounded to nearest, ties to even.
+
+    Raises:
+        BadModel: a number is not finite, or too large for the format.
+    """
+    import numpy as np
+
+    flat = np.ascontiguousarray(numbers, dtype=np.float32).reshape(-1)
+    if dtype == "BF16":
+        bits = flat.view(np.uint32)
+        odd = bits >> 16
+        odd &= 1
+        odd += 0x7FFF
+        odd += bits  # carries into the upper half where the lower one is above a half, or is one and the upper odd
+        narrow = np.ascontiguousarray(odd.view(np.uint16)[1::2])
+        finite = not np.any((narrow & 0x7F80) == 0x7F80)
+    else:
+        with np.errstate(over="ignore"):
+            narrow = flat.astype({"F64": np.float64, "F32": np.float32, "F16": np.float16}[dtype])
+        finite = bool(np.isfinite(narrow).all())
+    if not finite:
+        raise BadModel(
+            f"holds numbers that are not finite in {dtype}",
+            got=f"the largest is {np.abs(flat).max():g}",
+            fix="choose a format with a larger range, such as BF16",
+        )
+    return narrow.view(np.uint8)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def split(planned: Mapping[str, Planned], most_bytes: int) -> list[dict[str, Planned]]:
+    """The tensors in shards of at most so many bytes, in their order; a larger tensor has a shard of its own."""
+    shards: list[dict[str, Planned]] = []
+    filling, room = dict[str, Planned](), most_bytes
+    for name, tensor in planned.items():
+        if tensor.nbytes > most_bytes:
+            shards.append({name: tensor})
+            continue
+        if tensor.nbytes > room:
+            shards.append(filling)
+            filling, room = {}, most_bytes
+        filling[name] = tensor
+        room -= tensor.nbytes
+    return [*shards, filling] if filling else shards
+
+
+def write_shards(
+    wanted: Mapping[Path, Mapping[str, Planned]], most_bytes: int, step: Callable[[int], None] = lambda nbytes: None
+) -> dict[Path, dict[str, str]]:
+    """Writes tensors as the weights of one or several model folders, in one pass, with an index for several files.
+
+    Args:
+        wanted: of each existing folder the tensors by name; all have the same names, shapes and formats.
+        most_bytes: of a shard.
+        step: is told how many bytes were written.
+
+    Returns:
+        Of each folder the SHA-256 of every file that was written, by its name.
+
+    Raises:
+        BadModel: a number is not finite in its format.
+    """
+    first = next(iter(wanted.values()))
+    shards = split(first, most_bytes)
+    names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    names = [SINGLE] if len(shards) == 1 else names
+    digests: dict[Path, dict[str, str]] = {folder: {} for folder in wanted}
+    for name, shard in zip(names, shards, strict=True):
+        parts = {folder / name: {tensor: tensors[tensor] for tensor in shard} for folder, tensors in wanted.items()}
+        for path, digest in write_files(parts, step).items():
+            digests[path.parent][name] = digest
+    if len(shards) > 1:
+        content = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in first.values())},
+            "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
+        }
+        text = as_json(content).encode()
+        for folder in wanted:
+            (folder / INDEX).write_bytes(text)
+            digests[folder][INDEX] = hashlib.sha256(text).hexdigest()
+    return digests
+
+
+def write_files(
+    wanted: Mapping[Path, Mapping[str, Planned]], step: Callable[[int], None] = lambda nbytes: None
+) -> dict[Path, str]:
+    """Writes safetensors files of the same layout, tensor by tensor in all of them; returns their SHA-256."""
+    from threadpoolctl import threadpool_limits
+
+    first = next(iter(wanted.values()))
+    header = _header(first)
+    with ExitStack() as stack:
+        stack.enter_context(threadpool_limits(1, user_api="blas"))  # blocks are small: threads work on several instead
+        workers = stack.enter_context(ThreadPoolExecutor(_WORKERS))
+        files = {path: stack.enter_context(_Written(path)) for path in wanted}
+        for file in files.values():
+            file.write(memoryview(header))
+        for name in first:
+            for path, tensors in wanted.items():
+                with _told_of(name):
+                    _write_tensor(files[path], tensors[name], workers)
+                step(tensors[name].nbytes)
+        return {path: file.digest() for path, file in files.items()}
+
+
+def _header(planned: Mapping[str, Planned]) -> bytes:
+    place, entries = 0, dict[str, Any](__metadata__={"format": "pt"})
+    for name, tensor in planned.items():
+        entries[name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.source.shape),
+            "data_offsets": [place, place + tensor.nbytes],
+        }
+        place += tensor.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight, as safetensors itself has it
+    return struct.pack("<Q", len(text)) + text
+
+
+@contextmanager
+def _told_of(name: str) -> Iterator[None]:
+    try:
+        yield
+    except BadModel as error:
+        raise error if error.where else BadModel(error.what, where=name, got=error.got, fix=error.fix) from error
+
+
+def _write_tensor(file: _Written, tensor: Planned, workers: Executor) -> None:
+    if isinstance(tensor.source, Stored) and tensor.is_copy:
+        file.copy(tensor.source)
+        return
+
+    def made(start: int, stop: int) -> memoryview:
+        return rounded(tensor.source.floats(start, stop), tensor.dtype).data
+
+    ahead: deque[Future[memoryview]] = deque()
+    for block in blocks(tensor.source.shape):
+        ahead.append(workers.submit(made, *block))
+        if len(ahead) > 2 * _WORKERS:
+            file.write(ahead.popleft().result())
+    for each in ahead:
+        file.write(each.result())
+
+
+def blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The rows of a tensor in runs that are worked on at a time."""
+    rows, columns = math.prod(shape[:-1]), shape[-1] if shape else 1
+    step = max(1, _BLOCK_NUMBERS // max(1, columns))
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
+
+
+class _Written:
+    """A file that is written, with its SHA-256, which a thread computes beside what makes the bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb", buffering=0)
+        self._state = hashlib.sha256()
+        self._blocks: Queue[Any] = Queue(maxsize=4)
+        self._thread = threading.Thread(target=self._work, name="digest", daemon=True)
+
+    def __enter__(self) -> _Written:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._end()
+        self._file.close()
+
+    def write(self, block: memoryview) -> None:
+        """Writes bytes, which must not be changed any more."""
+        self._blocks.put(block)
+        while len(block):
+            block = block[os.write(self._file.fileno(), block) :]
+
+    def copy(self, source: Stored) -> None:
+        """Copies a tensor's bytes within the kernel, where the file systems can, and reads them for the digest."""
+        with source.file.open("rb", buffering=0) as file:
+            for offset in range(source.start, source.start + source.nbytes, _COPY_BYTES):
+                block = memoryview(bytearray(min(_COPY_BYTES, source.start + source.nbytes - offset)))
+                _read_into(file.fileno(), block, offset, source.file)
+                done = _copy_range(file.fileno(), self._file.fileno(), offset, len(block))
+                if done:
+                    self._blocks.put(block[:done])
+                if done < len(block):
+                    self.write(block[done:])
+
+    def digest(self) -> str:
+        """The digest of all that was written; nothing can be written any more."""
+        self._end()
+        return self._state.hexdigest()
+
+    def _end(self) -> None:
+        if self._thread.is_alive():
+            self._blocks.put(None)
+            self._thread.join()
+
+    def _work(self) -> None:
+        while (block := self._blocks.get()) is not None:
+            self._state.update(block)
+
+
+def _copy_range(source: int, target: int, offset: int, length: int) -> int:
+    """Copies bytes from file to file without passing them through this process; returns how many it could."""
+    done = 0
+    while done < length:
+        try:
+            copied = os.copy_file_range(source, target, length - done, offset + done)
+        except OSError as error:
+            if error.errno in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):  # these file systems cannot
+                break
+            raise
+        if not copied:
+            break
+        done += copied
+    return done
