@@ -18,6 +18,8 @@ from tasks.examinee import Examinee
 from tasks.harness_tasks import HarnessRun, _check_names, dataset_finder, run
 from tasks.items import Item, check_finite, digest_of, suite_metrics
 from tasks.models import TokenRow, load_model, score_tokens
+from tasks.outputs import whole_folder
+from tasks.packaged import package
 from tasks.records import Message
 from tasks.suite_params import HubData, MirrorData, ReadySuite, TaskFileSuite
 from tasks.suites import Asking, Results, examine, examine_parts, read_ready, shipped, shipped_names
@@ -296,6 +298,21 @@ def test_an_adapter_that_must_know_the_prompts_end_is_asked_as_it_was_trained(
         mask = [place >= len(prompt) for place in range(len(whole))]
         expected = score_tokens(examinee.model, [TokenRow(whole, mask, len(prompt))]).row_sums().item()
         assert item.logp == pytest.approx(expected, abs=1e-3), row
+
+
+def test_a_packaged_model_is_the_adapter_on_the_base_that_it_refers_to(base: Path, rows: Path, tmp_path: Path) -> None:
+    from tests.tasks.test_adapted import trained
+
+    (tmp_path / "adapter").mkdir()
+    publish(trained(base, "prefix"), tmp_path / "adapter")
+    with whole_folder(tmp_path / "packaged") as folder:
+        package(base, tmp_path / "adapter", folder, tmp_path / "packaged")
+    suite = rows_suite(rows, CHOICE, MULTIPLE)
+    alone = Examinee(base, PARAMS, None, chats=True, adapter=tmp_path / "adapter")
+    packaged = Examinee(tmp_path / "packaged", PARAMS, None, chats=True)
+    plain = Examinee(base, PARAMS, None, chats=True)
+    assert asked(packaged, s=suite).items == asked(alone, s=suite).items
+    assert len({each.journal.key for each in (alone, packaged, plain)}) == 3
 
 
 # --- lm-eval's form ---------------------------------------------------------------------------------------------------
