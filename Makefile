@@ -16,9 +16,10 @@ run: install ## from a clone to a registered, promoted model
 test: check ## all checks and all tests
 	@$(BIN)/python -m pytest
 
-kills: install ## kill -9 at random moments, 30 times each kind of training, 50 times a merge: the same result, to the bit
+kills: install ## kill -9 at random moments: 30 times each kind of training, 50 a merge, 20 an evaluation: the same, to the bit
 	@TEMPER_KILLS=30 $(BIN)/python -m pytest -n0 -s tests/tasks/test_kills.py
 	@TEMPER_KILLS=50 $(BIN)/python -m pytest -n0 -s tests/flows/test_killed_merging.py
+	@TEMPER_KILLS=20 $(BIN)/python -m pytest -n0 -s tests/tasks/test_evaluation_kills.py
 
 check: install ## format, lint, types, import layers, consistent packages
 	@$(BIN)/ruff format --check .

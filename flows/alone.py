@@ -52,7 +52,7 @@ def inspect(path: Path, against: Sequence[Path]) -> dict[str, Any]:
     from tasks.judge import judge
     from tasks.remembered import Memory
 
-    params = _nearest_params()
+    params = nearest_params()
     files, records, refused = _look_into(path)
     found = {
         "path": str(path),
@@ -245,7 +245,7 @@ def _named(formats: Mapping[str, str]) -> str:
     return ", ".join(sorted(set(formats.values())))
 
 
-def _nearest_params() -> Params:
+def nearest_params() -> Params:
     """The checks of the workspace that one stands in, or else those of the quickstart."""
     try:
         return load(graph.find_workspace(Path.cwd()) / graph.PARAMS)

@@ -37,6 +37,27 @@ def table(rows: Sequence[Mapping[str, str]]) -> None:
     typer.echo("")
 
 
+def evaluation(found: Mapping[str, Any]) -> None:
+    """The scores of a model on suites, task by task."""
+    for suite, each in found["suites"].items():
+        rows = [(task, about) for task, about in each["tasks"].items()]
+        rows += [("all", each)] if len(rows) > 1 else []
+        table(
+            [
+                {
+                    suite: name,
+                    "metric": about["metric"],
+                    "rows": str(about["rows"]),
+                    "score": "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**about["score"]),
+                    "figures": ", ".join(f"{key} {value:.4g}" for key, value in about.get("figures", {}).items()),
+                }
+                for name, about in rows
+            ]
+        )
+        if skipped := each.get("skipped"):
+            typer.echo(f"skipped, because it is not there: {', '.join(skipped)}")
+
+
 def inspection(found: Mapping[str, Any]) -> None:
     """What a file or folder of rows is."""
     files = [file for file in found["files"] if not file["error"]]

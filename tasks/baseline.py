@@ -10,13 +10,20 @@ from __future__ import annotations
 
 from tasks import process
 from tasks.evaluate import evaluate_model
+from tasks.journal import STATE
 
 
 def main() -> None:
     """The stage `baseline`."""
-    with process.stage(__doc__, "model", "rendered", "out") as stage:
+    with process.stage(__doc__, "model", "rendered", "out", may_fetch=True) as stage:
         evaluate_model(
-            stage.path("model"), stage.path("rendered"), stage.path("out"), "base", None, stage.params.evaluate
+            stage.path("model"),
+            stage.path("rendered"),
+            stage.path("out"),
+            "base",
+            None,
+            stage.params.evaluate,
+            stage.workspace / STATE,
         )
 
 

@@ -1,10 +1,11 @@
 """Lets a model answer the held-out rows and scores it, against the base model too.
 
 Reads:  data/models/METHOD/ (or data/base/ for the stage `baseline`), held-out chats of data/rendered/ (where there are
-        none: chosen replies; of an encoder-decoder model: pairs), the base's answers.
-Writes: data/reports/METHOD/examples.parquet (one row per example) and metrics.json.
+        none: chosen replies; of an encoder-decoder model: pairs), the base's report, and what suites of params name.
+Writes: data/reports/METHOD/examples.parquet (one row per item of every suite) and metrics.json.
 Params: evaluate
-Fails:  no held-out rows (65, never retried).
+Fails:  no held-out rows, another chat template, a suite that cannot be asked, scores that are not finite (65, never
+        retried); a dataset that the hub does not give now (75).
 
 Exact match of chats runs through lm-eval; the loss per token is read off the model directly, because rows may
 have several scored turns, which no task form of lm-eval has. Pairs are answered without lm-eval: its seq2seq backend
@@ -14,53 +15,54 @@ batch, fills inputs up on the left, where encoders that count positions go wrong
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from tasks import process
-from tasks.adapted import load_packaged
-from tasks.architecture import ENCODER_DECODER, architecture_in, positions_of
-from tasks.device import settle
-from tasks.errors import BadData
+from tasks.architecture import positions_of
+from tasks.device import device
+from tasks.errors import BadData, BadModel
 from tasks.evaluate_params import Evaluate
+from tasks.examinee import Effort, Examinee
+from tasks.forgetting import TextLoss, general_loss
+from tasks.harness import language_model
 from tasks.intervals import bootstrap
+from tasks.items import (
+    EXAMPLES,
+    HELD_OUT,
+    Item,
+    Summary,
+    check_finite,
+    digest_of,
+    mean_loss,
+    read_items,
+    suite_metrics,
+    write_items,
+)
+from tasks.journal import BATCHES, JOURNALS, STATE
 from tasks.labels import label_metrics
 from tasks.models import Model
 from tasks.outputs import as_json, read_manifest, write_whole
 from tasks.progress import Progress
 from tasks.scoring import read_questions, row_of, score
 from tasks.seq2seq import check_room, generate_targets
-from tasks.tables import read_rows, write_rows
-from tasks.templates import decode, load_tokenizer
+from tasks.statistics import answer_statistics
+from tasks.suites import examine
+from tasks.templates import decode, template_digest
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
-METRICS, EXAMPLES = "metrics.json", "examples.parquet"
+METRICS = "metrics.json"
 
-
-class Answer(NamedTuple):
-    """A model's answer to one row: `loss` is in nats per scored token, over `tokens` of them."""
-
-    id: str
-    family: str
-    prompt: str
-    target: str
-    answer: str
-    correct: bool
-    loss: float
-    tokens: int
-
-
-def examples_schema() -> pa.Schema:
-    """The columns of examples.parquet: the fields of `Answer`."""
-    import pyarrow as pa
-
-    types = {str: pa.string(), bool: pa.bool_(), float: pa.float64(), int: pa.int32()}
-    return pa.schema([(name, types[hint]) for name, hint in get_type_hints(Answer).items()])
+COSTS = Path("costs")
+"""Where a workspace keeps what evaluations cost."""
 
 
 def last_turn(row: Mapping[str, Any]) -> int:
@@ -74,7 +76,7 @@ def last_turn(row: Mapping[str, Any]) -> int:
 
 def answer_rows(
     model: Model, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], params: Evaluate
-) -> list[Answer]:
+) -> list[Item]:
     """Answers rendered chats and scores them.
 
     Raises:
@@ -96,16 +98,16 @@ def answer_rows(
     targets = [decode(tokenizer, row["ids"][len(prompt) :]) for row, prompt in zip(rows, prompts, strict=True)]
     texts = [str(tokenizer.decode(ids)) for ids in prompts]
     answers = generate(model, tokenizer, dict(zip(texts, prompts, strict=True)), texts, params)
-    losses = token_losses(model, rows, params.batch_rows)
+    logps = token_logps(model, rows, params.batch_rows)
     return [
-        Answer(row["id"], row["family"], text, target, answer, answer == target, loss, sum(row["mask"]))
-        for row, text, target, answer, loss in zip(rows, texts, targets, answers, losses, strict=True)
+        _item(row, text, target, answer, logp, sum(row["mask"][1:]))
+        for row, text, target, answer, logp in zip(rows, texts, targets, answers, logps, strict=True)
     ]
 
 
 def answer_pairs(
     model: Model, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], params: Evaluate
-) -> list[Answer]:
+) -> list[Item]:
     """Answers the inputs of rendered pairs and scores their targets.
 
     Raises:
@@ -120,12 +122,15 @@ def answer_pairs(
             answers += [decode(tokenizer, ids) for ids in answered]
             progress.step(by=len(inputs))
     made = []
-    for row, answer, loss in zip(rows, answers, token_losses(model, rows, params.batch_rows), strict=True):
+    for row, answer, logp in zip(rows, answers, token_logps(model, rows, params.batch_rows), strict=True):
         given, target = decode(tokenizer, row["input_ids"]), decode(tokenizer, row["target_ids"])
-        made.append(
-            Answer(row["id"], row["family"], given, target, answer, answer == target, loss, len(row["target_ids"]))
-        )
+        made.append(_item(row, given, target, answer, logp, len(row["target_ids"])))
     return made
+
+
+def _item(row: Mapping[str, Any], prompt: str, target: str, answer: str, logp: float, tokens: int) -> Item:
+    score = float(answer == target)
+    return Item(HELD_OUT, row["family"], row["id"], prompt, digest_of(prompt), target, answer, score, logp, tokens)
 
 
 def generate(
@@ -162,7 +167,14 @@ def generate(
     }
     with Progress("answer", len(prompts), "rows") as progress:
         result = simple_evaluate(
-            model=_language_model(model, tokenizer, tokens, params, progress),
+            model=language_model(
+                model,
+                tokenizer,
+                batch_rows=params.batch_rows,
+                generation=params.generation,
+                progress=progress,
+                tokens=tokens,
+            ),
             tasks=[task],
             task_manager=TaskManager(include_defaults=False),
             bootstrap_iters=0,
@@ -171,127 +183,203 @@ def generate(
     return [sample["filtered_resps"][0].strip() for sample in samples]
 
 
-def _language_model(
-    model: Model,
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: Mapping[str, Sequence[int]],
-    params: Evaluate,
-    progress: Progress,
-) -> Any:
-    """The model as lm-eval drives it: on the tokens that training saw, with our options, counting rows."""
-    import torch
-    from lm_eval.models.huggingface import HFLM
-
-    from tasks.generation import decoding
-
-    class Counted(HFLM):  # type: ignore[misc]  # lm-eval's class is untyped
-        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return super().generate_until(requests, disable_tqdm=True)
-
-        def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
-            return list(tokens[string]) if string in tokens else super().tok_encode(string, *args, **kwargs)
-
-        def tok_batch_encode(self, strings: Sequence[str], *args: Any, **kwargs: Any) -> Any:
-            longest = max(len(tokens[text]) for text in strings)
-            ids = torch.full((len(strings), longest), tokenizer.pad_token_id)
-            attended = torch.zeros_like(ids)
-            for number, text in enumerate(strings):
-                ids[number, longest - len(tokens[text]) :] = torch.tensor(tokens[text])
-                attended[number, longest - len(tokens[text]) :] = 1
-            return ids, attended
-
-        def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
-            kwargs |= decoding(model, params.generation, context, kwargs["attention_mask"])
-            kwargs["eos_token_id"] = tokenizer.eos_token_id
-            answered = super()._model_generate(context, *args, **kwargs)
-            progress.step(by=len(context))
-            return answered
-
-    return Counted(
-        pretrained=model,
-        tokenizer=tokenizer,
-        backend="causal",
-        batch_size=params.batch_rows,
-        add_bos_token=False,
-        # of a model that does not say how much it reads lm-eval would cut prompts to 2048 tokens
-        max_length=max(map(len, tokens.values())) + params.max_new_tokens,
-    )
-
-
-def token_losses(model: Model, rows: Sequence[Mapping[str, Any]], batch_rows: int) -> list[float]:
-    """The mean negative log-likelihood of each row's scored tokens, in nats."""
+def token_logps(model: Model, rows: Sequence[Mapping[str, Any]], batch_rows: int) -> list[float]:
+    """The log-probability of each row's scored tokens together, in nats."""
     import torch
 
-    losses: list[float] = []
+    logps: list[float] = []
     with torch.no_grad(), Progress("score", len(rows), "rows") as progress:
         for start in range(0, len(rows), batch_rows):
             batch = [row_of(row) for row in rows[start : start + batch_rows]]
-            losses += (-score(model, batch).row_means()).tolist()
+            logps += score(model, batch).row_sums().tolist()
             progress.step(by=len(batch))
-    return losses
+    return logps
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
 
 
 def metrics_of(
-    model: str, answers: Sequence[Answer], base: Sequence[Answer] | None, params: Evaluate
+    model: str,
+    items: Sequence[Item],
+    base: Sequence[Item] | None,
+    params: Evaluate,
+    suite_summaries: Mapping[tuple[str, str], Summary] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """What is reported of a model; `base` are the base model's answers to the same rows, for the paired gain."""
-    families = sorted({a.family for a in answers})
-    by_family = {f: [a for a in answers if a.family == f] for f in families}
+    """What is reported of a model.
+
+    Args:
+        model: its name.
+        items: of the held-out rows, and of further suites.
+        base: the base model's of the same held-out rows, for the paired gain.
+        params: of the intervals.
+        suite_summaries: of the further suites' tasks.
+
+    Raises:
+        BadData: the base model was asked other questions.
+    """
+    summaries = {(HELD_OUT, item.task): Summary("exact_match", {}) for item in items if item.suite == HELD_OUT}
+    suites = suite_metrics(items, {**summaries, **suite_summaries}, params)
+    answers = [item for item in items if item.suite == HELD_OUT]
     metrics: dict[str, Any] = {
         "model": model,
         "rows": len(answers),
-        "exact_match": bootstrap([a.correct for a in answers], params)._asdict(),
+        "exact_match": suites[HELD_OUT]["score"],
         "loss": mean_loss(answers),
         "families": {
-            f: {"rows": len(rows), "exact_match": sum(a.correct for a in rows) / len(rows)}
-            for f, rows in by_family.items()
+            family: {"rows": each["rows"], "exact_match": each["score"]["mean"]}
+            for family, each in suites[HELD_OUT]["tasks"].items()
         },
+        "suites": suites,
     }
-    if labels := label_metrics([a.target for a in answers], [a.answer for a in answers], params):
+    if labels := label_metrics([a.target for a in answers], [a.prediction for a in answers], params):
         metrics["labels"] = labels
     if base is not None:
-        before = {a.id: a.correct for a in base}
-        gains = [float(a.correct) - float(before[a.id]) for a in answers]
+        before = _paired(answers, base)
+        gains = [item.score - old.score for item, old in zip(answers, before, strict=True)]
         metrics["gain_over_base"] = bootstrap(gains, params)._asdict()
-        metrics["base"] = {"exact_match": sum(before.values()) / len(before), "loss": mean_loss(base)}
+        metrics["base"] = {
+            "exact_match": sum(old.score for old in before) / len(before),
+            "loss": mean_loss(before),
+        }
     return metrics
 
 
-def mean_loss(answers: Sequence[Answer]) -> float:
-    """The loss per scored token over all answers, in nats."""
-    return sum(a.loss * a.tokens for a in answers) / sum(a.tokens for a in answers)
+def _paired(answers: Sequence[Item], base: Sequence[Item]) -> list[Item]:
+    """The base model's items of the same questions, in the same order.
+
+    Raises:
+        BadData: the base was asked others.
+    """
+    known = {(item.id, *item.same): item for item in base}
+    if others := [item.id for item in answers if (item.id, *item.same) not in known]:
+        raise BadData(
+            f"{len(others)} of {len(answers)} held-out rows are not those that the base model answered",
+            examples=others,
+            fix="run the stage `baseline` anew",
+        )
+    return [known[item.id, *item.same] for item in answers]
+
+
+def held_out_items(examinee: Examinee, rendered: Path) -> list[Item]:
+    """What a model makes of the held-out rows; what its journal has is not asked again.
+
+    Raises:
+        BadData: there are no such rows, or a prompt leaves no room to answer.
+        BadModel: the chat template is not the one that the rows were rendered with.
+    """
+    params, tokenizer = examinee.params, examinee.tokenizer
+    about = read_manifest(rendered)
+    if not examinee.encodes and (wanted := about.get("template_sha256")) != template_digest(tokenizer):
+        raise BadModel(
+            "its chat template is not the one that the rows were rendered with",
+            where=str(examinee.folder),
+            got=template_digest(tokenizer)[:12],
+            expected=str(wanted)[:12],
+            fix="evaluate the model with the template that it was trained with",
+        )
+    answering = answer_pairs if examinee.encodes else answer_rows
+
+    def answered(some: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [item._asdict() for item in answering(examinee.model, tokenizer, some, params)]
+
+    def tokens(answers: Sequence[Mapping[str, Any]]) -> int:
+        texts = [f"{answer['prompt']}{answer['prediction']}" for answer in answers]
+        return sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
+
+    rows = read_questions(rendered, examinee.architecture)[: params.rows]
+    items: list[Item] = []
+    for start in range(0, len(rows), BATCHES * params.batch_rows):
+        some = rows[start : start + BATCHES * params.batch_rows]
+        asked = [HELD_OUT, params.max_new_tokens, some]
+        items += [Item(**each) for each in examinee.recall(asked, partial(answered, some), tokens)]
+    return items
 
 
 def evaluate_model(
-    model_folder: Path, rendered: Path, out: Path, name: str, base: Path | None, params: Evaluate
+    model_folder: Path, rendered: Path, out: Path, name: str, base: Path | None, params: Evaluate, state: Path | None
 ) -> None:
-    """Evaluates a model folder and writes its report."""
+    """Evaluates a model folder and writes its report.
+
+    Args:
+        model_folder: the model.
+        rendered: with the held-out rows.
+        out: the report's folder.
+        name: of the method, or `base`.
+        base: the base model's items, for the gain.
+        params: what is asked.
+        state: a workspace's own folder, which keeps the journal, and what the evaluation cost; None to keep neither.
+
+    Raises:
+        BadInput: as `held_out_items`, `examine` and `general_loss` say; then nothing is written.
+    """
     read_manifest(model_folder)
-    read_manifest(rendered)
-    architecture = architecture_in(model_folder)
-    rows = read_questions(rendered, architecture)[: params.rows]
-    settle(params.seed)
-    answering = answer_pairs if architecture is ENCODER_DECODER else answer_rows
-    answers = answering(load_packaged(model_folder), load_tokenizer(model_folder), rows, params)
-    before = [Answer(**row) for row in read_rows(base)] if base else None
-    metrics = metrics_of(name, answers, before, params)
+    examinee = Examinee(model_folder, params, state / JOURNALS if state else None, chats=True)
+    answers = held_out_items(examinee, rendered)
+    check_finite(answers)
+    asked = examine(examinee, params.suites)
+    metrics = metrics_of(name, [*answers, *asked.items], read_items(base) if base else None, params, asked.summaries)
+    metrics["template_sha256"] = template_digest(examinee.tokenizer)
+    metrics["answers"] = answer_statistics(*written_by(examinee, answers))
+    for suite, skipped in asked.skipped.items():
+        metrics["suites"][suite]["skipped"] = skipped
+    if params.general_text != "none":
+        metrics["forgetting"] = forgetting(general_loss(examinee, params.general_text), base)
     out.mkdir(parents=True, exist_ok=True)
-    write_rows(out / EXAMPLES, [answer._asdict() for answer in answers], examples_schema())
+    write_items(out / EXAMPLES, [*answers, *asked.items])
     write_whole(out / METRICS, as_json(metrics))
+    if state and examinee.effort.seconds:  # else all was known, and what it once cost stays written
+        write_whole(state / COSTS / f"{name}.json", as_json(cost_of(examinee.effort)))
+    print(f"evaluate {name}: {_said(metrics)}", flush=True)
+
+
+def written_by(examinee: Examinee, answers: Sequence[Item]) -> tuple[list[str], list[int]]:
+    """The texts of answers, and how many tokens each has."""
+    texts = [item.prediction for item in answers]
+    return texts, [len(ids) for ids in examinee.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+def cost_of(effort: Effort) -> dict[str, Any]:
+    """What an evaluation cost, which depends on the machine and so is no part of its report."""
+    speed = effort.tokens / effort.seconds
+    return {**effort._asdict(), "tokens_per_s": speed, "device": str(device())}
+
+
+def forgetting(own: TextLoss, base: Path | None) -> dict[str, Any]:
+    """The loss on the general text beside the base model's, whose report stands beside its items.
+
+    Raises:
+        BadData: the base's report lacks it, or is of another text.
+    """
+    if base is None:
+        return {**own._asdict(), "base_loss": own.loss}
+    before = json.loads((base.parent / METRICS).read_text()).get("forgetting", {})
+    if before.get("tokens") != own.tokens or not math.isfinite(before.get("loss", math.nan)):
+        raise BadData(
+            "the base model has no loss on this general text",
+            where=str(base.parent / METRICS),
+            got=f"{before.get('tokens')} tokens",
+            expected=f"{own.tokens} tokens",
+            fix="run the stage `baseline` anew",
+        )
+    return {**own._asdict(), "base_loss": before["loss"]}
+
+
+def _said(metrics: Mapping[str, Any]) -> str:
     exact, labels = metrics["exact_match"], metrics.get("labels")
-    print(
-        f"evaluate {name}: exact match {exact['mean']:.3f} [{exact['low']:.3f}, {exact['high']:.3f}], "
-        f"loss {metrics['loss']:.3f}" + (f", macro-F1 {labels['macro_f1']['mean']:.3f}" if labels else ""),
-        flush=True,
-    )
+    said = f"exact match {exact['mean']:.3f} [{exact['low']:.3f}, {exact['high']:.3f}], loss {metrics['loss']:.3f}"
+    if labels:
+        said += f", macro-F1 {labels['macro_f1']['mean']:.3f}"
+    for suite, each in metrics["suites"].items():
+        if suite != HELD_OUT:
+            score = each["score"]
+            said += f"; {suite} {each['metric']} {score['mean']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
+    return said
 
 
 def main() -> None:
     """The stage `evaluate@METHOD`."""
-    with process.stage(__doc__, "model", "rendered", "base", "out", item="method") as stage:
+    with process.stage(__doc__, "model", "rendered", "base", "out", item="method", may_fetch=True) as stage:
         evaluate_model(
             stage.path("model"),
             stage.path("rendered"),
@@ -299,6 +387,7 @@ def main() -> None:
             stage.item,
             stage.path("base"),
             stage.params.evaluate,
+            stage.workspace / STATE,
         )
 
 

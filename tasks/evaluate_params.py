@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from tasks.fields import Count, Section, Seed
+from tasks.fields import Count, Name, Section, Seed
 from tasks.generation_params import Generation
+from tasks.suite_params import GeneralText, Suite
 
 
 class Evaluate(Section):
@@ -27,3 +28,14 @@ class Evaluate(Section):
     """Of the resampling."""
     generation: Generation
     """How answers are generated."""
+    suites: dict[Name, Suite]
+    """What the model is asked besides, by names of your own; data/suites/ holds ready ones."""
+    general_text: GeneralText | Literal["none"]
+    """Text on which base and tuned model are compared, to tell what was forgotten."""
+
+    @field_validator("suites")
+    @classmethod
+    def _other_than_held_out(cls, suites: dict[str, Suite]) -> dict[str, Suite]:
+        if "held_out" in suites:
+            raise ValueError("held_out is the name of the held-out rows")
+        return suites

@@ -12,10 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -23,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from tasks.architecture import DECODER, architecture_in
 from tasks.errors import BadData, BadModel
 from tasks.records import Message
+from tasks.time_limit import limited
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -349,7 +347,7 @@ def _texts(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], *, answeri
         schemas = [json.loads(tool) for tool in tools] or None
         plain = [[_plain(message) for message in chats[place].messages] for place in places]
         try:
-            with _limited(TEMPLATE_SECONDS + 0.01 * len(plain)):
+            with limited(TEMPLATE_SECONDS + 0.01 * len(plain), "the chat template"):
                 texts: list[Any] = _apply(tokenizer, plain, schemas, answering)
         except BadData:  # some row is at fault: see which
             texts = [_apply_alone(tokenizer, one, schemas, answering) for one in plain]
@@ -361,7 +359,7 @@ def _texts(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], *, answeri
 
 def _apply_alone(tokenizer: PreTrainedTokenizerBase, one: Any, schemas: Any, answering: bool) -> Text | BadData:
     try:
-        with _limited(TEMPLATE_SECONDS):
+        with limited(TEMPLATE_SECONDS, "the chat template"):
             return _apply(tokenizer, [one], schemas, answering)[0]
     except BadData as error:
         return error
@@ -419,25 +417,6 @@ def _dropped(text: str, chat: Chat) -> BadData | None:
                 fix="put its text into the user's turn, or take another template",
             )
     return None
-
-
-@contextmanager
-def _limited(seconds: float) -> Iterator[None]:
-    """Stops a template that does not end, where signals can be had: in a process's main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise BadData("the chat template does not come to an end", got=f"more than {seconds:.1f} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from tasks.base_params import PretrainBase
 from tasks.evaluate_params import Evaluate
 from tasks.generation_params import GREEDY
 from tasks.params import Checks, FileSource, Method, Render, Validate
+from tasks.suite_params import RowsSuite
 
 PICO_SETTINGS = [
     "ingest.sources.chats.count=120",
@@ -181,7 +183,15 @@ def file_source(path: Path, **changes: Any) -> FileSource:
 
 
 EVALUATE = Evaluate(
-    rows=8, batch_rows=4, max_new_tokens=3, bootstrap_samples=200, confidence=0.95, seed=1, generation=GREEDY
+    rows=8,
+    batch_rows=4,
+    max_new_tokens=3,
+    bootstrap_samples=200,
+    confidence=0.95,
+    seed=1,
+    generation=GREEDY,
+    suites={},
+    general_text="none",
 )
 
 
@@ -191,3 +201,34 @@ def stored(folder: Path) -> dict[str, Any]:
 
     tensors: dict[str, Any] = load_file(folder / "model.safetensors")
     return tensors
+
+
+def rows_suite(path: Path | str, metric: dict[str, Any], columns: dict[str, Any], **changes: Any) -> RowsSuite:
+    """A suite of one file of rows, asked plainly."""
+    values: dict[str, Any] = {
+        "kind": "rows",
+        "path": str(path),
+        "sha256": "none",
+        "files": "*",
+        "task": "one",
+        "columns": columns,
+        "prompt": "{{ question }}",
+        "delimiter": " ",
+        "metric": metric,
+        "shots": "none",
+        "max_new_tokens": 4,
+        "limit": "none",
+        "chat_template": False,
+    }
+    return RowsSuite.model_validate({**values, **changes})
+
+
+CHOICE = {"name": "choice", "endings": "texts", "normalise": "none"}
+MULTIPLE = {"question": "question", "choices": "choices", "answer": "answer"}
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """A file with a JSON object in each line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path

@@ -38,6 +38,7 @@ SAID = {
     "temper promote --version 2": r"\(qlora\) is now champion: models:/temper-tiny@champion",
     "temper rollback": r"\(orpo\) is now champion",
     "temper doctor": r"ok +MLflow +answers: sqlite:",
+    "temper evaluate models/tiny --suite exam.csv": r"exam +accuracy_per_character +2 +[01]\.\d+ \[",
     "temper inspect chats.jsonl": r"chats\.jsonl: conversations, 1 rows \(1 chat\)",
     "temper render chats.jsonl --tokenizer models/tiny": r"assistant\n\[\[19<\|im_end\|>\]\]",
     "temper convert chats.jsonl out.json --to alpaca": r"1 rows written to out\.json",
@@ -56,6 +57,7 @@ def used(factory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     change_params(target, None, ["promote.margin=100"])
     chat = [{"role": "user", "content": "What is 12 plus 7?"}, {"role": "assistant", "content": "19"}]
     (target / "chats.jsonl").write_text(json.dumps({"messages": chat}))
+    (target / "exam.csv").write_text("question,A,B,answer\nWhat is 1 plus 2?,3,4,A\nWhat is 2 plus 2?,3,4,B\n")
     return target
 
 
@@ -84,7 +86,10 @@ SNIPPETS = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
 def test_what_the_readme_puts_into_params_is_valid(snippet: str) -> None:
     quickstart = dict(YAML(typ="safe").load(ROOT / "recipes" / "quickstart.yaml"))
-    check({**quickstart, **YAML(typ="safe").load(snippet)}, "README.md")
+    given = YAML(typ="safe").load(snippet)
+    if "evaluate" in given:  # the README shows its suites alone
+        given["evaluate"] = {**quickstart["evaluate"], **given["evaluate"]}
+    check({**quickstart, **given}, "README.md")
 
 
 @pytest.mark.parametrize("command", ["make run", "make test"])

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from pydantic import ValidationError
 from scipy import stats
 from transformers import (
     BloomConfig,
@@ -17,14 +21,21 @@ from transformers import (
 )
 
 from tasks.chat import answer
-from tasks.errors import BadData
-from tasks.evaluate import Answer, answer_rows, last_turn, mean_loss, metrics_of, token_losses
+from tasks.errors import BadData, BadModel
+from tasks.evaluate import answer_rows, evaluate_model, last_turn, metrics_of, token_logps
+from tasks.evaluate_params import Evaluate
+from tasks.examinee import Examinee
+from tasks.forgetting import general_loss
 from tasks.generation_params import GREEDY
 from tasks.intervals import bootstrap
+from tasks.items import EXAMPLES, Item, digest_of, mean_loss, read_items
 from tasks.models import load_model
+from tasks.outputs import whole_folder
 from tasks.records import Message
-from tasks.templates import render_chat
-from tests.samples import EVALUATE
+from tasks.suite_params import GeneralText
+from tasks.tables import write_rows, write_table
+from tasks.templates import render_chat, template_digest
+from tests.samples import CHOICE, EVALUATE, MULTIPLE, rows_suite, write_lines
 
 QUESTIONS = [
     ("What is 1 plus 2?", "3"),
@@ -51,9 +62,9 @@ def test_answers_are_those_that_serving_gives(
     found = answer_rows(model, tokenizer, rows, EVALUATE)
     for one, (question, reply) in zip(found, QUESTIONS, strict=True):
         served = answer(model, tokenizer, [Message("user", question)], EVALUATE.max_new_tokens)
-        assert one.answer == served.text
+        assert one.prediction == served.text
         assert one.target == reply
-        assert one.correct == (one.answer == reply)
+        assert one.score == float(one.prediction == reply)
         assert question in one.prompt
 
 
@@ -66,7 +77,7 @@ def test_drawn_answers_are_those_that_serving_gives_in_any_batch(
     options = {"temperature": 1.0, "top_p": 0.95, "repetition_penalty": 1.2, "repetition_range": 4, "seed": 5}
     generation = GREEDY.model_copy(update=options)
     params = EVALUATE.model_copy(update={"batch_rows": batch_rows, "max_new_tokens": 12, "generation": generation})
-    found = [each.answer for each in answer_rows(model, tokenizer, rows, params)]
+    found = [each.prediction for each in answer_rows(model, tokenizer, rows, params)]
     served = [answer(model, tokenizer, [Message("user", q)], 12, generation).text for q, _ in QUESTIONS]
     assert found == served
     assert found != [answer(model, tokenizer, [Message("user", q)], 12).text for q, _ in QUESTIONS]
@@ -97,7 +108,7 @@ def test_a_model_that_counts_no_positions_has_no_limit(
     found = answer_rows(model, tokenizer, [*rows, long], EVALUATE)
     assert [one.id for one in found] == ["0", "1", "2", "3", "long"]
     assert prompt_tokens > 2048
-    assert found[-1].answer == answer(model, tokenizer, [Message("user", "cat " * 2500)], 3).text
+    assert found[-1].prediction == answer(model, tokenizer, [Message("user", "cat " * 2500)], 3).text
 
 
 def test_a_limit_may_stand_in_the_config_of_the_text_model(
@@ -114,10 +125,11 @@ def test_a_limit_may_stand_in_the_config_of_the_text_model(
 def test_losses_are_those_of_the_model_on_its_own_labels(pico_base: Path, rows: list[dict[str, Any]]) -> None:
     """Against the loss that transformers computes, one row at a time."""
     model = load_model(pico_base).float()
-    for row, loss in zip(rows, token_losses(model, rows, 3), strict=True):
+    for row, logp in zip(rows, token_logps(model, rows, 3), strict=True):
         ids = torch.tensor([row["ids"]])
         labels = torch.where(torch.tensor([row["mask"]]), ids, -100)
-        assert loss == pytest.approx(model(input_ids=ids, labels=labels).loss.item(), rel=1e-4)
+        expected = -model(input_ids=ids, labels=labels).loss.item() * sum(row["mask"])
+        assert logp == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_last_turn_is_what_is_answered(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -141,12 +153,12 @@ def test_the_model_answers_the_tokens_that_training_saw(
     model: Any = load_model(pico_base)
     (answered,) = answer_rows(model, tokenizer, [split], EVALUATE)
     new = model.generate(torch.tensor([prompt]), max_new_tokens=EVALUATE.max_new_tokens, do_sample=False)
-    assert answered.answer == str(tokenizer.decode(new[0, len(prompt) :], skip_special_tokens=True)).strip()
+    assert answered.prediction == str(tokenizer.decode(new[0, len(prompt) :], skip_special_tokens=True)).strip()
 
 
-def made(correct: list[bool], losses: list[float], tokens: list[int], family: str = "f") -> list[Answer]:
+def made(correct: list[bool], losses: list[float], tokens: list[int], family: str = "f") -> list[Item]:
     return [
-        Answer(str(n), family, "p", "t", "a", c, loss, k)
+        Item("held_out", family, str(n), "p", digest_of("p"), "t", "a", float(c), -loss * k, k)
         for n, (c, loss, k) in enumerate(zip(correct, losses, tokens, strict=True))
     ]
 
@@ -176,3 +188,115 @@ def test_metrics_worked_out_by_hand() -> None:
     assert metrics["families"] == {"f": {"rows": 4, "exact_match": 0.5}}
     assert mean_loss(answers) == metrics["loss"]
     assert "base" not in metrics_of("m", answers, None, EVALUATE)
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rendered(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], tmp_path_factory: Any) -> Path:
+    """Held-out rows as `render` writes them."""
+    folder: Path = tmp_path_factory.mktemp("data") / "rendered"
+    with whole_folder(folder, {"template_sha256": template_digest(tokenizer)}) as draft:
+        (draft / "held_out").mkdir()
+        write_table(draft / "held_out" / "chat.parquet", pa.Table.from_pylist(rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(pico_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pico model as `merge` writes it."""
+    folder = tmp_path_factory.mktemp("models") / "m"
+    with whole_folder(folder) as draft:
+        for file in pico_base.iterdir():
+            shutil.copy(file, draft)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def with_suites(tmp_path_factory: pytest.TempPathFactory) -> Evaluate:
+    """Params with a suite of rows and a general text."""
+    folder = tmp_path_factory.mktemp("own")
+    exam = write_lines(folder / "exam.jsonl", [{"question": "狗?", "choices": ["dog", "cat"], "answer": 0}] * 3)
+    (folder / "text.txt").write_text("The cat sat on the mat.\n\nA dog ran.\n\n" * 40)
+    text = GeneralText(path=str(folder / "text.txt"), sha256="none", max_tokens=300)
+    return EVALUATE.model_copy(update={"suites": {"exam": rows_suite(exam, CHOICE, MULTIPLE)}, "general_text": text})
+
+
+def test_a_report_holds_all_suites_and_is_the_same_twice(
+    model: Path, rendered: Path, with_suites: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, base in (("base", None), ("m", tmp_path / "base" / EXAMPLES)):
+        evaluate_model(model, rendered, tmp_path / name, name, base, with_suites, tmp_path / "state")
+    metrics = json.loads((tmp_path / "m" / "metrics.json").read_text())
+    items = read_items(tmp_path / "m" / EXAMPLES)
+    assert [item.suite for item in items] == ["held_out"] * 4 + ["exam"] * 3
+    assert [item.task for item in items] == ["f0", "f1", "f0", "f1", "one", "one", "one"]
+    assert {suite: each["rows"] for suite, each in metrics["suites"].items()} == {"held_out": 4, "exam": 3}
+    assert metrics["suites"]["held_out"]["score"] == metrics["exact_match"]
+    assert metrics["gain_over_base"]["mean"] == 0.0
+    assert metrics["forgetting"]["loss"] == metrics["forgetting"]["base_loss"]
+    cost = json.loads((tmp_path / "state" / "costs" / "base.json").read_text())
+    assert cost["tokens_per_s"] == pytest.approx(cost["tokens"] / cost["seconds"])
+    assert not (tmp_path / "state" / "costs" / "m.json").exists()  # it is the same model, so nothing was asked
+    monkeypatch.setattr("tasks.examinee.load_packaged", lambda *_: pytest.fail("loaded"))
+    before = {file: file.read_bytes() for file in (tmp_path / "m").iterdir()}
+    evaluate_model(model, rendered, tmp_path / "m", "m", tmp_path / "base" / EXAMPLES, with_suites, tmp_path / "state")
+    assert {file: file.read_bytes() for file in (tmp_path / "m").iterdir()} == before
+
+
+def test_what_is_forgotten_is_the_loss_on_the_text(model: Path, with_suites: Evaluate) -> None:
+    """Against transformers' own loss, window by window."""
+    examinee = Examinee(model, with_suites, None, chats=True)
+    examinee.model.float()
+    assert isinstance(with_suites.general_text, GeneralText)
+    assert examinee.room == 256
+    found = general_loss(examinee, with_suites.general_text)
+    texts = [text for text in Path(with_suites.general_text.path).read_text().split("\n\n") if text]
+    ids = [token for text in texts for token in examinee.tokenizer(text)["input_ids"]][:300]
+    total = 0.0
+    for start in range(0, 299, 127):  # half of what the model reads
+        window = torch.tensor([ids[start : start + 128]])
+        total += float(examinee.model(input_ids=window, labels=window).loss) * (window.shape[1] - 1)
+    assert found.tokens == 299
+    assert found.loss == pytest.approx(total / 299, rel=1e-5)
+
+
+def test_a_model_with_another_template_is_refused(model: Path, rendered: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    with whole_folder(other) as draft:
+        for file in model.iterdir():
+            if file.name != "manifest.json":
+                shutil.copy(file, draft)
+        (draft / "chat_template.jinja").write_text((draft / "chat_template.jinja").read_text() + " ")
+    with pytest.raises(BadModel, match="its chat template is not the one that the rows were rendered with") as refused:
+        evaluate_model(other, rendered, tmp_path / "out", "m", None, EVALUATE, None)
+    assert refused.value.exit_code == 65
+    assert not (tmp_path / "out").exists()
+
+
+def test_reports_of_other_questions_are_refused(
+    model: Path, rendered: Path, with_suites: Evaluate, tmp_path: Path
+) -> None:
+    """Row 76: the base's results must be of the same rows, and of the same text."""
+    plain = EVALUATE.model_copy(update={"rows": 2})
+    evaluate_model(model, rendered, tmp_path / "base", "base", None, plain, tmp_path)
+    base = tmp_path / "base" / EXAMPLES
+    with pytest.raises(BadData, match="2 of 4 held-out rows are not those that the base model answered"):
+        evaluate_model(model, rendered, tmp_path / "out", "m", base, EVALUATE, tmp_path)
+    with pytest.raises(BadData, match="the base model has no loss on this general text"):
+        evaluate_model(
+            model, rendered, tmp_path / "out", "m", base, with_suites.model_copy(update={"rows": 2}), tmp_path
+        )
+    old = tmp_path / "old.parquet"
+    write_rows(old, [{"id": "1", "correct": True}], pa.schema([("id", pa.string()), ("correct", pa.bool_())]))
+    with pytest.raises(BadData, match="is no report of items"):
+        evaluate_model(model, rendered, tmp_path / "out", "m", old, plain, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_held_out_is_the_name_of_no_suite() -> None:
+    with pytest.raises(ValidationError, match="held_out is the name of the held-out rows"):
+        Evaluate.model_validate(
+            {**EVALUATE.model_dump(), "suites": {"held_out": rows_suite("x", CHOICE, MULTIPLE).model_dump()}}
+        )

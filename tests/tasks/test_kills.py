@@ -5,11 +5,8 @@ TEMPER_KILLS says how many kills each method gets; the 30 of the promise are `ma
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
 import time
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from random import Random
 
@@ -17,34 +14,24 @@ import pytest
 
 from tests.conftest import digests
 from tests.tasks import killed_training
+from tests.tasks.forked import Forks, attempt, forks_of
 
 KILLS = int(os.environ.get("TEMPER_KILLS", "3"))
 
 
 @pytest.fixture(scope="module")
-def forks() -> ForkServerContext:
-    """Processes that begin with everything imported, so that kills fall into trainings and not into imports."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([killed_training.__name__])
-    return context
+def forks() -> Forks:
+    return forks_of(killed_training.__name__)
 
 
-def run(forks: ForkServerContext, base: Path, name: str, folder: Path, kill_after_s: float | None = None) -> bool:
+def run(forks: Forks, base: Path, name: str, folder: Path, kill_after_s: float | None = None) -> bool:
     """One attempt; returns whether it came to its end."""
-    folder.mkdir(exist_ok=True)
-    process = forks.Process(target=killed_training.training, args=(str(base), name, str(folder)))
-    process.start()
-    process.join(kill_after_s)
-    if process.is_alive():
-        process.kill()
-    process.join()
-    assert process.exitcode in (0, -signal.SIGKILL)
-    return process.exitcode == 0
+    return attempt(forks, killed_training.training, (base, name, folder), folder, kill_after_s)
 
 
 @pytest.mark.parametrize("name", killed_training.METHODS)
 def test_killed_at_random_moments_it_gives_the_same_adapter(
-    forks: ForkServerContext, pico_base: Path, tmp_path: Path, name: str
+    forks: Forks, pico_base: Path, tmp_path: Path, name: str
 ) -> None:
     run(forks, pico_base, name, tmp_path / "warm")
     began = time.monotonic()
