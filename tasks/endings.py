@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from tasks.models import Model
+from tasks.models import Likelihood, Model, Scored
 from tasks.prefix_tree import Row
 
 if TYPE_CHECKING:
@@ -27,13 +27,6 @@ class Ending(NamedTuple):
 
     context: Sequence[int]
     tokens: Sequence[int]
-
-
-class Likelihood(NamedTuple):
-    """Of an ending: its log-probability in nats, and whether greedy decoding would write it."""
-
-    logp: float
-    greedy: bool
 
 
 def score_endings(
@@ -90,10 +83,7 @@ def _score(
         torch.tensor(targets, device=device),
         with_likeliest=True,
     )
-    assert scores.likeliest is not None
-    logp = torch.zeros(len(endings), dtype=torch.float64, device=device).index_add(0, whose, scores.logp.double())
-    missed = torch.zeros(len(endings), dtype=torch.long, device=device).index_add(0, whose, (~scores.likeliest).long())
-    return [Likelihood(*each) for each in zip(logp.tolist(), (missed == 0).tolist(), strict=True)]
+    return Scored(scores.logp, whose, len(endings), likeliest=scores.likeliest).likelihoods()
 
 
 # --- rows in one sequence ---------------------------------------------------------------------------------------------
@@ -113,7 +103,9 @@ def _joined(model: Model, rows: Sequence[Row], whole: bool) -> tuple[Tensor, lis
     forest = plant(rows, model.device, whole=whole)
     prompts = prompts_of(model)
     where = {places[0]: row.prompt for row, places in zip(rows, forest.places, strict=True)}
-    shapes = (torch.tensor(numbers, device=model.device) for numbers in ([0] * len(where), list(where), [*where.values()]))
+    shapes = (
+        torch.tensor(numbers, device=model.device) for numbers in ([0] * len(where), list(where), [*where.values()])
+    )
     with prompts.at(*shapes) if prompts else nullcontext():
         return joined_hidden(base_of(model), forest), forest.places
 

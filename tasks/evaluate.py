@@ -14,7 +14,6 @@ batch, fills inputs up on the left, where encoders that count positions go wrong
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
@@ -25,6 +24,7 @@ from tasks.architecture import ENCODER_DECODER, architecture_in, positions_of
 from tasks.device import settle
 from tasks.errors import BadData
 from tasks.evaluate_params import Evaluate
+from tasks.harness import language_model
 from tasks.intervals import bootstrap
 from tasks.labels import label_metrics
 from tasks.models import Model
@@ -149,7 +149,6 @@ def generate(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     task = {
         "task": "held_out",
         "custom_dataset": lambda **_: {"test": datasets.Dataset.from_dict({"prompt": list(prompts)})},
@@ -162,60 +161,20 @@ def generate(
     }
     with Progress("answer", len(prompts), "rows") as progress:
         result = simple_evaluate(
-            model=_language_model(model, tokenizer, tokens, params, progress),
+            model=language_model(
+                model,
+                tokenizer,
+                batch_rows=params.batch_rows,
+                generation=params.generation,
+                progress=progress,
+                tokens=tokens,
+            ),
             tasks=[task],
             task_manager=TaskManager(include_defaults=False),
             bootstrap_iters=0,
         )
     samples = sorted(result["samples"]["held_out"], key=lambda sample: sample["doc_id"])
     return [sample["filtered_resps"][0].strip() for sample in samples]
-
-
-def _language_model(
-    model: Model,
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: Mapping[str, Sequence[int]],
-    params: Evaluate,
-    progress: Progress,
-) -> Any:
-    """The model as lm-eval drives it: on the tokens that training saw, with our options, counting rows."""
-    import torch
-    from lm_eval.models.huggingface import HFLM
-
-    from tasks.generation import decoding
-
-    class Counted(HFLM):  # type: ignore[misc]  # lm-eval's class is untyped
-        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return super().generate_until(requests, disable_tqdm=True)
-
-        def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
-            return list(tokens[string]) if string in tokens else super().tok_encode(string, *args, **kwargs)
-
-        def tok_batch_encode(self, strings: Sequence[str], *args: Any, **kwargs: Any) -> Any:
-            longest = max(len(tokens[text]) for text in strings)
-            ids = torch.full((len(strings), longest), tokenizer.pad_token_id)
-            attended = torch.zeros_like(ids)
-            for number, text in enumerate(strings):
-                ids[number, longest - len(tokens[text]) :] = torch.tensor(tokens[text])
-                attended[number, longest - len(tokens[text]) :] = 1
-            return ids, attended
-
-        def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
-            kwargs |= decoding(model, params.generation, context, kwargs["attention_mask"])
-            kwargs["eos_token_id"] = tokenizer.eos_token_id
-            answered = super()._model_generate(context, *args, **kwargs)
-            progress.step(by=len(context))
-            return answered
-
-    return Counted(
-        pretrained=model,
-        tokenizer=tokenizer,
-        backend="causal",
-        batch_size=params.batch_rows,
-        add_bos_token=False,
-        # of a model that does not say how much it reads lm-eval would cut prompts to 2048 tokens
-        max_length=max(map(len, tokens.values())) + params.max_new_tokens,
-    )
 
 
 def token_losses(model: Model, rows: Sequence[Mapping[str, Any]], batch_rows: int) -> list[float]:

@@ -282,7 +282,9 @@ class _Sums:
         self.target, self.target_slope = zeros(1), zeros(1)
         self.likeliest = zeros(1).bool() if how.with_likeliest else None  # of the columns so far
         self.all = zeros(1) if how.with_mean else None  # of the logits
-        self.pulled = zeros(width) if how.gradient else None  # of exp(logit - most) times the slope and the weight's row
+        self.pulled = (
+            zeros(width) if how.gradient else None
+        )  # of exp(logit - most) times the slope and the weight's row
         self.rows = zeros(width) if how.gradient and how.with_mean else None  # of the slope times the weight's row
 
     def take(self, tile: _Tile) -> None:

@@ -9,6 +9,7 @@ if that one stands before it and its descendants reach this far. The layout serv
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -78,7 +79,7 @@ def batches(rows: Sequence[Row], tokens: int, *, whole: bool) -> Iterator[list[i
     A batch ends in its second half, where the next one has the fewest tokens to repeat for each that this one holds.
     """
     order = ordered(rows, whole=whole)
-    shared = [0, *(common(rows[a], rows[b], whole=whole) for a, b in zip(order, order[1:], strict=False))]
+    shared = [0, *(common(rows[a], rows[b], whole=whole) for a, b in pairwise(order))]
     start = 0
     while start < len(order):
         held, ends = len(rows[order[start]].ids), list[tuple[float, int]]()
@@ -115,14 +116,13 @@ def plant(rows: Sequence[Row], device: torch.device, *, whole: bool) -> Forest:
     last = [place or len(ids) for place in last]
     blocks = tuple(_blocks(last, 0, len(ids), ()))
     with_masks = tuple(block._replace(mask=_mask(block, last, device)) for block in blocks)
-    tensors = (torch.tensor([numbers], device=device) for numbers in (ids, positions))
-    return Forest(*tensors, with_masks, places)
+    return Forest(torch.tensor([ids], device=device), torch.tensor([positions], device=device), with_masks, places)
 
 
 def leaves(rows: Sequence[Row], *, whole: bool) -> list[int]:
     """For each row the number of one that it is the beginning of, itself or another: only those must be computed."""
     order, found = ordered(rows, whole=whole), list(range(len(rows)))
-    for number, following in reversed(list(zip(order, order[1:], strict=False))):
+    for number, following in reversed(list(pairwise(order))):
         if common(rows[number], rows[following], whole=whole) == len(rows[number].ids):
             found[number] = found[following]
     return found
