@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TOKENS = 4096
-"""What a forward pass computes, in tokens (bench/LOG.md); a longer row has one of its own."""
+"""What a forward pass computes, in tokens (bench/LOG.md); more for a row that is longer."""
 
 
 class Ending(NamedTuple):

@@ -74,18 +74,19 @@ def common(one: Row, other: Row, *, whole: bool) -> int:
 
 
 def batches(rows: Sequence[Row], tokens: int, *, whole: bool) -> Iterator[list[int]]:
-    """The numbers of the rows in batches of at most so many tokens, shared ones counted once; or of one row.
+    """The numbers of the rows in batches of at most so many tokens, shared ones counted once.
 
-    A batch ends in its second half, where the next one has the fewest tokens to repeat for each that this one holds.
+    A row that is longer gets a batch, and with it rows that add up to a quarter: its context's other endings. A batch
+    ends in its second half, where the next one has the fewest tokens to repeat for each that this one holds.
     """
     order = ordered(rows, whole=whole)
     shared = [0, *(common(rows[a], rows[b], whole=whole) for a, b in pairwise(order))]
     start = 0
     while start < len(order):
         held, ends = len(rows[order[start]].ids), list[tuple[float, int]]()
-        stop = start + 1
-        while stop < len(order) and held + len(rows[order[stop]].ids) - shared[stop] <= tokens:
-            if 2 * held >= tokens:
+        stop, most = start + 1, max(tokens, 5 * held // 4)
+        while stop < len(order) and held + len(rows[order[stop]].ids) - shared[stop] <= most:
+            if 2 * held >= most:
                 ends.append((shared[stop] / held, -stop))
             held += len(rows[order[stop]].ids) - shared[stop]
             stop += 1

@@ -381,9 +381,7 @@ def test_a_context_is_computed_once_and_an_endings_last_token_never(pico: Any) -
     assert sum(counts) == 20 + (3 + 2) + (2 + 2)
     counts.clear()
     score_endings(pico, endings, tokens=1)
-    assert counts == [
-        len(e.context) + len(e.tokens) - 1 for e in sorted(endings, key=lambda e: [*e.context, *e.tokens[:-1]])
-    ]
+    assert counts == [20 + 3 + 2, 20 + 2 + 2]  # one question at a time, so the examples again
     handle.remove()
 
 
