@@ -86,14 +86,18 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval's class is untyped
     def _encode_ahead(self, texts: Sequence[str]) -> None:
         """Makes texts into the tokens that `tok_encode` makes of each, all at once."""
         self._ahead = {}
+        if not self.tokenizer.is_fast:
+            return
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
         by_kind: dict[bool, list[str]] = {}
         prefix = self.tokenizer.decode(self.prefix_token_id)
         for text in dict.fromkeys(texts):
             by_kind.setdefault(text.startswith(prefix), []).append(text)
         for begun, alike in by_kind.items():
-            how = {"add_special_tokens": False} if begun else {}
-            encoded = self.tokenizer(alike, return_attention_mask=False, return_token_type_ids=False, **how)
-            self._ahead |= zip(alike, encoded["input_ids"], strict=True)
+            encoded = backend.encode_batch_fast(alike, add_special_tokens=not begun)
+            self._ahead |= zip(alike, (each.ids for each in encoded), strict=True)
 
     # --- likelihoods --------------------------------------------------------------------------------------------------
 

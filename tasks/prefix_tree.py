@@ -26,19 +26,23 @@ class Row(NamedTuple):
     prompt: int
 
 
+Range = tuple[int, int]
+"""Neighbouring tokens: the first, and after the last."""
+
+
 class Block(NamedTuple):
     """Neighbouring tokens that attend in one call.
 
     Attributes:
         start: the first of them in the sequence.
         stop: after the last.
-        before: where the tokens stand that all rows through these begin with, as ranges.
-        mask: which token attends to which, (tokens, tokens before and these), bool; None: each to all up to itself.
+        keys: the ranges of what they attend to: the beginning that all rows through them have, and themselves.
+        mask: which token attends to which of these, (tokens, keys), bool; None: each to all up to itself.
     """
 
     start: int
     stop: int
-    before: tuple[tuple[int, int], ...]
+    keys: tuple[Range, ...]
     mask: Tensor | None
 
 
@@ -129,29 +133,37 @@ def leaves(rows: Sequence[Row], *, whole: bool) -> list[int]:
     return found
 
 
-def _blocks(last: Sequence[int], start: int, stop: int, before: tuple[tuple[int, int], ...]) -> Iterator[Block]:
+def _blocks(last: Sequence[int], start: int, stop: int, before: tuple[Range, ...]) -> Iterator[Block]:
     """Of neighbouring subtrees that all follow `before`; `last` says of each token where its descendants end."""
     while start < stop:
         end = last[start]
         while end < stop and last[end] - start <= TOGETHER:
             end = last[end]
         if end - start <= TOGETHER:
-            yield Block(start, end, before, None)
+            yield Block(start, end, _longer(before, (start, end)), None)
         else:  # one large subtree: what all of it begins with, then the rest behind that
             trunk = start + 1
             while trunk < end and last[trunk] == end:
                 trunk += 1
-            yield Block(start, trunk, before, None)
-            yield from _blocks(last, trunk, end, (*before, (start, trunk)))
+            through = _longer(before, (start, trunk))
+            yield Block(start, trunk, through, None)
+            yield from _blocks(last, trunk, end, through)
         start = end
+
+
+def _longer(ranges: tuple[Range, ...], by: Range) -> tuple[Range, ...]:
+    """With another range at the end; two that meet become one, which can be read without copying."""
+    if ranges and ranges[-1][1] == by[0]:
+        return *ranges[:-1], (ranges[-1][0], by[1])
+    return *ranges, by
 
 
 def _mask(block: Block, last: Sequence[int], device: torch.device) -> Tensor | None:
     straight = all(place == last[block.start] for place in last[block.start : block.stop])
-    if straight and not block.before:
+    count = sum(stop - start for start, stop in block.keys) - (block.stop - block.start)
+    if straight and not count:
         return None
     here = torch.arange(block.start, block.stop)
     reach = torch.tensor(last[block.start : block.stop])
     among = (here <= here[:, None]) & (here[:, None] < reach)
-    count = sum(stop - start for start, stop in block.before)
     return torch.cat([torch.ones(len(here), count, dtype=torch.bool), among], dim=1).to(device)

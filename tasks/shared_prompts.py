@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tasks.prefix_tree import Block, Forest
+from tasks.prefix_tree import Block, Forest, Range
 
 NAME = "temper_joined"
 """What transformers calls the attention function; without a layout it is PyTorch's own, as before."""
@@ -193,8 +193,9 @@ def joined_attention(
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     how = {"scale": more["scaling"], "dropout_p": more["dropout"]}
     if joined_trees is None:
-        outputs = [_of_block(block, query, key, value, how) for block in joined_blocks or ()]
-        return torch.cat(outputs, dim=2).transpose(1, 2), None
+        # transposed before they are put together: so the layer need not copy it once more
+        parts = [_of_block(block, query, key, value, how).transpose(1, 2) for block in joined_blocks or ()]
+        return torch.cat(parts, dim=1), None
     # split, not sliced: the gradient of a slice is as large as all that it is a slice of
     tokens = [tree.trunk + sum(tree.branches) for tree in joined_trees]
     of_trees = zip(*(tensor.split(tokens, dim=2) for tensor in (query, key, value)), strict=True)
@@ -224,10 +225,14 @@ def _of_tree(tree: Tree, of_tree: Sequence[Tensor], how: dict[str, Any]) -> list
 
 def _of_block(block: Block, query: Tensor, key: Tensor, value: Tensor, how: dict[str, Any]) -> Tensor:
     """Of neighbouring tokens, behind those that all rows through them begin with."""
-    queries, keys, values = (t[:, :, block.start : block.stop] for t in (query, key, value))
-    if block.before:
-        ranges = (*block.before, (block.start, block.stop))
-        keys, values = (torch.cat([t[:, :, a:b] for a, b in ranges], dim=2) for t in (key, value))
+    queries = query[:, :, block.start : block.stop]
+    keys, values = (_at(tensor, block.keys) for tensor in (key, value))
     return F.scaled_dot_product_attention(
         queries, keys, values, attn_mask=block.mask, is_causal=block.mask is None, **how
     )
+
+
+def _at(tensor: Tensor, ranges: Sequence[Range]) -> Tensor:
+    """The tokens of some ranges, (batch, heads, tokens, width)."""
+    parts = [tensor[:, :, start:stop] for start, stop in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

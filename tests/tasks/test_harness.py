@@ -19,11 +19,13 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from tasks import harness_model
 from tasks.adapted import trainable
 from tasks.adapters.prompts import prompts_of
 from tasks.adapters.virtual import virtual_tokens
 from tasks.endings import Ending, score_endings
 from tasks.errors import BadData, BadParams
+from tasks.generation import StopTexts
 from tasks.generation_params import GREEDY, Generation
 from tasks.harness import language_model
 from tasks.harness_model import asked_generation
@@ -140,15 +142,16 @@ def test_a_real_model_scores_hundreds_of_endings_as_in_lm_eval(
     stories: tuple[Any, PreTrainedTokenizerBase], random: Random
 ) -> None:
     groups = with_greedy_endings(*stories, questions(random, 60, 250))
+    groups.append([("<s> One day", " a cat"), ("", "<s> One day"), ("", "One"), ("<s>", " One")])
     assert sum(map(len, groups)) > 480
     assert agree(ours(*stories), stock(*stories), groups) > 5
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_texts_cut_in_another_way_before_an_ending_keep_lm_evals_tokens(
-    pico: Any, tokenizer: PreTrainedTokenizerBase, random: Random, rows: int
+    monkeypatch: pytest.MonkeyPatch, pico: Any, tokenizer: PreTrainedTokenizerBase, random: Random, rows: int
 ) -> None:
-    """The random model, whose tokenizer merges letters across the border."""
+    """The random model, whose tokenizer merges letters across the border; some requests at a time."""
     groups = with_greedy_endings(pico, tokenizer, questions(random, 30, 100))
     merged = [word for word in tokenizer.get_vocab() if word.isascii() and word.isalpha() and len(word) > 2]
     assert len(tokenizer.tokenize(f"a {merged[0]}")) < len(tokenizer.tokenize(f"a {merged[0][0]}")) + 2
@@ -156,7 +159,8 @@ def test_texts_cut_in_another_way_before_an_ending_keep_lm_evals_tokens(
         [(f"a {word[0]}", f"{word[1:]}s a dog"), (f"a {word[0]}", f"{word[1:]} dog"), (f"{word}  ", " a")]
         for word in merged[:20]
     ]
-    assert agree(ours(pico, tokenizer, batch_rows=rows), stock(pico, tokenizer), groups) > 5
+    monkeypatch.setattr(harness_model, "REQUESTS", 50 * rows)
+    assert agree(ours(pico, tokenizer), stock(pico, tokenizer), groups) > 5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -305,20 +309,25 @@ def test_answers_are_those_of_lm_eval_one_at_a_time_in_any_batch(
 
 
 def test_an_answer_ends_at_its_own_end_whatever_its_batch_goes_on_to_write(
-    pico_base: Path, tokenizer: PreTrainedTokenizerBase
+    stories: tuple[Any, PreTrainedTokenizerBase],
 ) -> None:
-    """Where the end is a token that is left out of the text, lm-eval leaves in what a batch wrote behind it."""
-    model: Any = load_model(pico_base, full_precision=True)
-    ids = tokenizer("the cat", add_special_tokens=False)["input_ids"]
-    lm = ours(model, tokenizer, batch_rows=4)
-    plain = {"until": [], "max_gen_toks": 12}
-    (whole,) = lm.generate_until(asked([("the cat", plain)], "generate_until"))
-    cut = whole[:3]
-    requests = asked(
-        [("the cat", {"until": [cut], "max_gen_toks": 12}), ("a dog", {"until": [cut], "max_gen_toks": 12})]
-    )
-    assert ids
-    assert lm.generate_until(requests)[0] == ""
+    """Also where the end is a token that is left out of the text: then nothing but its place tells where it was."""
+    tokenizer = stories[1]
+    stop = StopTexts(tokenizer, ["</s>", "cat"], 3)
+    words = ("a dog and ran", "a cat and ran", "a</s> and ran")
+    rows = [tokenizer.encode(each, add_special_tokens=False)[:6] for each in words]
+    lengths = min(map(len, rows))
+    for length in range(1, lengths + 1):
+        ended = stop(torch.tensor([[9, 9, *row[:length]] for row in rows]), None)
+    assert ended.tolist() == [False, "cat" in tokenizer.decode(rows[1][:lengths]), True]
+    assert stop.lengths[0] is None
+    assert rows[2][: stop.lengths[2]][-1] == tokenizer.eos_token_id
+    (whole,) = ours(*stories).generate_until(asked([("Once", {"until": [], "max_gen_toks": 20})], "generate_until"))
+    end = whole[5:9]
+    some = [(context, {"until": [end], "max_gen_toks": 20}) for context in ("Once", "One day the big dog", "Tom")]
+    together = ours(*stories).generate_until(asked(some, "generate_until"))
+    assert together == [ours(*stories).generate_until(asked([one], "generate_until"))[0] for one in some]
+    assert together[0] == whole[: whole.index(end)]
 
 
 def test_a_task_may_say_how_it_is_answered() -> None:

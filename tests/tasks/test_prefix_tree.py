@@ -38,7 +38,7 @@ def test_a_layout_worked_out_by_hand() -> None:
     assert forest.positions.tolist() == [[0, 1, 2, 3, 2, 0]]
     assert forest.places == [[0, 1, 4], [0, 1, 2, 3], [0, 1], [5]]
     (block,) = forest.blocks
-    assert (block.start, block.stop, block.before) == (0, 6, ())
+    assert (block.start, block.stop, block.keys) == (0, 6, ((0, 6),))
     assert block.mask is not None
     assert block.mask.int().tolist() == [
         [1, 0, 0, 0, 0, 0],
@@ -69,7 +69,7 @@ def test_tokens_stand_once_and_attend_to_those_before_them_in_a_row(
                 expected[place, places[: n + 1]] = True
         found = torch.zeros_like(expected)
         for block in forest.blocks:
-            keys = [place for a, b in (*block.before, (block.start, block.stop)) for place in range(a, b)]
+            keys = [place for a, b in block.keys for place in range(a, b)]
             queries = range(block.start, block.stop)
             mask = torch.ones(len(queries), len(keys)).tril().bool() if block.mask is None else block.mask
             for query, attended in zip(queries, mask, strict=True):
