@@ -145,7 +145,10 @@ def anchors(model: Any, tokenizer: Any, requests: Sequence[Any], endings: int) -
 
 
 def same(ours: Pass, theirs: Pass, setting: Setting, requests: Sequence[Any]) -> str:
-    """Whether every answer is the same, and how far log-probabilities are apart, in nats per token at most."""
+    """Whether every answer is the same, and how far log-probabilities are apart, in nats per token at most.
+
+    In bf16 lm-eval rounds log-probabilities to bf16 as well, so that some answers tie there.
+    """
     chosen = zip(ours.chosen(setting.endings), theirs.chosen(setting.endings), strict=True)
     others = sum(one != other for one, other in chosen)
     verdicts = sum(a[1] != b[1] for a, b in zip(ours.found, theirs.found, strict=True))

@@ -59,7 +59,10 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval's class is untyped
 
     @property
     def max_length(self) -> int:
-        """What is scored at once, in tokens: lm-eval's limit, less what a learnt prompt takes up."""
+        """What is scored at once, in tokens: lm-eval's limit, less what a learnt prompt takes up.
+
+        It is 2,048 where neither the model nor the tokenizer has one; prompts that are answered are then never cut.
+        """
         limit: int = super().max_length
         return limit - virtual_tokens(self.model)
 
@@ -158,7 +161,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval's class is untyped
         for number, request in enumerate(requests):
             alike.setdefault(repr(sorted(request.args[1].items())), []).append(number)
         for numbers in alike.values():
-            contexts = {n: self.tok_encode(requests[n].args[0]) for n in numbers}
+            contexts = {n: self.tok_encode(requests[n].args[0]) or [self.prefix_token_id] for n in numbers}
             order = sorted(numbers, key=lambda n: (-len(contexts[n]), contexts[n], n))
             for start in range(0, len(order), self._rows):
                 some = order[start : start + self._rows]

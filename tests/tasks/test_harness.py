@@ -330,6 +330,13 @@ def test_an_answer_ends_at_its_own_end_whatever_its_batch_goes_on_to_write(
     assert together[0] == whole[: whole.index(end)]
 
 
+def test_an_empty_context_is_answered_from_the_first_token(pico: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    (found,) = ours(pico, tokenizer).generate_until(asked([("", {"max_gen_toks": 4})], "generate_until"))
+    first = torch.tensor([[tokenizer.bos_token_id or tokenizer.eos_token_id]])
+    written = pico.generate(first, attention_mask=torch.ones_like(first), max_new_tokens=4, do_sample=False)
+    assert found == tokenizer.decode(written[0, 1:], skip_special_tokens=True)
+
+
 def test_a_task_may_say_how_it_is_answered() -> None:
     drawn = Generation(temperature=0.5, top_k=3, top_p=0.9, repetition_penalty=1.1, repetition_range=4, seed=8)
     assert asked_generation(drawn, {"until": ["\n"], "max_gen_toks": 3}) == drawn
