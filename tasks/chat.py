@@ -11,7 +11,6 @@ from tasks.seq2seq import generate_targets
 from tasks.templates import decode, render_prompt
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from tasks.models import Model
@@ -47,22 +46,9 @@ def continuation(
     generation: Generation = GREEDY,
 ) -> list[int]:
     """The tokens that a decoder writes after a prompt's."""
-    import torch
+    from tasks.generation import continuations
 
-    from tasks.generation import decoding
-
-    ids = torch.tensor([list(prompt)], device=model.device)
-    attended = torch.ones_like(ids)
-    with torch.no_grad():
-        out: Tensor = model.generate(  # type: ignore[operator]
-            input_ids=ids,
-            attention_mask=attended,
-            max_new_tokens=max_tokens,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **decoding(model, generation, ids, attended),
-        )
-    new: list[int] = out[0, ids.shape[1] :].tolist()
+    (new,) = continuations(model, tokenizer, [prompt], max_tokens, generation)
     return new
 
 

@@ -16,7 +16,6 @@ batch, fills inputs up on the left, where encoders that count positions go wrong
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -154,7 +153,6 @@ def generate(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     task = {
         "task": "held_out",
         "custom_dataset": lambda **_: {"test": datasets.Dataset.from_dict({"prompt": list(prompts)})},

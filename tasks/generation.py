@@ -17,6 +17,84 @@ from tasks.models import Model
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+
+def continuations(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    generation: Generation,
+    stopping: Any = None,
+) -> list[list[int]]:
+    """The tokens that a decoder writes after each of a batch of prompts, up to the end token if there is one.
+
+    `stopping` is what else ends them, as transformers takes it.
+    """
+    import torch
+
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), tokenizer.pad_token_id or 0)
+    attended = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(list(prompt))
+        attended[row, longest - len(prompt) :] = 1
+    ids, attended = ids.to(model.device), attended.to(model.device)
+    with torch.no_grad():
+        written: Tensor = model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=attended,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            stopping_criteria=stopping,
+            **decoding(model, generation, ids, attended),
+        )
+    return [until(row, tokenizer.eos_token_id) for row in written[:, longest:].tolist()]
+
+
+def until(ids: list[int], end: int | None) -> list[int]:
+    """What stands up to and including the first end token; after it there is only padding."""
+    return ids[: ids.index(end) + 1] if end in ids else ids
+
+
+class StopTexts:
+    """Ends each answer of a batch where the first of some texts is complete in it, whatever the others do.
+
+    Args:
+        tokenizer: what makes text of tokens.
+        texts: what ends an answer.
+        rows: how many answers there are.
+
+    Attributes:
+        lengths: how many tokens each answer has up to there; None for one that none of the texts has ended.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], rows: int) -> None:
+        self.lengths: list[int | None] = [None] * rows
+        self._tokenizer, self._texts = tokenizer, [text for text in texts if text]
+        self._last = 2 + max((len(text.encode()) for text in self._texts), default=0)  # no token is less than a byte
+        self._start: int | None = None
+
+    def criteria(self) -> Any:
+        """This, as `generate` takes it."""
+        from transformers import StoppingCriteriaList
+
+        return StoppingCriteriaList([self])
+
+    def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Which answers are at their end, (rows,) bool, after one token more of each: `ids` (rows, tokens)."""
+        import torch
+
+        if self._start is None:
+            self._start = ids.shape[1] - 1
+        written = ids[:, max(self._start, ids.shape[1] - self._last) :]
+        for row, text in enumerate(self._tokenizer.batch_decode(written)):
+            if self.lengths[row] is None and any(stop in text for stop in self._texts):
+                self.lengths[row] = ids.shape[1] - self._start
+        return torch.tensor([length is not None for length in self.lengths], device=ids.device)
+
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 """What is kept of a model's own generation_config.json."""

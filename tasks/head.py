@@ -52,13 +52,17 @@ class TokenScores(NamedTuple):
     Attributes:
         logp: its log-probability.
         mean_logp: the mean log-probability of all tokens that could stand in its place; None if it was not asked for.
+        likeliest: whether none is likelier, nor as likely with a smaller id, bool; None if it was not asked for.
     """
 
     logp: Tensor
     mean_logp: Tensor | None
+    likeliest: Tensor | None = None
 
 
-def score_targets(hidden: Tensor, head: Head, targets: Tensor, *, with_mean: bool = False) -> TokenScores:
+def score_targets(
+    hidden: Tensor, head: Head, targets: Tensor, *, with_mean: bool = False, with_likeliest: bool = False
+) -> TokenScores:
     """The log-probability of each target given its hidden state; differentiable once, also to weight and bias.
 
     Args:
@@ -66,13 +70,13 @@ def score_targets(hidden: Tensor, head: Head, targets: Tensor, *, with_mean: boo
         head: what makes logits of them.
         targets: token ids, (tokens,) int64.
         with_mean: asks for the means over the vocabulary, as label smoothing needs them.
+        with_likeliest: asks whether each target is the arg-max.
     """
-    if hidden.is_cuda and not with_mean and not _observers and _has_liger(head):
+    if hidden.is_cuda and not with_mean and not with_likeliest and not _observers and _has_liger(head):
         return TokenScores(_by_liger(hidden, head, targets), None)
     needed = torch.is_grad_enabled() and hidden.requires_grad
-    how = _How(head.scale, head.cap, product_dtype(hidden, head), with_mean, needed)
-    logp, mean = _Scores.apply(hidden, head.weight, head.bias, targets, how)  # type: ignore[no-untyped-call]
-    return TokenScores(logp, mean)
+    how = _How(head.scale, head.cap, product_dtype(hidden, head), with_mean, with_likeliest, needed)
+    return TokenScores(*_Scores.apply(hidden, head.weight, head.bias, targets, how))  # type: ignore[no-untyped-call]
 
 
 def product_dtype(hidden: Tensor, head: Head) -> torch.dtype:
@@ -117,12 +121,13 @@ def observed(see: Callable[[Tensor], None]) -> Iterator[None]:
 
 
 class _How(NamedTuple):
-    """What is asked for: the form of the logits, the type of products, whether the gradient to the hidden states."""
+    """What is asked for: the form of the logits, the type of products, what of each token besides its own score."""
 
     scale: float
     cap: float | None
     dtype: torch.dtype
     with_mean: bool
+    with_likeliest: bool
     gradient: bool
 
 
@@ -197,9 +202,9 @@ class _Scores(Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, how: _How
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         given = hidden.to(how.dtype)
-        sums = _Sums(given, targets, how.with_mean, how.gradient)
+        sums = _Sums(given, targets, how)
         with torch.autocast(hidden.device.type, enabled=False):
             for tile in _tiles(given, weight, bias, how):
                 sums.take(tile)
@@ -207,11 +212,14 @@ class _Scores(Function):
         ctx.how = how
         ctx.save_for_backward(hidden, weight, bias, targets, log_total, *sums.slopes(weight, how.scale))
         mean = None if sums.all is None else (sums.all / len(weight) - log_total)[:, 0]
-        return (sums.target - log_total)[:, 0], mean
+        likeliest = None if sums.likeliest is None else sums.likeliest[:, 0]
+        if likeliest is not None:
+            ctx.mark_non_differentiable(likeliest)
+        return (sums.target - log_total)[:, 0], mean, likeliest
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_logp: Tensor, of_mean: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, of_logp: Tensor, of_mean: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, log_total, slopes, mean_slopes = ctx.saved_tensors
         upstream = _Upstream(of_logp[:, None], of_mean[:, None] if of_mean is not None and ctx.how.with_mean else None)
         to_hidden = to_weight = to_bias = None
@@ -263,7 +271,7 @@ def _to_head(
 class _Sums:
     """What is added up over the vocabulary for each token, all (tokens, 1) or (tokens, hidden)."""
 
-    def __init__(self, hidden: Tensor, targets: Tensor, with_mean: bool, needed: bool) -> None:
+    def __init__(self, hidden: Tensor, targets: Tensor, how: _How) -> None:
         def zeros(columns: int) -> Tensor:
             return hidden.new_zeros(len(hidden), columns, dtype=wide)
 
@@ -272,20 +280,30 @@ class _Sums:
         self.most = zeros(1).fill_(torch.finfo(wide).min)
         self.total = zeros(1)  # of exp(logit - most)
         self.target, self.target_slope = zeros(1), zeros(1)
-        self.all = zeros(1) if with_mean else None  # of the logits
-        self.pulled = zeros(width) if needed else None  # of exp(logit - most) times the slope and the weight's row
-        self.rows = zeros(width) if needed and with_mean else None  # of the slope times the weight's row
+        self.likeliest = zeros(1).bool() if how.with_likeliest else None  # of the columns so far
+        self.all = zeros(1) if how.with_mean else None  # of the logits
+        self.pulled = (
+            zeros(width) if how.gradient else None
+        )  # of exp(logit - most) times the slope and the weight's row
+        self.rows = zeros(width) if how.gradient and how.with_mean else None  # of the slope times the weight's row
 
     def take(self, tile: _Tile) -> None:
         """Adds a tile, whose logits it uses up."""
         now, logits = tile.tokens, tile.logits
         column, inside = tile.place(self.targets)
-        self.target[now] += torch.where(inside, logits.gather(1, column), 0)
+        found = logits.gather(1, column)
+        self.target[now] += torch.where(inside, found, 0)
         slope = 1 if tile.slope is None else tile.slope.gather(1, column)
         self.target_slope[now] += torch.where(inside, slope, 0)
         if self.all is not None:
             self.all[now] += logits.sum(1, keepdim=True)
-        most = torch.maximum(self.most[now], logits.amax(1, keepdim=True))
+        here = logits.amax(1, keepdim=True)
+        most = torch.maximum(self.most[now], here)
+        if self.likeliest is not None:
+            leads = inside & (found == here) & (here > self.most[now])
+            rows = leads[:, 0].nonzero()[:, 0]  # few: only there it matters which of equal logits comes first
+            leads[rows] = logits[rows].argmax(1, keepdim=True) == column[rows]
+            self.likeliest[now] = leads | (self.likeliest[now] & (here <= self.most[now]))
         shrunk = (self.most[now] - most).exp_()
         self.most[now] = most
         weights = logits.sub_(most).exp_()

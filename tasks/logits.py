@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 
 def score_hidden(
-    model: PreTrainedModel | PeftModel, hidden: Tensor, targets: Tensor, *, with_mean: bool = False
+    model: PreTrainedModel | PeftModel,
+    hidden: Tensor,
+    targets: Tensor,
+    *,
+    with_mean: bool = False,
+    with_likeliest: bool = False,
 ) -> TokenScores:
     """The log-probability of each target, as the model gives it for a hidden state of its decoder.
 
@@ -33,17 +38,22 @@ def score_hidden(
         hidden: what its layers end with, (tokens, hidden).
         targets: token ids, (tokens,) int64.
         with_mean: asks for the means over the vocabulary, as label smoothing needs them.
+        with_likeliest: asks whether each target is the arg-max.
     """
+    asked = {"with_mean": with_mean, "with_likeliest": with_likeliest}
     if head := head_of(model):
-        return score_targets(hidden, head, targets, with_mean=with_mean)
-    return score_logits(logits_of(model, hidden), targets, with_mean=with_mean)
+        return score_targets(hidden, head, targets, **asked)
+    return score_logits(logits_of(model, hidden), targets, **asked)
 
 
-def score_logits(logits: Tensor, targets: Tensor, *, with_mean: bool = False) -> TokenScores:
+def score_logits(
+    logits: Tensor, targets: Tensor, *, with_mean: bool = False, with_likeliest: bool = False
+) -> TokenScores:
     """The same of logits that are there already, (tokens, vocabulary)."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     logp = -F.cross_entropy(logits, targets, reduction="none")
-    return TokenScores(logp, logits.mean(1) - logits.logsumexp(1) if with_mean else None)
+    mean = logits.mean(1) - logits.logsumexp(1) if with_mean else None
+    return TokenScores(logp, mean, logits.argmax(1) == targets if with_likeliest else None)
 
 
 def head_of(model: PreTrainedModel | PeftModel) -> Head | None:

@@ -172,16 +172,25 @@ class TokenRow(NamedTuple):
         return sum(self.mask[1:])
 
 
+class Likelihood(NamedTuple):
+    """Of a row's scored tokens: their log-probability in nats, and whether greedy decoding would write them."""
+
+    logp: float
+    greedy: bool
+
+
 class Scored(NamedTuple):
     """Log-probabilities of scored tokens: `logp` (tokens,) in nats, float32; `row` (tokens,) says whose each is.
 
-    `mean_logp` (tokens,) is the mean over the vocabulary in their places, where it was asked for.
+    `mean_logp` (tokens,) is the mean over the vocabulary in their places, and `likeliest` (tokens,) bool says which of
+    them are the arg-max, where they were asked for.
     """
 
     logp: Tensor
     row: Tensor
     rows: int
     mean_logp: Tensor | None = None
+    likeliest: Tensor | None = None
 
     def row_sums(self) -> Tensor:
         """The log-probability of each row's scored tokens together, (rows,)."""
@@ -194,6 +203,19 @@ class Scored(NamedTuple):
     def row_tokens(self) -> Tensor:
         """How many tokens of each row are scored, (rows,)."""
         return self.row.bincount(minlength=self.rows)
+
+    def likelihoods(self) -> list[Likelihood]:
+        """Of each row.
+
+        Raises:
+            ValueError: `likeliest` was not asked for.
+        """
+        if self.likeliest is None:
+            raise ValueError("scored without with_likeliest")
+        logp = self.logp.double()
+        sums = logp.new_zeros(self.rows).index_add(0, self.row, logp)
+        missed = self.row[~self.likeliest].bincount(minlength=self.rows)
+        return [Likelihood(*each) for each in zip(sums.tolist(), (missed == 0).tolist(), strict=True)]
 
 
 def score_tokens(

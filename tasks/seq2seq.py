@@ -6,13 +6,13 @@ in their own way, and adapters that add tokens of theirs, stay right.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks.architecture import positions_of
 from tasks.errors import BadData
 from tasks.generation_params import Generation
-from tasks.models import Model, Scored
+from tasks.models import Likelihood, Model, Scored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,26 +59,73 @@ def padded(rows: Sequence[Sequence[int]], fill: int, device: Any) -> Padded:
     return Padded(ids.to(device), attended.to(device))
 
 
-def score_pairs(model: Model, rows: Sequence[PairRow], *, with_mean: bool = False) -> Scored:
+def score_pairs(
+    model: Model, rows: Sequence[PairRow], *, with_mean: bool = False, with_likeliest: bool = False
+) -> Scored:
     """The log-probability of every token of the targets, end token included, given the input and the tokens before it.
 
     The decoder reads the target shifted right by the model's own start token; its mean is the loss that transformers
-    computes from `labels`. `with_mean` asks for the mean over the vocabulary, too.
+    computes from `labels`. `with_mean` asks for the mean over the vocabulary, `with_likeliest` for what is the arg-max.
     """
     from tasks.logits import score_logits
 
-    inputs = padded([row.input_ids for row in rows], 0, model.device)
     labels = padded([row.target_ids for row in rows], IGNORED, model.device).ids
     logits = model(
-        input_ids=inputs.ids,
-        attention_mask=inputs.attended,
+        **_encoded(model, [tuple(row.input_ids) for row in rows]),
         decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels=labels),  # type: ignore[operator]
         use_cache=False,
     ).logits
     logits = logits[:, -labels.shape[1] :]  # after the positions of a learnt prompt, where the decoder has one
     scored = labels != IGNORED
-    scores = score_logits(logits[scored], labels[scored], with_mean=with_mean)
-    return Scored(scores.logp, scored.nonzero()[:, 0], len(rows), scores.mean_logp)
+    scores = score_logits(logits[scored], labels[scored], with_mean=with_mean, with_likeliest=with_likeliest)
+    return Scored(scores.logp, scored.nonzero()[:, 0], len(rows), scores.mean_logp, scores.likeliest)
+
+
+def score_pair_rows(
+    model: Model, rows: Sequence[PairRow], *, tokens: int, done: Callable[[int], None] = lambda count: None
+) -> list[Likelihood]:
+    """The likelihood of each row's target, in their order; rows with the same input are scored together.
+
+    Args:
+        model: an encoder-decoder.
+        rows: what to score.
+        tokens: how many a forward pass computes at most, padding included.
+        done: is told of each pass how many rows it scored.
+    """
+    import torch
+
+    order = sorted(range(len(rows)), key=lambda n: (-rows[n].tokens, rows[n]))
+    found: dict[int, Likelihood] = {}
+    while order:
+        count = max(1, tokens // max(1, rows[order[0]].tokens))
+        some, order = order[:count], order[count:]
+        with torch.no_grad():
+            scores = score_pairs(model, [rows[n] for n in some], with_likeliest=True)
+        found |= zip(some, scores.likelihoods(), strict=True)
+        done(len(some))
+    return [found[n] for n in range(len(rows))]
+
+
+def _encoded(model: Model, inputs: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+    """What a forward pass is given of its inputs: without gradients, those that are the same are encoded once.
+
+    A learnt prompt and edits of prompts reach the encoder through the whole model's forward pass alone.
+    """
+    import torch
+
+    from tasks.adapters.prompts import prompts_of
+    from tasks.adapters.virtual import virtual_tokens
+    from tasks.logits import base_of
+
+    number = {each: n for n, each in enumerate(dict.fromkeys(inputs))}
+    if torch.is_grad_enabled() or len(number) == len(inputs) or virtual_tokens(model) or prompts_of(model):
+        whole = padded(inputs, 0, model.device)
+        return {"input_ids": whole.ids, "attention_mask": whole.attended}
+    once = padded(list(number), 0, model.device)
+    outputs = base_of(model).get_encoder()(input_ids=once.ids, attention_mask=once.attended)
+    whose = torch.tensor([number[each] for each in inputs], device=model.device)
+    outputs.last_hidden_state = outputs.last_hidden_state[whose]
+    return {"encoder_outputs": outputs, "attention_mask": once.attended[whose]}
 
 
 def generate_targets(
@@ -87,11 +134,15 @@ def generate_targets(
     inputs: Sequence[Sequence[int]],
     max_new_tokens: int,
     generation: Generation,
+    stopping: Any = None,
 ) -> list[list[int]]:
-    """Answers to a batch of inputs: the tokens after the start token, up to the end token if there is one."""
+    """Answers to a batch of inputs: the tokens after the start token, up to the end token if there is one.
+
+    `stopping` is what else ends answers, as transformers takes it.
+    """
     import torch
 
-    from tasks.generation import decoding
+    from tasks.generation import decoding, until
 
     given = padded(inputs, 0, model.device)
     with torch.no_grad():
@@ -101,14 +152,10 @@ def generate_targets(
             max_new_tokens=max_new_tokens,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            stopping_criteria=stopping,
             **decoding(model, generation, given.ids, given.attended),
         )
-    return [_until(row, tokenizer.eos_token_id) for row in written[:, 1:].tolist()]
-
-
-def _until(ids: list[int], end: int) -> list[int]:
-    """What stands up to and including the first end token; after it there is only padding."""
-    return ids[: ids.index(end) + 1] if end in ids else ids
+    return [until(row, tokenizer.eos_token_id) for row in written[:, 1:].tolist()]
 
 
 def check_room(model: Model, rows: Sequence[tuple[str, Sequence[int]]], max_new_tokens: int) -> None:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tasks.prefix_tree import Block, Forest, Range
+
 NAME = "temper_joined"
 """What transformers calls the attention function; without a layout it is PyTorch's own, as before."""
 
@@ -93,17 +95,14 @@ def join(rows: Sequence[Sequence[int]], prompts: Sequence[int], device: torch.de
     return Joined(torch.tensor([ids], device=device), torch.tensor([positions], device=device), tuple(trees), places)
 
 
-def joined_hidden(base: Any, joined: Joined) -> Tensor:
-    """The hidden states that a decoder ends with, (tokens, hidden)."""
+def joined_hidden(base: Any, joined: Joined | Forest) -> Tensor:
+    """The hidden states that a decoder ends with, (tokens, hidden); of a `Forest` without gradients."""
     _make_known()
     base.config._attn_implementation = NAME
     nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=joined.ids.device)  # a ready mask, so that none is made
+    layout = {"joined_trees": joined.trees} if isinstance(joined, Joined) else {"joined_blocks": joined.blocks}
     hidden: Tensor = base.get_decoder()(
-        input_ids=joined.ids,
-        position_ids=joined.positions,
-        attention_mask=nothing,
-        use_cache=False,
-        joined_trees=joined.trees,
+        input_ids=joined.ids, position_ids=joined.positions, attention_mask=nothing, use_cache=False, **layout
     ).last_hidden_state
     return hidden[0]
 
@@ -169,6 +168,7 @@ def joined_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     joined_trees: tuple[Tree, ...] | None = None,
+    joined_blocks: tuple[Block, ...] | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: (batch, heads, tokens, width) each; returns (batch, tokens, heads, width).
@@ -180,9 +180,10 @@ def joined_attention(
         value: the same.
         attention_mask: left to PyTorch's own attention; trees need none.
         joined_trees: how the one sequence is made of rows; None for any other batch.
+        joined_blocks: the same of a `Forest`.
         more: what the layer has to say besides.
     """
-    if joined_trees is None:
+    if joined_trees is None and joined_blocks is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **more)
@@ -190,12 +191,18 @@ def joined_attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    how = {"is_causal": True, "scale": more["scaling"], "dropout_p": more["dropout"]}
+    how = {"scale": more["scaling"], "dropout_p": more["dropout"]}
+    if joined_trees is None:
+        # transposed before they are put together: so the layer need not copy it once more
+        parts = [_of_block(block, query, key, value, how).transpose(1, 2) for block in joined_blocks or ()]
+        return torch.cat(parts, dim=1), None
     # split, not sliced: the gradient of a slice is as large as all that it is a slice of
     tokens = [tree.trunk + sum(tree.branches) for tree in joined_trees]
     of_trees = zip(*(tensor.split(tokens, dim=2) for tensor in (query, key, value)), strict=True)
     outputs = [
-        part for tree, of_tree in zip(joined_trees, of_trees, strict=True) for part in _of_tree(tree, of_tree, how)
+        part
+        for tree, of_tree in zip(joined_trees, of_trees, strict=True)
+        for part in _of_tree(tree, of_tree, {**how, "is_causal": True})
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
@@ -214,3 +221,18 @@ def _of_tree(tree: Tree, of_tree: Sequence[Tensor], how: dict[str, Any]) -> list
         q, k, v = (torch.cat([t[:, :, : tree.trunk], u], dim=2) for t, u in zip(first, other, strict=True))
         outputs.append(F.scaled_dot_product_attention(q, k, v, **how)[:, :, tree.trunk :])
     return outputs
+
+
+def _of_block(block: Block, query: Tensor, key: Tensor, value: Tensor, how: dict[str, Any]) -> Tensor:
+    """Of neighbouring tokens, behind those that all rows through them begin with."""
+    queries = query[:, :, block.start : block.stop]
+    keys, values = (_at(tensor, block.keys) for tensor in (key, value))
+    return F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=block.mask, is_causal=block.mask is None, **how
+    )
+
+
+def _at(tensor: Tensor, ranges: Sequence[Range]) -> Tensor:
+    """The tokens of some ranges, (batch, heads, tokens, width)."""
+    parts = [tensor[:, :, start:stop] for start, stop in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

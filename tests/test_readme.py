@@ -87,8 +87,8 @@ SNIPPETS = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re
 def test_what_the_readme_puts_into_params_is_valid(snippet: str) -> None:
     quickstart = dict(YAML(typ="safe").load(ROOT / "recipes" / "quickstart.yaml"))
     given = YAML(typ="safe").load(snippet)
-    if "evaluate" in given:  # the README shows its suites alone
-        given["evaluate"] = {**quickstart["evaluate"], **given["evaluate"]}
+    for section in {"evaluate", "merge"} & given.keys():  # of which the README shows suites and exports alone
+        given[section] = {**quickstart[section], **given[section]}
     check({**quickstart, **given}, "README.md")
 
 
