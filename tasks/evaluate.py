@@ -51,7 +51,7 @@ from tasks.outputs import as_json, read_manifest, write_whole
 from tasks.progress import Progress
 from tasks.scoring import read_questions, row_of, score
 from tasks.seq2seq import check_room, generate_targets
-from tasks.statistics import answer_statistics
+from tasks.answers import answer_statistics
 from tasks.suites import examine
 from tasks.templates import decode, template_digest
 

@@ -15,7 +15,7 @@ from tasks.evaluate_params import Evaluate
 from tasks.intervals import bootstrap
 from tasks.outputs import as_json
 from tasks.params_reading import load
-from tasks.statistics import answer_statistics
+from tasks.answers import answer_statistics
 from tests.conftest import ROOT
 
 SUITES: Mapping[str, tuple[str, ...]] = {

@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 
-from tasks.statistics import answer_statistics, repetition
+from tasks.answers import answer_statistics, repetition
 
 
 def test_figures_by_hand() -> None:
