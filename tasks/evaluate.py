@@ -24,6 +24,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from tasks import process
+from tasks.answers import answer_statistics
 from tasks.architecture import positions_of
 from tasks.device import device
 from tasks.errors import BadData, BadModel
@@ -51,7 +52,6 @@ from tasks.outputs import as_json, read_manifest, write_whole
 from tasks.progress import Progress
 from tasks.scoring import read_questions, row_of, score
 from tasks.seq2seq import check_room, generate_targets
-from tasks.answers import answer_statistics
 from tasks.suites import examine
 from tasks.templates import decode, template_digest
 

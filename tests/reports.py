@@ -11,11 +11,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from tasks.answers import answer_statistics
 from tasks.evaluate_params import Evaluate
 from tasks.intervals import bootstrap
 from tasks.outputs import as_json
 from tasks.params_reading import load
-from tasks.answers import answer_statistics
 from tests.conftest import ROOT
 
 SUITES: Mapping[str, tuple[str, ...]] = {
