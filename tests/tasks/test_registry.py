@@ -5,23 +5,12 @@ import sqlite3
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from tasks.errors import BadData, BadModel, BadParams, Interrupted, RegistryUnreachable
-from tasks.registry import (
-    CHAMPION,
-    Move,
-    champion_of,
-    champions,
-    find_version,
-    move_champion,
-    moves,
-    settle_champion,
-    versions,
-    withdrawn,
-)
+from tasks.registry import find_version, version_of, versions
 from tasks.tracking import KEY_TAG, Tracker, connect, log_rows, run_of
 
 
@@ -52,74 +41,6 @@ def test_a_version_is_found_by_its_content(place: Path) -> None:
     assert found is not None
     assert str(found.version) == "2"
     assert find_version(client, "found", "k3") is None
-
-
-def test_the_ledger_remembers_every_champion(place: Path) -> None:
-    client = connect(place)
-    for key in "abc":
-        add_version(place, "ledger", key)
-    assert champion_of(client, "ledger") is None
-    for version in ("1", "2", "3"):
-        move_champion(client, "ledger", "promote", version)
-    move_champion(client, "ledger", "rollback", "2")
-    assert client.get_registered_model("ledger").aliases == {CHAMPION: 2}
-    told = [(m.number, m.action, m.before, m.to) for m in moves(client, "ledger")]
-    assert told == [
-        (1, "promote", "", "1"),
-        (2, "promote", "1", "2"),
-        (3, "promote", "2", "3"),
-        (4, "rollback", "3", "2"),
-    ]
-    assert champions(moves(client, "ledger")) == ["1", "2"]
-
-
-def test_a_kill_between_ledger_and_alias_is_mended(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    client = connect(place)
-    for key in "ab":
-        add_version(place, "killed", key)
-    move_champion(client, "killed", "promote", "1")
-    with monkeypatch.context() as patch:
-        patch.setattr("tasks.registry.settle_champion", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            move_champion(client, "killed", "promote", "2")
-    assert client.get_registered_model("killed").aliases[CHAMPION] == 1
-    assert settle_champion(client, "killed") == "2"
-    assert client.get_registered_model("killed").aliases[CHAMPION] == 2
-
-
-def test_the_stack_of_champions() -> None:
-    def ledger(*steps: str) -> list[Move]:
-        return [Move(n, "rollback" if s == "back" else "promote", "", s, "", "") for n, s in enumerate(steps, 1)]
-
-    assert champions([]) == []
-    assert champions(ledger("1", "2", "back")) == ["1"]
-    assert champions(ledger("1", "2", "back", "3", "2", "back", "back")) == ["1"]
-
-
-def test_a_server_that_does_not_answer_is_no_empty_ledger() -> None:
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-    from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, RESOURCE_DOES_NOT_EXIST
-
-    class Answers:
-        def __init__(self, code: int) -> None:
-            self.code = code
-
-        def get_registered_model(self, name: str) -> None:
-            raise MlflowException("x", self.code)
-
-    assert moves(cast(MlflowClient, Answers(RESOURCE_DOES_NOT_EXIST)), "m") == []
-    with pytest.raises(MlflowException):
-        moves(cast(MlflowClient, Answers(INTERNAL_ERROR)), "m")
-
-
-def test_what_is_withdrawn_is_what_was_rolled_back_last() -> None:
-    moves_ = [Move(1, "promote", "", "1", "", ""), Move(2, "promote", "1", "2", "", "")]
-    assert withdrawn(moves_) == set()
-    moves_.append(Move(3, "rollback", "2", "1", "", ""))
-    assert withdrawn(moves_) == {"2"}
-    moves_.append(Move(4, "promote", "1", "2", "", ""))
-    assert withdrawn(moves_) == set()
 
 
 def test_a_retry_logs_no_step_twice_and_a_run_says_how_it_ended(place: Path) -> None:
