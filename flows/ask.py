@@ -137,7 +137,7 @@ def ask_adapters(
 
 def sample(workspace: Path) -> tuple[list[tuple[str, str]], str]:
     """A held-out conversation or input that every model answered, and what the row expects."""
-    from tasks.evaluate import EXAMPLES
+    from tasks.items import EXAMPLES
     from tasks.records import SeqPair
     from tasks.tables import read_records, read_rows
 

@@ -194,7 +194,7 @@ def evidence(client: MlflowClient, version: ModelVersion) -> Evidence:
 
     from mlflow.exceptions import MlflowException
 
-    from tasks.evaluate import EXAMPLES
+    from tasks.items import EXAMPLES, HELD_OUT
     from tasks.tables import read_rows
 
     with tempfile.TemporaryDirectory() as folder:
@@ -214,7 +214,9 @@ def evidence(client: MlflowClient, version: ModelVersion) -> Evidence:
         own={metric: float(tags.get(f"temper.{metric}", "nan")) for metric in METRICS},
         base={metric: float(tags.get(f"temper.base_{metric}", "nan")) for metric in METRICS},
         scores={
-            _digest(row["prompt"], row["target"]): Score(row["correct"], row["loss"], row["tokens"]) for row in rows
+            _digest(row["prompt"], row["target"]): Score(row["score"] == 1, -row["logp"] / row["tokens"], row["tokens"])
+            for row in rows
+            if row["suite"] == HELD_OUT
         },
     )
 

@@ -17,7 +17,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from tasks import process
 from tasks.adapted import load_packaged
@@ -26,41 +27,30 @@ from tasks.device import settle
 from tasks.errors import BadData
 from tasks.evaluate_params import Evaluate
 from tasks.intervals import bootstrap
+from tasks.items import (
+    EXAMPLES,
+    HELD_OUT,
+    Item,
+    Summary,
+    check_finite,
+    digest_of,
+    mean_loss,
+    read_items,
+    suite_metrics,
+    write_items,
+)
 from tasks.labels import label_metrics
 from tasks.models import Model
 from tasks.outputs import as_json, read_manifest, write_whole
 from tasks.progress import Progress
 from tasks.scoring import read_questions, row_of, score
 from tasks.seq2seq import check_room, generate_targets
-from tasks.tables import read_rows, write_rows
-from tasks.templates import decode, load_tokenizer
+from tasks.templates import decode, load_tokenizer, template_digest
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
-METRICS, EXAMPLES = "metrics.json", "examples.parquet"
-
-
-class Answer(NamedTuple):
-    """A model's answer to one row: `loss` is in nats per scored token, over `tokens` of them."""
-
-    id: str
-    family: str
-    prompt: str
-    target: str
-    answer: str
-    correct: bool
-    loss: float
-    tokens: int
-
-
-def examples_schema() -> pa.Schema:
-    """The columns of examples.parquet: the fields of `Answer`."""
-    import pyarrow as pa
-
-    types = {str: pa.string(), bool: pa.bool_(), float: pa.float64(), int: pa.int32()}
-    return pa.schema([(name, types[hint]) for name, hint in get_type_hints(Answer).items()])
+METRICS = "metrics.json"
 
 
 def last_turn(row: Mapping[str, Any]) -> int:
@@ -74,7 +64,7 @@ def last_turn(row: Mapping[str, Any]) -> int:
 
 def answer_rows(
     model: Model, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], params: Evaluate
-) -> list[Answer]:
+) -> list[Item]:
     """Answers rendered chats and scores them.
 
     Raises:
@@ -96,16 +86,16 @@ def answer_rows(
     targets = [decode(tokenizer, row["ids"][len(prompt) :]) for row, prompt in zip(rows, prompts, strict=True)]
     texts = [str(tokenizer.decode(ids)) for ids in prompts]
     answers = generate(model, tokenizer, dict(zip(texts, prompts, strict=True)), texts, params)
-    losses = token_losses(model, rows, params.batch_rows)
+    logps = token_logps(model, rows, params.batch_rows)
     return [
-        Answer(row["id"], row["family"], text, target, answer, answer == target, loss, sum(row["mask"]))
-        for row, text, target, answer, loss in zip(rows, texts, targets, answers, losses, strict=True)
+        _item(row, text, target, answer, logp, sum(row["mask"][1:]))
+        for row, text, target, answer, logp in zip(rows, texts, targets, answers, logps, strict=True)
     ]
 
 
 def answer_pairs(
     model: Model, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], params: Evaluate
-) -> list[Answer]:
+) -> list[Item]:
     """Answers the inputs of rendered pairs and scores their targets.
 
     Raises:
@@ -120,12 +110,15 @@ def answer_pairs(
             answers += [decode(tokenizer, ids) for ids in answered]
             progress.step(by=len(inputs))
     made = []
-    for row, answer, loss in zip(rows, answers, token_losses(model, rows, params.batch_rows), strict=True):
+    for row, answer, logp in zip(rows, answers, token_logps(model, rows, params.batch_rows), strict=True):
         given, target = decode(tokenizer, row["input_ids"]), decode(tokenizer, row["target_ids"])
-        made.append(
-            Answer(row["id"], row["family"], given, target, answer, answer == target, loss, len(row["target_ids"]))
-        )
+        made.append(_item(row, given, target, answer, logp, len(row["target_ids"])))
     return made
+
+
+def _item(row: Mapping[str, Any], prompt: str, target: str, answer: str, logp: float, tokens: int) -> Item:
+    score = float(answer == target)
+    return Item(HELD_OUT, row["family"], row["id"], prompt, digest_of(prompt), target, answer, score, logp, tokens)
 
 
 def generate(
@@ -218,51 +211,82 @@ def _language_model(
     )
 
 
-def token_losses(model: Model, rows: Sequence[Mapping[str, Any]], batch_rows: int) -> list[float]:
-    """The mean negative log-likelihood of each row's scored tokens, in nats."""
+def token_logps(model: Model, rows: Sequence[Mapping[str, Any]], batch_rows: int) -> list[float]:
+    """The log-probability of each row's scored tokens together, in nats."""
     import torch
 
-    losses: list[float] = []
+    logps: list[float] = []
     with torch.no_grad(), Progress("score", len(rows), "rows") as progress:
         for start in range(0, len(rows), batch_rows):
             batch = [row_of(row) for row in rows[start : start + batch_rows]]
-            losses += (-score(model, batch).row_means()).tolist()
+            logps += score(model, batch).row_sums().tolist()
             progress.step(by=len(batch))
-    return losses
+    return logps
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
 
 
 def metrics_of(
-    model: str, answers: Sequence[Answer], base: Sequence[Answer] | None, params: Evaluate
+    model: str,
+    items: Sequence[Item],
+    base: Sequence[Item] | None,
+    params: Evaluate,
+    suite_summaries: Mapping[tuple[str, str], Summary] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """What is reported of a model; `base` are the base model's answers to the same rows, for the paired gain."""
-    families = sorted({a.family for a in answers})
-    by_family = {f: [a for a in answers if a.family == f] for f in families}
+    """What is reported of a model.
+
+    Args:
+        model: its name.
+        items: of the held-out rows, and of further suites.
+        base: the base model's of the same held-out rows, for the paired gain.
+        params: of the intervals.
+        suite_summaries: of the further suites' tasks.
+
+    Raises:
+        BadData: the base model was asked other questions.
+    """
+    summaries = {(HELD_OUT, item.task): Summary("exact_match", {}) for item in items if item.suite == HELD_OUT}
+    suites = suite_metrics(items, {**summaries, **suite_summaries}, params)
+    answers = [item for item in items if item.suite == HELD_OUT]
     metrics: dict[str, Any] = {
         "model": model,
         "rows": len(answers),
-        "exact_match": bootstrap([a.correct for a in answers], params)._asdict(),
+        "exact_match": suites[HELD_OUT]["score"],
         "loss": mean_loss(answers),
         "families": {
-            f: {"rows": len(rows), "exact_match": sum(a.correct for a in rows) / len(rows)}
-            for f, rows in by_family.items()
+            family: {"rows": each["rows"], "exact_match": each["score"]["mean"]}
+            for family, each in suites[HELD_OUT]["tasks"].items()
         },
+        "suites": suites,
     }
-    if labels := label_metrics([a.target for a in answers], [a.answer for a in answers], params):
+    if labels := label_metrics([a.target for a in answers], [a.prediction for a in answers], params):
         metrics["labels"] = labels
     if base is not None:
-        before = {a.id: a.correct for a in base}
-        gains = [float(a.correct) - float(before[a.id]) for a in answers]
+        before = _paired(answers, base)
+        gains = [item.score - old.score for item, old in zip(answers, before, strict=True)]
         metrics["gain_over_base"] = bootstrap(gains, params)._asdict()
-        metrics["base"] = {"exact_match": sum(before.values()) / len(before), "loss": mean_loss(base)}
+        metrics["base"] = {
+            "exact_match": sum(old.score for old in before) / len(before),
+            "loss": mean_loss(before),
+        }
     return metrics
 
 
-def mean_loss(answers: Sequence[Answer]) -> float:
-    """The loss per scored token over all answers, in nats."""
-    return sum(a.loss * a.tokens for a in answers) / sum(a.tokens for a in answers)
+def _paired(answers: Sequence[Item], base: Sequence[Item]) -> list[Item]:
+    """The base model's items of the same questions, in the same order.
+
+    Raises:
+        BadData: the base was asked others.
+    """
+    known = {(item.id, *item.same): item for item in base}
+    if others := [item.id for item in answers if (item.id, *item.same) not in known]:
+        raise BadData(
+            f"{len(others)} of {len(answers)} held-out rows are not those that the base model answered",
+            examples=others,
+            fix="run the stage `baseline` anew",
+        )
+    return [known[item.id, *item.same] for item in answers]
 
 
 def evaluate_model(
@@ -275,11 +299,13 @@ def evaluate_model(
     rows = read_questions(rendered, architecture)[: params.rows]
     settle(params.seed)
     answering = answer_pairs if architecture is ENCODER_DECODER else answer_rows
-    answers = answering(load_packaged(model_folder), load_tokenizer(model_folder), rows, params)
-    before = [Answer(**row) for row in read_rows(base)] if base else None
-    metrics = metrics_of(name, answers, before, params)
+    tokenizer = load_tokenizer(model_folder)
+    answers = answering(load_packaged(model_folder), tokenizer, rows, params)
+    check_finite(answers)
+    metrics = metrics_of(name, answers, read_items(base) if base else None, params)
+    metrics["template_sha256"] = template_digest(tokenizer)
     out.mkdir(parents=True, exist_ok=True)
-    write_rows(out / EXAMPLES, [answer._asdict() for answer in answers], examples_schema())
+    write_items(out / EXAMPLES, answers)
     write_whole(out / METRICS, as_json(metrics))
     exact, labels = metrics["exact_match"], metrics.get("labels")
     print(

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tasks import process
 from tasks.adapter_files import CONFIG, PUBLISHED
 from tasks.architecture import ENCODER_DECODER, architecture_in
-from tasks.evaluate import EXAMPLES, METRICS
+from tasks.evaluate import METRICS
 from tasks.generation_params import Generation
+from tasks.items import EXAMPLES
 from tasks.outputs import MANIFEST, as_json, digest, read_manifest, write_whole
 from tasks.registry import ADAPTER, CHALLENGER, find_version
 from tasks.templates import load_tokenizer, template_digest

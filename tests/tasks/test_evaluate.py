@@ -18,9 +18,10 @@ from transformers import (
 
 from tasks.chat import answer
 from tasks.errors import BadData
-from tasks.evaluate import Answer, answer_rows, last_turn, mean_loss, metrics_of, token_losses
+from tasks.evaluate import answer_rows, last_turn, metrics_of, token_logps
 from tasks.generation_params import GREEDY
 from tasks.intervals import bootstrap
+from tasks.items import Item, digest_of, mean_loss
 from tasks.models import load_model
 from tasks.records import Message
 from tasks.templates import render_chat
@@ -51,9 +52,9 @@ def test_answers_are_those_that_serving_gives(
     found = answer_rows(model, tokenizer, rows, EVALUATE)
     for one, (question, reply) in zip(found, QUESTIONS, strict=True):
         served = answer(model, tokenizer, [Message("user", question)], EVALUATE.max_new_tokens)
-        assert one.answer == served.text
+        assert one.prediction == served.text
         assert one.target == reply
-        assert one.correct == (one.answer == reply)
+        assert one.score == float(one.prediction == reply)
         assert question in one.prompt
 
 
@@ -66,7 +67,7 @@ def test_drawn_answers_are_those_that_serving_gives_in_any_batch(
     options = {"temperature": 1.0, "top_p": 0.95, "repetition_penalty": 1.2, "repetition_range": 4, "seed": 5}
     generation = GREEDY.model_copy(update=options)
     params = EVALUATE.model_copy(update={"batch_rows": batch_rows, "max_new_tokens": 12, "generation": generation})
-    found = [each.answer for each in answer_rows(model, tokenizer, rows, params)]
+    found = [each.prediction for each in answer_rows(model, tokenizer, rows, params)]
     served = [answer(model, tokenizer, [Message("user", q)], 12, generation).text for q, _ in QUESTIONS]
     assert found == served
     assert found != [answer(model, tokenizer, [Message("user", q)], 12).text for q, _ in QUESTIONS]
@@ -97,7 +98,7 @@ def test_a_model_that_counts_no_positions_has_no_limit(
     found = answer_rows(model, tokenizer, [*rows, long], EVALUATE)
     assert [one.id for one in found] == ["0", "1", "2", "3", "long"]
     assert prompt_tokens > 2048
-    assert found[-1].answer == answer(model, tokenizer, [Message("user", "cat " * 2500)], 3).text
+    assert found[-1].prediction == answer(model, tokenizer, [Message("user", "cat " * 2500)], 3).text
 
 
 def test_a_limit_may_stand_in_the_config_of_the_text_model(
@@ -114,10 +115,11 @@ def test_a_limit_may_stand_in_the_config_of_the_text_model(
 def test_losses_are_those_of_the_model_on_its_own_labels(pico_base: Path, rows: list[dict[str, Any]]) -> None:
     """Against the loss that transformers computes, one row at a time."""
     model = load_model(pico_base).float()
-    for row, loss in zip(rows, token_losses(model, rows, 3), strict=True):
+    for row, logp in zip(rows, token_logps(model, rows, 3), strict=True):
         ids = torch.tensor([row["ids"]])
         labels = torch.where(torch.tensor([row["mask"]]), ids, -100)
-        assert loss == pytest.approx(model(input_ids=ids, labels=labels).loss.item(), rel=1e-4)
+        expected = -model(input_ids=ids, labels=labels).loss.item() * sum(row["mask"])
+        assert logp == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_last_turn_is_what_is_answered(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -141,12 +143,12 @@ def test_the_model_answers_the_tokens_that_training_saw(
     model: Any = load_model(pico_base)
     (answered,) = answer_rows(model, tokenizer, [split], EVALUATE)
     new = model.generate(torch.tensor([prompt]), max_new_tokens=EVALUATE.max_new_tokens, do_sample=False)
-    assert answered.answer == str(tokenizer.decode(new[0, len(prompt) :], skip_special_tokens=True)).strip()
+    assert answered.prediction == str(tokenizer.decode(new[0, len(prompt) :], skip_special_tokens=True)).strip()
 
 
-def made(correct: list[bool], losses: list[float], tokens: list[int], family: str = "f") -> list[Answer]:
+def made(correct: list[bool], losses: list[float], tokens: list[int], family: str = "f") -> list[Item]:
     return [
-        Answer(str(n), family, "p", "t", "a", c, loss, k)
+        Item("held_out", family, str(n), "p", digest_of("p"), "t", "a", float(c), -loss * k, k)
         for n, (c, loss, k) in enumerate(zip(correct, losses, tokens, strict=True))
     ]
 

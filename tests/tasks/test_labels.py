@@ -10,7 +10,8 @@ from sklearn.metrics import (  # type: ignore[import-untyped]
     precision_recall_fscore_support,
 )
 
-from tasks.evaluate import Answer, metrics_of
+from tasks.evaluate import metrics_of
+from tasks.items import Item, digest_of
 from tasks.labels import label_metrics, labels_of, macro_f1
 from tests.samples import EVALUATE
 
@@ -80,7 +81,10 @@ def test_targets_that_are_all_alike_all_different_or_many_are_no_labels() -> Non
 
 def test_a_report_has_labels_where_rows_are_classified() -> None:
     def report(targets: list[str]) -> dict[str, object]:
-        rows = [Answer(str(n), "", "p", target, "a", target == "a", 1.0, 1) for n, target in enumerate(targets)]
+        rows = [
+            Item("held_out", "", str(n), "p", digest_of("p"), target, "a", float(target == "a"), -1.0, 1)
+            for n, target in enumerate(targets)
+        ]
         return metrics_of("m", rows, None, EVALUATE)
 
     assert "labels" not in report(["a", "b", "c"])

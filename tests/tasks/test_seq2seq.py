@@ -289,10 +289,10 @@ def test_answers_of_an_evaluation_are_those_that_serving_gives(
     model: Any = load_model(bases["mt5"]).float()
     for one, (given, wanted) in zip(answer_pairs(model, unigram, rendered, EVALUATE), TEXTS, strict=True):
         reply = answer_text(model, unigram, given, EVALUATE.max_new_tokens)
-        assert (one.prompt, one.target, one.answer) == (given, wanted, reply.text)
-        assert one.correct == (one.answer == one.target)
+        assert (one.prompt, one.target, one.prediction) == (given, wanted, reply.text)
+        assert one.score == float(one.prediction == one.target)
         ids, labels = (torch.tensor([unigram(text)["input_ids"]]) for text in (given, wanted))
-        assert one.loss == pytest.approx(model(input_ids=ids, labels=labels).loss.item(), rel=1e-4)
+        assert -one.logp / one.tokens == pytest.approx(model(input_ids=ids, labels=labels).loss.item(), rel=1e-4)
         assert one.tokens == labels.shape[1]
         assert reply.prompt_tokens == ids.shape[1]
 
