@@ -18,9 +18,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from tasks.items import Item
 from tasks.registry_params import Promote
 
 if TYPE_CHECKING:
@@ -30,25 +31,16 @@ if TYPE_CHECKING:
 _AT_ONCE = 1 << 21
 """Numbers that are drawn at once, at most."""
 
-Key: TypeAlias = tuple[str, str, str]
-"""Which item it is: its task, the SHA-256 of its prompt, and its target."""
+Items: TypeAlias = Mapping[tuple[str, str, str, str], Item]
+"""A model's results by what says which item it is: suite, task, the SHA-256 of the prompt, target."""
 
 
-class Item(NamedTuple):
-    """One model's result on one item.
-
-    Attributes:
-        score: by the task's main metric; higher is better.
-        logp: log-probability of the target in nats, over its tokens; NaN where the task has none.
-        tokens: how many they are.
-    """
-
-    score: float
-    logp: float
-    tokens: int
-
-
-Items: TypeAlias = Mapping[Key, Item]
+def by_suite(items: Iterable[Item]) -> dict[str, Items]:
+    """The results of a report, by suite."""
+    found: dict[str, dict[tuple[str, str, str, str], Item]] = {}
+    for item in items:
+        found.setdefault(item.suite, {})[item.same] = item
+    return found
 
 
 class Evidence(NamedTuple):
@@ -181,7 +173,9 @@ def _integrity(version: Evidence, max_mean_kl: float) -> Iterator[Finding]:
     told = [version.templates.get(where, "") for where in ("training", "evaluation", "model")]
     same = bool(told[0]) and len(set(told)) == 1
     shown = ", ".join(f"{each[:12] or 'missing'}" for each in told)
-    yield Finding("template", "", same, f"{told[0][:12]} throughout" if same else f"training, evaluation, model: {shown}")
+    yield Finding(
+        "template", "", same, f"{told[0][:12]} throughout" if same else f"training, evaluation, model: {shown}"
+    )
     found = "missing" if math.isnan(version.mean_kl) else f"mean KL {version.mean_kl:.2g}"
     yield Finding("merge", "", version.mean_kl <= max_mean_kl, f"{found}, at most {max_mean_kl:g} nats a token")
 
@@ -246,9 +240,7 @@ def _told(check: str, suite: str, passed: bool, found: Difference, metric: str, 
 # --- the comparison ---------------------------------------------------------------------------------------------------
 
 
-def _on(
-    suite: str, new: Mapping[str, Items], old: Mapping[str, Items], metric: str, params: Promote
-) -> Difference:
+def _on(suite: str, new: Mapping[str, Items], old: Mapping[str, Items], metric: str, params: Promote) -> Difference:
     return difference(new.get(suite, {}), old.get(suite, {}), metric, params)
 
 
@@ -277,7 +269,9 @@ def difference(new: Items, old: Items, metric: str, params: Promote) -> Differen
     return Difference(len(keys), shown * first, shown * second, first - second, float(low), float(high), float(noise))
 
 
-def _numbers(keys: list[Key], new: Items, old: Items, metric: str) -> tuple[list[list[float]], list[list[float]]]:
+def _numbers(
+    keys: Sequence[tuple[str, str, str, str]], new: Items, old: Items, metric: str
+) -> tuple[list[list[float]], list[list[float]]]:
     """What is added up of each model's items, and what the sum is divided by."""
     both = [[each[key] for key in keys] for each in (new, old)]
     if metric == "score":

@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from tasks.errors import AliasMoved, BadInput
+from tasks.names import CHAMPION
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-CHAMPION = "champion"
 REASON_CHARACTERS = 1000
 """A longer reason is cut: MLflow keeps 6,000 characters of a param, and an entry says more than the reason."""
 
@@ -237,7 +237,7 @@ def _begin(client: MlflowClient, model: str) -> Run:
     run = client.create_run(draft, run_name=ledger_name(model), tags={"mlflow.note.content": about})
     for move in _tagged(client, model):
         client.log_param(run.info.run_id, _name(move.number), json.dumps(move._asdict(), ensure_ascii=False))
-    client.set_terminated(run.info.run_id)
+    client.update_run(run.info.run_id, status="FINISHED")
     try:
         client.rename_experiment(draft, ledger_name(model))
     except MlflowException:  # the name is taken

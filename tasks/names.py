@@ -1,4 +1,4 @@
-"""Names in the MLflow registry: of models, and of their aliases."""
+"""Names in the MLflow registry: of models, of their aliases, and of what a version holds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import re
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 """The aliases that temper itself gives: what is in use, and what was registered last."""
+
+ARTIFACT = "model"
+"""The name under which a version keeps its model folder."""
+
+ABOUT = "about.d"
+"""And its description: card, lineage, bill of materials, signature. No method can be called so."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _ALIAS = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from tasks.adapter_files import CONFIG
 from tasks.errors import BadModel, BadParams
+from tasks.ledger import moves
+from tasks.names import ARTIFACT
 from tasks.outputs import read_manifest, whole_folder
 from tasks.tracking import KEY_TAG, answering, connect
 
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-CHALLENGER = "challenger"
 ADAPTER = "adapter"
 """Under what name the run of a version keeps its adapter."""
 
@@ -28,6 +29,21 @@ _ADDRESS = re.compile(r"models:/([^/@]+)(?:/(\d+)|@([^/@]+))")
 def find_version(client: MlflowClient, model: str, key: str) -> ModelVersion | None:
     """The version of a model that was registered from this content, if there is one."""
     return next((v for v in versions(client, model) if v.tags.get(KEY_TAG) == key), None)
+
+
+def remove_doubles(client: MlflowClient, model: str, key: str) -> ModelVersion:
+    """The first version of this content, after deleting others of it that nothing refers to.
+
+    MLflow has no way to make a version only if there is none, so two processes, or one that was killed in between, may
+    make it twice.
+    """
+    same = [each for each in versions(client, model) if each.tags.get(KEY_TAG) == key]
+    for double in same[1:]:
+        used = {move.to for move in moves(client, model)}
+        aliases = client.get_model_version(model, double.version).aliases
+        if str(double.version) not in used and not aliases:
+            client.delete_model_version(model, double.version)
+    return same[0]
 
 
 def versions(client: MlflowClient, model: str) -> list[ModelVersion]:
@@ -85,6 +101,30 @@ def version_at(client: MlflowClient, address: str) -> ModelVersion:
             got=str(error).split("\n")[0],
             fix="run `temper status` to see what there is",
         ) from error
+
+
+def fetch_model(client: MlflowClient, version: ModelVersion) -> Path:
+    """The model folder that a version holds: where MLflow keeps it, if that is on this disk, else downloaded.
+
+    Raises:
+        BadModel: it cannot be had.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    address = f"models:/{version.name}/{version.version}"
+    try:
+        source = client.get_model_version_download_uri(version.name, version.version)
+        place = Path(mlflow.artifacts.download_artifacts(source, tracking_uri=client.tracking_uri))
+        held = mlflow.models.Model.load(str(place)).flavors["python_function"]["artifacts"][ARTIFACT]["path"]
+    except (MlflowException, OSError, KeyError) as error:
+        raise BadModel(
+            "its model cannot be had",
+            where=address,
+            got=str(error).split("\n")[0],
+            fix="bring back MLflow's artifacts, or register it again",
+        ) from error
+    return place / held
 
 
 def fetch_adapter(workspace: Path, address: str) -> Path:

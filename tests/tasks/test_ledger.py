@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -148,7 +145,9 @@ def test_the_ledger_of_earlier_versions_is_taken_over(client: MlflowClient) -> N
     assert [move.to for move in moves(client, "old")] == ["1", "2"]
     step(client, "old", "promote", "3")
     client.delete_registered_model_tag("old", "temper.move.000001")  # the entries are the ledger's now
-    assert [(m.number, m.to, m.at) for m in moves(client, "old")][:2] == [(n, str(n), before[n - 1]["at"]) for n in (1, 2)]
+    assert [(m.number, m.to, m.at) for m in moves(client, "old")][:2] == [
+        (n, str(n), before[n - 1]["at"]) for n in (1, 2)
+    ]
     assert champions(moves(client, "old")) == ["1", "2", "3"]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tasks.errors import BadData, BadModel, BadParams, Interrupted, RegistryUnreachable
-from tasks.registry import find_version, version_of, versions
+from tasks.registry import find_version, versions
 from tasks.tracking import KEY_TAG, Tracker, connect, log_rows, run_of
 
 
