@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -61,7 +62,8 @@ def race(uri: str, model: str, *, writers: int, each: int) -> Race:
     """Lets several processes move the champion alias of one model, and reads what came of it."""
     import mlflow
 
-    from tasks.ledger import CHAMPION, champion_of, moves
+    from tasks.ledger import champion_of, moves
+    from tasks.names import CHAMPION
 
     client = mlflow.MlflowClient(uri)
     add_versions(client, model, writers)
@@ -76,7 +78,7 @@ def race(uri: str, model: str, *, writers: int, each: int) -> Race:
         process.join()
     seconds = time.monotonic() - began
     ledger = moves(client, model)
-    follows = all(after.before == before.to for before, after in zip(ledger, ledger[1:], strict=False))
+    follows = all(after.before == before.to for before, after in pairwise(ledger))
     marks = {move.mark for move in ledger}
     linear = follows and len(marks) == len(ledger) and [m.number for m in ledger] == list(range(1, len(ledger) + 1))
     alias = str(client.get_registered_model(model).aliases[CHAMPION])

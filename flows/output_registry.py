@@ -134,9 +134,8 @@ def lineage(found: Mapping[str, Any]) -> None:
         ]
     )
     for move in found["moves"]:
-        typer.echo(
-            f"{move['at']}  {move['action']} by {move['by']}: {move['before'] or 'none'} -> {move['to']}  {move['reason']}"
-        )
+        way = f"{move['before'] or 'none'} -> {move['to']}"
+        typer.echo(f"{move['at']}  {move['action']} by {move['by']}: {way}  {move['reason']}")
 
 
 def _number(value: float | None) -> str:

@@ -164,7 +164,7 @@ def _chosen(
 
 
 def figure(version: Evidence, params: Promote) -> float:
-    """What versions are ranked by: the mean of the deciding metric, higher is better; without one the least there is."""
+    """What versions are ranked by: the mean of the deciding metric, higher is better; minus infinity without one."""
     items = version.suites.get(params.suite, {}).values()
     tokens = sum(item.tokens for item in items)
     if params.metric == "score" and items:

@@ -1,4 +1,4 @@
-"""What is registered, told: the moves of the champion alias, two versions beside each other, and where one comes from."""
+"""What is registered, told: the champion alias's moves, two versions beside each other, and where one comes from."""
 
 from __future__ import annotations
 

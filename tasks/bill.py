@@ -58,9 +58,11 @@ def _component(name: str, package: Distribution) -> dict[str, Any]:
         "version": package.version,
         "purl": reference,
     }
-    if expression := package.metadata.get("License-Expression"):
+    told = package.metadata.json  # names in lower case with _; what is absent is no key
+    licence = " ".join(str(told.get("license", "")).split())
+    if expression := told.get("license_expression"):
         component["licenses"] = [{"expression": expression}]
-    elif (licence := " ".join((package.metadata.get("License") or "").split())) and len(licence) < 100:
+    elif licence and len(licence) < 100:
         component["licenses"] = [{"license": {"name": licence}}]  # longer: some put the whole text there
     return component
 

@@ -85,13 +85,15 @@ def version_card(lineage: Mapping[str, Any]) -> str:
         "rows learnt from": data["learnt"],
         "git commit": lineage["git_commit"],
     }
+    terms = (
+        f"The rows are licensed {', '.join(licences) or 'by nobody that is known'}. The base's own licence applies, too; "
+        "a tuned model is a derivative of both."
+    )
     sections = [
         _page(head, lineage["model"], facts).rstrip(),
         "## Figures\n\n" + _figures(lineage["evaluation"]),
         "## Data\n\n" + _sources(data["sources"]),
-        "## Licence\n\n"
-         f"The rows are licensed {', '.join(licences) or 'by nobody that is known'}. The base's own licence applies, "
-        "too; a tuned model is a derivative of both.",
+        "## Licence\n\n" + terms,
         "## Limits\n\n" + _limits(lineage),
     ]
     return "\n\n".join(sections) + "\n"
@@ -117,9 +119,9 @@ def _sources(sources: Mapping[str, Mapping[str, Any]]) -> str:
 def _limits(lineage: Mapping[str, Any]) -> str:
     rows = lineage["evaluation"]["suites"].values()
     leaks = [f"{share:.1%} of {suite}" for suite, share in lineage["leaked"].items() if share]
+    items = sum(each["rows"] for each in rows)
     told = [
-        f"It was evaluated on {sum(each['rows'] for each in rows)} items of the suites above and on nothing else; what "
-        "it says elsewhere is unknown.",
+        f"It was evaluated on {items} items of the suites above; what it says of anything else is unknown.",
         "Its facts are those of the base and of the rows; it may state wrong ones in the same tone.",
         f"Of the evaluation items these stand in the rows that were learnt: {', '.join(leaks)}." if leaks else "",
     ]

@@ -35,7 +35,7 @@ Items: TypeAlias = Mapping[tuple[str, str, str, str], Item]
 """A model's results by what says which item it is: suite, task, the SHA-256 of the prompt, target."""
 
 
-def by_suite(items: Iterable[Item]) -> dict[str, Items]:
+def by_suite(items: Iterable[Item]) -> Mapping[str, Items]:
     """The results of a report, by suite."""
     found: dict[str, dict[tuple[str, str, str, str], Item]] = {}
     for item in items:
@@ -230,9 +230,9 @@ def _told(check: str, suite: str, passed: bool, found: Difference, metric: str, 
     elif math.isnan(found.gain):
         said = f"{metric} is absent of some of {found.items} items; the gate fails closed"
     else:
+        interval = f"[{found.low:+.3f}, {found.high:+.3f}]"
         said = (
-            f"{metric} {found.new:.3f}, {rival} {found.old:.3f}: {found.gain:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
-            f", noise {found.noise:.3f}"
+            f"{metric} {found.new:.3f}, {rival} {found.old:.3f}: {found.gain:+.3f} {interval}, noise {found.noise:.3f}"
         )
     return Finding(check, suite, passed, said, found)
 

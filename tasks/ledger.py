@@ -95,7 +95,8 @@ def _replayed(ledger: Sequence[Move]) -> tuple[list[str], set[str]]:
 
 def champion_of(client: MlflowClient, model: str) -> str | None:
     """The version that the ledger says is champion."""
-    return (champions(moves(client, model)) or [None])[-1]
+    stack = champions(moves(client, model))
+    return stack[-1] if stack else None
 
 
 def move_champion(

@@ -2,9 +2,9 @@
 
 Reads:  data/models/METHOD/, data/reports/METHOD/ and the base model's examples, data/adapters/METHOD/, data/base/,
         data/rendered/ (what was learnt is looked through for evaluation items).
-Writes: a version of `register.model` with the alias `challenger` and an alias named like the method; in it the model, its
-        card, lineage, bill of materials and, with a key, signature; in its run the adapter, also where the model has it
-        merged, and the report; data/reports/METHOD/registered.json (model, version, run, key).
+Writes: a version of `register.model` with the alias `challenger` and an alias named like the method; in it the model,
+        its card, lineage, bill of materials and, with a key, signature; in its run the report and the adapter, also
+        where the model has it merged; data/reports/METHOD/registered.json (model, version, run, key).
 Params: register, ingest.sources
 Fails:  MLflow does not answer (75, retried); a signing key that cannot be used (65, never retried).
 """

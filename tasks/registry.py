@@ -124,7 +124,7 @@ def fetch_model(client: MlflowClient, version: ModelVersion) -> Path:
             got=str(error).split("\n")[0],
             fix="bring back MLflow's artifacts, or register it again",
         ) from error
-    return place / held
+    return place / str(held)
 
 
 def fetch_adapter(workspace: Path, address: str) -> Path:

@@ -14,7 +14,6 @@ from mlflow.exceptions import MlflowException
 from bench.registry import add_versions, race, serving
 from tasks.errors import AliasMoved, BadInput
 from tasks.ledger import (
-    CHAMPION,
     REASON_CHARACTERS,
     Move,
     champion_of,
@@ -25,6 +24,7 @@ from tasks.ledger import (
     settle_champion,
     withdrawn,
 )
+from tasks.names import CHAMPION
 from tasks.tracking import connect
 
 

@@ -64,7 +64,7 @@ def test_every_intervention_is_the_same_to_the_bit_where_its_version_is_loaded(
             (folder / FOLDER).mkdir()
             publish(model, folder / FOLDER)
         run = run_of(client, tmp_path, kind, kind, {})
-        uris.append(log_model(client, run, tmp_path / kind, kind)[1])
+        uris.append(log_model(client, run, tmp_path / kind, None, kind)[1])
     store = client.tracking_uri
     out = tmp_path / "elsewhere" / "logits.safetensors"
     out.parent.mkdir()
