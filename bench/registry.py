@@ -10,20 +10,100 @@ Each ends with exit 1 when something was lost, doubled or wrong.
 
 from __future__ import annotations
 
+import argparse
+import json
 import multiprocessing
 import os
+import select
+import shutil
+import signal
 import socket
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from random import Random
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from bench.clock import ROOT, machine
+from tasks.errors import TemperError
+from tasks.lineage import Outputs
+from tasks.process import quiet_libraries
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+
+# --- what is registered -----------------------------------------------------------------------------------------------
+
+
+def made(folder: Path, base: Path, right: int, *, of: int = 200, method: str = "qlora") -> Outputs:
+    """What the stages would have made of a base model that learnt to answer so many of the held-out rows.
+
+    Args:
+        folder: where it is written, an empty one.
+        base: a model folder; the model that was tuned is a copy of it.
+        right: how many held-out rows it answers; the base itself answers none.
+        of: how many there are.
+        method: which trained it.
+    """
+    from tasks.evaluate import METRICS
+    from tasks.items import EXAMPLES, HELD_OUT, Item, Summary, digest_of, suite_metrics, write_items
+    from tasks.merge import EQUIVALENCE
+    from tasks.models import model_files
+    from tasks.outputs import as_json, whole_folder
+    from tasks.params_reading import load
+    from tasks.render import rendered_schema
+    from tasks.tables import write_rows
+    from tasks.templates import load_tokenizer, template_digest
+
+    params = load(ROOT / "recipes" / "quickstart.yaml")
+    places = Outputs(*(folder / name for name in Outputs._fields))._replace(baseline=folder / "baseline.parquet")
+    tokenizer = load_tokenizer(base)
+    template, ids = template_digest(tokenizer), list(tokenizer("What is learnt?")["input_ids"])
+    for place in (places.model, places.base):
+        with whole_folder(place, {"kind": "local"}) as draft:
+            for file in model_files(base):
+                shutil.copyfile(file, draft / file.name)
+            if place == places.model:
+                (draft / EQUIVALENCE).write_text(as_json({"form": "merged", "mean_kl": 1e-4, "answers": right}))
+    about: dict[str, Any] = {"template_sha256": template, "train": {}, "held_out": {}}
+    with whole_folder(places.rendered, about) as draft:
+        (draft / "train").mkdir()
+        row = {"id": "1", "family": "", "ids": ids, "mask": [False] * (len(ids) - 1) + [True]}
+        write_rows(draft / "train" / "chat.parquet", [row | {"prompt_tokens": len(ids) - 1}], rendered_schema("chat"))
+        about["train"]["chat"], about["held_out"]["chat"] = {"rows": 1}, {"rows": of}
+    items = []
+    for number in range(of):
+        prompt = f"What comes after {number}, in words?"
+        items.append(Item(HELD_OUT, "t", str(number), prompt, digest_of(prompt), "x", "y", 0.0, -2.0, 1))
+    write_items(places.baseline, items)
+    answers = [item._replace(score=float(n < right), logp=-1.0) for n, item in enumerate(items)]
+    places.reports.mkdir()
+    write_items(places.reports / EXAMPLES, answers)
+    suites = suite_metrics(answers, {(HELD_OUT, "t"): Summary("exact_match", {})}, params.evaluate)
+    (places.reports / METRICS).write_text(as_json({"suites": suites, "template_sha256": template}))
+    summary = {"key": f"train-{right}", "steps": 1, "kept_step": 1, "rows": 1, "held_out_loss_after": 1.0}
+    summary |= {"params": params.train[method].model_dump(), "data": {"train/chat.parquet": "0" * 64}}
+    with whole_folder(places.adapter) as draft:
+        (draft / "summary.json").write_text(as_json(summary))
+        (draft / "log.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    return places
+
+
+def workspace_at(folder: Path) -> Path:
+    """A workspace in which nothing has run: the params of the quickstart, and the graph."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copyfile(ROOT / name, folder / name)
+    return folder
 
 
 # --- F16: several writers ---------------------------------------------------------------------------------------------
@@ -137,3 +217,296 @@ def _await(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
             pass
         time.sleep(0.1)
     raise RuntimeError("the server does not answer")
+
+
+# --- kills ------------------------------------------------------------------------------------------------------------
+
+
+def in_child(work: Callable[[], Any], kill_after_s: float | None = None) -> Any:
+    """Runs something in a process of its own that has all libraries loaded; returns what it returns.
+
+    Args:
+        work: what is run.
+        kill_after_s: when it is ended by kill -9; None for never.
+
+    Returns:
+        The result; KILLED when it was killed before it ended.
+    """
+    (reader, writer), began = os.pipe(), time.monotonic()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        with os.fdopen(writer, "w") as pipe:
+            try:
+                json.dump({"result": work()}, pipe)
+            except TemperError as error:
+                json.dump({"error": error.what}, pipe)
+            except BaseException:  # the child must not run on into the parent's code
+                json.dump({"error": traceback.format_exc()}, pipe)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        if kill_after_s is not None:
+            ready, _, _ = select.select([pipe], [], [], kill_after_s)
+            if not ready:
+                os.kill(child, signal.SIGKILL)
+        told = pipe.read()
+    os.waitpid(child, 0)
+    if not told:
+        return KILLED
+    found = json.loads(told)
+    if "error" in found:
+        raise RuntimeError(f"after {time.monotonic() - began:.1f} s: {found['error']}")
+    return found["result"]
+
+
+KILLED = "killed"
+
+
+class Kills(NamedTuple):
+    """What came of kills.
+
+    Attributes:
+        kills: how many there were.
+        wrong: what was found that must not be, a sentence each.
+        seconds: how long it took.
+    """
+
+    kills: int
+    wrong: list[str]
+    seconds: float
+
+
+def registrations(folder: Path, base: Path, kills: int, seed: int = 1, per_content: int = 10) -> Kills:
+    """F14: kills while contents are registered, by one process or two at once; each is completed in the end."""
+    from tasks.params_reading import load
+    from tasks.register import register
+
+    random, began, wrong = Random(seed), time.monotonic(), list[str]()
+    workspace = workspace_at(folder / "workspace")
+    params = load(workspace / "params.yaml")
+
+    def work(number: int, outputs: Outputs) -> Callable[[], str]:
+        return lambda: str(register(workspace, "qlora", outputs, f"content {number}", params).version)
+
+    def timed(number: int) -> float:
+        (folder / f"made-{number}").mkdir()
+        outputs.append(made(folder / f"made-{number}", base, 100 + number))
+        start = time.monotonic()
+        in_child(work(number, outputs[number]))
+        return time.monotonic() - start
+
+    outputs: list[Outputs] = []
+    timed(0)  # the first makes the database
+    whole_s, done, contents = timed(1), 0, 2
+    while done < kills:
+        (folder / f"made-{contents}").mkdir()
+        outputs.append(made(folder / f"made-{contents}", base, 100 + contents))
+        for _ in range(min(per_content, kills - done)):
+            victim = work(contents, outputs[contents])
+            if random.random() < 0.2:
+                with ThreadPoolExecutor(1) as other:
+                    beside = other.submit(in_child, victim)
+                    done += in_child(victim, random.uniform(0, whole_s)) == KILLED
+                    beside.result()
+            else:
+                done += in_child(victim, random.uniform(0, whole_s)) == KILLED
+        in_child(victim)
+        contents += 1
+    wrong += in_child(lambda: _wrong_versions(workspace, contents))
+    return Kills(done, wrong, time.monotonic() - began)
+
+
+def _wrong_versions(workspace: Path, contents: int) -> list[str]:
+    """What is lost, doubled or torn of contents that were all registered."""
+    from flows.evidence import broken, evidence
+    from tasks.registry import versions
+    from tasks.tracking import KEY_TAG, connect
+
+    client = connect(workspace)
+    found = versions(client, "temper-tiny")
+    wrong = []
+    for number in range(contents):
+        same = [version for version in found if version.tags.get(KEY_TAG) == f"content {number}"]
+        if len(same) != 1:
+            wrong.append(f"content {number} has {len(same)} versions")
+        for version in same:
+            if not evidence(client, version, with_files=False).suites or broken(client, version):
+                wrong.append(f"content {number}: version {version.version} is not whole")
+    return wrong
+
+
+class Moves(NamedTuple):
+    """A workspace with three versions, of which 1 and 2 pass the gate against each other and 3 does not."""
+
+    workspace: Path
+    weights: dict[str, str]
+
+
+def three_versions(folder: Path, base: Path) -> Moves:
+    """Registers them."""
+    from tasks.outputs import digests
+    from tasks.params_reading import load
+    from tasks.register import register
+
+    workspace, weights = workspace_at(folder / "workspace"), {}
+    params = load(workspace / "params.yaml")
+    for number, right in enumerate((150, 151, 20), 1):
+        (folder / f"made-{number}").mkdir()
+        outputs = made(folder / f"made-{number}", base, right)
+        in_child(
+            lambda outputs=outputs, number=number: (
+                register(workspace, "qlora", outputs, f"content {number}", params).version
+            )
+        )
+        weights[str(number)] = json.dumps(digests(outputs.model))
+    return Moves(workspace, weights)
+
+
+def promotions(folder: Path, base: Path, kills: int, seed: int = 1) -> Kills:
+    """F15: kills while versions are promoted; the alias must name one that passed, and the next try completes it."""
+    from flows.promote import promote
+
+    random, began, wrong, done = Random(seed), time.monotonic(), list[str](), 0
+    workspace = three_versions(folder, base).workspace
+
+    def move(version: str) -> Callable[[], str]:
+        return lambda: str(promote.fn(workspace, version, "kills").champion)
+
+    in_child(move("1"))
+    start = time.monotonic()
+    in_child(move("2"))
+    whole_s, present = time.monotonic() - start, "2"
+    while done < kills:
+        version = random.choice(["1", "2", "3"])
+        if in_child(move(version), random.uniform(0, whole_s)) != KILLED:
+            continue
+        done += 1
+        alias = in_child(lambda: _alias(workspace))
+        if alias not in ("1", "2"):
+            wrong.append(f"after kill {done} the alias names version {alias}")
+        present = version if version != "3" else present
+        if version != "3" and (found := in_child(move(version))) != version:
+            wrong.append(f"after kill {done} version {version} was not promoted, but {found}")
+    wrong += in_child(lambda: _wrong_ledger(workspace))
+    return Kills(done, wrong, time.monotonic() - began)
+
+
+def _alias(workspace: Path) -> str:
+    from tasks.names import CHAMPION
+    from tasks.tracking import connect
+
+    return str(connect(workspace).get_registered_model("temper-tiny").aliases.get(CHAMPION))
+
+
+def _wrong_ledger(workspace: Path) -> list[str]:
+    from tasks.ledger import champions, moves
+    from tasks.tracking import connect
+
+    ledger = moves(connect(workspace), "temper-tiny")
+    wrong = [f"entry {b.number} begins at {b.before}" for a, b in pairwise(ledger) if b.before != a.to]
+    wrong += [f"entry {move.number} makes version 3 champion" for move in ledger if move.to == "3"]
+    if champions(ledger)[-1] != _alias(workspace):
+        wrong.append("alias and ledger disagree")
+    return wrong
+
+
+class Rollbacks(NamedTuple):
+    """What came of rollbacks.
+
+    Attributes:
+        rollbacks: how many there were.
+        identical: after how many the champion's files were those that were registered, byte by byte.
+        promote_s: seconds of each promotion.
+        rollback_s: seconds of each rollback.
+    """
+
+    rollbacks: int
+    identical: int
+    promote_s: list[float]
+    rollback_s: list[float]
+
+
+def rollbacks(folder: Path, base: Path, count: int) -> Rollbacks:
+    """Promotes version 2 and rolls back to 1, again and again, in one process; reads the champion's files each time."""
+    from flows.promote import promote, rollback
+    from tasks.outputs import digests
+    from tasks.registry import fetch_model, version_at
+    from tasks.tracking import connect
+
+    workspace, weights = three_versions(folder, base)
+
+    def work() -> dict[str, Any]:
+        promote.fn(workspace, "1", "")
+        told: dict[str, Any] = {"identical": 0, "promote": [], "rollback": []}
+        client = connect(workspace)
+        for _ in range(count):
+            for name, move in (
+                ("promote", lambda: promote.fn(workspace, "2", "")),
+                ("rollback", lambda: rollback.fn(workspace)),
+            ):
+                start = time.perf_counter()
+                move()
+                told[name].append(time.perf_counter() - start)
+            champion = fetch_model(client, version_at(client, "models:/temper-tiny@champion"))
+            told["identical"] += json.dumps(digests(champion)) == weights["1"]
+        return told
+
+    told = in_child(work)
+    return Rollbacks(count, told["identical"], told["promote"], told["rollback"])
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def _warm() -> None:
+    """Loads what children need, so that a kill meets their work and not their imports."""
+    import torch
+    import transformers  # noqa: F401
+
+    import tasks.register
+    import tasks.served  # noqa: F401
+
+    torch.set_num_threads(1)  # threads do not survive a fork
+
+
+def _p99(seconds: list[float]) -> float:
+    return sorted(seconds)[max(0, round(0.99 * len(seconds)) - 1)]
+
+
+def main() -> None:
+    """Runs one of them and prints a line for each figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["ledger", "register", "promote", "rollback"])
+    parser.add_argument("--count", type=int, help="moves of each writer, kills, or rollbacks")
+    asked = parser.parse_args()
+    quiet_libraries()
+    print(machine())
+    with tempfile.TemporaryDirectory() as name:
+        folder, wrong = Path(name), list[str]()
+        if asked.what == "ledger":
+            each = asked.count or 250
+            with serving(folder) as server:
+                for kind, uri in (("SQLite", f"sqlite:///{folder / 'file.db'}"), ("server", server)):
+                    found = race(uri, "raced", writers=4, each=each)
+                    print(f"{kind}: {found}")
+                    if found.entries != 4 * each or not found.linear or found.alias != found.champion:
+                        wrong.append(f"{kind}: a move was lost")
+        elif asked.what == "rollback":
+            _warm()
+            told = rollbacks(folder, ROOT / "models" / "tiny", asked.count or 100)
+            for move, seconds in (("promote", told.promote_s), ("rollback", told.rollback_s)):
+                print(f"{move}: median {statistics.median(seconds):.2f} s, p99 {_p99(seconds):.2f} s")
+            print(f"{told.identical} of {told.rollbacks} rollbacks restored the same bytes")
+            wrong += ["a rollback restored other bytes"] * (told.identical != told.rollbacks)
+        else:
+            _warm()
+            kill = registrations if asked.what == "register" else promotions
+            done = kill(folder, ROOT / "models" / "tiny", asked.count or 100)
+            print(f"{done.kills} kills in {done.seconds:.0f} s: {len(done.wrong)} wrong")
+            wrong += done.wrong
+    sys.exit("\n".join(wrong) if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -86,8 +86,8 @@ def version_card(lineage: Mapping[str, Any]) -> str:
         "git commit": lineage["git_commit"],
     }
     terms = (
-        f"The rows are licensed {', '.join(licences) or 'by nobody that is known'}. The base's own licence applies, too; "
-        "a tuned model is a derivative of both."
+        f"The rows are licensed {', '.join(licences)}. The base's own licence applies, too: a tuned model is a "
+        "derivative of both."
     )
     sections = [
         _page(head, lineage["model"], facts).rstrip(),

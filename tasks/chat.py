@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tasks.generation_params import GREEDY, Generation
 from tasks.records import Message
-from tasks.seq2seq import generate_targets
+from tasks.seq2seq import generate_targets, until
 from tasks.templates import decode, render_prompt
 
 if TYPE_CHECKING:
@@ -47,23 +47,36 @@ def continuation(
     generation: Generation = GREEDY,
 ) -> list[int]:
     """The tokens that a decoder writes after a prompt's."""
+    return continuations(model, tokenizer, [prompt], max_tokens, generation)[0]
+
+
+def continuations(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    generation: Generation = GREEDY,
+) -> list[list[int]]:
+    """The tokens that a decoder writes after each prompt, up to and including its stop token; one batch."""
     import torch
 
     from tasks.generation import decoding
 
-    ids = torch.tensor([list(prompt)], device=model.device)
-    attended = torch.ones_like(ids)
+    longest = max(map(len, prompts))
+    fill = tokenizer.pad_token_id
+    ids = torch.tensor([[fill] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    attended = (torch.arange(longest, device=model.device) >= longest - lengths[:, None]).long()
     with torch.no_grad():
         out: Tensor = model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=attended,
             max_new_tokens=max_tokens,
             eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=fill,
             **decoding(model, generation, ids, attended),
         )
-    new: list[int] = out[0, ids.shape[1] :].tolist()
-    return new
+    return [until(new, tokenizer.eos_token_id) for new in out[:, longest:].tolist()]
 
 
 def answer_text(

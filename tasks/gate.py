@@ -9,8 +9,8 @@ difference of their figures:
   1935). Greedy evaluations repeat to the bit, so the choice of items is all the noise there is.
 
 A difference counts when it is beyond the floor and its interval leaves zero out; any other counts as none. The
-bootstrap alone takes two items that went well for proof; the permutations alone give no interval. Where the floor
-itself is above `promote.max_noise`, as with few items, no loss could be seen: then the comparison fails.
+bootstrap alone takes two items that went well for proof; the permutations alone give no interval. Where nothing counts
+and the floor itself is above `promote.max_noise`, as with few items, a loss could not be seen: the comparison fails.
 """
 
 from __future__ import annotations
@@ -220,8 +220,8 @@ def _floors(version: Evidence, params: Promote) -> Iterator[Finding]:
 
 
 def _not_worse(found: Difference, margin: float, max_noise: float) -> bool:
-    """NaN on either side is False."""
-    return found.counted >= -margin and found.noise <= max_noise
+    """No loss that counts beyond the margin; where nothing counts, noise must not be what hides it. NaN is False."""
+    return found.counted >= -margin and (found.counted != 0 or found.noise <= max_noise)
 
 
 def _told(check: str, suite: str, passed: bool, found: Difference, metric: str, rival: str) -> Finding:

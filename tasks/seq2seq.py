@@ -103,10 +103,10 @@ def generate_targets(
             pad_token_id=tokenizer.pad_token_id,
             **decoding(model, generation, given.ids, given.attended),
         )
-    return [_until(row, tokenizer.eos_token_id) for row in written[:, 1:].tolist()]
+    return [until(row, tokenizer.eos_token_id) for row in written[:, 1:].tolist()]
 
 
-def _until(ids: list[int], end: int) -> list[int]:
+def until(ids: list[int], end: int) -> list[int]:
     """What stands up to and including the first end token; after it there is only padding."""
     return ids[: ids.index(end) + 1] if end in ids else ids
 
