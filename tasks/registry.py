@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tasks.adapter_files import CONFIG
 from tasks.errors import BadModel, BadParams
-from tasks.ledger import moves
+from tasks.ledger import moves, plain
 from tasks.names import ARTIFACT
 from tasks.outputs import read_manifest, whole_folder
 from tasks.tracking import KEY_TAG, answering, connect
@@ -68,7 +68,9 @@ def version_of(client: MlflowClient, model: str, number: str) -> ModelVersion:
     if found is None:
         latest = f"latest {known[-1].version}" if known else "nothing is registered yet"
         raise BadParams(
-            f"version {number} does not exist ({latest})", where=model, fix="run `temper history` to see what there is"
+            f"version {plain(number)} does not exist ({latest})",
+            where=model,
+            fix="run `temper history` to see what there is",
         )
     return found
 
