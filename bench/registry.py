@@ -330,9 +330,11 @@ def _wrong_versions(workspace: Path, contents: int) -> list[str]:
         same = [version for version in found if version.tags.get(KEY_TAG) == f"content {number}"]
         if len(same) != 1:
             wrong.append(f"content {number} has {len(same)} versions")
-        for version in same:
-            if not evidence(client, version, with_files=False).suites or broken(client, version):
-                wrong.append(f"content {number}: version {version.version} is not whole")
+        wrong += [
+            f"content {number}: version {version.version} is not whole"
+            for version in same
+            if not evidence(client, version, with_files=False).suites or broken(client, version)
+        ]
     return wrong
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from tasks.errors import BadInput, BadModel
 
@@ -38,8 +39,10 @@ def sign(folder: Path, signature: Path, key: Path) -> None:
     """
     from model_signing import signing
 
+    said = os.environ.get(PASSWORD)
+    password: Any = said.encode() if said else None  # the library says str and hands it on to one that wants bytes
     try:
-        config = signing.Config().use_elliptic_key_signer(private_key=key, password=os.environ.get(PASSWORD))
+        config = signing.Config().use_elliptic_key_signer(private_key=key, password=password)
     except (ValueError, TypeError) as error:
         raise BadInput(
             "holds no private key of an elliptic curve that can be read",

@@ -43,11 +43,11 @@ def registered(pico_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture
-def workspace(registered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def workspace(registered: Path, tmp_path: Path) -> Path:
     """A copy to promote in; artifacts stay where they were made."""
     target = tmp_path / "workspace"
     shutil.copytree(registered, target)
-    yield target
+    return target
 
 
 def champion(workspace: Path) -> str:
