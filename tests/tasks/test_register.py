@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -9,17 +10,76 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from bench.registry import made, workspace_at
+from flows.evidence import broken
+from tasks import version_tags as tag
 from tasks.adapted import FOLDER, fresh, load_packaged, publish
+from tasks.bill import BILL
+from tasks.cards import CARD
+from tasks.errors import BadData
+from tasks.lineage import LINEAGE
 from tasks.models import model_files
-from tasks.outputs import whole_folder
-from tasks.register import log_model
+from tasks.names import ABOUT
+from tasks.outputs import digests, whole_folder
+from tasks.params_reading import load
+from tasks.register import log_model, register
+from tasks.registry import fetch_model
+from tasks.signatures import SIGNATURE, SIGNING_KEY, VERIFYING_KEY
 from tasks.tracking import connect, run_of
 from tests.conftest import environment
 from tests.samples import LOREFT, SFT, method
+
+
+def test_a_version_holds_all_that_belongs_to_it(
+    pico_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, public = tmp_path / "key.pem", tmp_path / "key.pub"
+    for words in (
+        ["ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key],
+        ["ec", "-in", key, "-pubout", "-out", public],
+    ):
+        subprocess.run(["openssl", *map(str, words)], check=True, capture_output=True)
+    monkeypatch.setenv(SIGNING_KEY, str(key))
+    workspace = workspace_at(tmp_path / "workspace")
+    (tmp_path / "made").mkdir()
+    outputs = made(tmp_path / "made", pico_base, 150)
+    params = load(workspace / "params.yaml")
+    version = register(workspace, "qlora", outputs, "content", params)
+    assert str(register(workspace, "qlora", outputs, "content", params).version) == str(version.version) == "1"
+    client = connect(workspace)
+    folder = fetch_model(client, version)
+    assert digests(folder) == digests(outputs.model)
+    about = folder.parent / ABOUT
+    assert {path.name for path in about.iterdir()} == {CARD, LINEAGE, BILL, SIGNATURE}
+    card = (about / CARD).read_text()
+    assert version.description == card
+    for said in ("## Figures", "| held_out | 200 | exact_match | 0.750 |", "Apache-2.0", "## Limits", "## Licence"):
+        assert said in card
+    assert card.startswith("---\nlibrary_name:")
+    lineage = json.loads((about / LINEAGE).read_text())
+    assert lineage["base"]["weights_sha256"] == version.tags[tag.BASE_WEIGHTS]
+    assert lineage["templates"] == dict.fromkeys(("training", "evaluation", "model"), version.tags[tag.TEMPLATE])
+    assert version.tags[tag.SIGNED] == "true"
+    held = {Path(file.path).name for file in client.list_artifacts(str(version.run_id), version.tags[tag.REPORT])}
+    assert held == {"metrics.json", "examples.parquet", "base.parquet", CARD, LINEAGE, BILL, SIGNATURE}
+    metrics = client.get_run(str(version.run_id)).data.metrics
+    assert metrics["score.held_out"] == 0.75
+    assert broken(client, version) == ""
+    monkeypatch.setenv(VERIFYING_KEY, str(public))
+    assert broken(client, version) == ""
+    loaded = mlflow.pyfunc.load_model(f"models:/temper-tiny/{version.version}")
+    assert loaded.predict({"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2})
+    (folder / "config.json").write_bytes((folder / "config.json").read_bytes() + b" ")
+    with pytest.raises(BadData, match="was changed after it was written"):
+        mlflow.pyfunc.load_model(f"models:/temper-tiny/{version.version}")
+    logged = "".join(p.read_text(errors="ignore") for p in (workspace / ".temper").rglob("*") if p.is_file())
+    assert not any(line in logged for line in key.read_text().splitlines()[1:-1])
+
 
 KINDS = ("loreft", "noreft", "consreft", "lobireft", "direft", "nodireft")
 PROMPT = list(range(5, 25))

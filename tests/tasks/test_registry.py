@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tasks.errors import BadData, BadModel, BadParams, Interrupted, RegistryUnreachable
-from tasks.registry import find_version, versions
-from tasks.tracking import KEY_TAG, Tracker, connect, log_rows, run_of
+from tasks.registry import find_version, remove_doubles, versions
+from tasks.tracking import KEY_TAG, Tracker, connect, log_params, log_rows, run_of
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,57 @@ def test_a_version_is_found_by_its_content(place: Path) -> None:
     assert found is not None
     assert str(found.version) == "2"
     assert find_version(client, "found", "k3") is None
+
+
+def test_a_param_that_is_too_long_for_mlflow_is_kept_whole(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Row 80: MLflow itself would cut it to 6,000 characters, and take 100 params at once at most."""
+    client = connect(place)
+    run = run_of(client, place, "key-params", "train", {})
+    long = "é" * 6001
+    params = {f"p{number}": number for number in range(250)} | {"targets": long, "short": "x" * 6000}
+    for _ in range(2):
+        log_params(client, run, params)
+        run = run_of(client, place, "key-params", "train", {})
+    assert len(run.data.params) == 252
+    assert run.data.params["short"] == "x" * 6000
+    assert run.data.params["targets"] == "6001 characters: see the artifact params/targets.txt"
+    path = client.download_artifacts(run.info.run_id, "params/targets.txt", str(tmp_path))
+    assert Path(path).read_text() == long
+    assert capsys.readouterr().out.count("more than MLflow keeps") == 1
+
+
+@pytest.mark.parametrize("store", ["./mlruns", "file:///tmp/mlruns", "/tmp/mlruns"])
+def test_the_old_file_store_is_refused_and_how_to_migrate_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str
+) -> None:
+    """Row 81."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    with pytest.raises(BadParams, match="file store is no longer supported") as caught:
+        connect(tmp_path)
+    assert caught.value.exit_code == 65
+    assert "mlflow migrate-filestore --source" in caught.value.fix
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_versions_are_read_past_the_first_page(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.registry._PAGE", 2)
+    for number in range(5):
+        add_version(place, "many", f"k{number}")
+    assert [int(version.version) for version in versions(connect(place), "many")] == [1, 2, 3, 4, 5]
+    found = find_version(connect(place), "many", "k4")
+    assert found is not None
+    assert int(found.version) == 5
+
+
+def test_content_that_was_registered_twice_is_registered_once_in_the_end(place: Path) -> None:
+    client = connect(place)
+    for key in ("k", "other", "k", "k"):
+        add_version(place, "twice", key)
+    client.set_registered_model_alias("twice", "kept", "4")  # somebody refers to it
+    assert int(remove_doubles(client, "twice", "k").version) == 1
+    assert [int(version.version) for version in versions(client, "twice")] == [1, 2, 4]
 
 
 def test_a_retry_logs_no_step_twice_and_a_run_says_how_it_ended(place: Path) -> None:
