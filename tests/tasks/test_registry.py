@@ -62,7 +62,7 @@ def test_a_param_that_is_too_long_for_mlflow_is_kept_whole(
     assert capsys.readouterr().out.count("more than MLflow keeps") == 1
 
 
-@pytest.mark.parametrize("store", ["./mlruns", "file:///tmp/mlruns", "/tmp/mlruns"])
+@pytest.mark.parametrize("store", ["./mlruns", Path("/tmp/mlruns").as_uri(), "/tmp/mlruns"])
 def test_the_old_file_store_is_refused_and_how_to_migrate_it_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str
 ) -> None:
