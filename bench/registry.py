@@ -277,23 +277,25 @@ class Kills(NamedTuple):
     seconds: float
 
 
-def registrations(folder: Path, base: Path, kills: int, seed: int = 1, per_content: int = 10) -> Kills:
-    """F14: kills while contents are registered, by one process or two at once; each is completed in the end."""
+def registration(workspace: Path, outputs: Outputs, number: int) -> Callable[[], str]:
+    """What registers a content; it returns the version."""
     from tasks.params_reading import load
     from tasks.register import register
 
+    params = load(workspace / "params.yaml")
+    return lambda: str(register(workspace, "qlora", outputs, f"content {number}", params).version)
+
+
+def registrations(folder: Path, base: Path, kills: int, seed: int = 1, per_content: int = 10) -> Kills:
+    """F14: kills while contents are registered, by one process or two at once; each is completed in the end."""
     random, began, wrong = Random(seed), time.monotonic(), list[str]()
     workspace = workspace_at(folder / "workspace")
-    params = load(workspace / "params.yaml")
-
-    def work(number: int, outputs: Outputs) -> Callable[[], str]:
-        return lambda: str(register(workspace, "qlora", outputs, f"content {number}", params).version)
 
     def timed(number: int) -> float:
         (folder / f"made-{number}").mkdir()
         outputs.append(made(folder / f"made-{number}", base, 100 + number))
         start = time.monotonic()
-        in_child(work(number, outputs[number]))
+        in_child(registration(workspace, outputs[number], number))
         return time.monotonic() - start
 
     outputs: list[Outputs] = []
@@ -302,15 +304,14 @@ def registrations(folder: Path, base: Path, kills: int, seed: int = 1, per_conte
     while done < kills:
         (folder / f"made-{contents}").mkdir()
         outputs.append(made(folder / f"made-{contents}", base, 100 + contents))
+        victim = registration(workspace, outputs[contents], contents)
         for _ in range(min(per_content, kills - done)):
-            victim = work(contents, outputs[contents])
-            if random.random() < 0.2:
-                with ThreadPoolExecutor(1) as other:
-                    beside = other.submit(in_child, victim)
-                    done += in_child(victim, random.uniform(0, whole_s)) == KILLED
-                    beside.result()
-            else:
-                done += in_child(victim, random.uniform(0, whole_s)) == KILLED
+            with ThreadPoolExecutor(1) as other:
+                beside = other.submit(in_child, victim) if random.random() < 0.1 else None
+                killed = in_child(victim, random.uniform(0, whole_s)) == KILLED
+            done += killed
+            if beside or not killed:  # it is complete
+                break
         in_child(victim)
         contents += 1
     wrong += in_child(lambda: _wrong_versions(workspace, contents))
@@ -348,19 +349,12 @@ class Moves(NamedTuple):
 def three_versions(folder: Path, base: Path) -> Moves:
     """Registers them."""
     from tasks.outputs import digests
-    from tasks.params_reading import load
-    from tasks.register import register
 
     workspace, weights = workspace_at(folder / "workspace"), {}
-    params = load(workspace / "params.yaml")
     for number, right in enumerate((150, 151, 20), 1):
         (folder / f"made-{number}").mkdir()
         outputs = made(folder / f"made-{number}", base, right)
-        in_child(
-            lambda outputs=outputs, number=number: (
-                register(workspace, "qlora", outputs, f"content {number}", params).version
-            )
-        )
+        in_child(registration(workspace, outputs, number))
         weights[str(number)] = json.dumps(digests(outputs.model))
     return Moves(workspace, weights)
 
@@ -443,13 +437,12 @@ def rollbacks(folder: Path, base: Path, count: int) -> Rollbacks:
         told: dict[str, Any] = {"identical": 0, "promote": [], "rollback": []}
         client = connect(workspace)
         for _ in range(count):
-            for name, move in (
-                ("promote", lambda: promote.fn(workspace, "2", "")),
-                ("rollback", lambda: rollback.fn(workspace)),
-            ):
-                start = time.perf_counter()
-                move()
-                told[name].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            promote.fn(workspace, "2", "")
+            told["promote"].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            rollback.fn(workspace)
+            told["rollback"].append(time.perf_counter() - start)
             champion = fetch_model(client, version_at(client, "models:/temper-tiny@champion"))
             told["identical"] += json.dumps(digests(champion)) == weights["1"]
         return told

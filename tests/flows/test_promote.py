@@ -7,7 +7,9 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -103,9 +105,11 @@ def test_a_rollback_restores_the_same_bytes(workspace: Path) -> None:
 @pytest.mark.parametrize("version", ["0", "-1", "999", "one", "2\n"])
 def test_a_version_that_is_not_there_is_refused(workspace: Path, version: str) -> None:
     """Row 79."""
-    for ask in (lambda: promote.fn(workspace, version), lambda: rollback.fn(workspace, version)):
-        with pytest.raises(BadParams, match=r"version .* does not exist \(latest 3\)"):
-            ask()
+    said = r"version .* does not exist \(latest 3\)"
+    with pytest.raises(BadParams, match=said):
+        promote.fn(workspace, version)
+    with pytest.raises(BadParams, match=said):
+        rollback.fn(workspace, version)
     assert moves(connect(workspace), MODEL) == []
 
 
@@ -143,6 +147,53 @@ def test_two_promoters_cannot_both_win(workspace: Path, monkeypatch: pytest.Monk
     with pytest.raises(AliasMoved, match="alias moved from v1 to v2 meanwhile"):
         promote.fn(workspace, "2")
     assert [move.to for move in moves(client, MODEL)] == ["1", "2"]
+
+
+class Dying:
+    """A client whose process is killed after one of its requests was answered, which is before the next one."""
+
+    def __init__(self, client: Any, at: int) -> None:
+        self._client, self._left = client, at
+
+    def __getattr__(self, name: str) -> Any:
+        def ask(*given: Any, **named: Any) -> Any:
+            found = getattr(self._client, name)(*given, **named)
+            self._left -= 1
+            if self._left == 0:
+                raise KeyboardInterrupt
+            return found
+
+        return ask if callable(getattr(self._client, name)) else getattr(self._client, name)
+
+    def of(self, workspace: Path) -> Dying:
+        """Stands for `connect`."""
+        return self
+
+
+def test_a_kill_at_any_request_leaves_a_champion_that_passed_and_the_next_try_completes_it(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At random moments, a hundred times: python -m bench.registry promote"""
+    client = connect(workspace)
+    promote.fn(workspace, "1")
+    kills = 0
+    while True:
+        with monkeypatch.context() as patch:
+            patch.setattr("flows.promote.connect", Dying(client, kills + 1).of)
+            try:
+                promote.fn(workspace, "2")
+            except KeyboardInterrupt:
+                kills += 1
+            else:
+                break
+        assert champion(workspace) in ("1", "2")
+        assert promote.fn(workspace, "2").champion == champion(workspace) == "2"
+        rollback.fn(workspace)
+        assert champion(workspace) == "1"
+    assert kills > 10
+    ledger = moves(client, MODEL)
+    assert [(a.to, b.before) for a, b in pairwise(ledger) if a.to != b.before] == []
+    assert len(ledger) == 1 + 2 * kills + 1
 
 
 def test_what_was_changed_after_it_was_registered_is_not_promoted_nor_rolled_back_to(

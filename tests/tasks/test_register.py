@@ -16,22 +16,23 @@ import torch
 from safetensors.torch import load_file
 
 from bench.registry import made, workspace_at
-from flows.evidence import broken
+from flows.evidence import broken, evidence
 from tasks import version_tags as tag
 from tasks.adapted import FOLDER, fresh, load_packaged, publish
 from tasks.bill import BILL
 from tasks.cards import CARD
 from tasks.errors import BadData
-from tasks.lineage import LINEAGE
+from tasks.lineage import LINEAGE, lineage_of
 from tasks.models import model_files
 from tasks.names import ABOUT
 from tasks.outputs import digests, whole_folder
 from tasks.params_reading import load
 from tasks.register import log_model, register
-from tasks.registry import fetch_model
+from tasks.registry import fetch_model, versions
 from tasks.signatures import SIGNATURE, SIGNING_KEY, VERIFYING_KEY
 from tasks.tracking import connect, run_of
 from tests.conftest import environment
+from tests.flows.test_promote import Dying
 from tests.samples import LOREFT, SFT, method
 
 
@@ -79,6 +80,34 @@ def test_a_version_holds_all_that_belongs_to_it(
         mlflow.pyfunc.load_model(f"models:/temper-tiny/{version.version}")
     logged = "".join(p.read_text(errors="ignore") for p in (workspace / ".temper").rglob("*") if p.is_file())
     assert not any(line in logged for line in key.read_text().splitlines()[1:-1])
+
+
+def test_a_kill_after_any_request_loses_nothing_and_doubles_nothing(
+    pico_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At random moments, a hundred times, and with two at once: python -m bench.registry register"""
+    workspace, kills = workspace_at(tmp_path / "workspace"), 0
+    client, params = connect(workspace), load(workspace / "params.yaml")
+    (tmp_path / "made").mkdir()
+    outputs = made(tmp_path / "made", pico_base, 150)
+    lineage = lineage_of(workspace, "qlora", outputs, "content", params)
+    monkeypatch.setattr("tasks.register.lineage_of", lambda *_: lineage)  # it takes long, and asks MLflow nothing
+    while True:
+        with monkeypatch.context() as patch:
+            patch.setattr("tasks.register.connect", Dying(client, kills + 1).of)
+            try:
+                version = register(workspace, "qlora", outputs, "content", params)
+            except KeyboardInterrupt:
+                kills += 1
+                found = versions(client, "temper-tiny") if kills > 1 else []
+                assert len(found) <= 1
+            else:
+                break
+    assert kills > 1
+    assert [each.version for each in versions(client, "temper-tiny")] == [version.version]
+    assert evidence(client, version, with_files=True).broken == ""
+    history = client.get_metric_history(str(version.run_id), "score.held_out")
+    assert [metric.value for metric in history] == [0.75]
 
 
 KINDS = ("loreft", "noreft", "consreft", "lobireft", "direft", "nodireft")
