@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _NEEDED = (
     "accelerate",
+    "aenum",
     "jinja2",
     "mlflow",
     "numpy",

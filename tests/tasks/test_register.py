@@ -29,6 +29,7 @@ from tasks.outputs import digests, whole_folder
 from tasks.params_reading import load
 from tasks.register import log_model, register
 from tasks.registry import fetch_model, versions
+from tasks.serving import requirements
 from tasks.signatures import SIGNATURE, SIGNING_KEY, VERIFYING_KEY
 from tasks.tracking import connect, run_of
 from tests.conftest import environment
@@ -113,14 +114,56 @@ def test_a_kill_after_any_request_loses_nothing_and_doubles_nothing(
 KINDS = ("loreft", "noreft", "consreft", "lobireft", "direft", "nodireft")
 PROMPT = list(range(5, 25))
 
-ELSEWHERE = """
-import sys
+CLEAN = """
+import re, sys
+from importlib import metadata
+
+def plain(line):
+    return re.split("[ ;<>=!~\\[(]", line)[0].lower().replace("_", "-")
+
+def needed(names):
+    seen, todo = set(), [plain(name) for name in names]
+    while todo:
+        if (name := todo.pop()) in seen:
+            continue
+        seen.add(name)
+        try:
+            lines = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        todo += [plain(line) for line in lines if "extra ==" not in line]
+    return seen
+
+class Clean:
+    def __init__(self, requirements):
+        allowed = needed(requirements)
+        self.refused = {
+            module
+            for module, packages in metadata.packages_distributions().items()
+            if not any(package.lower().replace("_", "-") in allowed for package in packages)
+        } - {"tasks", "flows"}
+
+    def find_spec(self, name, path=None, target=None):
+        frame = sys._getframe(1)
+        while "importlib" in frame.f_code.co_filename:
+            frame = frame.f_back
+        ours = "/tasks/" in frame.f_code.co_filename  # other packages ask which of their helpers there are
+        if ours and name.partition(".")[0] in self.refused:
+            raise ModuleNotFoundError(f"{name} is not among the requirements", name=name)
+"""
+"""What refuses our own code all packages but those that a registered model asks for, and what these ask for."""
+
+ELSEWHERE = (
+    CLEAN
+    + """
+requirements, store, dtype, prompt, out, *uris = sys.argv[1:]
+sys.meta_path.insert(0, Clean(requirements.split()))
+
 import mlflow
 import torch
 from safetensors.torch import save_file
 from tasks import models
 
-store, dtype, prompt, out, *uris = sys.argv[1:]
 mlflow.set_tracking_uri(store)
 models.compute_dtype = lambda: getattr(torch, dtype)
 found = {}
@@ -130,6 +173,7 @@ for number, uri in enumerate(uris):
         found[str(number)] = model(input_ids=torch.tensor([list(map(int, prompt.split()))])).logits
 save_file(found, out)
 """
+)
 
 
 @pytest.mark.parametrize(("dtype", "kinds"), [("bfloat16", KINDS), ("float32", KINDS[:1])])
@@ -158,7 +202,19 @@ def test_every_intervention_is_the_same_to_the_bit_where_its_version_is_loaded(
     out = tmp_path / "elsewhere" / "logits.safetensors"
     out.parent.mkdir()
     subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", ELSEWHERE, store, dtype, " ".join(map(str, PROMPT)), out, *uris],
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            ELSEWHERE,
+            " ".join(requirements(signed=False)),
+            store,
+            dtype,
+            " ".join(map(str, PROMPT)),
+            out,
+            *uris,
+        ],
         cwd=out.parent,
         env=environment(),
         check=True,
