@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bench.registry import made, workspace_at
+from bench.registered import made, workspace_at
 from flows import versions
 from flows.evidence import broken
 from flows.promote import promote, rollback

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bench.registry import made, workspace_at
+from bench.registered import made, workspace_at
 from flows.evidence import broken, evidence
 from tasks import version_tags as tag
 from tasks.adapted import FOLDER, fresh, load_packaged, publish
