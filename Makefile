@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: run test kills check format docs pictures install lock base pyreft clean help
+.PHONY: run test kills registry check format docs pictures install lock base pyreft clean help
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,6 +20,9 @@ kills: install ## kill -9 at random moments: 30 times each kind of training, 50 
 	@TEMPER_KILLS=30 $(BIN)/python -m pytest -n0 -s tests/tasks/test_kills.py
 	@TEMPER_KILLS=50 $(BIN)/python -m pytest -n0 -s tests/flows/test_killed_merging.py
 	@TEMPER_KILLS=20 $(BIN)/python -m pytest -n0 -s tests/tasks/test_evaluation_kills.py
+
+registry: install ## moves of 4 writers at once, kills while registering and promoting, rollbacks: nothing lost (about an hour)
+	@for what in ledger register promote rollback; do $(BIN)/python -m bench.registry $$what || exit 1; done
 
 check: install ## format, lint, types, import layers, consistent packages
 	@$(BIN)/ruff format --check .

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from tasks import graph
 from tasks.errors import BadModel, BadParams
 from tasks.generation_params import GREEDY, Generation
+from tasks.names import CHAMPION
 from tasks.params_reading import load
 from tasks.process import quiet_libraries
-from tasks.registry import CHAMPION
 from tasks.tracking import connect
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from flows import output
+from flows.here import Workspace
 
 app = typer.Typer()
 
@@ -159,3 +160,27 @@ def export(
 
     quiet_libraries()
     typer.echo(export_folder(model, out, kind, dtype, max_shard_mib, ollama))
+
+
+@app.command()
+def score(
+    model: Annotated[str, typer.Argument(help="A model folder, models:/NAME/VERSION or models:/NAME@ALIAS.")],
+    source: Annotated[Path, typer.Argument(help="A Parquet file with a column messages, prompt or input.")],
+    target: Annotated[Path, typer.Argument(help="The Parquet file to write.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="A reply is at most so long.")] = 128,
+    batch_rows: Annotated[int, typer.Option(min=1, help="Rows in a forward pass.")] = 32,
+    workspace: Workspace = None,
+) -> None:
+    """Answer every row of a Parquet file, greedily; where it has a column target, tell its log-probability."""
+    from flows.model_folder import local_model
+    from tasks.adapted import load_packaged
+    from tasks.batch_scoring import score_file
+    from tasks.process import quiet_libraries
+    from tasks.templates import load_tokenizer
+
+    quiet_libraries()
+    source, target = source.resolve(), target.resolve()
+    folder = local_model(model, workspace)
+    loaded, tokenizer = load_packaged(folder), load_tokenizer(folder)
+    rows = score_file(loaded, tokenizer, source, target, max_tokens=max_tokens, batch_rows=batch_rows)
+    typer.echo(f"{rows} rows written to {target}")

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from flows.alone import Shown
     from flows.deployments import Scheduled
     from flows.doctor import Finding
-    from flows.promote import Promotion
     from flows.retrain import Report
 
 
@@ -98,23 +97,11 @@ def rendering(rows: Sequence[Shown], counts: Mapping[str, int], refused: Mapping
         typer.echo(f"  refused: {count} x {what}")
 
 
-def promotion(done: Promotion) -> None:
-    """Who is champion now, and why."""
-    if done.champion is None:
-        typer.echo(f"{done.model} has no champion yet")
-    else:
-        verb = "is now" if done.moved else "stays"
-        typer.echo(
-            f"models:/{done.model}/{done.champion} ({done.method}) {verb} champion: models:/{done.model}@champion"
-        )
-    for finding in done.findings:
-        typer.echo(f"  {finding}")
-
-
 def summary(workspace: Path, report: Report) -> None:
     """The end of a run: figures, champion, a reply of it, times, and where to look."""
     from flows import servers
     from flows.ask import ask, champion_uri, sample
+    from flows.output_registry import promotion
     from flows.results import read_results
     from flows.results import table as results_table
 

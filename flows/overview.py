@@ -7,8 +7,9 @@ from typing import Any
 
 from flows.results import read_results
 from tasks import graph
+from tasks.ledger import champion_of
 from tasks.params_reading import load
-from tasks.registry import champion_of, versions
+from tasks.registry import versions
 from tasks.runner import changed_stages, last_seconds
 from tasks.tracking import connect
 

@@ -1,74 +1,30 @@
-"""Moving the champion alias: forward on evidence, back in one command.
-
-The gate compares a version with the base model and with the present champion, on the held-out rows that both
-answered. It fails closed: a number that is missing, or no row in common, is a refusal.
-"""
+"""Moving the champion alias: forward on evidence, back in one command."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from prefect import flow
 
+from flows.approval import await_approval
+from flows.evidence import broken, evidence
+from flows.verdicts import keep_verdict, show_verdict
 from tasks import graph
-from tasks.errors import BadParams
+from tasks import version_tags as tag
+from tasks.errors import BadModel, BadParams, GateRefused
+from tasks.gate import Evidence, Verdict, judge
+from tasks.ledger import champions, move_champion, moves, settle_champion, withdrawn
+from tasks.params import Params
 from tasks.params_reading import load
-from tasks.registry import (
-    champions,
-    find_version,
-    move_champion,
-    moves,
-    settle_champion,
-    versions,
-    withdrawn,
-)
+from tasks.registry import find_version, version_of
 from tasks.registry_params import Promote
 from tasks.tracking import answering, connect
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities.model_registry import ModelVersion
-
-
-METRICS = ("exact_match", "loss")
-
-
-class Score(NamedTuple):
-    """One model's result on one held-out row; `loss` in nats per token, over `tokens` tokens."""
-
-    correct: bool
-    loss: float
-    tokens: int
-
-
-class Evidence(NamedTuple):
-    """What is known of a version.
-
-    Attributes:
-        version: its number.
-        method: what trained it.
-        own: its figures over all its held-out rows, by metric.
-        base: the base model's on the same rows.
-        scores: its scores by the digest of prompt and target, so that versions are compared on rows that are the same.
-    """
-
-    version: str
-    method: str
-    own: Mapping[str, float]
-    base: Mapping[str, float]
-    scores: Mapping[str, Score]
-
-
-class Verdict(NamedTuple):
-    """Whether a version may become champion, and why, one sentence for each comparison."""
-
-    passed: bool
-    findings: list[str]
 
 
 class Promotion(NamedTuple):
@@ -79,8 +35,9 @@ class Promotion(NamedTuple):
         champion: the version that is champion now; None when there is none yet.
         method: the champion's method.
         moved: whether the alias was moved.
-        passed: whether the gate let the version through that was looked at.
-        findings: why, one sentence each.
+        passed: whether the version that was looked at may be champion.
+        findings: what else is to be said, one sentence each.
+        verdict: the gate's, where it was asked.
     """
 
     model: str
@@ -89,170 +46,132 @@ class Promotion(NamedTuple):
     moved: bool
     passed: bool
     findings: list[str]
-
-
-# --- the gate: pure ---------------------------------------------------------------------------------------------------
-
-
-def judge(challenger: Evidence, champion: Evidence | None, params: Promote) -> Verdict:
-    """Better than the base, and not worse than the champion by more than `promote.margin`."""
-    own, base = (figures.get(params.metric, math.nan) for figures in (challenger.own, challenger.base))
-    findings = [(_better(own, base, params.metric, 0.0, strictly=True), f"{params.metric} {own:.3f}, base {base:.3f}")]
-    if champion is not None and champion.version != challenger.version:
-        common = sorted(challenger.scores.keys() & champion.scores.keys())
-        new, old = (figure(each.scores, common, params.metric) for each in (challenger, champion))
-        what = f"{params.metric} {new:.3f}, champion {champion.version} {old:.3f} on {len(common)} common rows"
-        findings.append((_better(new, old, params.metric, params.margin, strictly=False), what))
-    sentences = [("passed: " if passed else "failed: ") + text for passed, text in findings]
-    return Verdict(all(passed for passed, _ in findings), sentences)
-
-
-def figure(scores: Mapping[str, Score], rows: Sequence[str], metric: str) -> float:
-    """The metric over some rows: the share of exact matches, or the loss per token; NaN when there are no rows."""
-    chosen = [scores[row] for row in rows]
-    if not chosen:
-        return math.nan
-    if metric == "exact_match":
-        return sum(score.correct for score in chosen) / len(chosen)
-    return sum(score.loss * score.tokens for score in chosen) / sum(score.tokens for score in chosen)
-
-
-def _better(new: float, old: float, metric: str, margin: float, *, strictly: bool) -> bool:
-    """Whether `new` is better (strictly), or worse by at most `margin`; a NaN on either side is neither."""
-    gain = new - old if metric == "exact_match" else old - new
-    return gain > 0 if strictly else gain >= -margin
-
-
-# --- the flows --------------------------------------------------------------------------------------------------------
+    verdict: Verdict | None = None
 
 
 # Prefect could not check these parameters: the names in postponed annotations mean nothing to it.
 @flow(name="promote", validate_parameters=False)
-def promote(workspace: Path, version: str | None = None) -> Promotion:
+def promote(workspace: Path, version: str | None = None, reason: str = "") -> Promotion:
     """Makes a version champion if the gate lets it: the one given, or the best that this workspace registered.
 
     A version that was rolled back is passed over unless it is named.
 
     Raises:
         BadParams: there is no such version, or nothing was registered yet.
+        AliasMoved: somebody else moved the alias while this version was judged.
+        GateRefused: nobody approved of it in time.
     """
     with answering(workspace):
-        return _promote(workspace, version)
+        return _promote(workspace, version, reason)
 
 
-def _promote(workspace: Path, version: str | None) -> Promotion:
+def _promote(workspace: Path, version: str | None, reason: str) -> Promotion:
     params = load(workspace / graph.PARAMS)
     client, model = connect(workspace), params.register_.model
     present = settle_champion(client, model)
-    champion = evidence(client, _version(client, model, present)) if present else None
-    if version:
-        chosen: Evidence | None = evidence(client, _version(client, model, version))
-    else:
-        chosen = _best(client, workspace, model, params.promote)
+    seen = moves(client, model)  # what is decided below is decided on this
+    champion = evidence(client, version_of(client, model, present), with_files=False) if present else None
+    method = champion.method if champion else ""
+    chosen = _chosen(client, workspace, params, version, withdrawn(seen))
     if chosen is None:
         findings = ["there is nothing to promote: what this workspace registered was all rolled back"]
-        return Promotion(model, present, champion.method if champion else "", False, False, findings)
-    if champion and chosen.version == champion.version:
-        return Promotion(model, champion.version, champion.method, False, True, ["it is champion already"])
-    verdict = judge(chosen, champion, params.promote)
-    client.set_model_version_tag(model, chosen.version, "temper.verdict", json.dumps(verdict._asdict()))
-    findings = [f"version {chosen.version} ({chosen.method}) {finding}" for finding in verdict.findings]
-    if verdict.passed:
-        move_champion(client, model, "promote", chosen.version)
-        return Promotion(model, chosen.version, chosen.method, True, True, findings)
-    return Promotion(model, present, champion.method if champion else "", False, False, findings)
+        return Promotion(model, present, method, False, False, findings)
+    if present == chosen.version:
+        return Promotion(model, present, method, False, True, ["it is champion already"])
+    challenger = version_of(client, model, chosen.version)
+    verdict = judge(
+        chosen._replace(broken=broken(client, challenger)), champion, params.promote, params.merge.max_mean_kl
+    )
+    keep_verdict(client, challenger, verdict)
+    show_verdict(model, verdict)
+    if not verdict.passed:
+        return Promotion(model, present, method, False, False, [], verdict)
+    if params.promote.approval == "human":
+        approval = await_approval(model, verdict, params.promote.approval_timeout_s)
+        reason = "; ".join(each for each in (reason, approval.note) if each)
+        if not approval.approved:
+            said = f"version {chosen.version} was not approved" + (f": {approval.note}" if approval.note else "")
+            return Promotion(model, present, method, False, False, [said], verdict)
+    move_champion(
+        client,
+        model,
+        seen,
+        "promote",
+        chosen.version,
+        reason=reason,
+        verdict=verdict.digest(),
+        summary=verdict.summary(),
+    )
+    return Promotion(model, chosen.version, chosen.method, True, True, [], verdict)
 
 
 @flow(name="rollback", validate_parameters=False)
-def rollback(workspace: Path) -> Promotion:
-    """Makes the champion before the present one champion again.
+def rollback(workspace: Path, to: str | None = None, reason: str = "") -> Promotion:
+    """Makes an earlier champion champion again: the one before the present one, or the one given.
 
     Raises:
-        BadParams: there was none before.
+        BadParams: there is no such version, or none before.
+        GateRefused: the version was never champion.
+        BadModel: its files are not what was registered.
+        AliasMoved: somebody else moved the alias meanwhile.
     """
     with answering(workspace):
-        return _rollback(workspace)
+        return _rollback(workspace, to, reason)
 
 
-def _rollback(workspace: Path) -> Promotion:
+def _rollback(workspace: Path, to: str | None, reason: str) -> Promotion:
     client, model = connect(workspace), load(workspace / graph.PARAMS).register_.model
-    settle_champion(client, model)
-    stack = champions(moves(client, model))
-    if len(stack) < 2:
-        raise BadParams("no earlier champion to roll back to", where=model, got=f"{len(stack)} champions so far")
-    move_champion(client, model, "rollback", stack[-2])
-    method = _version(client, model, stack[-2]).tags.get("temper.method", "")
-    return Promotion(model, stack[-2], method, True, True, [f"version {stack[-1]} was champion before"])
-
-
-# --- what the registry knows ------------------------------------------------------------------------------------------
-
-
-def evidence(client: MlflowClient, version: ModelVersion) -> Evidence:
-    """What was registered with a version; a figure that is missing is NaN, which passes no gate."""
-    import tempfile
-
-    from mlflow.exceptions import MlflowException
-
-    from tasks.items import EXAMPLES, HELD_OUT
-    from tasks.tables import read_rows
-
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            rows = read_rows(Path(client.download_artifacts(str(version.run_id), f"report/{EXAMPLES}", folder)))
-        except MlflowException as error:
-            raise BadParams(
-                f"the report of version {version.version} cannot be read, so nothing can be compared with it",
-                where=version.name,
-                got=str(error).split("\n")[0],
-                fix="bring back MLflow's artifacts, or take register.model to a new name",
-            ) from error
-    tags = version.tags
-    return Evidence(
-        version=str(version.version),
-        method=tags.get("temper.method", ""),
-        own={metric: float(tags.get(f"temper.{metric}", "nan")) for metric in METRICS},
-        base={metric: float(tags.get(f"temper.base_{metric}", "nan")) for metric in METRICS},
-        scores={
-            _digest(row["prompt"], row["target"]): Score(row["score"] == 1, -row["logp"] / row["tokens"], row["tokens"])
-            for row in rows
-            if row["suite"] == HELD_OUT
-        },
-    )
-
-
-def _digest(prompt: str, target: str) -> str:
-    return hashlib.sha256(f"{prompt}\0{target}".encode()).hexdigest()
-
-
-def _version(client: MlflowClient, model: str, number: str) -> ModelVersion:
-    known = versions(client, model)
-    found = next((v for v in known if str(v.version) == str(number)), None)
-    if found is None:
+    seen = moves(client, model)
+    stack = champions(seen)
+    if to is not None:
+        version_of(client, model, to)
+        if to not in stack[:-1]:
+            raise GateRefused(
+                f"version {to} " + ("is champion already" if stack[-1:] == [to] else "was not champion before"),
+                where=model,
+                expected=" or ".join(dict.fromkeys(stack[:-1])) or "a version that the gate let through",
+                fix="`temper promote --version N` puts a version through the gate",
+            )
+    elif len(stack) < 2:
         raise BadParams(
-            f"version {number} does not exist",
-            where=model,
-            expected=", ".join(str(v.version) for v in known) or "a registered version",
+            "no earlier version to roll back to", where=model, got=f"{len(stack)} champions so far: {', '.join(stack)}"
         )
-    return found
+    chosen = version_of(client, model, to or stack[-2])
+    if wrong := broken(client, chosen):
+        raise BadModel("its files are not what was registered", where=f"{model}, version {chosen.version}", got=wrong)
+    move_champion(client, model, seen, "rollback", str(chosen.version), reason=reason)
+    method = chosen.tags.get(tag.METHOD, "")
+    return Promotion(model, str(chosen.version), method, True, True, [f"version {stack[-1]} was champion before"])
 
 
-def _best(client: MlflowClient, workspace: Path, model: str, params: Promote) -> Evidence | None:
-    """The best of what the workspace's methods registered last, leaving out what was rolled back."""
-    rolled_back = withdrawn(moves(client, model))
+# --- which version ----------------------------------------------------------------------------------------------------
+
+
+def _chosen(
+    client: MlflowClient, workspace: Path, params: Params, version: str | None, rolled_back: set[str]
+) -> Evidence | None:
+    """The version that is named, or the best of what the workspace's methods registered last."""
+    model = params.register_.model
+    if version:
+        return evidence(client, version_of(client, model, version), with_files=False)
     found = [v for v in (find_version(client, model, key) for key in _registered_keys(workspace)) if v is not None]
     if not found:
         raise BadParams(
             "nothing is registered yet", where=model, fix="run `temper run`, or name a version with --version"
         )
-    candidates = [evidence(client, v) for v in found if str(v.version) not in rolled_back]
-    sign = 1 if params.metric == "exact_match" else -1
+    candidates = [evidence(client, v, with_files=False) for v in found if str(v.version) not in rolled_back]
+    return max(candidates, key=lambda each: figure(each, params.promote), default=None)
 
-    def rank(each: Evidence) -> tuple[float, float]:
-        value, loss = sign * each.own[params.metric], -each.own["loss"]
-        return (-math.inf if math.isnan(value) else value, -math.inf if math.isnan(loss) else loss)
 
-    return max(candidates, key=rank, default=None)
+def figure(version: Evidence, params: Promote) -> float:
+    """What versions are ranked by: the mean of the deciding metric, higher is better; minus infinity without one."""
+    items = version.suites.get(params.suite, {}).values()
+    tokens = sum(item.tokens for item in items)
+    if params.metric == "score" and items:
+        found = math.fsum(item.score for item in items) / len(items)
+    else:
+        found = math.fsum(item.logp for item in items) / tokens if tokens else math.nan
+    return -math.inf if math.isnan(found) else found
 
 
 def _registered_keys(workspace: Path) -> list[str]:

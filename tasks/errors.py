@@ -13,6 +13,7 @@
         |-- Interrupted                    stopped by a signal, after saving what was done
         |-- InputsChanged                  an input was edited while the stage ran
         |-- WorkspaceBusy                  another run holds the workspace
+        |-- AliasMoved                     somebody else moved the champion alias first
         `-- RegistryUnreachable            MLflow does not answer
 
 The exit codes are those of sysexits.h: 65 is EX_DATAERR, 71 is EX_OSERR, 75 is EX_TEMPFAIL.
@@ -120,6 +121,10 @@ class InputsChanged(Transient):
 
 class WorkspaceBusy(Transient):
     """Another run holds the workspace."""
+
+
+class AliasMoved(Transient):
+    """Somebody else moved the champion alias first."""
 
 
 class RegistryUnreachable(Transient):

@@ -15,6 +15,7 @@ from tasks.base_params import AnyBase
 from tasks.evaluate_params import Evaluate
 from tasks.fields import Commit, Count, FilePath, HubName, Name, NotNegative, Positive, Section, Seed, Share
 from tasks.merge_params import Merge
+from tasks.names import method_alias
 from tasks.objective_params import AnyObjective, KtoObjective, ReferringObjective
 from tasks.registry_params import Promote, Register
 
@@ -391,7 +392,9 @@ class Params(Section):
     promote: Promote
 
     @model_validator(mode="after")
-    def _base_is_no_method(self) -> Params:
+    def _methods_can_be_called_so(self) -> Params:
         if "base" in self.train:
             raise ValueError('train.base: "base" names the untouched model in every report; call the method otherwise')
+        for method in self.train:
+            method_alias(method)
         return self

@@ -5,15 +5,15 @@ The token is the one of the hub's own client: HF_TOKEN, or what `hf auth login` 
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from tasks.adapter_files import CONFIG, PUBLISHED, read_config, read_weights, said_base
+from tasks.adapter_files import CONFIG, PUBLISHED, read_config, read_weights
+from tasks.cards import CARD, card
 from tasks.errors import BadInput, BadModel, BadParams, TemperError, Transient
 from tasks.fields import HUB_NAME
 from tasks.merged import EQUIVALENCE
@@ -24,8 +24,6 @@ from tasks.packaged import FOLDER, base_in
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
-CARD = "README.md"
-SUMMARY = "summary.json"
 LOGIN = "run `hf auth login`, or set HF_TOKEN to a token that may write there"
 
 
@@ -135,55 +133,6 @@ def _check_finite(path: Path) -> None:
                     raise BadModel("has values that are not finite; refused", where=str(path), examples=[name])
     except SafetensorError as error:
         raise BadModel("is torn, or no safetensors file", where=str(path), got=str(error)) from error
-
-
-# --- the model card ---------------------------------------------------------------------------------------------------
-
-
-def card(folder: Path) -> str:
-    """A model card made of what the folder says of itself: base, method, figures, params."""
-    if not (folder / CONFIG).is_file():
-        return _model_card(folder)
-    config, base = read_config(folder), said_base(folder)
-    summary = json.loads((folder / SUMMARY).read_text()) if (folder / SUMMARY).is_file() else {}
-    adapter = summary.get("params", {}).get("adapter", {})
-    method = str(adapter.get("name") or config["peft_type"]).lower()
-    head: dict[str, Any] = {"library_name": "peft", "tags": ["temper", method]}
-    if base.name:
-        head["base_model"] = base.name
-    facts = {
-        "method": method,
-        "base": base.name,
-        "base revision": base.revision,
-        "base weights, SHA-256": base.weights_sha256,
-        "trainable parameters": summary.get("trainable_parameters"),
-        "rows learnt from": summary.get("rows"),
-        "steps": summary.get("steps"),
-        "held-out loss before": summary.get("held_out_loss_before"),
-        "held-out loss after": summary.get("held_out_loss_after"),
-    }
-    return _page(head, "Adapter", facts, summary.get("params"))
-
-
-def _model_card(folder: Path) -> str:
-    facts = {"architecture": json.loads((folder / "config.json").read_text()).get("model_type")}
-    if (folder / EQUIVALENCE).is_file():
-        found = json.loads((folder / EQUIVALENCE).read_text())
-        facts |= {"form": found["form"], "mean KL from the model that was trained, nats a token": found["mean_kl"]}
-    if (folder / FOLDER).is_dir():
-        facts["base weights, SHA-256"] = said_base(folder / FOLDER).weights_sha256
-    return _page({"library_name": "transformers", "tags": ["temper"]}, "Model", facts)
-
-
-def _page(
-    head: Mapping[str, Any], title: str, facts: Mapping[str, Any], params: Mapping[str, Any] | None = None
-) -> str:
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "", f"# {title}", ""]
-    lines += ["Made by temper.", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in facts.items() if value is not None]
-    if params:
-        lines += ["", "Params:", "", "```json", json.dumps(params, indent=2, sort_keys=True), "```"]
-    return "\n".join(lines) + "\n"
 
 
 # --- what the hub answers ---------------------------------------------------------------------------------------------

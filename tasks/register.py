@@ -1,30 +1,37 @@
 """Registers a model in MLflow with its evidence and its lineage, once for the same content.
 
-Reads:  data/models/METHOD/, data/reports/METHOD/ (metrics, examples), data/adapters/METHOD/ (adapter, log, summary).
-Writes: a version of `register.model` with the alias `challenger` and an alias named like the method, and in its run the
-        adapter, also where the model has it merged;
-        data/reports/METHOD/registered.json (model, version, run, key).
-Params: register
-Fails:  MLflow does not answer (75, retried).
+Reads:  data/models/METHOD/, data/reports/METHOD/ and the base model's examples, data/adapters/METHOD/, data/base/,
+        data/rendered/ (what was learnt is looked through for evaluation items).
+Writes: a version of `register.model` with the alias `challenger` and an alias named like the method; in it the model,
+        its card, lineage, bill of materials and, with a key, signature; in its run the report and the adapter, also
+        where the model has it merged; data/reports/METHOD/registered.json (model, version, run, key).
+Params: register, ingest.sources
+Fails:  MLflow does not answer (75, retried); a signing key that cannot be used (65, never retried).
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from tasks import process
+from tasks import version_tags as tag
 from tasks.adapter_files import CONFIG, PUBLISHED
-from tasks.architecture import ENCODER_DECODER, architecture_in
+from tasks.bill import BILL, bill_of_materials
+from tasks.cards import CARD, version_card
 from tasks.evaluate import METRICS
-from tasks.generation_params import Generation
 from tasks.items import EXAMPLES
-from tasks.outputs import MANIFEST, as_json, digest, read_manifest, write_whole
-from tasks.registry import ADAPTER, CHALLENGER, find_version
-from tasks.templates import load_tokenizer, template_digest
+from tasks.lineage import BASE_EXAMPLES, LINEAGE, Outputs, lineage_of
+from tasks.names import ABOUT, ARTIFACT, CHALLENGER
+from tasks.outputs import as_json, write_whole
+from tasks.params import Params
+from tasks.registry import ADAPTER, find_version, remove_doubles
+from tasks.serving import requirements, serving_of
+from tasks.signatures import SIGNATURE, sign, signing_key
 from tasks.tracking import (
     KEPT_LOSS,
     KEY_TAG,
@@ -43,117 +50,85 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
-    from mlflow.models import ModelSignature
-    from mlflow.types.schema import ColSpec
 
-SERVED_WITH = (
-    "accelerate",
-    "jinja2",
-    "mlflow",
-    "numpy",
-    "pandas",
-    "peft",
-    "psutil",
-    "pydantic",
-    "safetensors",
-    "torch",
-    "transformers",
-)
-"""What a registered model needs to run."""
+_DESCRIPTION_CHARACTERS = 5000
+"""What MLflow's database has room for."""
 
 
-def evidence_tags(
-    metrics: Mapping[str, Any], summary: Mapping[str, Any], models: Path, key: str, commit: str
-) -> dict[str, str]:
-    """What a version says of itself: its identity, its scores and where it comes from."""
-    base = read_manifest(models)
+def register(workspace: Path, method: str, made: Outputs, key: str, params: Params) -> ModelVersion:
+    """The version of this content: found, or made with everything that belongs to it.
+
+    Every step looks first whether an earlier attempt did it, and the version itself is made last, with its tags, in one
+    request: a kill anywhere leaves either no version or a whole one. Of two who make it at once the one with the higher
+    number takes its own away again: numbers are given one after the other, so it sees the other.
+    """
+    client, model = connect(workspace), params.register_.model
+    if found := find_version(client, model, key):
+        remove_doubles(client, model, key)
+        return found
+    lineage = lineage_of(workspace, method, made, key, params)
+    run = run_of(client, workspace, lineage["training"]["key"], f"train {method}", {tag.METHOD: method})
+    summary = json.loads((made.adapter / "summary.json").read_text())
+    complete_run(client, run, made.adapter / "log.jsonl", summary)
+    log_figures(client, run, lineage, workspace / ".temper" / "costs" / f"{method}.json")
+    log_adapter(client, run, made.adapter)
+    with TemporaryDirectory() as folder:
+        about = describe(lineage, made.model, Path(folder) / ABOUT)
+        place = log_report(client, run, made, about, key)
+        signed = (about / SIGNATURE).is_file()
+        model_id, uri = log_model(client, run, made.model, about, key)
+    client.set_terminated(run.info.run_id)
+    _ensure_model(client, model)
+    client.create_model_version(
+        model,
+        uri,
+        run.info.run_id,
+        tags=tags_of(lineage, place, signed=signed),
+        description=version_card(lineage)[:_DESCRIPTION_CHARACTERS],
+        model_id=model_id,
+    )
+    return remove_doubles(client, model, key)
+
+
+def tags_of(lineage: Mapping[str, Any], place: str, *, signed: bool) -> dict[str, str]:
+    """What a version says of itself: its identity, its scores, where it comes from, and what the gate asks for.
+
+    Args:
+        lineage: all that is known of it.
+        place: where its report is among the artifacts of its run.
+        signed: whether its files were signed.
+    """
+    suites, templates, files = lineage["evaluation"]["suites"], lineage["templates"], lineage["files"]
     return {
-        KEY_TAG: key,
-        "temper.method": str(metrics["model"]),
-        "temper.train_key": str(summary["key"]),
-        "temper.git_commit": commit,
-        "temper.model_manifest_sha256": digest(models / MANIFEST),
-        "temper.weights_sha256": ",".join(
-            f["sha256"] for name, f in base["files"].items() if name.endswith(".safetensors")
-        ),
-        "temper.exact_match": f"{metrics['exact_match']['mean']:.6f}",
-        "temper.loss": f"{metrics['loss']:.6f}",
-        "temper.base_exact_match": f"{metrics['base']['exact_match']:.6f}",
-        "temper.base_loss": f"{metrics['base']['loss']:.6f}",
-        "temper.held_out_rows": str(metrics["rows"]),
-        "temper.template_sha256": template_digest(load_tokenizer(models)),
+        KEY_TAG: lineage["key"],
+        tag.METHOD: lineage["method"],
+        tag.TRAIN_KEY: lineage["training"]["key"],
+        tag.GIT_COMMIT: lineage["git_commit"],
+        tag.MANIFEST: lineage["manifest_sha256"],
+        tag.WEIGHTS: ",".join(sha256 for name, sha256 in files.items() if name.endswith(".safetensors")),
+        tag.BASE_WEIGHTS: str(lineage["base"]["weights_sha256"]),
+        tag.TRAINING_TEMPLATE: templates["training"] or "none",
+        tag.EVALUATION_TEMPLATE: templates["evaluation"] or "none",
+        tag.TEMPLATE: templates["model"] or "none",
+        tag.MEAN_KL: repr(lineage["merge"]["mean_kl"]),
+        tag.LEAKED: json.dumps(lineage["leaked"], sort_keys=True),
+        tag.REPORT: place,
+        tag.LINEAGE: f"{place}/{LINEAGE}",
+        tag.SIGNED: str(signed).lower(),
+        **{tag.digest_of(name): sha256 for name, sha256 in lineage["evaluation"]["files"].items()},
+        **{tag.score_of(suite): f"{found['score']['mean']:.6f}" for suite, found in suites.items()},
     }
 
 
-def git_commit(workspace: Path) -> str:
-    """The commit that the workspace is at, with a `+` when files differ from it; empty outside git."""
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=workspace, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=workspace, capture_output=True, text=True, check=True
-        ).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return f"{commit}+" if changed.strip() else commit
-
-
-def chat_signature() -> ModelSignature:
-    """The request and the reply of llm/v1/chat, as far as a small model has them, and how a reply is generated."""
-    from mlflow.models import ModelSignature
-    from mlflow.types.schema import Array, ColSpec, DataType, Object, Property, Schema
-
-    text, number = DataType.string, DataType.long
-    message = Object([Property("role", text), Property("content", text)])
-    choice = Object([Property("index", number), Property("message", message), Property("finish_reason", text)])
-    usage = Object([Property(name, number) for name in ("prompt_tokens", "completion_tokens", "total_tokens")])
-    request = Schema([ColSpec(Array(message), "messages"), *_options()])
-    reply = Schema(
-        [ColSpec(text, "object"), ColSpec(text, "model"), ColSpec(Array(choice), "choices"), ColSpec(usage, "usage")]
-    )
-    return ModelSignature(inputs=request, outputs=reply)
-
-
-def text_signature() -> ModelSignature:
-    """An input and what is written for it, of an encoder-decoder model."""
-    from mlflow.models import ModelSignature
-    from mlflow.types.schema import ColSpec, DataType, Object, Property, Schema
-
-    text, number = DataType.string, DataType.long
-    usage = Object([Property(name, number) for name in ("prompt_tokens", "completion_tokens")])
-    request = Schema([ColSpec(text, "input"), *_options()])
-    reply = Schema([ColSpec(text, "output"), ColSpec(text, "finish_reason"), ColSpec(usage, "usage")])
-    return ModelSignature(inputs=request, outputs=reply)
-
-
-def _options() -> list[ColSpec]:
-    """The columns of how a reply is generated.
-
-    Their values the model itself checks: MLflow would refuse a temperature of 2, being no 2.0, and nulls.
-    """
-    from mlflow.types.schema import AnyType, ColSpec
-
-    anything = AnyType()  # type: ignore[no-untyped-call]
-    return [ColSpec(anything, name, required=False) for name in ("max_tokens", *Generation.model_fields)]
-
-
-class Serving(NamedTuple):
-    """How models of a kind are served: the file that MLflow runs, its signature, and a request as an example."""
-
-    code: Path
-    signature: ModelSignature
-    example: dict[str, Any]
-
-
-def serving_of(models: Path) -> Serving:
-    """How the model of a folder is served."""
-    from tasks import served, served_text
-
-    asked = "What is 17 plus 25?"
-    if architecture_in(models) is ENCODER_DECODER:
-        return Serving(Path(served_text.__file__), text_signature(), {"input": asked})
-    return Serving(Path(served.__file__), chat_signature(), {"messages": [{"role": "user", "content": asked}]})
+def describe(lineage: Mapping[str, Any], model: Path, folder: Path) -> Path:
+    """Writes what goes with a model: its card, lineage, bill of materials and, where there is a key, signature."""
+    folder.mkdir()
+    (folder / CARD).write_text(version_card(lineage), encoding="utf-8")
+    (folder / LINEAGE).write_text(as_json(lineage), encoding="utf-8")
+    (folder / BILL).write_text(as_json(bill_of_materials()), encoding="utf-8")
+    if key := signing_key():
+        sign(model, folder / SIGNATURE, key)
+    return folder
 
 
 def complete_run(client: MlflowClient, run: Run, log: Path, summary: Mapping[str, Any]) -> None:
@@ -175,60 +150,60 @@ def log_adapter(client: MlflowClient, run: Run, adapter: Path) -> None:
             client.log_artifact(run.info.run_id, str(adapter / name), ADAPTER)
 
 
-def log_model(client: MlflowClient, run: Run, models: Path, key: str) -> tuple[str, str]:
-    """The model's artifacts in MLflow, logged once for this content; returns their id and their URI."""
-    from importlib.metadata import version
+def log_figures(client: MlflowClient, run: Run, lineage: Mapping[str, Any], cost: Path) -> None:
+    """Writes the scores on all suites as metrics, and what they cost, where that was measured."""
+    figures = {f"score.{suite}": found["score"]["mean"] for suite, found in lineage["evaluation"]["suites"].items()}
+    if cost.is_file():
+        told = json.loads(cost.read_text())
+        figures |= {f"cost.{name}": value for name, value in told.items() if isinstance(value, (int, float))}
+    for name, value in figures.items():
+        if run.data.metrics.get(name) != value:
+            client.log_metric(run.info.run_id, name, value)
 
+
+def log_report(client: MlflowClient, run: Run, made: Outputs, about: Path, key: str) -> str:
+    """Keeps the report and the description with the run, in a folder of this content's own; returns its place.
+
+    A training that is evaluated again has another version, whose report must not take the place of this one's.
+    """
+    place = f"versions/{key[:12]}"
+    with TemporaryDirectory() as folder:
+        shutil.copyfile(made.baseline, Path(folder) / BASE_EXAMPLES)
+        for file in (made.reports / METRICS, made.reports / EXAMPLES, Path(folder) / BASE_EXAMPLES, *about.iterdir()):
+            client.log_artifact(run.info.run_id, str(file), place)
+    return place
+
+
+def log_model(client: MlflowClient, run: Run, model: Path, about: Path | None, key: str) -> tuple[str, str]:
+    """The model's artifacts in MLflow, logged once for this content; returns their id and their URI.
+
+    Args:
+        client: of the tracking server.
+        run: that it belongs to.
+        model: its folder.
+        about: the folder with its description, named ABOUT; None for a model without one.
+        key: of the content.
+    """
     import mlflow
     from mlflow.entities import LoggedModelStatus
-
-    from tasks.served import ARTIFACT
 
     for found in client.search_logged_models([run.info.experiment_id], f"tags.`{KEY_TAG}` = '{key}'"):
         if found.status == LoggedModelStatus.READY:
             return found.model_id, found.model_uri
-    serving = serving_of(models)
+    serving = serving_of(model)
+    signed = about is not None and (about / SIGNATURE).is_file()
     with mlflow.start_run(run_id=run.info.run_id):
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(serving.code),
             code_paths=[str(serving.code.parent)],
-            artifacts={ARTIFACT: str(models)},
+            artifacts={ARTIFACT: str(model), **({ABOUT: str(about)} if about else {})},
             signature=serving.signature,
             input_example=serving.example,
-            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in SERVED_WITH],
+            pip_requirements=requirements(signed=signed),
             tags={KEY_TAG: key},
         )
     return info.model_id, info.model_uri
-
-
-def register(workspace: Path, model: str, models: Path, reports: Path, adapter: Path, key: str) -> ModelVersion:
-    """The version of this content: found, or made with everything that belongs to it.
-
-    Every step looks first whether an earlier attempt did it, and the version itself is made last, with its tags, in one
-    request: a kill anywhere leaves either no version or a whole one.
-    """
-    client = connect(workspace)
-    if found := find_version(client, model, key):
-        return found
-    summary = json.loads((adapter / "summary.json").read_text())
-    metrics = json.loads((reports / METRICS).read_text())
-    method = metrics["model"]
-    run = run_of(client, workspace, summary["key"], f"train {method}", {"temper.method": method})
-    complete_run(client, run, adapter / "log.jsonl", summary)
-    figures = {"exact_match": metrics["exact_match"]["mean"], "evaluation_loss": metrics["loss"]}
-    if "labels" in metrics:
-        figures["macro_f1"] = metrics["labels"]["macro_f1"]["mean"]
-    for name, value in figures.items():
-        client.log_metric(run.info.run_id, name, value)
-    for file in (METRICS, EXAMPLES):
-        client.log_artifact(run.info.run_id, str(reports / file), "report")
-    log_adapter(client, run, adapter)
-    model_id, uri = log_model(client, run, models, key)
-    client.set_terminated(run.info.run_id)
-    _ensure_model(client, model)
-    tags = evidence_tags(metrics, summary, models, key, git_commit(workspace))
-    return client.create_model_version(model, uri, run.info.run_id, tags=tags, model_id=model_id)
 
 
 def _ensure_model(client: MlflowClient, model: str) -> None:
@@ -244,12 +219,10 @@ def _ensure_model(client: MlflowClient, model: str) -> None:
 
 def main() -> None:
     """The stage `register@METHOD`."""
-    with process.stage(__doc__, "model", "reports", "adapter", "out", item="method") as stage:
-        model = stage.params.register_.model
+    with process.stage(__doc__, *Outputs._fields, "out", item="method") as stage:
+        model, made = stage.params.register_.model, Outputs(*map(stage.path, Outputs._fields))
         with answering(stage.workspace):
-            version = register(
-                stage.workspace, model, stage.path("model"), stage.path("reports"), stage.path("adapter"), stage.key
-            )
+            version = register(stage.workspace, stage.item, made, stage.key, stage.params)
             client = connect(stage.workspace)
             for alias in (CHALLENGER, stage.item):
                 client.set_registered_model_alias(model, alias, version.version)

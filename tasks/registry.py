@@ -1,22 +1,17 @@
-"""The MLflow registry: versions found by content, and the ledger of what has been champion.
-
-MLflow overwrites aliases and keeps no history. So every move of the champion alias is first written as a numbered tag
-of the registered model, which is only ever added to; replaying the tags gives the present champion and the ones
-before it.
-"""
+"""The MLflow registry: versions found by content or by address, and the adapter that one holds."""
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from tasks.adapter_files import CONFIG
 from tasks.errors import BadModel, BadParams
+from tasks.ledger import moves, plain
+from tasks.names import ARTIFACT
 from tasks.outputs import read_manifest, whole_folder
 from tasks.tracking import KEY_TAG, answering, connect
 
@@ -24,23 +19,11 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-CHAMPION, CHALLENGER = "champion", "challenger"
 ADAPTER = "adapter"
 """Under what name the run of a version keeps its adapter."""
 
-_MOVE = "temper.move."
+_PAGE = 1000
 _ADDRESS = re.compile(r"models:/([^/@]+)(?:/(\d+)|@([^/@]+))")
-
-
-class Move(NamedTuple):
-    """One move of the champion alias: a promotion puts `to` on top of the stack, a rollback takes `before` off it."""
-
-    number: int
-    action: str
-    before: str
-    to: str
-    at: str
-    by: str
 
 
 def find_version(client: MlflowClient, model: str, key: str) -> ModelVersion | None:
@@ -48,10 +31,48 @@ def find_version(client: MlflowClient, model: str, key: str) -> ModelVersion | N
     return next((v for v in versions(client, model) if v.tags.get(KEY_TAG) == key), None)
 
 
+def remove_doubles(client: MlflowClient, model: str, key: str) -> ModelVersion:
+    """The first version of this content, after deleting others of it that nothing refers to.
+
+    MLflow has no way to make a version only if there is none, so two processes, or one that was killed in between, may
+    make it twice.
+    """
+    same = [each for each in versions(client, model) if each.tags.get(KEY_TAG) == key]
+    for double in same[1:]:
+        used = {move.to for move in moves(client, model)}
+        aliases = client.get_model_version(model, double.version).aliases
+        if str(double.version) not in used and not aliases:
+            client.delete_model_version(model, double.version)
+    return same[0]
+
+
 def versions(client: MlflowClient, model: str) -> list[ModelVersion]:
     """All versions of a model, oldest first; none when the model does not exist."""
-    found = client.search_model_versions(f"name = '{model}'", max_results=1000)
+    found: list[ModelVersion] = []
+    page: str | None = None
+    while page is None or page:
+        some = client.search_model_versions(f"name = '{model}'", max_results=_PAGE, page_token=page)
+        found += some
+        page = some.token or ""
     return sorted(found, key=lambda version: int(version.version))
+
+
+def version_of(client: MlflowClient, model: str, number: str) -> ModelVersion:
+    """A version by its number.
+
+    Raises:
+        BadParams: there is none.
+    """
+    known = versions(client, model)
+    found = next((each for each in known if str(each.version) == str(number)), None)
+    if found is None:
+        latest = f"latest {known[-1].version}" if known else "nothing is registered yet"
+        raise BadParams(
+            f"version {plain(number)} does not exist ({latest})",
+            where=model,
+            fix="run `temper history` to see what there is",
+        )
+    return found
 
 
 def version_at(client: MlflowClient, address: str) -> ModelVersion:
@@ -84,6 +105,30 @@ def version_at(client: MlflowClient, address: str) -> ModelVersion:
         ) from error
 
 
+def fetch_model(client: MlflowClient, version: ModelVersion) -> Path:
+    """The model folder that a version holds: where MLflow keeps it, if that is on this disk, else downloaded.
+
+    Raises:
+        BadModel: it cannot be had.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    address = f"models:/{version.name}/{version.version}"
+    try:
+        source = client.get_model_version_download_uri(version.name, version.version)
+        place = Path(mlflow.artifacts.download_artifacts(source, tracking_uri=client.tracking_uri))
+        held = mlflow.models.Model.load(str(place)).flavors["python_function"]["artifacts"][ARTIFACT]["path"]
+    except (MlflowException, OSError, KeyError) as error:
+        raise BadModel(
+            "its model cannot be had",
+            where=address,
+            got=str(error).split("\n")[0],
+            fix="bring back MLflow's artifacts, or register it again",
+        ) from error
+    return place / str(held)
+
+
 def fetch_adapter(workspace: Path, address: str) -> Path:
     """The adapter of a registered version, in a local folder; it is fetched once.
 
@@ -110,73 +155,3 @@ def fetch_adapter(workspace: Path, address: str) -> Path:
                     shutil.copyfile(file, folder / file.name)
     read_manifest(target)
     return target
-
-
-def moves(client: MlflowClient, model: str) -> list[Move]:
-    """The ledger of a model, oldest move first."""
-    from mlflow.exceptions import MlflowException
-    from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
-
-    try:
-        tags = client.get_registered_model(model).tags
-    except MlflowException as error:
-        if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
-            raise  # a server that does not answer is no empty ledger
-        return []
-    return sorted(Move(**json.loads(value)) for name, value in tags.items() if name.startswith(_MOVE))
-
-
-def champions(ledger: Sequence[Move]) -> list[str]:
-    """The stack of champions after these moves: the last is the present one, a rollback returns to the one before."""
-    stack: list[str] = []
-    for move in ledger:
-        if move.action == "promote":
-            stack.append(move.to)
-        else:
-            stack.pop()
-    return stack
-
-
-def withdrawn(ledger: Sequence[Move]) -> set[str]:
-    """The versions that were rolled back and have not been made champion again since."""
-    gone: set[str] = set()
-    for move in ledger:
-        gone.discard(move.to)
-        if move.action == "rollback":
-            gone.add(move.before)
-    return gone
-
-
-def move_champion(client: MlflowClient, model: str, action: str, to: str) -> Move:
-    """Writes a move into the ledger, then makes the alias agree with it.
-
-    Args:
-        client: of the registry.
-        model: the registered model's name.
-        action: `promote` or `rollback`.
-        to: the version that is champion afterwards.
-    """
-    import getpass
-    from datetime import UTC, datetime
-
-    ledger = moves(client, model)
-    before = (champions(ledger) or [""])[-1]
-    at = datetime.now(UTC).isoformat(timespec="seconds")
-    move = Move(len(ledger) + 1, action, before, to, at, getpass.getuser())
-    client.set_registered_model_tag(model, f"{_MOVE}{move.number:06d}", json.dumps(move._asdict()))
-    settle_champion(client, model)
-    return move
-
-
-def champion_of(client: MlflowClient, model: str) -> str | None:
-    """The version that the ledger says is champion."""
-    stack = champions(moves(client, model))
-    return stack[-1] if stack else None
-
-
-def settle_champion(client: MlflowClient, model: str) -> str | None:
-    """Makes the champion alias agree with the ledger, which a kill may have kept apart; returns the version."""
-    version = champion_of(client, model)
-    if version and str(client.get_registered_model(model).aliases.get(CHAMPION)) != version:
-        client.set_registered_model_alias(model, CHAMPION, version)
-    return version

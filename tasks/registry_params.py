@@ -4,22 +4,45 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints
 
-from tasks.fields import NotNegative, Section
+from tasks.fields import Count, NotNegative, Positive, Section, Seed, Share
+from tasks.names import registry_name
+
+SuiteName = Annotated[str, StringConstraints(min_length=1)]
 
 
 class Register(Section):
     """The name in the MLflow registry."""
 
-    model: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-    """All methods of this file are versions of it."""
+    model: Annotated[str, AfterValidator(registry_name)]
+    """All methods of this file are versions of it. A-Z, a-z, 0-9, `.`, `_` and `-`, at most 100 characters."""
 
 
 class Promote(Section):
-    """What a challenger must show."""
+    """What a challenger must show: figures are of items, paired where two models answered the same."""
 
-    metric: Literal["exact_match", "loss"]
-    """On the held-out rows; the loss is per token."""
+    suite: SuiteName
+    """The suite that decides: there a version must be better than the base, and not worse than the champion."""
+    metric: Literal["score", "loss"]
+    """Of the deciding suite: the score of its items (exact match, of held-out rows), or the loss per token."""
     margin: NotNegative
-    """How much worse than the champion the challenger may be, in the metric's own unit."""
+    """How much worse than the champion a version may be on the deciding suite, in the metric's own unit."""
+    confidence: Annotated[float, Field(gt=0, lt=1)]
+    """Of the bootstrap interval of a difference, and of the noise floor."""
+    bootstrap_samples: Annotated[int, Field(ge=100)]
+    """Resamples behind either."""
+    seed: Seed
+    """Of the resampling."""
+    max_noise: Positive
+    """A comparison whose noise floor is higher, as with few items, tells nothing: the gate stays shut."""
+    floors: dict[SuiteName, Annotated[float, Field(allow_inf_nan=False)]]
+    """The least mean score, by suite."""
+    guarded: dict[SuiteName, NotNegative]
+    """How much worse than the champion (the base, where there is none) the mean score may be, by suite."""
+    max_leaked: Share
+    """The share of a suite's items that may stand in the rows that were learnt; of every suite named above."""
+    approval: Literal["none", "human"]
+    """`human`: a version that passed waits in Prefect until somebody approves of it."""
+    approval_timeout_s: Count
+    """So long it waits."""

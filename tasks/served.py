@@ -19,11 +19,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
 
+from tasks.names import ABOUT, ARTIFACT
+
 if TYPE_CHECKING:
     from tasks.generation_params import Generation
-
-ARTIFACT = "model"
-"""The name under which a version keeps its model folder."""
 
 MAX_TOKENS = 128
 """A reply is at most so long unless the request says `max_tokens`."""
@@ -33,13 +32,15 @@ class ChatModel(PythonModel):
     """Answers conversations with the model folder that the version holds."""
 
     def load_context(self, context: Any) -> None:
-        """Loads the folder after checking it against its manifest."""
+        """Loads the folder after checking it against its manifest and, where a key is given, its signature."""
         from tasks.adapted import load_packaged
         from tasks.outputs import read_manifest
+        from tasks.signatures import verify_model
         from tasks.templates import load_tokenizer
 
         folder = Path(context.artifacts[ARTIFACT])
         read_manifest(folder)
+        verify_model(folder, Path(context.artifacts.get(ABOUT, folder)))
         self.tokenizer = load_tokenizer(folder)
         self.model = load_packaged(folder)
 

@@ -17,9 +17,10 @@ from pathlib import Path
 from queue import Empty, Queue
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from tasks.distributed import is_first
-from tasks.errors import RegistryUnreachable, Transient
+from tasks.errors import BadParams, RegistryUnreachable, Transient
 from tasks.watch import SAMPLES, numbers_of
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ KEPT_LOSS = "held_out_loss_kept"
 _FLUSH_S = 2.0
 _AGAIN_S = 60.0
 """So long after MLflow did not answer it is asked again."""
+_PARAM_CHARACTERS = 6000
+"""What MLflow keeps of a param."""
 _BATCH_METRICS = 1000
 """What MLflow takes in one request."""
 
@@ -46,6 +49,7 @@ def connect(workspace: Path) -> MlflowClient:
     """A client of the workspace's MLflow.
 
     Raises:
+        BadParams: it is a folder of files, as MLflow kept runs before it had databases.
         RegistryUnreachable: it does not answer.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -54,6 +58,13 @@ def connect(workspace: Path) -> MlflowClient:
     from mlflow.exceptions import MlflowException
 
     uri, given = tracking_uri(workspace), os.environ.get("MLFLOW_TRACKING_URI")
+    if urlsplit(uri).scheme in ("", "file"):
+        raise BadParams(
+            "MLflow's file store is no longer supported",
+            where=f"MLFLOW_TRACKING_URI={uri}",
+            expected="sqlite:///FILE, or the address of a server",
+            fix=f"mlflow migrate-filestore --source {urlsplit(uri).path} --target sqlite:///mlflow.db",
+        )
     try:
         with _one_at_a_time(workspace):  # two processes that make the schema of a new SQLite file at once break it
             mlflow.set_tracking_uri(uri)
@@ -151,9 +162,17 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def log_params(client: MlflowClient, run: Run, params: Mapping[str, Any]) -> None:
-    """Writes the params that the run does not have yet; MLflow refuses to change one."""
+    """Writes the params that the run does not have yet; MLflow refuses to change one.
+
+    One that is too long for MLflow, which would cut it, becomes an artifact that the param names.
+    """
     for name in params.keys() - run.data.params.keys():
-        client.log_param(run.info.run_id, name, params[name])
+        value, place = str(params[name]), f"params/{name}.txt"
+        if len(value) > _PARAM_CHARACTERS:
+            client.log_text(run.info.run_id, value, place)
+            print(f"{name} has {len(value)} characters, more than MLflow keeps of a param: see {place}", flush=True)
+            value = f"{len(value)} characters: see the artifact {place}"
+        client.log_param(run.info.run_id, name, value)
 
 
 def logged_steps(client: MlflowClient, run: Run) -> set[int]:

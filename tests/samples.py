@@ -28,6 +28,8 @@ PICO_SETTINGS = [
     "merge.max_mean_kl=0.5",
     "evaluate.max_new_tokens=4",
     "promote.metric=loss",
+    "promote.max_noise=10.0",
+    "promote.bootstrap_samples=200",
 ]
 """What makes the quickstart run in seconds a stage."""
 

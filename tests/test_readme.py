@@ -37,8 +37,12 @@ SAID = {
     "temper export data/models/qlora gguf --dtype q8_0": r"gguf: GGUF in q8_0",
     "temper page": r"comparison\.html$",
     'temper chat "What is 12 plus 7?"': r"\n$",
-    "temper promote --version 2": r"\(qlora\) is now champion: models:/temper-tiny@champion",
+    'temper promote --reason "new data" --version 2': r"\(qlora\) is now champion: models:/temper-tiny@champion",
+    "temper compare 1 2": r"held_out +loss +\d+ +\d",
     "temper rollback": r"\(orpo\) is now champion",
+    "temper history": r"promote +\d +\d +new data +6 of 6 checks passed",
+    "temper lineage models:/temper-tiny@champion": r"git commit: +[0-9a-f]{40}",
+    "temper score models:/temper-tiny@champion in.parquet out.parquet": r"1 rows written to ",
     "temper doctor": r"ok +MLflow +answers: sqlite:",
     "temper evaluate models/tiny --suite exam.csv": r"exam +accuracy_per_character +2 +[01]\.\d+ \[",
     "temper inspect chats.jsonl": r"chats\.jsonl: conversations, 1 rows \(1 chat\)",
@@ -54,10 +58,14 @@ def test_every_command_is_tried_somewhere() -> None:
 @pytest.fixture(scope="module")
 def used(factory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One copy, on which the commands follow each other; its gate is open, as a pico model's figures are chance."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     target = tmp_path_factory.mktemp("readme") / "a copy"
     shutil.copytree(factory, target, symlinks=True)
-    change_params(target, None, ["promote.margin=100"])
+    change_params(target, None, ["promote.margin=100", "promote.confidence=0.05"])
     chat = [{"role": "user", "content": "What is 12 plus 7?"}, {"role": "assistant", "content": "19"}]
+    pq.write_table(pa.table({"prompt": ["Hello"]}), target / "in.parquet")
     (target / "chats.jsonl").write_text(json.dumps({"messages": chat}))
     (target / "exam.csv").write_text("question,A,B,answer\nWhat is 1 plus 2?,3,4,A\nWhat is 2 plus 2?,3,4,B\n")
     return target

@@ -1,69 +1,348 @@
+"""Promotion and rollback of registered versions, in MLflow and in Prefect."""
+
 from __future__ import annotations
 
-import math
+import json
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from flows.promote import Evidence, Score, figure, judge
-from tasks.registry_params import Promote
+from bench.registered import made, workspace_at
+from flows import versions
+from flows.evidence import broken
+from flows.promote import promote, rollback
+from tasks import version_tags as tag
+from tasks.errors import AliasMoved, BadModel, BadParams, GateRefused
+from tasks.ledger import move_champion, moves
+from tasks.outputs import digests
+from tasks.params_reading import load
+from tasks.register import register
+from tasks.registry import fetch_model, version_at, version_of
+from tasks.tracking import connect
 
-EXACT = Promote(metric="exact_match", margin=0.0)
-LOSS = Promote(metric="loss", margin=0.1)
-
-
-def evidence(version: str, right: str, *, loss: float = 1.0, base: float = 0.2, base_loss: float = 2.0) -> Evidence:
-    """A version that answered rows a, b, c, ... right (`1`) or wrong (`0`); `-` is a row that it never saw."""
-    scores = {row: Score(mark == "1", loss, 1) for row, mark in zip("abcdefgh", right, strict=False) if mark != "-"}
-    own = sum(s.correct for s in scores.values()) / len(scores)
-    return Evidence(version, "m", {"exact_match": own, "loss": loss}, {"exact_match": base, "loss": base_loss}, scores)
-
-
-def test_the_first_champion_must_beat_the_base() -> None:
-    assert judge(evidence("1", "1100"), None, EXACT).passed
-    assert not judge(evidence("1", "1100", base=0.5), None, EXACT).passed  # as good is not better
-    assert judge(evidence("1", "1100"), None, LOSS).passed
-    assert not judge(evidence("1", "1100", loss=2.5), None, LOSS).passed
+MODEL = "temper-tiny"
+RIGHT = {"1": 150, "2": 190, "3": 20}
+"""How many of 200 held-out rows each version answers."""
 
 
-def test_a_challenger_must_not_be_worse_than_the_champion() -> None:
-    champion = evidence("1", "1110")
-    assert judge(evidence("2", "1111"), champion, EXACT).passed
-    assert judge(evidence("2", "0111"), champion, EXACT).passed
-    assert not judge(evidence("2", "0011"), champion, EXACT).passed
-    assert judge(evidence("2", "0011"), champion, Promote(metric="exact_match", margin=0.25)).passed
+@pytest.fixture(scope="module")
+def registered(pico_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with three versions and no champion."""
+    folder = tmp_path_factory.mktemp("registered")
+    workspace = workspace_at(folder / "workspace")
+    for number, right in RIGHT.items():
+        (folder / number).mkdir()
+        outputs = made(folder / number, pico_base, right)
+        version = register(workspace, "qlora", outputs, f"content-{number}", load(workspace / "params.yaml"))
+        assert str(version.version) == number
+    return workspace
 
 
-def test_they_are_compared_on_the_rows_that_both_answered() -> None:
-    champion = evidence("1", "1100----")
-    assert judge(evidence("2", "--001111"), champion, EXACT).passed  # 0 of 2 against 0 of 2 on c and d
-    verdict = judge(evidence("2", "-0001111"), champion, EXACT)
-    assert not verdict.passed  # 0 of 3 against 1 of 3 on b, c and d, whatever the new rows say
-    assert "on 3 common rows" in verdict.findings[1]
+@pytest.fixture
+def workspace(registered: Path, tmp_path: Path) -> Path:
+    """A copy to promote in; artifacts stay where they were made."""
+    target = tmp_path / "workspace"
+    shutil.copytree(registered, target)
+    return target
 
 
-def test_without_a_common_row_there_is_no_evidence() -> None:
-    verdict = judge(evidence("2", "----1111"), evidence("1", "1111----"), EXACT)
-    assert not verdict.passed
-    assert "0 common rows" in verdict.findings[1]
+def champion(workspace: Path) -> str:
+    return str(version_at(connect(workspace), f"models:/{MODEL}@champion").version)
 
 
-@pytest.mark.parametrize("missing", ["own", "base"])
-def test_a_missing_figure_fails(missing: str) -> None:
-    challenger = evidence("2", "1111")
-    values: list[dict[str, float]] = [{}, {"exact_match": math.nan}]
-    for value in values:
-        changed = challenger._replace(own=value) if missing == "own" else challenger._replace(base=value)
-        assert not judge(changed, None, EXACT).passed
+def test_a_version_that_passes_becomes_champion_and_its_verdict_is_kept(workspace: Path) -> None:
+    done = promote.fn(workspace, "1", "the first")
+    assert (done.champion, done.moved, done.passed) == ("1", True, True)
+    assert champion(workspace) == "1"
+    client = connect(workspace)
+    (move,) = moves(client, MODEL)
+    assert (move.reason, move.before, move.to) == ("the first", "", "1")
+    version = version_of(client, MODEL, "1")
+    assert done.verdict is not None
+    assert version.tags[tag.VERDICT_DIGEST] == move.verdict == done.verdict.digest()
+    kept = json.loads(version.tags[tag.VERDICT])
+    assert kept == done.verdict.as_dict()
+    (found,) = [each["difference"] for each in kept["findings"] if each["check"] == "against base"]
+    assert (found["items"], found["new"], found["old"]) == (200, 0.75, 0.0)
+    path = client.download_artifacts(
+        str(version.run_id), f"verdicts/version-1-{move.verdict[:12]}.json", str(workspace)
+    )
+    assert json.loads(Path(path).read_text()) == kept
+    assert promote.fn(workspace, "1").findings == ["it is champion already"]
 
 
-def test_the_loss_may_be_higher_by_the_margin() -> None:
-    champion = evidence("1", "11", loss=1.0)
-    assert judge(evidence("2", "11", loss=1.09), champion, LOSS).passed
-    assert not judge(evidence("2", "11", loss=1.11), champion, LOSS).passed
+def test_a_version_that_fails_moves_nothing_and_says_why(workspace: Path) -> None:
+    promote.fn(workspace, "2")
+    done = promote.fn(workspace, "3")
+    assert (done.champion, done.moved, done.passed) == ("2", False, False)
+    assert done.verdict is not None
+    assert [finding.check for finding in done.verdict.findings if not finding.passed] == ["against champion"]
+    assert champion(workspace) == "2"
+    assert len(moves(connect(workspace), MODEL)) == 1
+    told = {each["version"]: each["passed"] for each in versions.history(workspace)["versions"]}
+    assert told == {"1": None, "2": True, "3": False}
 
 
-def test_figures_by_hand() -> None:
-    scores = {"a": Score(True, 1.0, 1), "b": Score(False, 4.0, 3)}
-    assert figure(scores, ["a", "b"], "exact_match") == 0.5
-    assert figure(scores, ["a", "b"], "loss") == pytest.approx(13 / 4)
-    assert math.isnan(figure(scores, [], "loss"))
+def test_a_rollback_restores_the_same_bytes(workspace: Path) -> None:
+    """A hundred: python -m bench.registry rollback"""
+    client = connect(workspace)
+    promote.fn(workspace, "1")
+    before = digests(fetch_model(client, version_at(client, f"models:/{MODEL}@champion")))
+    for _ in range(3):
+        promote.fn(workspace, "2")
+        done = rollback.fn(workspace, None, "not good")
+        assert (done.champion, done.moved) == ("1", True)
+        assert digests(fetch_model(client, version_at(client, f"models:/{MODEL}@champion"))) == before
+    assert [move.action for move in moves(client, MODEL)] == ["promote", *["promote", "rollback"] * 3]
+
+
+@pytest.mark.parametrize("version", ["0", "-1", "999", "one", "2\n"])
+def test_a_version_that_is_not_there_is_refused(workspace: Path, version: str) -> None:
+    """Row 79."""
+    said = r"version .* does not exist \(latest 3\)"
+    with pytest.raises(BadParams, match=said):
+        promote.fn(workspace, version)
+    with pytest.raises(BadParams, match=said):
+        rollback.fn(workspace, version)
+    assert moves(connect(workspace), MODEL) == []
+
+
+def test_a_rollback_without_a_past_is_refused(workspace: Path) -> None:
+    """Row 79."""
+    with pytest.raises(BadParams, match="no earlier version to roll back to"):
+        rollback.fn(workspace)
+    promote.fn(workspace, "1")
+    with pytest.raises(BadParams, match="no earlier version to roll back to"):
+        rollback.fn(workspace)
+
+
+def test_only_what_was_champion_comes_back(workspace: Path) -> None:
+    """Row 79: the gate cannot be gone around."""
+    promote.fn(workspace, "1")
+    assert not promote.fn(workspace, "3").passed
+    for version in ("2", "3"):
+        with pytest.raises(GateRefused, match=f"version {version} was not champion before"):
+            rollback.fn(workspace, version)
+    with pytest.raises(GateRefused, match="version 1 is champion already"):
+        rollback.fn(workspace, "1")
+    assert champion(workspace) == "1"
+
+
+def test_two_promoters_cannot_both_win(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one moves the alias while this one reads the files of its version."""
+    client = connect(workspace)
+    promote.fn(workspace, "1")
+
+    def slowly(*given: object) -> str:
+        move_champion(client, MODEL, moves(client, MODEL), "promote", "2")
+        return ""
+
+    monkeypatch.setattr("flows.promote.broken", slowly)
+    with pytest.raises(AliasMoved, match="alias moved from v1 to v2 meanwhile"):
+        promote.fn(workspace, "2")
+    assert [move.to for move in moves(client, MODEL)] == ["1", "2"]
+
+
+class Dying:
+    """A client whose process is killed after one of its requests was answered, which is before the next one."""
+
+    def __init__(self, client: Any, at: int) -> None:
+        self._client, self._left = client, at
+
+    def __getattr__(self, name: str) -> Any:
+        def ask(*given: Any, **named: Any) -> Any:
+            found = getattr(self._client, name)(*given, **named)
+            self._left -= 1
+            if self._left == 0:
+                raise KeyboardInterrupt
+            return found
+
+        return ask if callable(getattr(self._client, name)) else getattr(self._client, name)
+
+    def of(self, workspace: Path) -> Dying:
+        """Stands for `connect`."""
+        return self
+
+
+def test_a_kill_at_any_request_leaves_a_champion_that_passed_and_the_next_try_completes_it(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At random moments, a hundred times: python -m bench.registry promote"""
+    client = connect(workspace)
+    promote.fn(workspace, "1")
+    kills = 0
+    while True:
+        with monkeypatch.context() as patch:
+            patch.setattr("flows.promote.connect", Dying(client, kills + 1).of)
+            try:
+                promote.fn(workspace, "2")
+            except KeyboardInterrupt:
+                kills += 1
+            else:
+                break
+        assert champion(workspace) in ("1", "2")
+        assert promote.fn(workspace, "2").champion == champion(workspace) == "2"
+        rollback.fn(workspace)
+        assert champion(workspace) == "1"
+    assert kills > 10
+    ledger = moves(client, MODEL)
+    assert [(a.to, b.before) for a, b in pairwise(ledger) if a.to != b.before] == []
+    assert len(ledger) == 1 + 2 * kills + 1
+
+
+def test_what_was_changed_after_it_was_registered_is_not_promoted_nor_rolled_back_to(
+    pico_base: Path, tmp_path: Path
+) -> None:
+    workspace = workspace_at(tmp_path / "workspace")
+    client = connect(workspace)
+    for number in ("1", "2"):
+        (tmp_path / number).mkdir()
+        register(
+            workspace,
+            "qlora",
+            made(tmp_path / number, pico_base, RIGHT[number]),
+            number,
+            load(workspace / "params.yaml"),
+        )
+    promote.fn(workspace, "1")
+    weights = fetch_model(client, version_of(client, MODEL, "2")) / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert "was changed after it was written" in broken(client, version_of(client, MODEL, "2"))
+    done = promote.fn(workspace, "2")
+    assert done.verdict is not None
+    assert [finding.check for finding in done.verdict.findings if not finding.passed] == ["files"]
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert promote.fn(workspace, "2").passed
+    first = fetch_model(client, version_of(client, MODEL, "1")) / "config.json"
+    first.write_text(first.read_text() + " ")
+    with pytest.raises(BadModel, match="its files are not what was registered"):
+        rollback.fn(workspace)
+    assert champion(workspace) == "2"
+
+
+def test_results_that_are_not_the_versions_own_are_refused(workspace: Path, tmp_path: Path) -> None:
+    """Row 76, at the gate."""
+    client = connect(workspace)
+    one, two = (version_of(client, MODEL, number) for number in ("1", "2"))
+    client.set_model_version_tag(
+        MODEL, "2", tag.digest_of("examples.parquet"), one.tags[tag.digest_of("examples.parquet")]
+    )
+    with pytest.raises(BadParams, match="these are not the results that were registered"):
+        promote.fn(workspace, "2")
+    client.delete_model_version_tag(MODEL, "2", tag.REPORT)
+    with pytest.raises(BadParams, match="was registered without a report"):
+        promote.fn(workspace, "2")
+    assert two.tags[tag.REPORT] != one.tags[tag.REPORT]
+
+
+def test_compare_tells_the_paired_gain(workspace: Path) -> None:
+    found = versions.compare(workspace, "1", "2")
+    score = found["suites"]["held_out"]["score"]
+    assert (score["items"], score["first"], score["second"]) == (200, 0.75, 0.95)
+    assert score["gain"] == pytest.approx(0.2)
+    assert score["low"] < 0.2 < score["high"]
+    assert found["suites"]["held_out"]["loss"]["counted"] == 0
+
+
+def test_lineage_goes_from_a_version_to_its_rows(workspace: Path) -> None:
+    promote.fn(workspace, "2", "better")
+    found = versions.lineage(workspace, f"models:/{MODEL}@champion")
+    assert found == versions.lineage(workspace, "2")
+    assert found["key"] == "content-2"
+    assert found["data"]["rendered"] == {"train/chat.parquet": "0" * 64}
+    assert found["data"]["sources"]["chats"] == {"kind": "generator", "use": "train", "licence": "Apache-2.0"}
+    assert found["data"]["rows"]["train"] == {"chat": 1}
+    assert found["verdict"]["passed"] is True
+    assert [(move["to"], move["reason"]) for move in found["moves"]] == [("2", "better")]
+    client = connect(workspace)
+    folder = fetch_model(client, version_of(client, MODEL, "2"))
+    assert found["files"] == digests(folder)
+    with pytest.raises(BadParams, match="the registry has no such version"):
+        versions.lineage(workspace, f"models:/{MODEL}@nobody")
+
+
+# --- a person's word --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+def ask_a_person(workspace: Path, timeout_s: int) -> None:
+    text = (workspace / "params.yaml").read_text().replace("approval: none", "approval: human")
+    (workspace / "params.yaml").write_text(
+        text.replace("approval_timeout_s: 86400", f"approval_timeout_s: {timeout_s}")
+    )
+
+
+def waiting(answer: bool, note: str) -> threading.Thread:
+    """Answers as a person would, as soon as a flow run waits."""
+    from prefect.client.orchestration import get_client
+
+    from flows.approval import approve
+
+    def work() -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            with get_client(sync_client=True) as client:
+                paused = [run for run in client.read_flow_runs() if run.state and run.state.is_paused()]
+            if paused:
+                approve(str(paused[0].id), approved=answer, note=note)
+                return
+            time.sleep(0.2)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def test_a_promotion_waits_for_a_persons_word(prefect: None, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.approval.POLL_S", 0.2)
+    ask_a_person(workspace, 100)
+    for answer, note, champion_then in ((False, "wait for Monday", None), (True, "looks good", "1")):
+        thread = waiting(answer, note)
+        done = promote(workspace, "1", "retrained")
+        thread.join()
+        assert done.champion == champion_then
+        assert done.passed == done.moved == answer
+    (move,) = moves(connect(workspace), MODEL)
+    assert move.reason == "retrained; looks good"
+    shown = artifacts("verdict")
+    assert len(shown) == 2
+    assert "against base" in shown[0]
+
+
+def artifacts(key: str) -> list[str]:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])))
+    return [str(each.data) for each in found]
+
+
+def test_a_promotion_that_nobody_answers_ends(prefect: None, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.approval.POLL_S", 0.2)
+    ask_a_person(workspace, 1)
+    with pytest.raises(GateRefused, match="nobody approved of version 1 within 1 s"):
+        promote(workspace, "1")
+    assert moves(connect(workspace), MODEL) == []
+
+
+def test_outside_of_a_flow_run_nobody_could_approve(workspace: Path) -> None:
+    ask_a_person(workspace, 1)
+    with pytest.raises(BadParams, match="needs a flow run"):
+        promote.fn(workspace, "1")

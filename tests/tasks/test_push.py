@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from tasks.adapted import attach
 from tasks.adapter_files import BASE, CONFIG, PUBLISHED, WEIGHTS
 from tasks.adapter_sources import find
+from tasks.cards import card
 from tasks.errors import BadData, BadInput, BadModel, BadParams, Transient
 from tasks.models import load_model
 from tasks.outputs import whole_folder
-from tasks.push import Pushed, card, push
+from tasks.push import Pushed, push
 from tests import hub as hubs
 from tests.tasks.test_adapted import logits
 from tests.tasks.test_adapter_files import published

@@ -5,24 +5,13 @@ import sqlite3
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from tasks.errors import BadData, BadModel, BadParams, Interrupted, RegistryUnreachable
-from tasks.registry import (
-    CHAMPION,
-    Move,
-    champion_of,
-    champions,
-    find_version,
-    move_champion,
-    moves,
-    settle_champion,
-    versions,
-    withdrawn,
-)
-from tasks.tracking import KEY_TAG, Tracker, connect, log_rows, run_of
+from tasks.registry import find_version, remove_doubles, versions
+from tasks.tracking import KEY_TAG, Tracker, connect, log_params, log_rows, run_of
 
 
 @pytest.fixture(scope="module")
@@ -54,72 +43,55 @@ def test_a_version_is_found_by_its_content(place: Path) -> None:
     assert find_version(client, "found", "k3") is None
 
 
-def test_the_ledger_remembers_every_champion(place: Path) -> None:
+def test_a_param_that_is_too_long_for_mlflow_is_kept_whole(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Row 80: MLflow itself would cut it to 6,000 characters, and take 100 params at once at most."""
     client = connect(place)
-    for key in "abc":
-        add_version(place, "ledger", key)
-    assert champion_of(client, "ledger") is None
-    for version in ("1", "2", "3"):
-        move_champion(client, "ledger", "promote", version)
-    move_champion(client, "ledger", "rollback", "2")
-    assert client.get_registered_model("ledger").aliases == {CHAMPION: 2}
-    told = [(m.number, m.action, m.before, m.to) for m in moves(client, "ledger")]
-    assert told == [
-        (1, "promote", "", "1"),
-        (2, "promote", "1", "2"),
-        (3, "promote", "2", "3"),
-        (4, "rollback", "3", "2"),
-    ]
-    assert champions(moves(client, "ledger")) == ["1", "2"]
+    run = run_of(client, place, "key-params", "train", {})
+    long = "é" * 6001
+    params = {f"p{number}": number for number in range(250)} | {"targets": long, "short": "x" * 6000}
+    for _ in range(2):
+        log_params(client, run, params)
+        run = run_of(client, place, "key-params", "train", {})
+    assert len(run.data.params) == 252
+    assert run.data.params["short"] == "x" * 6000
+    assert run.data.params["targets"] == "6001 characters: see the artifact params/targets.txt"
+    path = client.download_artifacts(run.info.run_id, "params/targets.txt", str(tmp_path))
+    assert Path(path).read_text() == long
+    assert capsys.readouterr().out.count("more than MLflow keeps") == 1
 
 
-def test_a_kill_between_ledger_and_alias_is_mended(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("store", ["./mlruns", Path("/tmp/mlruns").as_uri(), "/tmp/mlruns"])
+def test_the_old_file_store_is_refused_and_how_to_migrate_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str
+) -> None:
+    """Row 81."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    with pytest.raises(BadParams, match="file store is no longer supported") as caught:
+        connect(tmp_path)
+    assert caught.value.exit_code == 65
+    assert "mlflow migrate-filestore --source" in caught.value.fix
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_versions_are_read_past_the_first_page(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.registry._PAGE", 2)
+    for number in range(5):
+        add_version(place, "many", f"k{number}")
+    assert [int(version.version) for version in versions(connect(place), "many")] == [1, 2, 3, 4, 5]
+    found = find_version(connect(place), "many", "k4")
+    assert found is not None
+    assert int(found.version) == 5
+
+
+def test_content_that_was_registered_twice_is_registered_once_in_the_end(place: Path) -> None:
     client = connect(place)
-    for key in "ab":
-        add_version(place, "killed", key)
-    move_champion(client, "killed", "promote", "1")
-    with monkeypatch.context() as patch:
-        patch.setattr("tasks.registry.settle_champion", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            move_champion(client, "killed", "promote", "2")
-    assert client.get_registered_model("killed").aliases[CHAMPION] == 1
-    assert settle_champion(client, "killed") == "2"
-    assert client.get_registered_model("killed").aliases[CHAMPION] == 2
-
-
-def test_the_stack_of_champions() -> None:
-    def ledger(*steps: str) -> list[Move]:
-        return [Move(n, "rollback" if s == "back" else "promote", "", s, "", "") for n, s in enumerate(steps, 1)]
-
-    assert champions([]) == []
-    assert champions(ledger("1", "2", "back")) == ["1"]
-    assert champions(ledger("1", "2", "back", "3", "2", "back", "back")) == ["1"]
-
-
-def test_a_server_that_does_not_answer_is_no_empty_ledger() -> None:
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-    from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, RESOURCE_DOES_NOT_EXIST
-
-    class Answers:
-        def __init__(self, code: int) -> None:
-            self.code = code
-
-        def get_registered_model(self, name: str) -> None:
-            raise MlflowException("x", self.code)
-
-    assert moves(cast(MlflowClient, Answers(RESOURCE_DOES_NOT_EXIST)), "m") == []
-    with pytest.raises(MlflowException):
-        moves(cast(MlflowClient, Answers(INTERNAL_ERROR)), "m")
-
-
-def test_what_is_withdrawn_is_what_was_rolled_back_last() -> None:
-    moves_ = [Move(1, "promote", "", "1", "", ""), Move(2, "promote", "1", "2", "", "")]
-    assert withdrawn(moves_) == set()
-    moves_.append(Move(3, "rollback", "2", "1", "", ""))
-    assert withdrawn(moves_) == {"2"}
-    moves_.append(Move(4, "promote", "1", "2", "", ""))
-    assert withdrawn(moves_) == set()
+    for key in ("k", "other", "k", "k"):
+        add_version(place, "twice", key)
+    client.set_registered_model_alias("twice", "kept", "4")  # somebody refers to it
+    assert int(remove_doubles(client, "twice", "k").version) == 1
+    assert [int(version.version) for version in versions(client, "twice")] == [1, 2, 4]
 
 
 def test_a_retry_logs_no_step_twice_and_a_run_says_how_it_ended(place: Path) -> None:

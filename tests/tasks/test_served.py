@@ -27,7 +27,7 @@ def served(pico_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The pico model as MLflow loads a version of it, signature and all."""
     import mlflow
 
-    from tasks.register import chat_signature
+    from tasks.serving import chat_signature
     from tests.conftest import ROOT
 
     folder = tmp_path_factory.mktemp("served")

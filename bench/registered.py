@@ -1,0 +1,72 @@
+"""What the stages make of a model, without training any: something to register, promote and roll back."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from bench.clock import ROOT
+from tasks.lineage import Outputs
+
+
+def made(folder: Path, base: Path, right: int, *, of: int = 200, method: str = "qlora") -> Outputs:
+    """What the stages would have made of a base model that learnt to answer so many of the held-out rows.
+
+    Args:
+        folder: where it is written, an empty one.
+        base: a model folder; the model that was tuned is a copy of it.
+        right: how many held-out rows it answers; the base itself answers none.
+        of: how many there are.
+        method: which trained it.
+    """
+    from tasks.evaluate import METRICS
+    from tasks.items import EXAMPLES, HELD_OUT, Item, Summary, digest_of, suite_metrics, write_items
+    from tasks.merged import EQUIVALENCE
+    from tasks.models import model_files
+    from tasks.outputs import as_json, whole_folder
+    from tasks.params_reading import load
+    from tasks.render import rendered_schema
+    from tasks.tables import write_rows
+    from tasks.templates import load_tokenizer, template_digest
+
+    params = load(ROOT / "recipes" / "quickstart.yaml")
+    places = Outputs(*(folder / name for name in Outputs._fields))._replace(baseline=folder / "baseline.parquet")
+    tokenizer = load_tokenizer(base)
+    template, ids = template_digest(tokenizer), list(tokenizer("What is learnt?")["input_ids"])
+    for place in (places.model, places.base):
+        with whole_folder(place, {"kind": "local"}) as draft:
+            for file in model_files(base):
+                shutil.copyfile(file, draft / file.name)
+            if place == places.model:
+                (draft / EQUIVALENCE).write_text(as_json({"form": "merged", "mean_kl": 1e-4, "answers": right}))
+    about: dict[str, Any] = {"template_sha256": template, "train": {}, "held_out": {}}
+    with whole_folder(places.rendered, about) as draft:
+        (draft / "train").mkdir()
+        row = {"id": "1", "family": "", "ids": ids, "mask": [False] * (len(ids) - 1) + [True]}
+        write_rows(draft / "train" / "chat.parquet", [row | {"prompt_tokens": len(ids) - 1}], rendered_schema("chat"))
+        about["train"]["chat"], about["held_out"]["chat"] = {"rows": 1}, {"rows": of}
+    items = []
+    for number in range(of):
+        prompt = f"What comes after {number}, in words?"
+        items.append(Item(HELD_OUT, "t", str(number), prompt, digest_of(prompt), "x", "y", 0.0, -2.0, 1))
+    write_items(places.baseline, items)
+    answers = [item._replace(score=float(n < right), logp=-1.0) for n, item in enumerate(items)]
+    places.reports.mkdir()
+    write_items(places.reports / EXAMPLES, answers)
+    suites = suite_metrics(answers, {(HELD_OUT, "t"): Summary("exact_match", {})}, params.evaluate)
+    (places.reports / METRICS).write_text(as_json({"suites": suites, "template_sha256": template}))
+    summary = {"key": f"train-{right}", "steps": 1, "kept_step": 1, "rows": 1, "held_out_loss_after": 1.0}
+    summary |= {"params": params.train[method].model_dump(), "data": {"train/chat.parquet": "0" * 64}}
+    with whole_folder(places.adapter) as draft:
+        (draft / "summary.json").write_text(as_json(summary))
+        (draft / "log.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    return places
+
+
+def workspace_at(folder: Path) -> Path:
+    """A workspace in which nothing has run: the params of the quickstart, and the graph."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copyfile(ROOT / name, folder / name)
+    return folder
