@@ -1,7 +1,8 @@
 """Models whose adapter stays beside the weights: a folder with the adapter, and a reference to the base.
 
 The reference names the base by the digest of its weights, by its path from the folder, and by name and commit where it
-is of the hub. Tokenizer, chat template and configuration are in the folder itself.
+is of the hub. Tokenizer, chat template and configuration are in the folder itself. A registered version keeps a base
+that only this disk has beside the folder.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ FOLDER = "adapter"
 
 REFERENCE = "reference.json"
 """Where it says which base the adapter is of."""
+
+BASE = "base"
+"""What the base's folder is called where both stand beside each other."""
 
 
 def package(base: Path, trained: Path, folder: Path, out: Path) -> None:
@@ -57,8 +61,9 @@ def base_in(folder: Path, given: Path | None = None) -> Path:
     if not (folder / REFERENCE).is_file():
         return folder
     told = read_object(folder / REFERENCE)
-    place = given or folder / str(told.get("path"))
-    if not (place / "config.json").is_file() and told.get("name") and told.get("revision"):
+    places = [given] if given else [folder / str(told.get("path")), folder.parent / BASE]
+    place = next((each for each in places if (each / "config.json").is_file()), places[0])
+    if not (place / "config.json").is_file() and is_of_hub(folder):
         place = snapshot(str(told["name"]), str(told["revision"]), MODEL_FILES, kind="model")
     found = _weights(place) if (place / "config.json").is_file() else "no model there"
     if found != told.get("weights_sha256"):
@@ -70,6 +75,12 @@ def base_in(folder: Path, given: Path | None = None) -> Path:
             fix="bring the base back to its place",
         )
     return place
+
+
+def is_of_hub(folder: Path) -> bool:
+    """Whether the base of a packaged model can be had by its name and commit."""
+    told = read_object(folder / REFERENCE)
+    return bool(told.get("name") and told.get("revision"))
 
 
 def _weights(base: Path) -> str | None:

@@ -28,6 +28,7 @@ from tasks.items import EXAMPLES
 from tasks.lineage import BASE_EXAMPLES, LINEAGE, Outputs, lineage_of
 from tasks.names import ABOUT, ARTIFACT, CHALLENGER
 from tasks.outputs import as_json, write_whole
+from tasks.packaged import BASE, REFERENCE, base_in, is_of_hub
 from tasks.params import Params
 from tasks.registry import ADAPTER, find_version, remove_doubles
 from tasks.serving import requirements, serving_of
@@ -190,14 +191,18 @@ def log_model(client: MlflowClient, run: Run, model: Path, about: Path | None, k
     for found in client.search_logged_models([run.info.experiment_id], f"tags.`{KEY_TAG}` = '{key}'"):
         if found.status == LoggedModelStatus.READY:
             return found.model_id, found.model_uri
-    serving = serving_of(model)
+    serving, artifacts = serving_of(model), {ARTIFACT: str(model)}
+    if about:
+        artifacts[ABOUT] = str(about)
+    if (model / REFERENCE).is_file() and not is_of_hub(model):
+        artifacts[BASE] = str(base_in(model))
     signed = about is not None and (about / SIGNATURE).is_file()
     with mlflow.start_run(run_id=run.info.run_id):
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(serving.code),
             code_paths=[str(serving.code.parent)],
-            artifacts={ARTIFACT: str(model), **({ABOUT: str(about)} if about else {})},
+            artifacts=artifacts,
             signature=serving.signature,
             input_example=serving.example,
             pip_requirements=requirements(signed=signed),

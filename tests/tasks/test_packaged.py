@@ -45,6 +45,30 @@ def test_it_is_found_wherever_both_are_moved_together_or_where_it_is_told(place:
     load_packaged(place / "elsewhere" / "models" / "reft")
 
 
+def test_it_is_found_beside_the_folder_as_a_registered_version_keeps_it(place: Path, tmp_path: Path) -> None:
+    shutil.move(place / "models" / "reft", tmp_path / "artifacts" / "reft")
+    shutil.move(place / "base", tmp_path / "artifacts" / "base")
+    assert base_in(tmp_path / "artifacts" / "reft") == tmp_path / "artifacts" / "base"
+
+
+def test_a_base_of_the_hub_is_fetched_by_its_commit(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = place / "models" / "reft"
+    told = {**json.loads((model / REFERENCE).read_text()), "name": "owner/base", "revision": "a" * 40}
+    (model / REFERENCE).write_text(json.dumps(told))
+    shutil.move(place / "base", tmp_path / "cached")
+    asked = []
+
+    def snapshot(name: str, revision: str, patterns: object, *, kind: str) -> Path:
+        asked.append((name, revision, kind))
+        return tmp_path / "cached"
+
+    monkeypatch.setattr("tasks.packaged.snapshot", snapshot)
+    assert base_in(model) == tmp_path / "cached"
+    assert asked == [("owner/base", "a" * 40, "model")]
+
+
 def test_a_base_that_was_changed_or_is_another_is_refused(place: Path, pico_base: Path) -> None:
     weights = place / "base" / "model.safetensors"
     changed = bytearray(weights.read_bytes())
