@@ -235,7 +235,7 @@ def metrics_of(
     if base is not None:
         before = _paired(answers, base)
         gains = [item.score - old.score for item, old in zip(answers, before, strict=True)]
-        metrics["gain_over_base"] = bootstrap(gains, params)._asdict()
+        metrics["gain_over_base"] = bootstrap(sorted(gains), params)._asdict()  # as the comparison page draws
         metrics["base"] = {
             "exact_match": sum(old.score for old in before) / len(before),
             "loss": mean_loss(before),
