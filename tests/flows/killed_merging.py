@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy  # noqa: F401  # before the fork, so that kills fall into merging, and not into imports
+import threadpoolctl  # noqa: F401
+
 from flows.merging import Wish, merge_folders
 
 

@@ -7,26 +7,23 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import time
 from pathlib import Path
 from random import Random
 
 from tasks.outputs import read_manifest
 from tests.conftest import digests
-from tests.flows.killed_merging import merging
-from tests.tasks.test_kills import forks  # noqa: F401
+from tests.flows import killed_merging
+from tests.tasks.forked import attempt, forks_of
 from tests.tasks.test_updates import llama, perturbed, saved
 
 KILLS = int(os.environ.get("TEMPER_KILLS", "5"))
 
 
-def test_no_half_merged_folder_is_ever_seen(forks: object, tmp_path: Path) -> None:  # noqa: F811
-    from multiprocessing.context import ForkServerContext
-
+def test_no_half_merged_folder_is_ever_seen(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
-    assert isinstance(forks, ForkServerContext)
+    forks = forks_of(killed_merging.__name__)
     model = llama(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, vocab_size=4096)
     base = saved(model, tmp_path / "base")
     adapter = saved(
@@ -34,14 +31,7 @@ def test_no_half_merged_folder_is_ever_seen(forks: object, tmp_path: Path) -> No
     )
 
     def run(out: Path, kill_after_s: float | None = None) -> bool:
-        process = forks.Process(target=merging, args=(str(base), str(adapter), str(out)))
-        process.start()
-        process.join(kill_after_s)
-        if process.is_alive():
-            process.kill()
-        process.join()
-        assert process.exitcode in (0, -signal.SIGKILL)
-        return process.exitcode == 0
+        return attempt(forks, killed_merging.merging, (base, adapter, out), tmp_path, kill_after_s)
 
     run(tmp_path / "warm")
     began = time.monotonic()
