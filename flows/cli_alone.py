@@ -139,7 +139,8 @@ def merge(
     wish = merging.Wish(form, onto, dtype, max_shard_mib, max_mean_kl, any_base)
     weights = tuple(weight or [1.0] * len(adapters))
     how = Combination(method, weights, density, rank, seed) if with_ or weight or method != "linear" else None
-    found = merging.merge_folders(base, adapters, out, wish, how)
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        found = merging.merge_folders(base, adapters, out, wish, how)
     typer.echo(json.dumps(found, indent=2, ensure_ascii=False)) if as_json else output.merged(found)
 
 

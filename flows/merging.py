@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tasks.adapter_files import CONFIG, base_of, check_base, read_config, said_base
+from pydantic import TypeAdapter, ValidationError
+
+from tasks.adapter_files import CONFIG, base_of, check_base, said_base
+from tasks.adapter_params import AnyAdapter, Int8Adapter, QloraAdapter
+from tasks.adapter_settings import settings_of
 from tasks.combine import Combination, combined
 from tasks.errors import BadParams
 from tasks.merged import DEQUANTIZED, DTYPES, EQUIVALENCE, ORIGINAL, Merged, merge, merge_changes, write_merged
-from tasks.outputs import MANIFEST, as_json, read_manifest, whole_folder
+from tasks.outputs import MANIFEST, as_json, read_manifest, read_object, whole_folder
 from tasks.shards import MIB
 
 WHOLE = "16bit"
@@ -33,7 +36,7 @@ class Wish(NamedTuple):
     """How a merge is to be done.
 
     Attributes:
-        trained_on: WHOLE, or the form of the base that the adapter was trained on: nf4, fp4.
+        trained_on: WHOLE, or the form of the base that the adapter was trained on: nf4, fp4, or its own params.
         onto: of merge.onto; only for a quantized form.
         dtype: of the result; `own`: as the base has it.
         max_shard_mib: a file of weights is at most so large.
@@ -41,7 +44,7 @@ class Wish(NamedTuple):
         any_base: also an adapter that names another base.
     """
 
-    trained_on: str
+    trained_on: str | QloraAdapter | Int8Adapter
     onto: str
     dtype: str
     max_shard_mib: int
@@ -55,7 +58,7 @@ class Wish(NamedTuple):
             BadParams: it is wished for.
         """
         known = {
-            "trained-on": (self.trained_on, (WHOLE, "nf4", "fp4")),
+            "trained-on": (self.trained_on, (WHOLE, "nf4", "fp4")) if isinstance(self.trained_on, str) else ("", ("",)),
             "onto": (self.onto, ("closest", ORIGINAL, DEQUANTIZED)),
             "dtype": (self.dtype, ("own", *DTYPES)),
         }
@@ -87,11 +90,13 @@ def merge_folders(
             _check_base(adapter, base)
     wish.check()
     known: dict[str, str] = {}
+    measured = how is None and wish.trained_on != WHOLE
+    planned = None if measured else _planned(base, adapters, wish, how)
     with whole_folder(out, {"adapters": [str(adapter) for adapter in adapters]}, known) as folder:
-        if how is None and wish.trained_on != WHOLE:
+        if planned is None:
             told = _measured(base, adapters[0], folder, wish, known)
         else:
-            made, told = _planned(base, adapters, wish, how)
+            made, told = planned
             known |= write_merged(base, adapters[0], {folder: made}, wish.max_shard_mib * MIB)[folder]
         (folder / EQUIVALENCE).write_text(as_json(told))
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
@@ -104,13 +109,18 @@ def _planned(
     if how is None:
         return merge(base, adapters[0], wish.dtype), {"form": "merged onto the original weights"}
     how.check(len(adapters))
+    if wish.trained_on != WHOLE:
+        raise BadParams(
+            "adapters of a quantized base are not measured when they are combined",
+            got=", ".join(map(str, adapters)),
+            fix=f"say --trained-on {WHOLE}: their updates are added to the weights in 16 bits",
+        )
     told = {"form": f"{len(adapters)} adapters combined: {how.method}", **how._asdict()}
     return merge_changes(base, partial(combined, adapters, how), wish.dtype), told
 
 
 def _measured(base: Path, adapter: Path, folder: Path, wish: Wish, known: dict[str, str]) -> dict[str, Any]:
     from tasks.adapted import load_adapted
-    from tasks.adapter_params import QloraAdapter
     from tasks.device import settle
     from tasks.merge import check_equivalent, merge_closest
     from tasks.templates import read_tokenizer
@@ -118,17 +128,7 @@ def _measured(base: Path, adapter: Path, folder: Path, wish: Wish, known: dict[s
     settle(0)
     tokenizer = read_tokenizer(base)
     probes = [{"input_ids": list(tokenizer(text)["input_ids"])} for text in PROBES]
-    config = read_config(adapter)
-    form = QloraAdapter(
-        name="qlora",
-        rank=int(config.get("r", 8)),
-        alpha=float(config.get("lora_alpha", 8)),
-        dropout=0.0,
-        targets="all-linear",
-        quantization="nf4" if wish.trained_on == "nf4" else "fp4",
-        double_quantization=True,
-        compute_dtype="auto",
-    )
+    form = wish.trained_on if not isinstance(wish.trained_on, str) else _form(adapter, wish.trained_on)
     model = load_adapted(base, adapter, form)
     most_bytes = wish.max_shard_mib * MIB
     told, digests = merge_closest(
@@ -139,13 +139,30 @@ def _measured(base: Path, adapter: Path, folder: Path, wish: Wish, known: dict[s
     return told
 
 
-def trained_on(adapter: Path) -> str:
-    """In which form of the base an adapter was trained, as temper's own say; `16bit` for others."""
+def _form(adapter: Path, quantization: str) -> QloraAdapter:
+    """The form of the base that another maker's adapter was trained on, in double quantization as is usual."""
+    settings = settings_of(adapter)
+    return QloraAdapter(
+        name="qlora",
+        rank=settings.r,
+        alpha=settings.lora_alpha,
+        dropout=0.0,
+        targets="all-linear",
+        quantization="nf4" if quantization == "nf4" else "fp4",
+        double_quantization=True,
+        compute_dtype="auto",
+    )
+
+
+def trained_on(adapter: Path) -> str | QloraAdapter | Int8Adapter:
+    """The form of the base that an adapter was trained on, as the summary of temper's own says; WHOLE for others."""
     summary = adapter / "summary.json"
-    if not summary.is_file():
-        return WHOLE
-    said = json.loads(summary.read_text()).get("params", {}).get("adapter", {})
-    return str(said.get("quantization", WHOLE))
+    told = read_object(summary) if summary.is_file() else {}
+    try:
+        said = TypeAdapter(AnyAdapter).validate_python(told["params"]["adapter"])
+    except (KeyError, TypeError, ValidationError):
+        return WHOLE  # another maker's file of that name
+    return said if isinstance(said, QloraAdapter | Int8Adapter) else WHOLE
 
 
 def _check_base(adapter: Path, base: Path) -> None:
@@ -161,8 +178,6 @@ def export_folder(model: Path, out: Path, kind: str, dtype: str, max_shard_mib: 
         BadParams: the folder exists, or there is no such form.
         BadModel: the model cannot have it.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     from tasks.exports import export
     from tasks.merge_params import Export
 
@@ -175,6 +190,8 @@ def export_folder(model: Path, out: Path, kind: str, dtype: str, max_shard_mib: 
         wanted: Export = TypeAdapter(Export).validate_python({"kind": kind, "dtype": dtype, **own[kind]})
     except ValidationError as error:
         raise BadParams("is no number format of this form", got=dtype, expected=error.errors()[0]["msg"]) from error
+    if (model / MANIFEST).is_file():
+        read_manifest(model)
     with whole_folder(out) as folder:
         told = export(model, wanted, folder / kind)
         for file in sorted((folder / kind).iterdir()):

@@ -7,14 +7,15 @@ An adapter's update of a weight is the difference that it makes, in float32. How
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 
 from tasks.errors import BadModel, BadParams
 from tasks.shards import Source, Stored
-from tasks.sources import Made
-from tasks.updates import Change, changes_of
+from tasks.sources import Change, Made
+from tasks.updates import changes_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,13 +61,13 @@ class Combination(NamedTuple):
             raise BadParams("rank must be at least 1", got=str(self.rank))
 
 
-def combined(adapters: Sequence[Path], how: Combination, base: Mapping[str, Stored]) -> dict[str, Change]:
+def combined(adapters: Sequence[Path], how: Combination, base: Mapping[str, Stored], family: str) -> dict[str, Change]:
     """What several adapters together do to the weights of a base.
 
     Raises:
         BadModel: one does not fit, or gives a weight another shape.
     """
-    each = [changes_of(adapter, base) for adapter in adapters]
+    each = [changes_of(adapter, base, family) for adapter in adapters]
     names = dict.fromkeys(name for changes in each for name in changes)
     return {name: _change(name, [changes.get(name) for changes in each], how) for name in names}
 
@@ -84,7 +85,7 @@ def _change(name: str, changes: Sequence[Change | None], how: Combination) -> Ch
 def _sum(name: str, base: Source, changed: Sequence[tuple[Source, float]], how: Combination) -> Tensor:
     import torch
 
-    rows = base.shape[0] if len(base.shape) == 2 else 1
+    rows = math.prod(base.shape[:-1])
     before = torch.from_numpy(base.floats(0, rows))
     updates = [torch.from_numpy(source.floats(0, rows)) - before for source, _ in changed]
     weights = torch.tensor([weight for _, weight in changed])

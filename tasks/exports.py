@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tasks.errors import BadModel
-from tasks.gguf_file import write_gguf
+from tasks.gguf_file import context_of, write_gguf
 from tasks.merge_params import Export, GgufExport, HubExport, SafetensorsExport
 from tasks.merged import merge_changes, write_merged
 from tasks.ollama import modelfile
@@ -37,7 +37,7 @@ def export(model: Path, wanted: Export, folder: Path) -> str:
             fix="take this export out, or a method that can be merged",
         )
     if isinstance(wanted, SafetensorsExport):
-        made = merge_changes(model, lambda base: {}, wanted.dtype)
+        made = merge_changes(model, lambda base, family: {}, wanted.dtype)
         write_merged(model, model, {folder: made}, wanted.max_shard_mib * MIB)
         return f"safetensors in {wanted.dtype}"
     return _gguf(model, wanted, folder)
@@ -46,6 +46,6 @@ def export(model: Path, wanted: Export, folder: Path) -> str:
 def _gguf(model: Path, wanted: GgufExport, folder: Path) -> str:
     write_gguf(model, folder / GGUF, wanted.dtype)
     if wanted.ollama:
-        longest = int(read_object(model / "config.json")["max_position_embeddings"])
+        longest = context_of(read_object(model / "config.json"))
         (folder / MODELFILE).write_text(modelfile(load_tokenizer(model), GGUF, longest))
     return f"GGUF in {wanted.dtype}"

@@ -34,7 +34,17 @@ _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _PRE_TOKENIZERS = {"qwen2": rf"{_WORDS}|\p{{N}}{_REST}", "llama-bpe": rf"{_WORDS}|\p{{N}}{{1,3}}{_REST}"}
 """Patterns by which byte-level tokenizers split texts, and llama.cpp's names for them."""
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6
+_NEEDED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)
 """Kinds of tokens, as GGUF numbers them."""
 
 
@@ -58,6 +68,8 @@ def write_gguf(model: Path, path: Path, dtype: str) -> None:
         raise BadModel(
             "has no form in GGUF here", where=str(model), got=kind, expected=", ".join(sorted(ARCHITECTURES))
         )
+    if lacks := [key for key in _NEEDED if not config.get(key)]:
+        raise BadModel("does not say its shape", where=str(model / "config.json"), got=f"no {', '.join(lacks)}")
     tokenizer = vocabulary_of(model, int(config["vocab_size"]))
     tensors = _tensors(model, config, dtype)
     writer = GGUFWriter(path, ARCHITECTURES[kind])
@@ -124,11 +136,13 @@ class _Interleaved:
         return self.base.shape
 
     def floats(self, start: int, stop: int) -> NDArray[Any]:
-        whole = self.base.floats(0, math.prod(self.shape[:-1])).reshape(self.shape)
-        halves = whole.reshape(self.heads, 2, self.shape[0] // self.heads // 2, *self.shape[1:])
-        turned = halves.swapaxes(1, 2).reshape(-1, self.shape[-1]) if len(self.shape) > 1 else halves.swapaxes(1, 2)
-        found: NDArray[Any] = turned.reshape(1, -1) if len(self.shape) == 1 else turned[start:stop]
-        return found
+        width = self.shape[0] // self.heads
+        if len(self.shape) == 1:  # a bias, in one row
+            found: NDArray[Any] = self.base.floats(0, 1).reshape(self.heads, 2, -1).swapaxes(1, 2).reshape(1, -1)
+            return found
+        first, last = start // width * width, -(-stop // width) * width  # the heads that the rows are of
+        halves = self.base.floats(first, last).reshape(-1, 2, width // 2, self.shape[1])
+        return halves.swapaxes(1, 2).reshape(-1, self.shape[1])[start - first : stop - first]
 
 
 @dataclass(frozen=True)
@@ -186,7 +200,6 @@ def _say_shape(writer: GGUFWriter, config: Mapping[str, Any], dtype: str) -> Non
 
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     width = config.get("head_dim") or hidden // heads
-    context = min(filter(None, (config["max_position_embeddings"], config.get("sliding_window"))))
     rope = _rope(config)
     writer.add_file_type(
         {
@@ -197,7 +210,7 @@ def _say_shape(writer: GGUFWriter, config: Mapping[str, Any], dtype: str) -> Non
         }[dtype]
     )
     writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(context)
+    writer.add_context_length(context_of(config))
     writer.add_embedding_length(hidden)
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)
@@ -213,6 +226,12 @@ def _say_shape(writer: GGUFWriter, config: Mapping[str, Any], dtype: str) -> Non
 
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
+
+
+def context_of(config: Mapping[str, Any]) -> int:
+    """How many tokens the model reads: a window that slides is the limit, as llama.cpp's Llama has none."""
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    return int(min(filter(None, (config["max_position_embeddings"], window))))
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -287,7 +306,10 @@ def vocabulary_of(model: Path, size: int) -> Vocabulary:
         raise BadModel("is no BPE, as llama.cpp has them", where=str(path), got=str(body.get("type")))
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in body["merges"]]
     tokens = [f"[unused{number}]" for number in range(size)]
-    types = [_UNKNOWN if body.get("byte_fallback") else _USER] * size
+    types = [_UNUSED] * size
+    known = [*body["vocab"].values(), *(added["id"] for added in told["added_tokens"])]
+    if max(known, default=-1) >= size:
+        raise BadModel("has more tokens than the model", where=str(path), got=str(max(known) + 1), expected=str(size))
     for token, number in body["vocab"].items():
         tokens[number], types[number] = token, _NORMAL
     for added in told["added_tokens"]:

@@ -29,6 +29,7 @@ from tasks.quantized import dequantized
 from tasks.scoring import read_questions
 from tasks.shards import MIB, Source, stored_in
 from tasks.sources import Made
+from tasks.updates import name_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +86,8 @@ def stand_ins(model: Model, base: Path, onto: str) -> dict[str, Mapping[str, Sou
         onto: of merge.onto.
     """
     stored = stored_in(base)
-    weights = {name: Made(make, stored[name].shape) for name, make in dequantized(model).items()}
+    made = {name_in(stored, name) or name: make for name, make in dequantized(model).items()}
+    weights = {name: Made(make, stored[name].shape) for name, make in made.items()}
     both: dict[str, Mapping[str, Source]] = {ORIGINAL: {}, DEQUANTIZED: weights}
     if not weights:
         return {ORIGINAL: {}}

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 from tasks.adapter_files import CONFIG
 from tasks.errors import BadModel
-from tasks.models import MODEL_FILES, model_files, refuse_code
+from tasks.models import model_files, refuse_code
 from tasks.outputs import as_json, digest, read_object
 from tasks.progress import Progress
 from tasks.shards import BYTES, INDEX, Planned, Source, Stored, stored_in, write_shards
-from tasks.updates import Change, changes_of
+from tasks.sources import Change, Made
+from tasks.updates import changes_of, embedding_and_head
 
 EQUIVALENCE = "equivalence.json"
 """Where a model folder says how far it is from the model that was trained."""
@@ -29,16 +30,11 @@ ORIGINAL, DEQUANTIZED = "original", "dequantized"
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """Number formats that a merged model may have, and what safetensors calls them."""
 
-_HEADS = {
-    "embed_tokens.weight": "lm_head.weight",
-    "wte.weight": "lm_head.weight",
-    "word_embeddings.weight": "lm_head.weight",
-    "embed_in.weight": "embed_out.weight",
-}
-"""What the embedding's weight is called in files, and the head's of the same model."""
-
-_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+_BRINGS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 """A folder with one of these brings a tokenizer of its own."""
+
+_TOKENIZER = (*_BRINGS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+_TEMPLATE = "chat_template.jinja"
 
 
 class Merged(NamedTuple):
@@ -63,15 +59,17 @@ def merge(
         BadModel: one of them is unsafe, torn, quantized, or they do not fit each other.
     """
     config, stored = _base(base)
-    return _merged(
-        config, stored, changes_of(adapter, with_head(stored, config)), dtype, replaced, (adapter / CONFIG).is_file()
-    )
+    changes = changes_of(adapter, with_head(stored, config), str(config.get("model_type")))
+    return _merged(config, stored, changes, dtype, replaced, (adapter / CONFIG).is_file())
 
 
-def merge_changes(base: Path, changes: Callable[[Mapping[str, Stored]], Mapping[str, Change]], dtype: str) -> Merged:
-    """What a base becomes with changes that are worked out for its tensors."""
+def merge_changes(
+    base: Path, changes: Callable[[Mapping[str, Stored], str], Mapping[str, Change]], dtype: str
+) -> Merged:
+    """What a base becomes with changes that are worked out for its tensors and its model_type."""
     config, stored = _base(base)
-    return _merged(config, stored, changes(with_head(stored, config)), dtype, {}, True)
+    found = changes(with_head(stored, config), str(config.get("model_type")))
+    return _merged(config, stored, found, dtype, {}, True)
 
 
 def write_merged(
@@ -81,17 +79,17 @@ def write_merged(
 
     The tokenizer and the chat template are the adapter's, where its folder has a tokenizer; all else is the base's.
     """
-    own = [path for pattern in MODEL_FILES for path in adapter.glob(pattern)] if brings_tokenizer(adapter) else []
-    beside = {path.name: path for path in model_files(base)}
-    beside |= {
-        path.name: path for path in own if path.name not in ("config.json", "generation_config.json", "README.md")
-    }
-    if own:
+    beside = {path.name: path for path in model_files(base) if path.suffix != ".safetensors" and path.name != INDEX}
+    if brings_tokenizer(adapter):
         refuse_code(adapter / "tokenizer_config.json")
-    beside = {name: path for name, path in beside.items() if path.suffix != ".safetensors" and name != INDEX}
+        beside = {name: path for name, path in beside.items() if name not in _TOKENIZER}
+        beside |= {name: adapter / name for name in (*_TOKENIZER, _TEMPLATE) if (adapter / name).is_file()}
+        if _TEMPLATE in beside and not (adapter / _TEMPLATE).is_file() and _has_template(adapter):
+            del beside[_TEMPLATE]
     tensors = {folder: made.tensors for folder, made in wanted.items()}
     with Progress("merge", sum(map(len, tensors.values())), "tensors") as progress:
         digests = write_shards(tensors, most_bytes, progress.step)
+    Made.forget()
     for folder, made in wanted.items():
         for name, path in beside.items():
             shutil.copyfile(path, folder / name)
@@ -102,23 +100,25 @@ def write_merged(
 
 def brings_tokenizer(adapter: Path) -> bool:
     """Whether an adapter's folder has a tokenizer of its own."""
-    return any((adapter / name).is_file() for name in _TOKENIZER)
+    return any((adapter / name).is_file() for name in _BRINGS)
+
+
+def _has_template(folder: Path) -> bool:
+    """Whether a tokenizer's configuration holds its chat template, as older ones do."""
+    path = folder / "tokenizer_config.json"
+    return path.is_file() and bool(read_object(path).get("chat_template"))
 
 
 def with_head(stored: Mapping[str, Stored], config: Mapping[str, Any]) -> dict[str, Stored]:
-    """The tensors of a base, with a head that is not stored because it is the embedding."""
+    """The tensors of a base; a head that is the embedding stands for it, whether it is stored or not."""
     embedding, head = embedding_and_head(stored)
-    if embedding and head not in stored and not config.get("is_encoder_decoder"):
-        return {**stored, head: stored[embedding]}
-    return dict(stored)
+    return {**stored, head: stored[embedding]} if _is_tied(stored, config) else dict(stored)
 
 
-def embedding_and_head(names: Mapping[str, Any]) -> tuple[str, str]:
-    """The names of the embedding's weight and of the head's; empty where the embedding has none of the usual names."""
-    for ending, head in _HEADS.items():
-        if found := next((name for name in names if f".{name}".endswith(f".{ending}")), None):
-            return found, head
-    return "", ""
+def _is_tied(stored: Mapping[str, Stored], config: Mapping[str, Any]) -> bool:
+    embedding, head = embedding_and_head(stored)
+    says = config.get("tie_word_embeddings") is True or head not in stored
+    return bool(embedding) and not config.get("is_encoder_decoder") and says
 
 
 def _base(folder: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
@@ -156,16 +156,14 @@ def _merged(
 
     tensors = {name: planned(name, tensor) for name, tensor in stored.items()}
     embedding, head = embedding_and_head(stored)
-    tied = (
-        bool(embedding)
-        and not config.get("is_encoder_decoder")
-        and (head not in stored or config.get("tie_word_embeddings") is True)
-    )
     grown = bool(embedding) and tensors[embedding].source.shape[0] != stored[embedding].shape[0]
-    apart = head in changes or (embedding in changes and not grown)
-    if tied and of_adapter and apart and changes.get(head) is not changes.get(embedding):
-        tensors[head] = planned(head, stored[embedding])
-        config = {**config, "tie_word_embeddings": False}
+    if _is_tied(stored, config):
+        apart = head in changes or (embedding in changes and not grown)
+        if of_adapter and apart and changes.get(head) is not changes.get(embedding):
+            tensors[head] = planned(head, stored[embedding])
+            config = {**config, "tie_word_embeddings": False}
+        else:
+            tensors.pop(head, None)  # it would be passed over, and be another than the embedding
     if grown:
         config = _with_vocabulary(config, tensors[embedding].source.shape[0])
     if dtype != "own":

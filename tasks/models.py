@@ -13,6 +13,7 @@ from tasks.device import compute_dtype, device
 from tasks.distributed import shards_weights
 from tasks.errors import BadModel
 from tasks.outputs import read_object
+from tasks.shards import weight_map
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -73,9 +74,7 @@ def model_files(folder: Path) -> list[Path]:
         raise BadModel("has no weights", where=str(folder), expected="*.safetensors")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        missing = sorted(
-            {shard for shard in read_object(index)["weight_map"].values() if not (folder / shard).is_file()}
-        )
+        missing = sorted({shard for shard in weight_map(index).values() if not (folder / shard).is_file()})
         if missing:
             raise BadModel(
                 "a shard named in the index is missing", where=str(folder), examples=missing, fix="fetch it again"

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from operator import index as whole
 from pathlib import Path
 from queue import Queue
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -131,7 +132,7 @@ def stored_in(folder: Path) -> dict[str, Stored]:
             hold what the index says, or two hold the same tensor.
     """
     index = folder / INDEX
-    named: dict[str, str] = read_object(index).get("weight_map", {}) if index.is_file() else {}
+    named = weight_map(index) if index.is_file() else {}
     files = sorted({folder / name for name in named.values()} or folder.glob("*.safetensors"))
     if missing := [file.name for file in files if not file.is_file()]:
         raise BadModel(
@@ -147,6 +148,18 @@ def stored_in(folder: Path) -> dict[str, Stored]:
         found |= tensors
     if absent := [f"{name}: not in {file}" for name, file in named.items() if name not in found]:
         raise BadModel("the index names tensors that no file holds", where=str(index), examples=absent)
+    return found
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Which file of a folder holds each tensor, as its index says.
+
+    Raises:
+        BadModel: it does not say so, or names files elsewhere.
+    """
+    found = read_object(index).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(n, str) and n == Path(n).name for n in found.values()):
+        raise BadModel("is no index of weights", where=str(index), expected="weight_map: each tensor's file beside it")
     return found
 
 
@@ -169,10 +182,10 @@ def read_header(file: Path) -> dict[str, Stored]:
             )
         text = opened.read(length)
     try:
-        header: dict[str, Any] = json.loads(text)
+        header: dict[str, Any] = dict(json.loads(text).items())
         header.pop("__metadata__", None)
         tensors = {
-            name: Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
+            name: Stored(file, str(entry["dtype"]), tuple(map(whole, entry["shape"])), 8 + length + begin, end - begin)
             for name, entry in header.items()
             for begin, end in [entry["data_offsets"]]
         }
@@ -246,10 +259,11 @@ def rounded(numbers: NDArray[Any], dtype: str) -> NDArray[Any]:
             narrow = flat.astype({"F64": np.float64, "F32": np.float32, "F16": np.float16}[dtype])
         finite = bool(np.isfinite(narrow).all())
     if not finite:
+        lost = not np.isfinite(flat).all()
         raise BadModel(
             f"holds numbers that are not finite in {dtype}",
-            got=f"the largest is {np.abs(flat).max():g}",
-            fix="choose a format with a larger range, such as BF16",
+            got="NaN or infinity" if lost else f"the largest is {np.abs(flat).max():g}",
+            fix="" if lost else "choose a format with a larger range, such as BF16",
         )
     return narrow.view(np.uint8)
 

@@ -11,9 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tasks.shards import Source, Stored, blocks
+
+Change: TypeAlias = "Callable[[Source], Source]"
+"""From a weight of the base to what takes its place."""
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,6 +41,12 @@ class Made:
         """Some of its rows."""
         rows: NDArray[Any] = self._numbers().reshape(-1, self.shape[-1])[start:stop]
         return rows
+
+    @staticmethod
+    def forget() -> None:
+        """Lets go of the last tensor, and of what it was made from."""
+        with Made._lock:
+            Made._last = (None, None)
 
     def _numbers(self) -> NDArray[Any]:
         with Made._lock:

@@ -41,7 +41,7 @@ def test_an_adapter_is_merged_into_a_plain_folder(here: Path) -> None:
 
     done = command(here, "merge", "a base", "one", "out", "--json")
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.partition("{")[1] + done.stdout.partition("{")[2])
+    found = json.loads(done.stdout)
     assert found["form"] == "merged onto the original weights"
     read_manifest(here / "out")
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(here / "a base"), here / "one")
@@ -100,6 +100,16 @@ def test_a_changed_file_is_refused(here: Path) -> None:
     weights[-1] ^= 1
     (here / "out" / "model.safetensors").write_bytes(weights)
     done = command(here, "merge", "out", "two", "more")
+    assert done.returncode == 65
+    assert "was changed after it was written" in done.stderr
+
+
+def test_a_changed_folder_is_not_exported(here: Path) -> None:
+    assert command(here, "merge", "a base", "one", "out").returncode == 0
+    weights = bytearray((here / "out" / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (here / "out" / "model.safetensors").write_bytes(weights)
+    done = command(here, "export", "out", "more", "--kind", "safetensors")
     assert done.returncode == 65
     assert "was changed after it was written" in done.stderr
 

@@ -131,7 +131,12 @@ def test_what_llama_cpp_does_not_know_is_refused(tmp_path: Path, file: str, chan
 
 
 def test_tokens_of_a_vocabulary_smaller_than_the_model_are_filled_up() -> None:
+    from gguf import TokenType
+
     found = vocabulary_of(ROOT / "models" / "tiny", 1600)
     assert len(found.tokens) == len(found.types) == 1600
     assert found.tokens[1599] == "[unused1599]"
+    assert found.types[1599] == TokenType.UNUSED
+    with pytest.raises(BadModel, match="has more tokens than the model"):
+        vocabulary_of(ROOT / "models" / "tiny", 1000)
     assert found.tokens[:3] == ["<|pad|>", "<|im_start|>", "<|im_end|>"]

@@ -145,6 +145,7 @@ def test_an_absurd_header_is_refused(folder: Path) -> None:
     "header",
     [
         b"[1]",
+        b'{"a": {"dtype": "F32", "shape": [null], "data_offsets": [0, 4]}}',
         b"{",
         b'{"a": {"dtype": "F32"}}',
         b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',  # another size than its shape
@@ -164,6 +165,13 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
         json.dumps({"weight_map": {"x": "model-2.safetensors", "a.vector": "model.safetensors"}})
     )
     with pytest.raises(BadModel, match=r"model-2\.safetensors"):
+        stored_in(folder)
+
+
+@pytest.mark.parametrize("index", ["{}", '{"weight_map": []}', '{"weight_map": {"a": "../model.safetensors"}}'])
+def test_an_index_that_is_none_is_refused(folder: Path, index: str) -> None:
+    (folder / INDEX).write_text(index)
+    with pytest.raises(BadModel, match="is no index of weights"):
         stored_in(folder)
 
 

@@ -89,6 +89,103 @@ def test_experts_are_merged_as_peft_computes_them(tmp_path: Path, family: str, f
     torch.testing.assert_close(logits(merged(base, adapter, tmp_path / "out")), logits(tuned), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "patterns", [{}, {"rank_pattern": {"experts.down_proj": 2}, "alpha_pattern": {"gate_up_proj": 20}}]
+)
+def test_experts_that_hold_in_by_out_and_are_square_are_merged_as_peft_computes_them(
+    tmp_path: Path, patterns: dict[str, Any]
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(0)
+    shape = {**COMMON, "intermediate_size": 32, "head_dim": 8, "num_local_experts": 3, "num_experts_per_tok": 2}
+    model: Any = GptOssForCausalLM(GptOssConfig(**shape))  # type: ignore[arg-type]
+    base = saved(model, tmp_path / "base")
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj"], target_parameters=targets, **patterns)
+    tuned = perturbed(get_peft_model(model, config))
+    got = merged(base, saved(tuned, tmp_path / "adapter"), tmp_path / "out")
+    torch.testing.assert_close(logits(got), logits(tuned), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_which_way_a_weight_lies_the_family_tells_and_not_the_configuration(tmp_path: Path, says: bool) -> None:
+    """PEFT corrects `fan_in_fan_out` layer by layer, and saves what the last layer wanted."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model: Any = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=32))
+    base = saved(model, tmp_path / "base")
+    tuned = perturbed(get_peft_model(model, LoraConfig(r=2, target_modules=["attn.c_proj", "lm_head"])))
+    adapter = saved(tuned, tmp_path / "adapter")
+    told = read_object(adapter / CONFIG)
+    (adapter / CONFIG).write_text(json.dumps({**told, "fan_in_fan_out": says}))
+    torch.testing.assert_close(logits(merged(base, adapter, tmp_path / "out")), logits(tuned), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("more", [{"modules_to_save": ["lm_head"]}, {"modules_to_save": ["norm"]}])
+@pytest.mark.parametrize("kind", ["adalora", "ia3"])
+def test_modules_that_other_methods_train_along_are_merged(tmp_path: Path, kind: str, more: dict[str, Any]) -> None:
+    from peft import AdaLoraConfig, IA3Config, get_peft_model
+
+    model = llama()
+    base = saved(model, tmp_path / "base")
+    config: Any = (
+        AdaLoraConfig(total_step=10, tinit=1, tfinal=1, target_modules=["q_proj"], **more)
+        if kind == "adalora"
+        else IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], **more)
+    )
+    tuned = perturbed(get_peft_model(model, config))
+    adapter = saved(tuned, tmp_path / "adapter")
+    torch.testing.assert_close(logits(merged(base, adapter, tmp_path / "out")), logits(tuned), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_single_tokens_of_a_vocabulary_that_grew_are_merged(tmp_path: Path, tied: bool) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = llama(tie_word_embeddings=tied)
+    base = saved(model, tmp_path / "base")
+    model.resize_token_embeddings(66, mean_resizing=False)
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 64, 65])
+    tuned = perturbed(get_peft_model(model, config))
+    adapter = saved(tuned, tmp_path / "adapter", save_embedding_layers=True)
+    torch.testing.assert_close(logits(merged(base, adapter, tmp_path / "out")), logits(tuned), rtol=1e-4, atol=1e-5)
+    saved(tuned, tmp_path / "alone")  # without the rows of the vocabulary that grew
+    with pytest.raises(BadModel, match="does not fit this base"):
+        merge(base, tmp_path / "alone")
+
+
+def test_single_tokens_are_also_the_head_s_where_it_is_the_embedding_and_stored_too(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = llama(tie_word_embeddings=True)
+    base = saved(model, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    tuned = perturbed(get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 5])))
+    adapter = saved(tuned, tmp_path / "adapter")
+    torch.testing.assert_close(logits(merged(base, adapter, tmp_path / "out")), logits(tuned), rtol=1e-4, atol=1e-5)
+
+
+def test_the_tokenizer_that_an_adapter_brings_comes_whole(tmp_path: Path) -> None:
+    base = saved(llama(), tmp_path / "base")
+    for name in ("tokenizer.json", "chat_template.jinja", "special_tokens_map.json"):
+        (base / name).write_text('{"of": "base"}')
+    lora = {f"base_model.model.model.layers.{n}.self_attn.q_proj.lora_{p}.weight": torch.zeros(s)
+            for n in (0, 1) for p, s in (("A", (2, 32)), ("B", (32, 2)))}  # fmt: skip
+    adapter = written(tmp_path / "adapter", lora, target_modules=["q_proj"])
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (adapter / name).write_text('{"of": "adapter", "chat_template": "{{ 1 }}"}')
+    merged(base, adapter, tmp_path / "out")
+    assert "adapter" in (tmp_path / "out" / "tokenizer.json").read_text()
+    assert not (tmp_path / "out" / "chat_template.jinja").exists()
+    assert not (tmp_path / "out" / "special_tokens_map.json").exists()
+
+
 LORAS: dict[str, dict[str, Any]] = {
     "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [5, 9, 40]},
     "head": {"target_modules": ["lm_head", "v_proj"]},
@@ -188,6 +285,28 @@ def fitting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return base, saved(tuned, folder / "adapter")
 
 
+BROKEN_SETTINGS: dict[str, dict[str, Any]] = {
+    "r": {"r": 0},
+    "r as text": {"r": "x"},
+    "rank_pattern": {"rank_pattern": {"q_proj": "many"}},
+    "alpha_pattern": {"alpha_pattern": ["q_proj"]},
+    "a pattern": {"target_modules": "(["},
+    "target_modules": {"target_modules": 5},
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_SETTINGS)
+def test_a_configuration_with_values_that_mean_nothing_is_refused(
+    fitting: tuple[Path, Path], tmp_path: Path, name: str
+) -> None:
+    base, adapter = fitting
+    shutil.copytree(adapter, tmp_path / "adapter")
+    config = {**read_object(adapter / CONFIG), **BROKEN_SETTINGS[name]}
+    (tmp_path / "adapter" / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(BadModel, match="has values that mean nothing"):
+        changes_of(tmp_path / "adapter", stored_in(base))
+
+
 def edited(tensors: dict[str, torch.Tensor], config: dict[str, Any], name: str) -> None:
     first, second = (
         "base_model.model.model.layers.0.self_attn.q_proj",
@@ -205,6 +324,8 @@ def edited(tensors: dict[str, torch.Tensor], config: dict[str, Any], name: str) 
         "kind": lambda: config.update(peft_type="FOO"),
         "pissa": lambda: config.update(init_lora_weights="pissa"),
         "replicated": lambda: config.update(layer_replication=[[0, 2], [0, 2]]),
+        "dora": lambda: config.update(use_dora=True),
+        "a norm grew": lambda: tensors.update({"base_model.model.model.norm.weight": torch.zeros(64)}),
     }
     edits[name]()
 
@@ -215,17 +336,19 @@ def rename(tensors: dict[str, torch.Tensor], old: str, new: str) -> None:
 
 
 REFUSED = {
-    "no key matches": "0 of 8 of its changes match this base model",
-    "half are missing": "3 of 4 of its changes match",
+    "no key matches": "0 of 8 adapter tensors match this base model",
+    "half are missing": r"6 of 6 adapter tensors match this base model, and 1 weights that it should change have none",
     "b is missing": "does not fit this base",
-    "stray": "not a part of LoRA",
+    "stray": "not a part of LORA",
     "rank": "adapter_config says r = 8, but tensors have r = 2",
     "width": r"shape \(2, 16\), expected \(2, 32\)",
     "not a number": "has 64 values that are not finite; refused",
-    "alpha": "lora_alpha is no finite number",
+    "alpha": "lora_alpha = nan",
     "kind": "is of a method that cannot be merged",
     "pissa": "cannot be merged",
     "replicated": "cannot be merged",
+    "dora": "lora_magnitude_vector: missing, and use_dora is True",
+    "a norm grew": r"norm.weight: shape \(64,\), the base has \(32,\)",
 }
 
 
@@ -264,7 +387,7 @@ def test_a_quantized_base_is_refused(fitting: tuple[Path, Path], tmp_path: Path)
 def test_patterns_are_read_as_peft_reads_them() -> None:
     from peft.utils.other import get_pattern_key
 
-    from tasks.updates import _own
+    from tasks.adapter_settings import own
 
     patterns = {"q_proj": 1, r"layers\.1\..*k_proj": 2, "model.layers.0.mlp.up_proj": 3, "proj": 4}
     modules = [
@@ -273,4 +396,4 @@ def test_patterns_are_read_as_peft_reads_them() -> None:
         for part in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
     ]
     for module in [*modules, "q_proj", "xq_proj"]:
-        assert _own(patterns, module, 0) == patterns.get(get_pattern_key(patterns.keys(), module), 0)
+        assert own(patterns, module, 0) == patterns.get(get_pattern_key(patterns.keys(), module), 0)
