@@ -6,6 +6,7 @@ The same environment gives the same bytes: there is no time in it, and its seria
 from __future__ import annotations
 
 import re
+import sysconfig
 import uuid
 from collections.abc import Iterable
 from importlib.metadata import Distribution, distributions
@@ -20,10 +21,10 @@ def bill_of_materials(installed: Iterable[Distribution] | None = None) -> dict[s
     """The packages of this environment, and which needs which.
 
     Args:
-        installed: packages; by default all that this Python finds, the first of each name.
+        installed: packages; by default all of this environment, the first of each name.
     """
     packages: dict[str, Distribution] = {}
-    for package in installed if installed is not None else distributions():
+    for package in _installed() if installed is None else installed:
         packages.setdefault(normalised(package.metadata["Name"]), package)
     chosen = dict(sorted(packages.items()))
     content: dict[str, Any] = {
@@ -38,6 +39,11 @@ def bill_of_materials(installed: Iterable[Distribution] | None = None) -> dict[s
         ],
     }
     return {**content, "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_URL, as_json(content))}"}
+
+
+def _installed() -> Iterable[Distribution]:
+    """What pip lists; on sys.path there may be more, such as what setuptools brings along for itself."""
+    return distributions(path=list(dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))))
 
 
 def normalised(name: str) -> str:

@@ -58,12 +58,16 @@ def test_a_copy_has_the_same_bytes_and_its_digest_is_told(folder: Path, tmp_path
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
 def test_numbers_are_rounded_as_torch_rounds_them(dtype: str) -> None:
-    """All patterns of the upper half with lower halves around the middle, where ties are decided."""
+    """All patterns of the upper half with lower halves around the middle, where ties are decided.
+
+    Not of numbers too small to be normal, which torch flushes to zero once a training in this process said so.
+    """
     low = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=np.uint32)
     bits = ((np.arange(1 << 16, dtype=np.uint32)[:, None] << 16) + low).reshape(-1)
     numbers = bits.view(np.float32)
     limit = {"BF16": 3.3895e38, "F16": 65504.0}.get(dtype, np.inf)
     numbers = numbers[np.isfinite(numbers) & (np.abs(numbers) <= limit)]
+    numbers = numbers[(numbers == 0) | (np.abs(numbers) >= np.finfo(np.float32).tiny)]
     kind = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}[dtype]
     want = torch.from_numpy(numbers.copy()).to(kind)
     got = torch.frombuffer(bytearray(rounded(numbers, dtype).tobytes()), dtype=kind)
