@@ -66,7 +66,7 @@ def check_cron(text: str) -> str:
         raise BadParams(
             "is not a cron schedule",
             where=f'--cron "{text}"',
-            got=str(error).split("\n")[-1].strip(),
+            got=next((line.strip() for line in str(error).split("\n") if "alue error" in line), str(error)),
             expected='five fields, such as "0 3 * * *"',
         ) from error
 

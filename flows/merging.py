@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from pydantic import TypeAdapter, ValidationError
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks.adapter_files import CONFIG, base_of, check_base, said_base
-from tasks.adapter_params import AnyAdapter, Int8Adapter, QloraAdapter
 from tasks.adapter_settings import settings_of
 from tasks.combine import Combination, combined
 from tasks.errors import BadParams
 from tasks.merged import DEQUANTIZED, DTYPES, EQUIVALENCE, ORIGINAL, Merged, merge, merge_changes, write_merged
 from tasks.outputs import MANIFEST, as_json, read_manifest, read_object, whole_folder
 from tasks.shards import MIB
+
+if TYPE_CHECKING:
+    from tasks.adapter_params import Int8Adapter, QloraAdapter
 
 WHOLE = "16bit"
 """The form of a base that is not quantized."""
@@ -141,6 +141,8 @@ def _measured(base: Path, adapter: Path, folder: Path, wish: Wish, known: dict[s
 
 def _form(adapter: Path, quantization: str) -> QloraAdapter:
     """The form of the base that another maker's adapter was trained on, in double quantization as is usual."""
+    from tasks.adapter_params import QloraAdapter
+
     settings = settings_of(adapter)
     return QloraAdapter(
         name="qlora",
@@ -157,7 +159,13 @@ def _form(adapter: Path, quantization: str) -> QloraAdapter:
 def trained_on(adapter: Path) -> str | QloraAdapter | Int8Adapter:
     """The form of the base that an adapter was trained on, as the summary of temper's own says; WHOLE for others."""
     summary = adapter / "summary.json"
-    told = read_object(summary) if summary.is_file() else {}
+    if not summary.is_file():
+        return WHOLE
+    from pydantic import TypeAdapter, ValidationError
+
+    from tasks.adapter_params import AnyAdapter, Int8Adapter, QloraAdapter
+
+    told = read_object(summary)
     try:
         said = TypeAdapter(AnyAdapter).validate_python(told["params"]["adapter"])
     except (KeyError, TypeError, ValidationError):
@@ -178,6 +186,8 @@ def export_folder(model: Path, out: Path, kind: str, dtype: str, max_shard_mib: 
         BadParams: the folder exists, or there is no such form.
         BadModel: the model cannot have it.
     """
+    from pydantic import TypeAdapter, ValidationError
+
     from tasks.exports import export
     from tasks.merge_params import Export
 

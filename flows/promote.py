@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,7 +17,7 @@ from tasks import graph
 from tasks import version_tags as tag
 from tasks.errors import BadModel, BadParams, GateRefused
 from tasks.gate import Evidence, Verdict, judge
-from tasks.ledger import champions, move_champion, moves, settle_champion, withdrawn
+from tasks.ledger import Move, champions, move_champion, moves, settle_champion, withdrawn
 from tasks.params import Params
 from tasks.params_reading import load
 from tasks.registry import find_version, version_of
@@ -127,7 +128,7 @@ def _rollback(workspace: Path, to: str | None, reason: str) -> Promotion:
         version_of(client, model, to)
         if to not in stack[:-1]:
             raise GateRefused(
-                f"version {to} " + ("is champion already" if stack[-1:] == [to] else "was not champion before"),
+                f"version {to} {_why_not(to, seen)}",
                 where=model,
                 expected=" or ".join(dict.fromkeys(stack[:-1])) or "a version that the gate let through",
                 fix="`temper promote --version N` puts a version through the gate",
@@ -144,6 +145,13 @@ def _rollback(workspace: Path, to: str | None, reason: str) -> Promotion:
     return Promotion(model, str(chosen.version), method, True, True, [f"version {stack[-1]} was champion before"])
 
 
+def _why_not(version: str, seen: Sequence[Move]) -> str:
+    """Why a rollback does not go to a version."""
+    if champions(seen)[-1:] == [version]:
+        return "is champion already"
+    return "was rolled back itself" if version in withdrawn(seen) else "was not champion before"
+
+
 # --- which version ----------------------------------------------------------------------------------------------------
 
 
@@ -152,7 +160,7 @@ def _chosen(
 ) -> Evidence | None:
     """The version that is named, or the best of what the workspace's methods registered last."""
     model = params.register_.model
-    if version:
+    if version is not None:
         return evidence(client, version_of(client, model, version), with_files=False)
     found = [v for v in (find_version(client, model, key) for key in _registered_keys(workspace)) if v is not None]
     if not found:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from tasks.adapted import attach, load_packaged
-from tasks.adapter_files import CONFIG, WEIGHTS
+from tasks.adapter_files import CONFIG, WEIGHTS, base_of, check_base
 from tasks.adapter_params import Int8Adapter, QloraAdapter
 from tasks.architecture import ENCODER_DECODER, architecture_in, positions_of
 from tasks.asking import Request, continuation_tokens
@@ -74,11 +74,19 @@ class Examinee:
         files = [*model_files(self._base), *(file for each in MODEL_FILES for file in folder.glob(each))]
         self.folder, self.params, self.adapter, self._any_base = folder, params, adapter, any_base
         self._quantized_for = quantized_for
+        if adapter:  # before anything is remembered: answers that are known do not make it fit
+            self._check(adapter, any_base)
         self.architecture = architecture_in(folder)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder) if chats else read_tokenizer(folder)
         self.tokens: dict[str, list[int]] = {}
         self.journal = Journal(journals, self._identity(files))
         self.effort = Effort(0.0, 0)
+
+    def _check(self, adapter: Path, any_base: bool) -> None:
+        if (self.folder / PACKAGED).is_dir():
+            raise BadModel("has an adapter already", where=str(self.folder), fix="name the base model's own folder")
+        if not any_base:
+            check_base(adapter, base_of(self.folder))
 
     def _identity(self, files: Sequence[Path]) -> dict[str, str]:
         """Everything that an answer depends on besides the question."""
@@ -113,8 +121,6 @@ class Examinee:
         settle(self.params.seed)
         if self.adapter is None:
             return load_packaged(self.folder, self._base)
-        if (self.folder / PACKAGED).is_dir():
-            raise BadModel("has an adapter already", where=str(self.folder), fix="name the base model's own folder")
         return attach(load_model(self.folder, self._quantized_for), self.adapter, any_base=self._any_base)
 
     @property

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from tasks.adapter_params import Int8Adapter, QloraAdapter
 from tasks.architecture import architecture_in
 from tasks.device import compute_dtype, device
 from tasks.distributed import shards_weights
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from tasks.adapter_params import Int8Adapter, QloraAdapter
     from tasks.adapters.below import Below
     from tasks.shared_prompts import Joined
 

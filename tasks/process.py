@@ -23,14 +23,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from tasks import graph
 from tasks.distributed import launched
 from tasks.errors import BadInput, BadParams, InputsChanged, TemperError, Transient
 from tasks.memory import out_of_memory, ran_out
-from tasks.params import Params
-from tasks.params_reading import load
+
+if TYPE_CHECKING:
+    from tasks.params import Params
 
 OWNER = "TEMPER_OWNER"
 """Environment variable: process id of the flow that started this stage."""
@@ -70,6 +71,8 @@ class Stage:
     @cached_property
     def params(self) -> Params:
         """The checked params.yaml of the workspace."""
+        from tasks.params_reading import load  # not on top: every command would wait for it
+
         return load(self.workspace / graph.PARAMS)
 
     def path(self, name: str) -> Path:

@@ -230,9 +230,9 @@ def widened(raw: NDArray[Any], dtype: str) -> NDArray[Any]:
     import numpy as np
 
     if dtype == "BF16":
-        wide = np.zeros((raw.nbytes // 2, 2), dtype=np.uint16)
-        wide[:, 1] = raw.view(np.uint16)  # little-endian: a bfloat16 is the upper half of a float32
-        return wide.view(np.float32).reshape(-1)
+        bits = raw.view(np.uint16).astype(np.uint32)
+        bits <<= 16  # a bfloat16 is the upper half of a float32
+        return bits.view(np.float32)
     numbers: NDArray[Any] = raw.view({"F64": np.float64, "F32": np.float32, "F16": np.float16}[dtype])
     return numbers.astype(np.float32, copy=False)
 
@@ -252,8 +252,9 @@ def rounded(numbers: NDArray[Any], dtype: str) -> NDArray[Any]:
         odd &= 1
         odd += 0x7FFF
         odd += bits  # carries into the upper half where the lower one is above a half, or is one and the upper odd
-        narrow = np.ascontiguousarray(odd.view(np.uint16)[1::2])
-        finite = not np.any((narrow & 0x7F80) == 0x7F80)
+        odd >>= 16
+        narrow = odd.astype(np.uint16)
+        finite = bool((narrow & 0x7FFF).max(initial=0) < 0x7F80)
     else:
         with np.errstate(over="ignore"):
             narrow = flat.astype({"F64": np.float64, "F32": np.float32, "F16": np.float16}[dtype])
