@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 from flows.disagreements import Answers, answers_of
 from flows.power import Power, machine_power
 from tasks import graph
+from tasks.evaluate import cost_file
 from tasks.evaluate_params import Evaluate
+from tasks.journal import STATE
 from tasks.params_reading import load
 from tasks.runner import seconds_by_key
 from tasks.tables import read_rows
 
-COSTS = Path(".temper", "costs")
 BASE = "base"
 
 
@@ -83,7 +84,7 @@ def _model(workspace: Path, name: str, outs: Sequence[str]) -> Model | str:
     metrics = json.loads(figures.read_text())
     if "suites" not in metrics:
         return "was evaluated by an earlier temper, which knew no suites"
-    cost = workspace / COSTS / f"{name}.json"
+    cost = cost_file(workspace / STATE, name)
     answers = answers_of(read_rows(examples))
     return Model(name, metrics, answers, json.loads(cost.read_text()) if cost.is_file() else None)
 

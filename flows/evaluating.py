@@ -45,7 +45,7 @@ def evaluate(wanted: Wanted) -> dict[str, Any]:
     """
     from tasks.examinee import Examinee
     from tasks.items import EXAMPLES, check_finite, suite_metrics, write_items
-    from tasks.outputs import MANIFEST, as_json, read_manifest, write_whole
+    from tasks.outputs import as_json, check_manifest, write_whole
     from tasks.suites import Asking, examine, examine_parts
     from tasks.templates import template_digest
 
@@ -53,9 +53,8 @@ def evaluate(wanted: Wanted) -> dict[str, Any]:
     root = wanted.data or Path()
     if isinstance(suite, Ready) and wanted.data is None:
         raise BadParams("this suite needs to know where its files are", where=name, fix="say --data FOLDER")
-    for folder in (wanted.model, wanted.adapter):
-        if folder and (folder / MANIFEST).is_file():
-            read_manifest(folder)
+    for folder in filter(None, (wanted.model, wanted.adapter)):
+        check_manifest(folder)
     params = nearest_params().evaluate
     examinee = Examinee(
         wanted.model,

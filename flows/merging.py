@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tasks.adapter_files import CONFIG, base_of, check_base, said_base
+from tasks.adapter_files import CONFIG, check_base_folder
 from tasks.adapter_settings import settings_of
 from tasks.combine import Combination, combined
 from tasks.errors import BadParams
 from tasks.merged import DEQUANTIZED, DTYPES, EQUIVALENCE, ORIGINAL, Merged, merge, merge_changes, write_merged
-from tasks.outputs import MANIFEST, as_json, read_manifest, read_object, whole_folder
+from tasks.outputs import as_json, check_manifest, read_object, whole_folder
 from tasks.shards import MIB
 
 if TYPE_CHECKING:
@@ -83,11 +83,11 @@ def merge_folders(
     if out.exists():
         raise BadParams("exists already", where=str(out), fix="name a new folder, or remove this one")
     for folder in (base, *adapters):
-        if (folder / MANIFEST).is_file():
-            read_manifest(folder)
+        check_manifest(folder)
     if not wish.any_base:
         for adapter in adapters:
-            _check_base(adapter, base)
+            if (adapter / CONFIG).is_file():  # else it is weights that were trained whole
+                check_base_folder(adapter, base)
     wish.check()
     known: dict[str, str] = {}
     measured = how is None and wish.trained_on != WHOLE
@@ -173,12 +173,6 @@ def trained_on(adapter: Path) -> str | QloraAdapter | Int8Adapter:
     return said if isinstance(said, QloraAdapter | Int8Adapter) else WHOLE
 
 
-def _check_base(adapter: Path, base: Path) -> None:
-    """Refuses an adapter of another base; the base's weights are hashed only for one that says theirs."""
-    if (adapter / CONFIG).is_file() and said_base(adapter).weights_sha256:
-        check_base(adapter, base_of(base))
-
-
 def export_folder(model: Path, out: Path, kind: str, dtype: str, max_shard_mib: int, ollama: bool) -> str:
     """Writes a model folder in another form, as a new folder with a manifest; returns in words what was written.
 
@@ -200,8 +194,7 @@ def export_folder(model: Path, out: Path, kind: str, dtype: str, max_shard_mib: 
         wanted: Export = TypeAdapter(Export).validate_python({"kind": kind, "dtype": dtype, **own[kind]})
     except ValidationError as error:
         raise BadParams("is no number format of this form", got=dtype, expected=error.errors()[0]["msg"]) from error
-    if (model / MANIFEST).is_file():
-        read_manifest(model)
+    check_manifest(model)
     with whole_folder(out) as folder:
         told = export(model, wanted, folder / kind)
         for file in sorted((folder / kind).iterdir()):

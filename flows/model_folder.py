@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tasks.errors import BadModel
-from tasks.outputs import MANIFEST, read_manifest
+from tasks.outputs import check_manifest
 
 REGISTERED = "models:/"
 
@@ -27,8 +27,7 @@ def local_model(reference: str, workspace: Path | None) -> Path:
             raise BadModel(
                 "there is no such folder", where=str(folder), expected="a model folder, or models:/NAME@ALIAS"
             )
-        if (folder / MANIFEST).is_file():
-            read_manifest(folder)
+        check_manifest(folder)
         return folder
     from flows.evidence import broken
     from flows.here import ready

@@ -32,20 +32,18 @@ def history(workspace: Path) -> dict[str, Any]:
     """
     client, model = connect(workspace), load(workspace / graph.PARAMS).register_.model
     with answering(workspace):
-        ledger = moves(client, model)
+        ledger, known = moves(client, model), versions(client, model)
         stack = champions(ledger)
-        aliases = _aliases(client, model)
+        aliases = _aliases(client, model) if known else {}
         return {
             "model": model,
             "champion": stack[-1] if stack else None,
             "moves": [move._asdict() for move in ledger],
-            "versions": [_told(version, aliases) for version in versions(client, model)],
+            "versions": [_told(version, aliases) for version in known],
         }
 
 
 def _aliases(client: MlflowClient, model: str) -> dict[str, list[str]]:
-    if not versions(client, model):
-        return {}
     found: dict[str, list[str]] = {}
     for alias, version in client.get_registered_model(model).aliases.items():
         found.setdefault(str(version), []).append(alias)

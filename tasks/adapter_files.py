@@ -47,16 +47,23 @@ UNKNOWN = Base(None, None, None)
 # --- the base ---------------------------------------------------------------------------------------------------------
 
 
-def base_of(model: Path) -> Base:
-    """Which base a model folder is: by its manifest, or by its weights when it has none."""
+def base_of(model: Path, *, hashed: bool = True) -> Base:
+    """Which base a model folder is: by its manifest, or by its weights when it has none.
+
+    `hashed` asks for the digest of the weights, for which those are read that no manifest tells of.
+    """
     manifest = _manifest(model)
+    made = manifest.base
+    hub = made.kind == "hub"
+    weights = _weights_of(model, manifest) if hashed else None
+    return Base(made.id if hub else None, made.revision if hub else None, weights)
+
+
+def _weights_of(model: Path, manifest: _Manifest) -> str | None:
     known = {name: entry.sha256 for name, entry in manifest.files.items()}
     shards = sorted(path.name for path in model.glob("*.safetensors"))
     lines = "".join(f"{name} {known.get(name) or digest(model / name)}\n" for name in shards)
-    weights = hashlib.sha256(lines.encode()).hexdigest() if shards else None
-    made = manifest.base
-    hub = made.kind == "hub"
-    return Base(made.id if hub else None, made.revision if hub else None, weights)
+    return hashlib.sha256(lines.encode()).hexdigest() if shards else None
 
 
 class _File(BaseModel):
@@ -108,6 +115,11 @@ def said_base(folder: Path) -> Base:
     return Base(  # a name may as well be a path of its maker's disk, and a revision a branch
         name if re.fullmatch(HUB_NAME, name) else None, revision if re.fullmatch(COMMIT, revision) else None, None
     )
+
+
+def check_base_folder(folder: Path, model: Path) -> None:
+    """As `check_base`, of a base in a folder, whose weights are read only where the adapter names theirs."""
+    check_base(folder, base_of(model, hashed=said_base(folder).weights_sha256 is not None))
 
 
 def check_base(folder: Path, base: Base) -> None:

@@ -25,7 +25,7 @@ from tasks.continuing import continue_model, only_texts, rewrite, tokenizer_for
 from tasks.errors import BadModel
 from tasks.hub import snapshot
 from tasks.models import MODEL_FILES, load_model, model_files
-from tasks.outputs import MANIFEST, digests, read_manifest, whole_folder
+from tasks.outputs import check_manifest, digests, whole_folder
 from tasks.perplexity import Perplexity
 from tasks.pretraining import PAD, make_model
 from tasks.templates import read_tokenizer
@@ -39,8 +39,7 @@ TEMPLATES = "data/templates"
 
 def copy_model(source: Path, out: Path) -> None:
     """Copies what temper uses of a model folder, after checking it; one with a manifest must agree with that."""
-    if (source / MANIFEST).is_file():
-        read_manifest(source)
+    check_manifest(source)
     for file in model_files(source):
         shutil.copyfile(file, out / file.name)
 

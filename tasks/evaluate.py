@@ -60,8 +60,10 @@ if TYPE_CHECKING:
 
 METRICS = "metrics.json"
 
-COSTS = Path("costs")
-"""Where a workspace keeps what evaluations cost."""
+
+def cost_file(state: Path, name: str) -> Path:
+    """Where a workspace's own folder keeps what the evaluation of a model cost."""
+    return state / "costs" / f"{name}.json"
 
 
 def last_turn(row: Mapping[str, Any]) -> int:
@@ -327,7 +329,7 @@ def evaluate_model(
     write_items(out / EXAMPLES, [*answers, *asked.items])
     write_whole(out / METRICS, as_json(metrics))
     if state and examinee.effort.seconds:  # else all was known, and what it once cost stays written
-        write_whole(state / COSTS / f"{name}.json", as_json(cost_of(examinee.effort)))
+        write_whole(cost_file(state, name), as_json(cost_of(examinee.effort)))
     print(f"evaluate {name}: {_said(metrics)}", flush=True)
 
 

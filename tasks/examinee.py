@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from tasks.adapted import attach, load_packaged
-from tasks.adapter_files import CONFIG, WEIGHTS, base_of, check_base
+from tasks.adapter_files import CONFIG, WEIGHTS, check_base_folder
 from tasks.adapter_params import Int8Adapter, QloraAdapter
 from tasks.architecture import ENCODER_DECODER, architecture_in, positions_of
 from tasks.asking import Request, continuation_tokens
@@ -86,7 +86,7 @@ class Examinee:
         if (self.folder / PACKAGED).is_dir():
             raise BadModel("has an adapter already", where=str(self.folder), fix="name the base model's own folder")
         if not any_base:
-            check_base(adapter, base_of(self.folder))
+            check_base_folder(adapter, self.folder)
 
     def _identity(self, files: Sequence[Path]) -> dict[str, str]:
         """Everything that an answer depends on besides the question."""

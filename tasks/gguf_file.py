@@ -18,6 +18,7 @@ from tasks.models import model_files
 from tasks.ollama import begins_with
 from tasks.outputs import read_object
 from tasks.shards import Source, Stored, blocks, rounded, stored_in
+from tasks.sources import OfShape
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -125,15 +126,10 @@ class _Tensor(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Interleaved:
+class _Interleaved(OfShape):
     """Queries or keys of the llama family, whose halves of a head llama.cpp has by turns, (heads * width, in)."""
 
-    base: Source
     heads: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
 
     def floats(self, start: int, stop: int) -> NDArray[Any]:
         width = self.shape[0] // self.heads

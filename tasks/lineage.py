@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,21 +81,24 @@ def lineage_of(workspace: Path, method: str, made: Outputs, key: str, params: Pa
             "evaluation": metrics["template_sha256"],
             "model": template_digest(tokenizer),
         },
-        "evaluation": {
-            "suites": metrics["suites"],
-            "base": {
-                suite: math.fsum(item.score for item in found.values()) / len(found)
-                for suite, found in by_suite(read_items(made.baseline)).items()
-            },
-            "files": {
-                EXAMPLES: digest(made.reports / EXAMPLES),
-                METRICS: digest(made.reports / METRICS),
-                BASE_EXAMPLES: digest(made.baseline),
-            },
-        },
+        "evaluation": _evaluation(made, metrics),
         "leaked": leaked_shares(items, made.rendered, tokenizer, params.validate_.leak_words),
         "files": {name: file["sha256"] for name, file in model["files"].items()},
         "manifest_sha256": digest(made.model / MANIFEST),
+    }
+
+
+def _evaluation(made: Outputs, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model and its base scored, and the digests of the files that say so."""
+    base = by_suite(read_items(made.baseline))
+    return {
+        "suites": metrics["suites"],
+        "base": {suite: math.fsum(item.score for item in found.values()) / len(found) for suite, found in base.items()},
+        "files": {
+            EXAMPLES: digest(made.reports / EXAMPLES),
+            METRICS: digest(made.reports / METRICS),
+            BASE_EXAMPLES: digest(made.baseline),
+        },
     }
 
 

@@ -17,7 +17,8 @@ from tasks.errors import BadModel
 from tasks.models import model_files, refuse_code
 from tasks.outputs import as_json, digest, read_object
 from tasks.progress import Progress
-from tasks.shards import BYTES, INDEX, Planned, Source, Stored, stored_in, write_shards
+from tasks.shard_writing import Planned, write_shards
+from tasks.shards import BYTES, INDEX, Source, Stored, stored_in
 from tasks.sources import Change, Made
 from tasks.updates import changes_of, embedding_and_head
 

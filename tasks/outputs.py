@@ -123,6 +123,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def check_manifest(folder: Path) -> None:
+    """Checks a folder that may be anybody's: against its manifest, where it has one.
+
+    Raises:
+        BadData: it has, and is not what that says.
+    """
+    if (folder / MANIFEST).is_file():
+        read_manifest(folder)
+
+
 def digests(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
     """The SHA-256 of every file below a folder but its manifest, by relative path, sorted."""
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)

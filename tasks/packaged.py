@@ -15,7 +15,7 @@ from tasks.adapter_files import PUBLISHED, base_of
 from tasks.errors import BadModel
 from tasks.hub import snapshot
 from tasks.models import MODEL_FILES, model_files
-from tasks.outputs import MANIFEST, as_json, read_manifest, read_object
+from tasks.outputs import as_json, check_manifest, read_object
 from tasks.shards import INDEX
 
 FOLDER = "adapter"
@@ -85,6 +85,5 @@ def is_of_hub(folder: Path) -> bool:
 
 def _weights(base: Path) -> str | None:
     """The digest of a base's weights, after checking them against its manifest, if it has one."""
-    if (base / MANIFEST).is_file():
-        read_manifest(base)
+    check_manifest(base)
     return base_of(base).weights_sha256

@@ -18,7 +18,7 @@ from tasks.errors import BadInput, BadModel, BadParams, TemperError, Transient
 from tasks.fields import HUB_NAME
 from tasks.merged import EQUIVALENCE
 from tasks.models import MODEL_FILES, model_files
-from tasks.outputs import MANIFEST, read_manifest
+from tasks.outputs import check_manifest
 from tasks.packaged import FOLDER, base_in
 
 if TYPE_CHECKING:
@@ -82,8 +82,7 @@ def pushable(folder: Path) -> dict[str, Path]:
     """
     if not folder.is_dir():
         raise BadModel("there is no such folder", where=str(folder), expected="an adapter or a model folder")
-    if (folder / MANIFEST).is_file():
-        read_manifest(folder)
+    check_manifest(folder)
     if (folder / CONFIG).is_file():
         return _adapter(folder)
     files = {path.name: path for path in model_files(base_in(folder))}

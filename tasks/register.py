@@ -23,8 +23,9 @@ from tasks import version_tags as tag
 from tasks.adapter_files import CONFIG, PUBLISHED
 from tasks.bill import BILL, bill_of_materials
 from tasks.cards import CARD, version_card
-from tasks.evaluate import METRICS
+from tasks.evaluate import METRICS, cost_file
 from tasks.items import EXAMPLES
+from tasks.journal import STATE
 from tasks.lineage import BASE_EXAMPLES, LINEAGE, Outputs, lineage_of
 from tasks.names import ABOUT, ARTIFACT, CHALLENGER
 from tasks.outputs import as_json, write_whole
@@ -71,7 +72,7 @@ def register(workspace: Path, method: str, made: Outputs, key: str, params: Para
     run = run_of(client, workspace, lineage["training"]["key"], f"train {method}", {tag.METHOD: method})
     summary = json.loads((made.adapter / "summary.json").read_text())
     complete_run(client, run, made.adapter / "log.jsonl", summary)
-    log_figures(client, run, lineage, workspace / ".temper" / "costs" / f"{method}.json")
+    log_figures(client, run, lineage, cost_file(workspace / STATE, method))
     log_adapter(client, run, made.adapter)
     with TemporaryDirectory() as folder:
         about = describe(lineage, made.model, Path(folder) / ABOUT)

@@ -6,7 +6,6 @@ that memory does not grow with the model.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -67,21 +66,15 @@ class Factor:
     by_row: Stored | None = None
     """Factors of the rows as they are stored."""
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns as it is used."""
-        rows, columns = self.stored.shape[0], math.prod(self.stored.shape[1:])
-        return (columns, rows) if self.turned else (rows, columns)
-
     def rows(self, start: int, stop: int) -> NDArray[Any]:
         """Some of its rows."""
-        if self.turned or self.by_row or len(self.stored.shape) != 2:
+        if self.turned or self.by_row:
             return self.whole()[start:stop]
         return self.stored.floats(start, stop) * self.scale
 
     def whole(self) -> NDArray[Any]:
         """All of it."""
-        numbers = self.stored.floats().reshape(self.stored.shape[0], -1)
+        numbers = self.stored.floats()
         if self.by_row:
             numbers = numbers * self.by_row.floats().reshape(-1, 1)
         found: NDArray[Any] = (numbers.T if self.turned else numbers) * self.scale
@@ -89,28 +82,33 @@ class Factor:
 
 
 @dataclass(frozen=True)
-class Added:
-    """base + left @ right; (rows, rank) and (rank, columns)."""
+class OfShape:
+    """What keeps the shape of the source that it changes."""
 
     base: Source
-    left: Factor
-    right: Factor
 
     @property
     def shape(self) -> tuple[int, ...]:
         """That of the base."""
         return self.base.shape
 
+
+@dataclass(frozen=True)
+class Added(OfShape):
+    """base + left @ right; (rows, rank) and (rank, columns)."""
+
+    left: Factor
+    right: Factor
+
     def floats(self, start: int, stop: int) -> NDArray[Any]:
         """Some of its rows."""
-        update = self.left.rows(start, stop) @ self.right.whole()
-        update += self.base.floats(start, stop).reshape(update.shape)
-        found: NDArray[Any] = update.reshape(stop - start, self.shape[-1])
-        return found
+        total: NDArray[Any] = self.left.rows(start, stop) @ self.right.whole()
+        total += self.base.floats(start, stop)
+        return total
 
 
 @dataclass(frozen=True)
-class AddedExperts:
+class AddedExperts(OfShape):
     """The same for each expert of a fused weight, (experts, rows, columns): PEFT's LoRA of a parameter.
 
     Attributes:
@@ -124,7 +122,6 @@ class AddedExperts:
         rows_from: the first row of an expert's update that the base has.
     """
 
-    base: Source
     a: Stored
     b: Stored
     experts: int
@@ -132,11 +129,6 @@ class AddedExperts:
     turned: bool = False
     first: int = 0
     rows_from: int = 0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of the base."""
-        return self.base.shape
 
     def floats(self, start: int, stop: int) -> NDArray[Any]:
         """Some of its rows."""
@@ -157,20 +149,14 @@ class AddedExperts:
 
 
 @dataclass(frozen=True)
-class Normed:
+class Normed(OfShape):
     """Each output of a weight with the norm that DoRA (arXiv:2402.09353, equation 5) learnt for it, (out,).
 
     `turned` says that the weight is (in, out), so that the norms are those of columns.
     """
 
-    base: Source
     norms: Stored
     turned: bool
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of the base."""
-        return self.base.shape
 
     def floats(self, start: int, stop: int) -> NDArray[Any]:
         """Some of its rows."""
@@ -198,17 +184,11 @@ class Normed:
 
 
 @dataclass(frozen=True)
-class Scaled:
+class Scaled(OfShape):
     """A weight times factors of its rows, (rows, 1), or of its columns, (1, columns)."""
 
-    base: Source
     factors: Stored
     by_row: bool
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of the base."""
-        return self.base.shape
 
     def floats(self, start: int, stop: int) -> NDArray[Any]:
         """Some of its rows."""
@@ -220,17 +200,11 @@ class Scaled:
 
 
 @dataclass(frozen=True)
-class Plus:
+class Plus(OfShape):
     """A bias and numbers of the same shape that are added to it, times a factor."""
 
-    base: Source
     more: Source
     scale: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of the base."""
-        return self.base.shape
 
     def floats(self, start: int, stop: int) -> NDArray[Any]:
         """Some of its rows."""
@@ -264,17 +238,11 @@ class Longer:
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(OfShape):
     """A weight of which some rows were learnt anew: PEFT's trainable tokens."""
 
-    base: Source
     places: tuple[int, ...]
     learnt: Stored
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of the base."""
-        return self.base.shape
 
     def floats(self, start: int, stop: int) -> NDArray[Any]:
         """Some of its rows."""

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from tasks.errors import BadModel
 from tasks.outputs import digest
-from tasks.shards import INDEX, Planned, read_header, rounded, stored_in, widened, write_shards
+from tasks.shard_writing import Planned, write_shards
+from tasks.shards import INDEX, read_header, rounded, stored_in, widened
 from tasks.sources import Made
 
 TENSORS = {
