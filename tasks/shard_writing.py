@@ -16,6 +16,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import product
 from pathlib import Path
 from queue import Queue
 from typing import Any, NamedTuple
@@ -24,7 +26,9 @@ from tasks.errors import BadModel
 from tasks.outputs import as_json
 from tasks.shards import BYTES, INDEX, SINGLE, Source, Stored, blocks, read_into, rounded
 
-_COPY_BYTES = 1 << 24
+_COPY_BYTES = 1 << 22
+_SYNC_SECONDS = 0.03
+"""So often the disk is asked to write what is there."""
 _WORKERS = min(4, os.cpu_count() or 1)
 
 
@@ -114,11 +118,15 @@ def write_files(
         files = {path: stack.enter_context(_Written(path)) for path in wanted}
         for file in files.values():
             file.write(memoryview(header))
-        for name in first:
-            for path, tensors in wanted.items():
-                with _told_of(name):
-                    _write_tensor(files[path], tensors[name], workers)
-                step()
+        ahead: deque[Callable[[], None]] = deque()
+        for name, path in product(first, wanted):
+            for action in _writing(files[path], name, wanted[path][name], workers):
+                ahead.append(action)
+                if len(ahead) > 2 * _WORKERS:
+                    ahead.popleft()()
+            ahead.append(step)
+        for action in ahead:
+            action()
         return {path: file.digest() for path, file in files.items()}
 
 
@@ -144,21 +152,21 @@ def _told_of(name: str) -> Iterator[None]:
         raise error if error.where else BadModel(error.what, where=name, got=error.got, fix=error.fix) from error
 
 
-def _write_tensor(file: _Written, tensor: Planned, workers: Executor) -> None:
+def _writing(file: _Written, name: str, tensor: Planned, workers: Executor) -> Iterator[Callable[[], None]]:
+    """The steps of writing a tensor, to be taken in their order; blocks are being made from when they are asked for."""
     if isinstance(tensor.source, Stored) and tensor.is_copy:
-        file.copy(tensor.source)
+        yield partial(file.copy, tensor.source)
         return
 
     def made(start: int, stop: int) -> memoryview:
         return rounded(tensor.source.floats(start, stop), tensor.dtype).data
 
-    ahead: deque[Future[memoryview]] = deque()
+    def write(block: Future[memoryview]) -> None:
+        with _told_of(name):
+            file.write(block.result())
+
     for block in blocks(tensor.source.shape):
-        ahead.append(workers.submit(made, *block))
-        if len(ahead) > 2 * _WORKERS:
-            file.write(ahead.popleft().result())
-    for each in ahead:
-        file.write(each.result())
+        yield partial(write, workers.submit(made, *block))
 
 
 class _Written:
@@ -169,13 +177,18 @@ class _Written:
         self._state = hashlib.sha256()
         self._blocks: Queue[Any] = Queue(maxsize=4)
         self._thread = threading.Thread(target=self._work, name="digest", daemon=True)
+        self._ended = threading.Event()
+        self._syncing = threading.Thread(target=self._sync, name="sync", daemon=True)
 
     def __enter__(self) -> _Written:
         self._thread.start()
+        self._syncing.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._end()
+        self._ended.set()
+        self._syncing.join()
         self._file.close()
 
     def write(self, block: memoryview) -> None:
@@ -205,6 +218,11 @@ class _Written:
         if self._thread.is_alive():
             self._blocks.put(None)
             self._thread.join()
+
+    def _sync(self) -> None:
+        """Has the disk write what is there already, so that the sync at the end has little left to wait for."""
+        while not self._ended.wait(_SYNC_SECONDS):
+            os.fdatasync(self._file.fileno())
 
     def _work(self) -> None:
         while (block := self._blocks.get()) is not None:
