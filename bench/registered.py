@@ -21,7 +21,8 @@ def made(folder: Path, base: Path, right: int, *, of: int = 200, method: str = "
         method: which trained it.
     """
     from tasks.evaluate import METRICS
-    from tasks.items import EXAMPLES, HELD_OUT, Item, Summary, digest_of, suite_metrics, write_items
+    from tasks.evaluate_params import HELD_OUT
+    from tasks.items import EXAMPLES, Item, Summary, digest_of, suite_metrics, write_items
     from tasks.merged import EQUIVALENCE
     from tasks.models import model_files
     from tasks.outputs import as_json, whole_folder

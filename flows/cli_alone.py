@@ -12,6 +12,7 @@ import typer
 
 from flows import output
 from flows.here import Workspace
+from tasks.errors import BadParams
 
 app = typer.Typer()
 
@@ -61,7 +62,13 @@ def convert(
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A model folder: merged, packaged with its adapter, or a base.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A model folder (merged, packaged with its adapter, or a base), models:/NAME/VERSION or "
+            "models:/NAME@ALIAS."
+        ),
+    ],
     suite: Annotated[
         str, typer.Option(help="A ready suite by name, a YAML file of a suite or of a task, or a file of rows.")
     ],
@@ -78,6 +85,7 @@ def evaluate(
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Write examples.parquet and metrics.json into this folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    workspace: Workspace = None,
 ) -> None:
     """Ask any model the questions of a suite; tells every task's score with its interval.
 
@@ -87,8 +95,11 @@ def evaluate(
     from tasks.process import quiet_libraries
 
     quiet_libraries()
+    # as they are seen from here: a registered model is found from its workspace
+    adapter, data, out = (path.resolve() if path else None for path in (adapter, data, out))
+    suite = str(Path(suite).resolve()) if Path(suite).exists() else suite
     wanted = evaluating.Wanted(
-        model, suite, adapter, quantization, any_base, data, limit, chat_template, skip_missing, out
+        model, suite, adapter, quantization, any_base, data, limit, chat_template, skip_missing, out, workspace
     )
     with redirect_stdout(sys.stderr) if as_json else nullcontext():  # progress is no part of the object
         found = evaluating.evaluate(wanted)
@@ -170,6 +181,7 @@ def score(
     target: Annotated[Path, typer.Argument(help="The Parquet file to write.")],
     max_tokens: Annotated[int, typer.Option(min=1, help="A reply is at most so long.")] = 128,
     batch_rows: Annotated[int, typer.Option(min=1, help="Rows in a forward pass.")] = 32,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Also where the file to write exists.")] = False,
     workspace: Workspace = None,
 ) -> None:
     """Answer every row of a Parquet file, greedily; where it has a column target, tell its log-probability."""
@@ -181,6 +193,8 @@ def score(
 
     quiet_libraries()
     source, target = source.resolve(), target.resolve()
+    if target.exists() and not overwrite:
+        raise BadParams("exists already", where=str(target), fix="name a new file, or say --overwrite")
     folder = local_model(model, workspace)
     loaded, tokenizer = load_packaged(folder), load_tokenizer(folder)
     rows = score_file(loaded, tokenizer, source, target, max_tokens=max_tokens, batch_rows=batch_rows)

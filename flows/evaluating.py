@@ -22,7 +22,7 @@ MOST_ANSWER_TOKENS = 64
 class Wanted(NamedTuple):
     """What is evaluated on what; see the options of the command."""
 
-    model: Path
+    model: str
     suite: str
     adapter: Path | None
     quantization: str
@@ -32,17 +32,21 @@ class Wanted(NamedTuple):
     chat: bool
     skip_missing: bool
     out: Path | None
+    workspace: Path | None = None
 
 
 def evaluate(wanted: Wanted) -> dict[str, Any]:
-    """Evaluates a model folder; with `out`, writes the report there, whole or not at all.
+    """Evaluates a model; with `out`, writes the report there, whole or not at all.
 
     Returns:
-        What metrics.json holds: `model`, `template_sha256` and `suites`.
+        What metrics.json holds (`model`, `template_sha256` and `suites`), and, unless all answers were known, `cost`,
+        which depends on the machine and so is no part of the report.
 
     Raises:
         BadInput: the model, its adapter or the suite cannot be used.
     """
+    from flows.model_folder import REGISTERED, local_model
+    from tasks.evaluate import METRICS, cost_of
     from tasks.examinee import Examinee
     from tasks.items import EXAMPLES, check_finite, suite_metrics, write_items
     from tasks.outputs import as_json, check_manifest, write_whole
@@ -53,11 +57,12 @@ def evaluate(wanted: Wanted) -> dict[str, Any]:
     root = wanted.data or Path()
     if isinstance(suite, Ready) and wanted.data is None:
         raise BadParams("this suite needs to know where its files are", where=name, fix="say --data FOLDER")
-    for folder in filter(None, (wanted.model, wanted.adapter)):
-        check_manifest(folder)
+    folder = local_model(wanted.model, wanted.workspace)
+    if wanted.adapter:
+        check_manifest(wanted.adapter)
     params = nearest_params().evaluate
     examinee = Examinee(
-        wanted.model,
+        folder,
         params,
         _journals(wanted.out),
         chats=wanted.chat,
@@ -72,15 +77,15 @@ def evaluate(wanted: Wanted) -> dict[str, Any]:
         found = examine(examinee, {name: suite})
     check_finite(found.items)
     metrics = {
-        "model": wanted.model.resolve().name,
+        "model": wanted.model if wanted.model.startswith(REGISTERED) else folder.name,
         "template_sha256": template_digest(examinee.tokenizer),
         "suites": _with_skipped(suite_metrics(found.items, found.summaries, params), found.skipped),
     }
     if wanted.out:
         wanted.out.mkdir(parents=True, exist_ok=True)
         write_items(wanted.out / EXAMPLES, found.items)
-        write_whole(wanted.out / "metrics.json", as_json(metrics))
-    return metrics
+        write_whole(wanted.out / METRICS, as_json(metrics))
+    return {**metrics, "cost": cost_of(examinee.effort)} if examinee.effort.seconds else metrics
 
 
 def _with_skipped(suites: dict[str, Any], skipped: Mapping[str, list[str]]) -> dict[str, Any]:

@@ -55,6 +55,8 @@ def evaluation(found: Mapping[str, Any]) -> None:
         )
         if skipped := each.get("skipped"):
             typer.echo(f"skipped, because it is not there: {', '.join(skipped)}")
+    if cost := found.get("cost"):
+        typer.echo("{seconds:.1f} s, {tokens} tokens, {tokens_per_s:.0f} tokens/s on {device}".format(**cost))
 
 
 def inspection(found: Mapping[str, Any]) -> None:

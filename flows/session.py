@@ -20,6 +20,7 @@ from tasks.params import Params
 from tasks.params_reading import load
 from tasks.registry import find_version
 from tasks.runner import Session, opened
+from tasks.signals import still_on_stop
 from tasks.stages import TRAINING
 from tasks.tracking import connect
 
@@ -45,7 +46,8 @@ def begin(workspace: Path) -> Iterator[Session]:
         forget_lost_versions(workspace, params)
         with opened(workspace, params, display.watching(), partial(estimating.advice, workspace)) as session:
             try:
-                yield session
+                with still_on_stop():
+                    yield session
             finally:
                 keep_lock_copy(workspace)
         if all(outcome.state == "unchanged" for outcome in session.outcomes.values()):

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tasks.answers import answer_statistics
 from tasks.items import Item, Summary, digest_of
 from tasks.matching import corpus_figures, extracted, score
 from tasks.questions import Question, Task
@@ -154,8 +155,15 @@ def items_of(
     if isinstance(part.metric, Generate):
         references = [one.question.answers for one in asked]
         figures |= corpus_figures([got.prediction for got in found], references, part.metric)
+        figures |= reply_figures([said[0] for said in replies], how.tokens_after)
     counted = {name: float(count) for name, count in sorted(task.counted.items()) if count}
     return items, Summary(metric_name(part), figures | counted)
+
+
+def reply_figures(texts: Sequence[str], tokens_after: Callable[[str, str], int]) -> dict[str, float]:
+    """What generated replies are like, as `answer_statistics` has it, among the figures of a task."""
+    told = answer_statistics(texts, [tokens_after("", text) for text in texts])
+    return {f"reply_{name}": value for name, value in told.items()}
 
 
 def metric_name(part: RowsPart) -> str:

@@ -17,7 +17,7 @@ from tasks.generation_params import GREEDY, Generation
 from tasks.models import Model, TokenRow
 from tasks.outputs import whole_file
 from tasks.progress import Progress
-from tasks.records import Message
+from tasks.records import Message, conversation
 from tasks.scoring import Row, score
 from tasks.seq2seq import PairRow, generate_targets
 from tasks.templates import decode, render_prompt, render_reply
@@ -86,7 +86,8 @@ def score_file(
             for block in file.iter_batches(batch_size=_WINDOW * batch_rows):
                 rows = block.to_pylist()
                 prepared = [
-                    _prepared(model, tokenizer, each, column, f"{source}:{row + n}") for n, each in enumerate(rows)
+                    _prepared(model, tokenizer, each, column, f"{source}, row {row + n}")
+                    for n, each in enumerate(rows, 1)
                 ]
                 told = _answered(model, tokenizer, prepared, max_tokens, batch_rows, generation, progress)
                 made = [{**each, **said._asdict()} for each, said in zip(rows, told, strict=True)]
@@ -139,13 +140,11 @@ def _prepared(
         ids = list(tokenizer(asked)["input_ids"])
         return _Prepared(ids, None if target is None else PairRow(ids, list(tokenizer(target)["input_ids"])))
     try:
-        turns = [Message("user", asked)] if column == "prompt" else [Message(m["role"], m["content"]) for m in asked]
+        turns = [Message("user", asked)] if column == "prompt" else conversation(asked)
         ids = render_prompt(tokenizer, turns)
         reply = None if target is None else render_reply(tokenizer, turns, target)
     except BadData as error:
         raise BadData(error.what, where=where, got=error.got, expected=error.expected, fix=error.fix) from error
-    except (KeyError, TypeError) as error:
-        raise BadData("is no conversation", where=where, expected="a list of role and content") from error
     if reply is None:
         return _Prepared(ids, None)
     return _Prepared(ids, TokenRow([*ids, *reply], [False] * len(ids) + [True] * len(reply), len(ids)))

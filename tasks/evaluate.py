@@ -28,14 +28,13 @@ from tasks.answers import answer_statistics
 from tasks.architecture import positions_of
 from tasks.device import device
 from tasks.errors import BadData, BadModel
-from tasks.evaluate_params import Evaluate
+from tasks.evaluate_params import HELD_OUT, Evaluate
 from tasks.examinee import Effort, Examinee
 from tasks.forgetting import TextLoss, general_loss
 from tasks.harness import language_model
 from tasks.intervals import bootstrap
 from tasks.items import (
     EXAMPLES,
-    HELD_OUT,
     Item,
     Summary,
     check_finite,

@@ -10,6 +10,9 @@ from tasks.fields import Count, Name, Section, Seed
 from tasks.generation_params import Generation
 from tasks.suite_params import GeneralText, Suite
 
+HELD_OUT = "held_out"
+"""The suite of the rows that were held out of training; a report always has it."""
+
 
 class Evaluate(Section):
     """Answers to the held-out rows."""
@@ -36,6 +39,6 @@ class Evaluate(Section):
     @field_validator("suites")
     @classmethod
     def _other_than_held_out(cls, suites: dict[str, Suite]) -> dict[str, Suite]:
-        if "held_out" in suites:
-            raise ValueError("held_out is the name of the held-out rows")
+        if HELD_OUT in suites:
+            raise ValueError(f"{HELD_OUT} is the name of the held-out rows")
         return suites

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tasks.asking import Request
+from tasks.asking import Request, reply_figures
 from tasks.errors import BadData, BadParams
 from tasks.examinee import Examinee
 from tasks.hub import snapshot
@@ -83,6 +83,8 @@ def run(wanted: HarnessRun, examinee: Examinee, find: Find) -> tuple[list[Item],
         items += [_item(wanted.suite, task, sample, metric[0], sign, count) for sample in chosen]
         numbers = {n.partition(",")[0]: v for n, v in result["results"][task].items() if n.endswith(f",{metric[1]}")}
         figures = {n: float(v) for n, v in numbers.items() if isinstance(v, int | float) and "stderr" not in n}
+        if texts := [reply for reply in (sample["resps"][0][0] for sample in chosen) if isinstance(reply, str)]:
+            figures |= reply_figures(texts, count)
         cut = examinee.cut(_requests(chosen))
         summaries[wanted.suite, task] = Summary(metric[0], figures).counting("cut_requests", cut)
     return items, summaries

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
 EXAMPLES = "examples.parquet"
 
-HELD_OUT = "held_out"
-"""The suite of the rows that were held out of training; a report always has it."""
-
 
 class Item(NamedTuple):
     """One question and what a model made of it.

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from tasks.checks.leaks import Index
 from tasks.checks.words import Words, normal_form, runs, whole_hash, words_of
 from tasks.evaluate import last_turn
-from tasks.items import HELD_OUT, Item
+from tasks.evaluate_params import HELD_OUT
+from tasks.items import Item
 from tasks.tables import read_table
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from tasks.adapter_params import AdaloraAdapter, AnyAdapter, FullAdapter
 from tasks.base_params import AnyBase
-from tasks.evaluate_params import Evaluate
+from tasks.evaluate_params import HELD_OUT, Evaluate
 from tasks.fields import Commit, Count, FilePath, HubName, Name, NotNegative, Positive, Section, Seed, Share
 from tasks.merge_params import Merge
 from tasks.names import method_alias
@@ -378,6 +378,15 @@ class Method(Section):
         return self
 
 
+def _method_name(name: str) -> str:
+    if name == "base":
+        raise ValueError('"base" names the untouched model in every report: call the method otherwise')
+    return method_alias(name)
+
+
+MethodName = Annotated[Name, AfterValidator(_method_name)]
+
+
 class Params(Section):
     """The whole of params.yaml."""
 
@@ -385,16 +394,16 @@ class Params(Section):
     validate_: Annotated[Validate, Field(alias="validate")]
     base: Annotated[AnyBase, Field(discriminator="kind")]
     render: Render
-    train: Annotated[dict[Name, Method], Field(min_length=1)]
+    train: Annotated[dict[MethodName, Method], Field(min_length=1)]
     merge: Merge
     evaluate: Evaluate
     register_: Annotated[Register, Field(alias="register")]
     promote: Promote
 
-    @model_validator(mode="after")
-    def _methods_can_be_called_so(self) -> Params:
-        if "base" in self.train:
-            raise ValueError('train.base: "base" names the untouched model in every report; call the method otherwise')
-        for method in self.train:
-            method_alias(method)
-        return self
+    def unasked_suites(self) -> list[tuple[str, ...]]:
+        """Where `promote` names a suite that no model is asked, as paths of keys; the last is the name."""
+        asked = {HELD_OUT, *self.evaluate.suites}
+        named = [("promote", "suite", self.promote.suite)]
+        named += [("promote", "floors", suite) for suite in self.promote.floors]
+        named += [("promote", "guarded", suite) for suite in self.promote.guarded]
+        return [place for place in named if place[-1] not in asked]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from tasks.errors import BadParams
+from tasks.evaluate_params import HELD_OUT
 from tasks.params import Params
 
 
@@ -71,15 +72,28 @@ def check(content: Mapping[str, Any], where: str) -> Params:
         BadParams: one or more keys are wrong; all of them are named, each with its line.
     """
     try:
-        return Params.model_validate(_plain(content))
+        params = Params.model_validate(_plain(content))
     except ValidationError as error:
-        problems = _problems(error.errors(), content)
-        raise BadParams(
-            f"{len(problems)} {'key is' if len(problems) == 1 else 'keys are'} wrong",
-            where=where,
-            examples=problems,
-            fix="see the comments in recipes/quickstart.yaml",
-        ) from error
+        raise _wrong(_problems(error.errors(), content), where) from error
+    if unasked := params.unasked_suites():
+        suites = [HELD_OUT, *params.evaluate.suites]
+        raise _wrong([_unasked(place, suites, content) for place in unasked], where)
+    return params
+
+
+def _wrong(problems: Sequence[str], where: str) -> BadParams:
+    return BadParams(
+        f"{len(problems)} {'key is' if len(problems) == 1 else 'keys are'} wrong",
+        where=where,
+        examples=problems,
+        fix="see the comments in recipes/quickstart.yaml",
+    )
+
+
+def _unasked(place: tuple[str, ...], suites: Sequence[str], content: Mapping[str, Any]) -> str:
+    near = _nearest(place[-1], suites)
+    meant = f'; did you mean "{near}"?' if near else f"; there are: {', '.join(suites)}"
+    return f'line {_line(place, content)}: {".".join(place[:2])}: no suite "{place[-1]}" is asked{meant}'
 
 
 def _plain(value: Any) -> Any:

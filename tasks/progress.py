@@ -1,4 +1,4 @@
-"""How long work shows itself: a bar in a terminal, a line every few seconds elsewhere."""
+"""How long work shows itself, on stderr: a bar in a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ class Progress:
             self._bar.update(by)
             return
         now = time.monotonic()
-        if now - self._told >= LINE_EVERY_S or self.done >= self.total:
+        if is_first() and (now - self._told >= LINE_EVERY_S or self.done >= self.total):
             self._told = now
             rate = (self.done - self._first) / max(now - self._started, 1e-9)
             text = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.1f}/s"
-            print(f"{text}, {note}" if note else text, flush=True)
+            print(f"{text}, {note}" if note else text, file=sys.stderr, flush=True)
 
     def over(self, items: Iterable[T]) -> Iterator[T]:
         """The items, one step each."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
+
+from tasks.errors import BadData
 
 
 class Message(NamedTuple):
@@ -22,6 +24,26 @@ class Message(NamedTuple):
     content: str
     calls: str = ""
     learn: bool = True
+
+
+def conversation(asked: Any) -> list[Message]:
+    """What a request calls its messages: a list of mappings with role and content.
+
+    Raises:
+        BadData: it is none, or is empty.
+    """
+    try:
+        turns = [Message(turn["role"], turn["content"]) for turn in asked]
+    except (KeyError, TypeError):
+        turns = []
+    if not turns or not all(isinstance(text, str) for turn in turns for text in turn[:2]):
+        got = repr(asked)
+        raise BadData(
+            "is no conversation",
+            got=got if len(got) < 100 else f"{got[:99]}…",
+            expected="a list of turns, each with a role and a content",
+        )
+    return turns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -314,6 +314,9 @@ def opened(
     _open.append(session)
     try:
         yield session
+    except BaseException:
+        session.stop()  # as when Prefect cancels the flow: no stage runs on when the workspace is free again
+        raise
     finally:
         _open.remove(session)
         _current.reset(token)

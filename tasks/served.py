@@ -47,15 +47,23 @@ class ChatModel(PythonModel):
     def predict(
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> list[dict[str, Any]]:
-        """Answers each conversation of the input; one chat completion for each."""
-        return [self._complete(row) for row in model_input.to_dict("records")]
+        """Answers each conversation of the input; one chat completion for each.
+
+        Raises:
+            MlflowException: a request cannot be answered; a server says so with status 400.
+        """
+        from tasks.errors import BadInput
+
+        try:
+            return [self._complete(row) for row in model_input.to_dict("records")]
+        except BadInput as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from error
 
     def _complete(self, row: Mapping[Any, Any]) -> dict[str, Any]:
         from tasks.chat import answer
-        from tasks.records import Message
+        from tasks.records import conversation
 
-        turns = [Message(message["role"], message["content"]) for message in row["messages"]]
-        reply = answer(self.model, self.tokenizer, turns, *options(row))
+        reply = answer(self.model, self.tokenizer, conversation(row.get("messages")), *options(row))
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": reply.text},
@@ -73,7 +81,7 @@ def options(row: Mapping[Any, Any]) -> tuple[int, Generation]:
     """How long a reply to a request may be, and how it is generated.
 
     Raises:
-        MlflowException: an option is out of range; a server answers it with status 400.
+        BadParams: an option is out of range.
     """
     from tasks.errors import BadParams
     from tasks.generation_params import Generation, generation_of
@@ -85,12 +93,9 @@ def options(row: Mapping[Any, Any]) -> tuple[int, Generation]:
         if name in row and not (pd.api.types.is_scalar(row[name]) and pd.isna(row[name]))
     }
     limit = asked.pop("max_tokens", MAX_TOKENS)
-    try:
-        if not isinstance(limit, int) or limit < 1:
-            raise BadParams("is no length", where="max_tokens", got=repr(limit), expected="a whole number, at least 1")
-        return limit, generation_of(asked, "the request")
-    except BadParams as error:
-        raise MlflowException.invalid_parameter_value(str(error)) from error
+    if not isinstance(limit, int) or limit < 1:
+        raise BadParams("is no length", where="max_tokens", got=repr(limit), expected="a whole number, at least 1")
+    return limit, generation_of(asked, "the request")
 
 
 set_model(ChatModel())

@@ -21,8 +21,12 @@ class TextModel(ChatModel):
 
     def _complete(self, row: Mapping[Any, Any]) -> dict[str, Any]:
         from tasks.chat import answer_text
+        from tasks.errors import BadData
 
-        reply = answer_text(self.model, self.tokenizer, row["input"], *options(row))
+        asked = row.get("input")
+        if not isinstance(asked, str) or not asked.strip():
+            raise BadData("is no input", got=repr(asked), expected="a text")
+        reply = answer_text(self.model, self.tokenizer, asked, *options(row))
         used = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.tokens}
         return {"output": reply.text, "finish_reason": "stop" if reply.stopped else "length", "usage": used}
 

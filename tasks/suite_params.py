@@ -6,9 +6,11 @@ The same sections, without `limit` and `chat_template`, are the parts of the rea
 from __future__ import annotations
 
 import re
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
 
 from tasks.fields import Commit, Count, FilePath, HubName, Name, Section
 
@@ -16,6 +18,28 @@ Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Limit: TypeAlias = Count | Literal["none"]
 Shown = Annotated[str, StringConstraints(max_length=20_000)]
 FieldName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+
+
+SHIPPED = Path(__file__).resolve().parent.parent / "data" / "suites"
+
+
+def shipped_names() -> list[str]:
+    """The ready suites."""
+    return sorted(file.stem for file in SHIPPED.glob("*.yaml"))
+
+
+def shipped_name(name: str) -> str:
+    """The name of a ready suite, if it is one.
+
+    Raises:
+        ValueError: it is none.
+    """
+    known = shipped_names()
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
+        meant = f'; did you mean "{near[0]}"?' if near else "."
+        raise ValueError(f'no suite "{name}" is shipped{meant} There are: {", ".join(known)}')
+    return name
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
@@ -222,7 +246,7 @@ class ReadySuite(_Asked):
     """A suite that temper ships, in data/suites/."""
 
     kind: Literal["ready"]
-    name: Name
+    name: Annotated[Name, AfterValidator(shipped_name)]
     """Its name there."""
     data: FilePath
     """The folder with its files, laid out as the suite's own file says."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from tasks.items import Item, Summary, check_finite
 from tasks.params_reading import read_yaml
 from tasks.questions import check_digest, read_tasks
 from tasks.suite_params import (
+    SHIPPED,
     HarnessPart,
     HarnessSuite,
     MirrorData,
@@ -26,10 +26,9 @@ from tasks.suite_params import (
     RowsSuite,
     Suite,
     TaskFileSuite,
+    shipped_name,
 )
 from tasks.task_files import plain, read_task_file
-
-SHIPPED = Path(__file__).resolve().parent.parent / "data" / "suites"
 
 
 class Results(NamedTuple):
@@ -170,24 +169,17 @@ def _lacking(part: RowsPart | HarnessPart, root: Path) -> list[str]:
 # --- ready suites -----------------------------------------------------------------------------------------------------
 
 
-def shipped_names() -> list[str]:
-    """The ready suites."""
-    return sorted(file.stem for file in SHIPPED.glob("*.yaml"))
-
-
 def shipped(name: str) -> Ready:
     """A ready suite.
 
     Raises:
         BadParams: there is none of this name.
     """
-    if name not in shipped_names():
-        near = get_close_matches(name, shipped_names(), n=1)
-        raise BadParams(
-            f'no suite "{name}" is shipped' + (f'; did you mean "{near[0]}"?' if near else ""),
-            expected=", ".join(shipped_names()),
-        )
-    return read_ready(SHIPPED / f"{name}.yaml")
+    try:
+        known = shipped_name(name)
+    except ValueError as error:
+        raise BadParams(str(error), fix="name one of them, or a file that is there") from error
+    return read_ready(SHIPPED / f"{known}.yaml")
 
 
 def read_ready(path: Path) -> Ready:

@@ -70,6 +70,7 @@ def test_a_target_is_as_likely_as_plain_transformers_says(
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
+        ({"messages": [[{"role": "user", "content": "x"}], [{"role": "user", "content": None}]]}, "is no conversation"),
         ({"question": ["x"]}, "has no column to ask"),
         ({"prompt": ["x"], "reply": ["y"]}, "has columns already that would be written"),
         ({"prompt": ["x", ""]}, "its prompt is empty"),
@@ -84,6 +85,8 @@ def test_a_file_that_cannot_be_asked_is_refused_and_nothing_is_written(
     with pytest.raises(BadData, match=said) as caught:
         score_file(load_model(pico_base), tokenizer, source, tmp_path / "out.parquet", max_tokens=2, batch_rows=1)
     assert str(source) in caught.value.where
+    if len(next(iter(columns.values()))) == 2:
+        assert caught.value.where == f"{source}, row 2"
     assert [path.name for path in tmp_path.iterdir()] == ["in.parquet"]
 
 
@@ -109,6 +112,12 @@ def test_the_command_works_on_plain_folders(pico_base: Path, tmp_path: Path) -> 
     )
     assert "2 rows written" in done.stdout
     assert pq.read_table(tmp_path / "out.parquet").num_rows == 2
+    before = (tmp_path / "out.parquet").stat().st_ino
+    again = ("score", str(pico_base), "in.parquet", "out.parquet", "--max-tokens", "1")
+    assert "exists already" in temper(tmp_path, *again, code=65, PYTHONPATH=str(ROOT)).stderr
+    assert (tmp_path / "out.parquet").stat().st_ino == before
+    temper(tmp_path, *again, "--overwrite", PYTHONPATH=str(ROOT))
+    assert (tmp_path / "out.parquet").stat().st_ino != before
     assert source.is_file()
     refused = temper(tmp_path, "score", "nowhere", "in.parquet", "no.parquet", code=65, PYTHONPATH=str(ROOT))
     assert "there is no such folder" in refused.stderr

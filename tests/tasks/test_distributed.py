@@ -38,7 +38,7 @@ def launched(pico_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         [sys.executable, *command, *words], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("sft: 6/6 steps") == 1  # the first speaks for both
+    assert done.stderr.count("sft: 6/6 steps") == 1  # the first speaks for both
     return folder
 
 

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from tasks.evaluate_params import HELD_OUT
 from tasks.gate import Evidence, Items, by_suite, difference, judge
-from tasks.items import HELD_OUT, Item, digest_of
+from tasks.items import Item, digest_of
 from tasks.registry_params import Promote
 
 MAX_KL = 0.01

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from tasks.items import HELD_OUT, Item, digest_of
+from tasks.evaluate_params import HELD_OUT
+from tasks.items import Item, digest_of
 from tasks.leaked import leaked_shares
 from tasks.records import Message
 from tasks.render import rendered_schema

@@ -143,3 +143,30 @@ def test_what_is_not_plain_yaml_is_refused(tmp_path: Path, text: str, said: str)
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadParams, match="cannot be read"):
         load(tmp_path / "nothing.yaml")
+
+
+def test_the_gate_names_only_suites_that_are_asked(tmp_path: Path) -> None:
+    text = QUICKSTART.replace("suite: held_out", "suite: heldout", 1).replace(
+        "floors: {}", "floors: {gsm8k: 0.5, held_out: 0.1}", 1
+    )
+    error = problems(tmp_path, text)
+    assert error.examples == (
+        f'line {line_of(text, "suite: heldout")}: promote.suite: no suite "heldout" is asked; did you mean "held_out"?',
+        f'line {line_of(text, "floors:")}: promote.floors: no suite "gsm8k" is asked; there are: held_out',
+    )
+
+
+def test_an_unknown_ready_suite_is_told_when_params_are_read(tmp_path: Path) -> None:
+    suite = "{kind: ready, name: gsm8, data: x, missing: skip, limit: none, chat_template: false}"
+    text = QUICKSTART.replace("suites: {}", f"suites: {{mine: {suite}}}", 1)
+    (told,) = problems(tmp_path, text).examples
+    assert told.startswith(f"line {line_of(text, 'suites:')}: evaluate.suites.mine.name: ")
+    assert 'no suite "gsm8" is shipped; did you mean "gsm8k"?' in told
+
+
+@pytest.mark.parametrize("name", ["champion", "base"])
+def test_a_reserved_name_of_a_method_is_told_with_its_line(tmp_path: Path, name: str) -> None:
+    text = QUICKSTART.replace("\n  reft:\n", f"\n  {name}:\n", 1)
+    (told,) = problems(tmp_path, text).examples
+    assert told.startswith(f"line {line_of(text, f'  {name}:')}: train.{name}: ")
+    assert "call the method otherwise" in told

@@ -91,3 +91,13 @@ def test_an_option_out_of_range_is_refused(served: Any, options: dict[str, Any],
         served.predict(asking("Hello") | options)
     assert told in str(caught.value)
     assert caught.value.error_code == "INVALID_PARAMETER_VALUE"  # status 400 of a server
+
+
+def test_a_conversation_without_turns_is_refused(served: Any) -> None:
+    """What else is no conversation MLflow refuses by the signature."""
+    with pytest.raises(MlflowException, match="is no conversation") as caught:
+        served.predict({"messages": []})
+    assert caught.value.error_code == "INVALID_PARAMETER_VALUE"
+    for messages in ("Hello", [{"role": "user"}], [{"role": "user", "content": 1}]):
+        with pytest.raises(MlflowException, match="Failed to enforce schema"):
+            served.predict({"messages": messages})

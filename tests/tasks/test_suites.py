@@ -21,8 +21,8 @@ from tasks.models import TokenRow, load_model, score_tokens
 from tasks.outputs import whole_folder
 from tasks.packaged import package
 from tasks.records import Message
-from tasks.suite_params import HubData, MirrorData, ReadySuite, TaskFileSuite
-from tasks.suites import Asking, Results, examine, examine_parts, read_ready, shipped, shipped_names
+from tasks.suite_params import HubData, MirrorData, ReadySuite, TaskFileSuite, shipped_names
+from tasks.suites import Asking, Results, examine, examine_parts, read_ready, shipped
 from tasks.templates import render_prompt
 from tests.encoder_decoders import make_base
 from tests.samples import CHOICE, EVALUATE, LORA, MULTIPLE, method, rows_suite, write_lines
@@ -208,13 +208,19 @@ def test_what_is_written_is_what_generate_writes(examinee: Examinee, tmp_path: P
     path = write_lines(tmp_path / "g.jsonl", [{"question": q, "answer": "x"} for q in ("Hello", "What is 1 plus 2?")])
     metric = {"name": "generate", "extract": "whole", "target": "whole", "match": "exact", "stop": []}
     suite = rows_suite(path, metric, {"question": "question", "answer": "answer"}, max_new_tokens=6)
-    for item in asked(examinee, s=suite).items:
+    found, lengths = asked(examinee, s=suite), list[int]()
+    for item in found.items:
         ids = torch.tensor([examinee.tokenizer(item.prompt)["input_ids"]])
         model: Any = examinee.model
         new = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
-        assert item.prediction == str(examinee.tokenizer.decode(new, skip_special_tokens=True)).strip()
+        text = str(examinee.tokenizer.decode(new, skip_special_tokens=True))
+        assert item.prediction == text.strip()
         assert math.isnan(item.logp)
         assert item.tokens == 0
+        lengths.append(len(text))
+    figures = found.summaries["s", "one"].figures
+    assert figures["reply_characters"] == sum(lengths) / len(lengths)
+    assert {"reply_tokens", "reply_empty", "reply_refusals", "reply_repetition"} <= figures.keys()
 
 
 def test_the_chat_template_is_the_models_own(examinee: Examinee, rows: Path) -> None:
