@@ -132,6 +132,7 @@ class Beside:
             stdout=self._file,
             stderr=self._file,
             text=True,
+            process_group=0,
         )
 
     def __enter__(self) -> Beside:

@@ -72,12 +72,14 @@ def test_a_killed_training_is_retried_and_ends_with_the_same_bits(longer: Path, 
     assert [row[0] for row in client.execute(logged + " order by step", (key,))] == list(range(1, 141))
 
 
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_saves_a_checkpoint_and_the_next_run_goes_on_from_it(
-    longer: Path, undisturbed: dict[str, str]
+    longer: Path, undisturbed: dict[str, str], sent: signal.Signals
 ) -> None:
+    """Both come to the whole process group, as from a terminal and from `timeout`: also to Prefect's server."""
     with Beside(longer, "run") as run:
         wait_for("training", lambda: re.search(r"\d+/\d+ steps", run.said()), run)
-        run.process.send_signal(signal.SIGINT)
+        os.killpg(run.process.pid, sent)
         assert run.process.wait(timeout=60) == 75, run.said()
     assert "`temper run` goes on from here" in run.said()
     assert "Traceback" not in run.said()
