@@ -150,7 +150,7 @@ def bench(size: str, rounds: int, folder: Path) -> None:
         "PEFT, tuned": lambda: run([sys.executable, "-c", PEFT, base, adapter, out, "tuned"], folder / "out"),
         "copying the base": lambda: copy(folder / "base", folder / "out"),
     }
-    subprocess.run(temper, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(temper, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     print(f"\n{size}: not what float64 gives, rounded once: ", end="", flush=True)
     subprocess.run([*again, "--check", str(folder)], cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
     shutil.rmtree(folder / "out")

@@ -101,3 +101,17 @@ def test_a_conversation_without_turns_is_refused(served: Any) -> None:
     for messages in ("Hello", [{"role": "user"}], [{"role": "user", "content": 1}]):
         with pytest.raises(MlflowException, match="Failed to enforce schema"):
             served.predict({"messages": messages})
+
+
+def test_a_server_answers_invocations(served: Any) -> None:
+    """What `mlflow models serve` runs, without its process."""
+    from fastapi.testclient import TestClient
+    from mlflow.pyfunc.scoring_server import init
+
+    client = TestClient(init(served))
+    reply = client.post("/invocations", json=asking("Hello"))
+    assert reply.status_code == 200
+    assert [each["choices"][0]["message"]["content"] for each in reply.json()] == said(served, asking("Hello"))
+    refused = client.post("/invocations", json={"messages": []})
+    assert refused.status_code == 400
+    assert "is no conversation" in refused.json()["message"]
