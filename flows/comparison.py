@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 from flows.disagreements import Answers, answers_of
 from flows.power import Power, machine_power
 from tasks import graph
-from tasks.evaluate import cost_file
 from tasks.evaluate_params import Evaluate
-from tasks.journal import STATE
+from tasks.journal import STATE, cost_file
 from tasks.params_reading import load
 from tasks.runner import seconds_by_key
 from tasks.tables import read_rows

@@ -5,13 +5,12 @@ from __future__ import annotations
 import difflib
 import shutil
 from collections.abc import Sequence
-from difflib import get_close_matches
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from tasks import graph
-from tasks.errors import BadParams
+from tasks.errors import BadParams, did_you_mean
 from tasks.outputs import write_whole
 from tasks.params_reading import check, read_yaml
 
@@ -67,9 +66,8 @@ def _apply(content: Any, setting: str) -> None:
     for place, key in enumerate([*parents, last]):
         if not isinstance(node, dict) or key not in node:
             known = list(node) if isinstance(node, dict) else []
-            near = get_close_matches(key, known, n=1)
             raise BadParams(
-                f'has no key "{key}"' + (f'; did you mean "{near[0]}"?' if near else ""),
+                f'has no key "{key}"{did_you_mean(key, known)}',
                 where="--set " + ".".join([*parents, last][: place + 1]),
                 expected=", ".join(known),
             )

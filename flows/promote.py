@@ -128,7 +128,7 @@ def _rollback(workspace: Path, to: str | None, reason: str) -> Promotion:
         version_of(client, model, to)
         if to not in stack[:-1]:
             raise GateRefused(
-                f"version {to} {_why_not(to, seen)}",
+                f"version {to} {_why_not(to, stack, seen)}",
                 where=model,
                 expected=" or ".join(dict.fromkeys(stack[:-1])) or "a version that the gate let through",
                 fix="`temper promote --version N` puts a version through the gate",
@@ -145,9 +145,9 @@ def _rollback(workspace: Path, to: str | None, reason: str) -> Promotion:
     return Promotion(model, str(chosen.version), method, True, True, [f"version {stack[-1]} was champion before"])
 
 
-def _why_not(version: str, seen: Sequence[Move]) -> str:
+def _why_not(version: str, stack: Sequence[str], seen: Sequence[Move]) -> str:
     """Why a rollback does not go to a version."""
-    if champions(seen)[-1:] == [version]:
+    if stack[-1:] == [version]:
         return "is champion already"
     return "was rolled back itself" if version in withdrawn(seen) else "was not champion before"
 

@@ -21,9 +21,17 @@ The exit codes are those of sysexits.h: 65 is EX_DATAERR, 71 is EX_OSERR, 75 is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 EXAMPLES_SHOWN = 5
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """What to add to "unknown" of a name: the nearest known one, if one is near."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, list(known), n=1)
+    return f'; did you mean "{near[0]}"?' if near else ""
 
 
 class TemperError(Exception):

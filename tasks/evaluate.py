@@ -44,7 +44,7 @@ from tasks.items import (
     suite_metrics,
     write_items,
 )
-from tasks.journal import BATCHES, JOURNALS, STATE
+from tasks.journal import BATCHES, JOURNALS, STATE, cost_file
 from tasks.labels import label_metrics
 from tasks.models import Model
 from tasks.outputs import as_json, read_manifest, write_whole
@@ -58,11 +58,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 METRICS = "metrics.json"
-
-
-def cost_file(state: Path, name: str) -> Path:
-    """Where a workspace's own folder keeps what the evaluation of a model cost."""
-    return state / "costs" / f"{name}.json"
 
 
 def last_turn(row: Mapping[str, Any]) -> int:

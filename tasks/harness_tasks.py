@@ -11,12 +11,11 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tasks.asking import Request, reply_figures
-from tasks.errors import BadData, BadParams
+from tasks.errors import BadData, BadParams, did_you_mean
 from tasks.examinee import Examinee
 from tasks.hub import snapshot
 from tasks.items import Item, Summary, digest_of
@@ -139,9 +138,8 @@ def dataset_finder(data: HubData | MirrorData) -> Find:
 def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
     for name in names:
         if name not in known:
-            near = get_close_matches(name, known, n=1)
             raise BadParams(
-                f'unknown task "{name}"' + (f'; did you mean "{near[0]}"?' if near else ""),
+                f'unknown task "{name}"{did_you_mean(name, known)}',
                 expected="a task or group of lm-eval: `lm-eval ls tasks` lists them",
             )
 

@@ -30,6 +30,11 @@ BATCHES = 8
 """A part of the work is so many batches."""
 
 
+def cost_file(state: Path, name: str) -> Path:
+    """Where it keeps what the evaluation of a model cost."""
+    return state / "costs" / f"{name}.json"
+
+
 def key_of(value: Any) -> str:
     """The SHA-256 of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(value, ensure_ascii=True, sort_keys=True).encode()).hexdigest()

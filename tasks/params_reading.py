@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from tasks.errors import BadParams
+from tasks.errors import BadParams, did_you_mean
 from tasks.evaluate_params import HELD_OUT
 from tasks.params import Params
 
@@ -91,8 +91,7 @@ def _wrong(problems: Sequence[str], where: str) -> BadParams:
 
 
 def _unasked(place: tuple[str, ...], suites: Sequence[str], content: Mapping[str, Any]) -> str:
-    near = _nearest(place[-1], suites)
-    meant = f'; did you mean "{near}"?' if near else f"; there are: {', '.join(suites)}"
+    meant = did_you_mean(place[-1], suites) or f"; there are: {', '.join(suites)}"
     return f'line {_line(place, content)}: {".".join(place[:2])}: no suite "{place[-1]}" is asked{meant}'
 
 

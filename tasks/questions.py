@@ -11,12 +11,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tasks.errors import BadData
+from tasks.errors import BadData, did_you_mean
 from tasks.files import is_prose, read_rows_of
 from tasks.matching import extracted
 from tasks.outputs import digest, digests
@@ -179,9 +178,8 @@ def _field(row: Row, columns: str | list[str]) -> Any:
         raise BadData("is not a row with columns", where=f"{row.file}:{row.number}", got=type(row.value).__name__)
     for column in [columns] if isinstance(columns, str) else columns:
         if column not in row.value:
-            near = get_close_matches(column, list(row.value), n=1)
             raise BadData(
-                f'has no column "{column}"' + (f'; did you mean "{near[0]}"?' if near else ""),
+                f'has no column "{column}"{did_you_mean(column, row.value)}',
                 where=f"{row.file}:{row.number}",
                 got=", ".join(map(str, row.value)),
             )

@@ -23,9 +23,9 @@ from tasks import version_tags as tag
 from tasks.adapter_files import CONFIG, PUBLISHED
 from tasks.bill import BILL, bill_of_materials
 from tasks.cards import CARD, version_card
-from tasks.evaluate import METRICS, cost_file
+from tasks.evaluate import METRICS
 from tasks.items import EXAMPLES
-from tasks.journal import STATE
+from tasks.journal import STATE, cost_file
 from tasks.lineage import BASE_EXAMPLES, LINEAGE, Outputs, lineage_of
 from tasks.names import ABOUT, ARTIFACT, CHALLENGER
 from tasks.outputs import as_json, write_whole

@@ -178,17 +178,16 @@ class _Written:
         self._blocks: Queue[Any] = Queue(maxsize=4)
         self._thread = threading.Thread(target=self._work, name="digest", daemon=True)
         self._ended = threading.Event()
-        self._syncing = threading.Thread(target=self._sync, name="sync", daemon=True)
+        self._syncing = ThreadPoolExecutor(1)
 
     def __enter__(self) -> _Written:
         self._thread.start()
-        self._syncing.start()
+        self._synced = self._syncing.submit(self._sync)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._end()
-        self._ended.set()
-        self._syncing.join()
+        self._syncing.shutdown()
         self._file.close()
 
     def write(self, block: memoryview) -> None:
@@ -210,11 +209,17 @@ class _Written:
                     self.write(block[done:])
 
     def digest(self) -> str:
-        """The digest of all that was written; nothing can be written any more."""
+        """The digest of all that was written; nothing can be written any more.
+
+        Raises:
+            OSError: the disk could not write it. The kernel says so once: a later sync would find nothing wrong.
+        """
         self._end()
+        self._synced.result()
         return self._state.hexdigest()
 
     def _end(self) -> None:
+        self._ended.set()
         if self._thread.is_alive():
             self._blocks.put(None)
             self._thread.join()

@@ -6,12 +6,12 @@ The same sections, without `limit` and `chat_template`, are the parts of the rea
 from __future__ import annotations
 
 import re
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
 
+from tasks.errors import did_you_mean
 from tasks.fields import Commit, Count, FilePath, HubName, Name, Section
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -36,8 +36,7 @@ def shipped_name(name: str) -> str:
     """
     known = shipped_names()
     if name not in known:
-        near = get_close_matches(name, known, n=1)
-        meant = f'; did you mean "{near[0]}"?' if near else "."
+        meant = did_you_mean(name, known) or "."
         raise ValueError(f'no suite "{name}" is shipped{meant} There are: {", ".join(known)}')
     return name
 

@@ -7,11 +7,10 @@ temper's own readers. Templates run in the sandbox (`tasks/harness_tasks.py`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from tasks.errors import BadData, BadParams
+from tasks.errors import BadData, BadParams, did_you_mean
 from tasks.files import read_rows_of
 from tasks.params_reading import read_yaml
 
@@ -69,10 +68,7 @@ def _check_keys(content: Mapping[str, Any], path: Path) -> None:
             got=", ".join(asks),
             fix="remove these keys",
         )
-    wrong = []
-    for key in sorted(content.keys() - KEYS):
-        near = get_close_matches(key, sorted(KEYS), n=1)
-        wrong.append(f"{key}: unknown key" + (f'; did you mean "{near[0]}"?' if near else ""))
+    wrong = [f"{key}: unknown key{did_you_mean(key, sorted(KEYS))}" for key in sorted(content.keys() - KEYS)]
     wrong += [f"{key}: is missing" for key in ("task", "dataset_kwargs", "metric_list") if key not in content]
     wrong += [
         f"{key}: is no text" for key in _TEMPLATES & content.keys() if not isinstance(content[key], str | list | int)
@@ -106,8 +102,7 @@ def _mappings(value: Any, key: str, path: Path) -> list[Mapping[str, Any]]:
 def _unknown(key: str, name: Any, known: Sequence[str]) -> list[str]:
     if name in known:
         return []
-    near = get_close_matches(str(name), known, n=1)
-    return [f"{key}: unknown {name!r}; " + (f'did you mean "{near[0]}"?' if near else f"one of {', '.join(known)}")]
+    return [f"{key}: unknown {name!r}" + (did_you_mean(str(name), known) or f"; one of {', '.join(known)}")]
 
 
 def _splits(content: Mapping[str, Any], path: Path) -> dict[str, list[dict[str, Any]]]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -187,3 +190,20 @@ def test_a_tensor_that_two_files_hold_or_none_is_refused(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps({"weight_map": {"x": "model.safetensors"}}))
     with pytest.raises(BadModel, match="no file holds"):
         stored_in(folder)
+
+
+def test_a_disk_that_cannot_write_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel says so to the first sync alone, and that one is not the last."""
+    synced = Event()
+
+    def failing(descriptor: int) -> None:
+        synced.set()
+        raise OSError(errno.EIO, "the disk is broken")
+
+    def numbers() -> torch.Tensor:
+        assert synced.wait(timeout=30)
+        return torch.zeros(3, 4)
+
+    monkeypatch.setattr(os, "fdatasync", failing)
+    with pytest.raises(OSError, match="the disk is broken"):
+        write_shards({tmp_path: {"w": Planned("F32", Made(numbers, (3, 4)))}}, 1 << 30)
