@@ -62,6 +62,12 @@ def world() -> World:
     return _world
 
 
+def join(found: World) -> None:
+    """Makes this process one of several, or alone again."""
+    global _world
+    _world = found
+
+
 def shards_weights() -> bool:
     """Whether weights that are not trained are to be sharded: by FSDP, or as the third stage of ZeRO does."""
     return _world != ALONE and (uses_fsdp() or uses_zero() == ZERO_OF_WEIGHTS)
@@ -90,7 +96,6 @@ def group() -> Iterator[None]:
     Raises:
         BadParams: there are more processes on this machine than GPUs.
     """
-    global _world
     found = launched()
     if found == ALONE:
         yield
@@ -112,11 +117,11 @@ def group() -> Iterator[None]:
     with ExitStack() as stack:
         if found.rank:
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        _world = found
+        join(found)
         try:
             yield
         finally:
-            _world = ALONE
+            join(ALONE)
     distributed.destroy_process_group()  # after an error the others may wait for an answer that never comes
 
 
@@ -147,12 +152,12 @@ def dealt(items: Sequence[T], size: int, to: World) -> list[tuple[Sequence[T], b
 @contextmanager
 def own_draws() -> Iterator[None]:
     """Within this block each process draws random numbers of its own; after it, all draw the same again."""
-    if _world == ALONE:
+    if world() == ALONE:
         yield
         return
     import torch
 
-    seed = int(torch.randint(2**62, ())) + _world.rank
+    seed = int(torch.randint(2**62, ())) + world().rank
     with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         torch.manual_seed(seed)
         yield
@@ -167,7 +172,7 @@ def add_up(tensor: Tensor) -> Tensor:
     Raises:
         Transient: another process is gone.
     """
-    if _world == ALONE:
+    if world() == ALONE:
         return tensor
     from torch import distributed
 
@@ -176,7 +181,7 @@ def add_up(tensor: Tensor) -> Tensor:
     except RuntimeError as error:
         raise Transient(
             "another process of this training is gone",
-            where=f"process {_world.rank} of {_world.size}",
+            where=f"process {world().rank} of {world().size}",
             got=str(error).split("\n")[0],
             fix="see what it said; if it said nothing, run it again",
         ) from error
@@ -185,7 +190,7 @@ def add_up(tensor: Tensor) -> Tensor:
 
 def summed(numbers: Mapping[str, float]) -> dict[str, float]:
     """The sums over all processes, which name the same numbers."""
-    if _world == ALONE:
+    if world() == ALONE:
         return dict(numbers)
     import torch
 
@@ -204,7 +209,7 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
 
     A parameter that has a gradient nowhere is left without one, as an optimizer would find it in a single process.
     """
-    if _world == ALONE:
+    if world() == ALONE:
         return
     import torch
 
@@ -230,7 +235,7 @@ def check_agreed(what: str, found: int, *, fix: str) -> None:
     if anywhere(found != of_first):
         raise BadInput(
             f"the processes do not agree on {what}",
-            where=f"process {_world.rank} of {_world.size}",
+            where=f"process {world().rank} of {world().size}",
             got=str(found),
             expected=f"{of_first:.0f}, as the first has it",
             fix=fix,
