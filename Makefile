@@ -17,9 +17,9 @@ test: check ## all checks and all tests
 	@$(BIN)/python -m pytest
 
 kills: install ## kill -9 at random moments: 30 times each kind of training, 50 a merge, 20 an evaluation: the same, to the bit
-	@TEMPER_KILLS=30 $(BIN)/python -m pytest -n0 -s tests/tasks/test_kills.py
-	@TEMPER_KILLS=50 $(BIN)/python -m pytest -n0 -s tests/flows/test_killed_merging.py
-	@TEMPER_KILLS=20 $(BIN)/python -m pytest -n0 -s tests/tasks/test_evaluation_kills.py
+	@TEMPER_KILLS=30 $(BIN)/python -m pytest -n0 -s tests/tasks/train/test_kills.py
+	@TEMPER_KILLS=50 $(BIN)/python -m pytest -n0 -s tests/flows/files/test_killed_merging.py
+	@TEMPER_KILLS=20 $(BIN)/python -m pytest -n0 -s tests/tasks/evaluate/test_kills.py
 
 registry: install ## moves of 4 writers at once, kills while registering and promoting, rollbacks: nothing lost (about an hour)
 	@for what in ledger register promote rollback; do $(BIN)/python -m bench.registry $$what || exit 1; done

@@ -22,9 +22,9 @@ from bench import orpo, sft
 from bench.clock import machine
 from bench.limits import SHAPES, peak_bytes, write_base
 from bench.steps import Ours, exactly, spin_while_waiting, token_row
-from tasks.memory import keep_freed_memory
-from tasks.meter import Needed, operations_of, peak_flops
-from tasks.process import quiet_libraries
+from tasks.core.stage import quiet_libraries
+from tasks.engine.memory import keep_freed_memory
+from tasks.train.throughput import Needed, operations_of, peak_flops
 
 SHORTEST = 1024
 VOCABULARIES = (8192, 32_768, 131_072)
@@ -74,7 +74,7 @@ def held_by_loss(vocabulary: int, dtype: Any) -> int:
     """Bytes that the head and the loss of random hidden states hold, forwards and backwards."""
     import torch
 
-    from tasks.head import Head, score_targets
+    from tasks.inference.linear_cross_entropy import Head, score_targets
 
     weight = torch.randn(vocabulary, HIDDEN, dtype=dtype)
     hidden = torch.randn(LOSS_TOKENS, HIDDEN, dtype=dtype, requires_grad=True)

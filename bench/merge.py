@@ -180,12 +180,12 @@ def quality() -> None:
     """KL to the adapter model of merges of a QLoRA adapter: PEFT's in 4 bits, onto both bases, and the one taken."""
     from peft import PeftModel
 
-    from flows.merging import PROBES
-    from tasks.adapted import load_adapted
-    from tasks.adapter_params import QloraAdapter
-    from tasks.merge import difference, merge_closest
-    from tasks.params_reading import load
-    from tasks.templates import read_tokenizer
+    from flows.files.merge import PROBES
+    from tasks.adapters.attach import load_adapted
+    from tasks.adapters.params import QloraAdapter
+    from tasks.merge.stage import difference, merge_closest
+    from tasks.orchestration.params import load
+    from tasks.tokenization.tokenizer import read_tokenizer
 
     base, trained = ROOT / "data" / "base", ROOT / "data" / "adapters" / "qlora"
     if not (trained / "adapter_config.json").is_file():

@@ -21,9 +21,9 @@ from typing import Any
 from bench.clock import ROOT
 from bench.limits import SHAPES
 from bench.steps import BATCH_ROWS, COMMON, Race, Theirs, parser_of, random_tokens, run, spin_while_waiting, token_row
-from tasks.meter import Needed
-from tasks.models import TokenRow
-from tasks.process import quiet_libraries
+from tasks.core.stage import quiet_libraries
+from tasks.inference.rows import TokenRow
+from tasks.train.throughput import Needed
 
 WEIGHT = 0.1
 
@@ -50,8 +50,8 @@ def our_loss(model: Any, batch: Sequence[Pair]) -> Any:
     """The stage's penalty, and the likelihood of prompts as well: all rows in one pass."""
     import torch
 
-    from tasks.models import score_tokens
-    from tasks.objectives.orpo import orpo_loss
+    from tasks.inference.logprobs import score_tokens
+    from tasks.train.objectives import orpo_loss
 
     whole = [chosen._replace(mask=[False] + [True] * (chosen.tokens - 1)) for chosen, _ in batch]
     scored = score_tokens(model, [*whole, *(rejected for _, rejected in batch)])
@@ -105,7 +105,7 @@ def main() -> None:
     spin_while_waiting()
     quiet_libraries()
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    from tasks.batches import batches_of
+    from tasks.train.batching import batches_of
 
     pairs = pairs_of(given.rows, given.prompt, given.reply, SHAPES[given.shape].vocabulary)
     needed = Needed.of_all([needed_of(pair) for pair in pairs])

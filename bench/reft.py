@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.clock import ROOT, Ratio, machine
-from tasks.batches import batches_of
-from tasks.process import quiet_libraries
+from tasks.core.stage import quiet_libraries
+from tasks.train.batching import batches_of
 
 THEIRS = ROOT / ".venv-pyreft" / "bin" / "python"
 RANK = 4
@@ -70,11 +70,12 @@ def ours(setting: dict[str, Any], epochs: int) -> tuple[list[float], float]:
     """What the stage `train` does at each step, with the same batches as theirs."""
     import torch
 
-    from tasks.adapted import fresh
-    from tasks.adapter_params import ReftAdapter
-    from tasks.adapters.below import Below
-    from tasks.models import TokenRow, score_tokens
-    from tasks.objectives.sft import sft_loss
+    from tasks.adapters.attach import fresh
+    from tasks.adapters.params import ReftAdapter
+    from tasks.inference.frozen_layer_cache import Below
+    from tasks.inference.logprobs import score_tokens
+    from tasks.inference.rows import TokenRow
+    from tasks.train.objectives import sft_loss
 
     torch.manual_seed(0)
     adapter = ReftAdapter(
@@ -110,7 +111,7 @@ def _draw_as_they_do(model: Any, setting: dict[str, Any]) -> None:
     import torch
     from torch import nn
 
-    from tasks.adapters.pyreft import edits_of
+    from tasks.adapters.reft.pyreft_format import edits_of
 
     torch.manual_seed(0)
     for _, _, edit in sorted(edits_of(model), key=lambda each: (each[1], each[0])):

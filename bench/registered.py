@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.clock import ROOT
-from tasks.lineage import Outputs
+from tasks.register.lineage import Outputs
 
 
 def made(folder: Path, base: Path, right: int, *, of: int = 200, method: str = "qlora") -> Outputs:
@@ -20,16 +20,14 @@ def made(folder: Path, base: Path, right: int, *, of: int = 200, method: str = "
         of: how many there are.
         method: which trained it.
     """
-    from tasks.evaluate import METRICS
-    from tasks.evaluate_params import HELD_OUT
-    from tasks.items import EXAMPLES, Item, Summary, digest_of, suite_metrics, write_items
-    from tasks.merged import EQUIVALENCE
-    from tasks.models import model_files
-    from tasks.outputs import as_json, whole_folder
-    from tasks.params_reading import load
-    from tasks.render import rendered_schema
-    from tasks.tables import write_rows
-    from tasks.templates import load_tokenizer, template_digest
+    from tasks.core.artifacts import as_json, whole_folder
+    from tasks.core.layout import EQUIVALENCE, EXAMPLES, METRICS
+    from tasks.core.parquet import write_rows
+    from tasks.models.loader import model_files
+    from tasks.orchestration.params import load
+    from tasks.render.stage import rendered_schema
+    from tasks.reports.items import HELD_OUT, Item, Summary, digest_of, suite_metrics, write_items
+    from tasks.tokenization.chat_template import load_tokenizer, template_digest
 
     params = load(ROOT / "recipes" / "quickstart.yaml")
     places = Outputs(*(folder / name for name in Outputs._fields))._replace(baseline=folder / "baseline.parquet")
@@ -55,7 +53,7 @@ def made(folder: Path, base: Path, right: int, *, of: int = 200, method: str = "
     answers = [item._replace(score=float(n < right), logp=-1.0) for n, item in enumerate(items)]
     places.reports.mkdir()
     write_items(places.reports / EXAMPLES, answers)
-    suites = suite_metrics(answers, {(HELD_OUT, "t"): Summary("exact_match", {})}, params.evaluate)
+    suites = suite_metrics(answers, {(HELD_OUT, "t"): Summary("exact_match", {})}, params.evaluate.resampling)
     (places.reports / METRICS).write_text(as_json({"suites": suites, "template_sha256": template}))
     summary = {"key": f"train-{right}", "steps": 1, "kept_step": 1, "rows": 1, "held_out_loss_after": 1.0}
     summary |= {"params": params.train[method].model_dump(), "data": {"train/chat.parquet": "0" * 64}}
@@ -63,6 +61,15 @@ def made(folder: Path, base: Path, right: int, *, of: int = 200, method: str = "
         (draft / "summary.json").write_text(as_json(summary))
         (draft / "log.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     return places
+
+
+def model_and_sources(workspace: Path) -> tuple[str, dict[str, dict[str, str]]]:
+    """Return the name that versions of a workspace get, and what their lineage tells of its sources."""
+    from tasks.orchestration.params import load
+
+    params = load(workspace / "params.yaml")
+    facts = {"kind", "use", "licence"}
+    return params.register_.model, {n: s.model_dump(include=facts) for n, s in params.ingest.sources.items()}
 
 
 def workspace_at(folder: Path) -> Path:

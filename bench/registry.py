@@ -32,10 +32,10 @@ from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bench.clock import ROOT, machine
-from bench.registered import made, workspace_at
-from tasks.errors import TemperError
-from tasks.lineage import Outputs
-from tasks.process import quiet_libraries
+from bench.registered import made, model_and_sources, workspace_at
+from tasks.core.errors import TemperError
+from tasks.core.stage import quiet_libraries
+from tasks.register.lineage import Outputs
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -77,8 +77,8 @@ def race(uri: str, model: str, *, writers: int, each: int) -> Race:
     """Lets several processes move the champion alias of one model, and reads what came of it."""
     import mlflow
 
-    from tasks.ledger import champion_of, moves
-    from tasks.names import CHAMPION
+    from tasks.registry.alias_log import champion_of, moves
+    from tasks.registry.names import CHAMPION
 
     client = mlflow.MlflowClient(uri)
     add_versions(client, model, writers)
@@ -106,8 +106,8 @@ def _write(uri: str, model: str, number: int, each: int, told: multiprocessing.Q
     """One writer: makes its version champion, and where another one did so first, tries again."""
     import mlflow
 
-    from tasks.errors import AliasMoved
-    from tasks.ledger import move_champion, moves
+    from tasks.core.errors import AliasMoved
+    from tasks.registry.alias_log import move_champion, moves
 
     client = mlflow.MlflowClient(uri)
     won = lost = 0
@@ -214,11 +214,10 @@ class Kills(NamedTuple):
 
 def registration(workspace: Path, outputs: Outputs, number: int) -> Callable[[], str]:
     """What registers a content; it returns the version."""
-    from tasks.params_reading import load
-    from tasks.register import register
+    from tasks.register.stage import register
 
-    params = load(workspace / "params.yaml")
-    return lambda: str(register(workspace, "qlora", outputs, f"content {number}", params).version)
+    named = model_and_sources(workspace)
+    return lambda: str(register(workspace, "qlora", outputs, f"content {number}", *named).version)
 
 
 def registrations(folder: Path, base: Path, kills: int, seed: int = 1, per_content: int = 10) -> Kills:
@@ -255,9 +254,9 @@ def registrations(folder: Path, base: Path, kills: int, seed: int = 1, per_conte
 
 def _wrong_versions(workspace: Path, contents: int) -> list[str]:
     """What is lost, doubled or torn of contents that were all registered."""
-    from flows.evidence import broken, evidence
-    from tasks.registry import versions
-    from tasks.tracking import KEY_TAG, connect
+    from flows.registry.evidence import broken, evidence
+    from tasks.registry.client import KEY_TAG, connect
+    from tasks.registry.versions import versions
 
     client = connect(workspace)
     found = versions(client, "temper-tiny")
@@ -283,7 +282,7 @@ class Moves(NamedTuple):
 
 def three_versions(folder: Path, base: Path) -> Moves:
     """Registers them."""
-    from tasks.outputs import digests
+    from tasks.core.artifacts import digests
 
     workspace, weights = workspace_at(folder / "workspace"), {}
     for number, right in enumerate((150, 151, 20), 1):
@@ -324,15 +323,15 @@ def promotions(folder: Path, base: Path, kills: int, seed: int = 1) -> Kills:
 
 
 def _alias(workspace: Path) -> str:
-    from tasks.names import CHAMPION
-    from tasks.tracking import connect
+    from tasks.registry.client import connect
+    from tasks.registry.names import CHAMPION
 
     return str(connect(workspace).get_registered_model("temper-tiny").aliases.get(CHAMPION))
 
 
 def _wrong_ledger(workspace: Path) -> list[str]:
-    from tasks.ledger import champions, moves
-    from tasks.tracking import connect
+    from tasks.registry.alias_log import champions, moves
+    from tasks.registry.client import connect
 
     ledger = moves(connect(workspace), "temper-tiny")
     wrong = [f"entry {b.number} begins at {b.before}" for a, b in pairwise(ledger) if b.before != a.to]
@@ -361,9 +360,9 @@ class Rollbacks(NamedTuple):
 def rollbacks(folder: Path, base: Path, count: int) -> Rollbacks:
     """Promotes version 2 and rolls back to 1, again and again, in one process; reads the champion's files each time."""
     from flows.promote import promote, rollback
-    from tasks.outputs import digests
-    from tasks.registry import fetch_model, version_at
-    from tasks.tracking import connect
+    from tasks.core.artifacts import digests
+    from tasks.registry.client import connect
+    from tasks.registry.versions import fetch_model, version_at
 
     workspace, weights = three_versions(folder, base)
 
@@ -394,8 +393,8 @@ def _warm() -> None:
     import torch
     import transformers  # noqa: F401
 
-    import tasks.register
-    import tasks.served  # noqa: F401
+    import tasks.register.stage
+    import tasks.serving.chat_model  # noqa: F401
 
     torch.set_num_threads(1)  # threads do not survive a fork
 

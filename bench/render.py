@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from bench.clock import REAL, ROOT, Ratio, alternate, machine
-from flows.alone import any_file
-from tasks.process import quiet_libraries
+from flows.files.inspect import any_file
+from tasks.core.stage import quiet_libraries
 
 SOURCES = {"preference": "llama_factory/dpo_en_demo.json", "chat": "stanford_alpaca/alpaca_5000.json"}
 
 
 def rows_of(kind: str, count: int) -> list[Any]:
     """So many rows of one kind, repeated where the source has fewer."""
-    from tasks.generate import Recipe, generate, read_lexicon
-    from tasks.ingest import Reading
+    from tasks.ingest.stage import Reading
+    from tasks.ingest.synthetic import Recipe, generate, read_lexicon
 
     path = REAL / SOURCES[kind]
     if path.is_file():
@@ -48,9 +48,9 @@ def _texts(record: Any) -> list[str]:
 
 def ours(records: Sequence[Any], tokenizer: Any, folder: Path) -> list[dict[str, Any]]:
     """What the stage does with the rows: tokens, masks, split, and the file."""
-    from tasks.params import Render
-    from tasks.render import render_rows, rendered_schema
-    from tasks.tables import write_rows
+    from tasks.core.parquet import write_rows
+    from tasks.render.params import Render
+    from tasks.render.stage import render_rows, rendered_schema
 
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # the anchor's own processes turn it off
     params = Render(held_out=0.0, max_tokens=1 << 20, too_long="refuse", loss_on="all")
@@ -166,7 +166,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     datasets.disable_caching()
     datasets.disable_progress_bars()
-    from tasks.templates import load_tokenizer
+    from tasks.tokenization.chat_template import load_tokenizer
 
     print(machine())
     tokenizer = load_tokenizer(ROOT / "models" / "tiny")

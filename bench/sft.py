@@ -18,9 +18,9 @@ from typing import Any
 from bench.clock import ROOT
 from bench.limits import SHAPES
 from bench.steps import BATCH_ROWS, COMMON, Race, Theirs, parser_of, random_tokens, run, spin_while_waiting, token_row
-from tasks.meter import Needed
-from tasks.models import TokenRow
-from tasks.process import quiet_libraries
+from tasks.core.stage import quiet_libraries
+from tasks.inference.rows import TokenRow
+from tasks.train.throughput import Needed
 
 
 def rows_of(count: int, prompt: int, reply: int, vocabulary: int) -> list[TokenRow]:
@@ -37,8 +37,8 @@ def needed_of(row: TokenRow) -> Needed:
 
 def our_loss(model: Any, batch: list[TokenRow]) -> Any:
     """The stage's."""
-    from tasks.models import score_tokens
-    from tasks.objectives.sft import sft_loss
+    from tasks.inference.logprobs import score_tokens
+    from tasks.train.objectives import sft_loss
 
     return sft_loss(score_tokens(model, batch).logp)
 
@@ -77,7 +77,7 @@ def main() -> None:
     given = parser_of(__doc__, 96, 96).parse_args()
     spin_while_waiting()
     quiet_libraries()
-    from tasks.batches import batches_of
+    from tasks.train.batching import batches_of
 
     rows = rows_of(given.rows, given.prompt, given.reply, SHAPES[given.shape].vocabulary)
     needed = Needed.of_all([needed_of(row) for row in rows])

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 from bench.clock import Ratio, machine
 from bench.limits import SHAPES, peak_bytes, write_base
-from tasks.memory import keep_freed_memory, tell_malloc
-from tasks.meter import Needed, operations_of, peak_flops
-from tasks.models import TokenRow
+from tasks.engine.memory import keep_freed_memory, tell_malloc
+from tasks.inference.rows import TokenRow
+from tasks.train.throughput import Needed, operations_of, peak_flops
 
 RANK = 8
 BATCH_ROWS = 8
@@ -34,8 +34,8 @@ def adapted(folder: Path, dtype: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from tasks.adapted import trainable
-    from tasks.adapter_params import LoraAdapter
+    from tasks.adapters.attach import trainable
+    from tasks.adapters.params import LoraAdapter
 
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).requires_grad_(False)
     torch.manual_seed(1)
@@ -266,7 +266,7 @@ def token_row(prompt: Sequence[int], reply: Sequence[int]) -> TokenRow:
 
 
 def spin_while_waiting() -> None:
-    """Lets idle threads spin on both sides, as they do by default; stages leave cores to each other (tasks.process)."""
+    """Lets idle threads spin on both sides, as they do by default; stages leave cores to each other."""
     os.environ |= {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "300000"}
 
 

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from bench.clock import REAL, ROOT, machine
-from flows.alone import any_file
-from tasks.process import quiet_libraries
+from flows.files.inspect import any_file
+from tasks.core.stage import quiet_libraries
 
 
 def rows(count: int, *, generated: bool) -> Any:
     """So many chats, no two of them alike, as a table."""
-    from tasks.generate import Recipe, generate, read_lexicon
-    from tasks.ingest import Reading
-    from tasks.tables import as_table
+    from tasks.core.parquet import as_table
+    from tasks.ingest.stage import Reading
+    from tasks.ingest.synthetic import Recipe, generate, read_lexicon
 
     path = REAL / "stanford_alpaca" / "alpaca_5000.json"
     if generated or not path.is_file():
@@ -46,14 +46,14 @@ def _marked(record: Any, number: int) -> Any:
 
 def seconds(table: Any, *, near: bool) -> tuple[float, int]:
     """Judges, profiles and writes the rows as the stage does; returns the seconds and the rows that passed."""
-    from tasks import profile
-    from tasks.compare import questions_of
-    from tasks.judge import judge
-    from tasks.params_reading import load
-    from tasks.records import KINDS
-    from tasks.remembered import Memory
-    from tasks.tables import record_schema, write_table
-    from tasks.validate import places_of, split
+    from tasks.core.parquet import record_schema, write_table
+    from tasks.core.records import KINDS
+    from tasks.orchestration.params import load
+    from tasks.validate.cross_row_checks import questions_of
+    from tasks.validate.decide import judge
+    from tasks.validate.feature_cache import Memory
+    from tasks.validate.profile import measure, profile_page
+    from tasks.validate.stage import places_of, split
 
     params = load(ROOT / "recipes" / "quickstart.yaml").validate_
     if near:
@@ -64,7 +64,7 @@ def seconds(table: Any, *, near: bool) -> tuple[float, int]:
         folder = Path(name)
         started = time.perf_counter()
         verdict = judge(tables, {"exam": benchmark}, 0.1, params, folder / "docs", Memory(None))
-        profile.page(profile.measure(verdict, params, {}, places_of(tables), []))
+        profile_page(measure(verdict, params, {}, places_of(tables), []))
         _, clean = split(tables, [*verdict.reasons, *(each.row for each in verdict.merged)])
         write_table(folder / "chat.parquet", clean["chat"])
         return time.perf_counter() - started, len(clean["chat"])

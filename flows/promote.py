@@ -10,19 +10,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from prefect import flow
 
-from flows.approval import await_approval
-from flows.evidence import broken, evidence
-from flows.verdicts import keep_verdict, show_verdict
-from tasks import graph
-from tasks import version_tags as tag
-from tasks.errors import BadModel, BadParams, GateRefused
-from tasks.gate import Evidence, Verdict, judge
-from tasks.ledger import Move, champions, move_champion, moves, settle_champion, withdrawn
-from tasks.params import Params
-from tasks.params_reading import load
-from tasks.registry import find_version, version_of
-from tasks.registry_params import Promote
-from tasks.tracking import answering, connect
+from flows.registry.approval import await_approval, keep_verdict, show_verdict
+from flows.registry.evidence import broken, evidence
+from tasks.core import pipeline
+from tasks.core.errors import BadModel, BadParams, GateRefused
+from tasks.gate.checks import Evidence, Verdict, judge
+from tasks.gate.params import Promote
+from tasks.orchestration.params import Params, load
+from tasks.registry import names as tag
+from tasks.registry.alias_log import Move, champions, move_champion, moves, settle_champion, withdrawn
+from tasks.registry.client import answering, connect
+from tasks.registry.versions import find_version, version_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -67,7 +65,7 @@ def promote(workspace: Path, version: str | None = None, reason: str = "") -> Pr
 
 
 def _promote(workspace: Path, version: str | None, reason: str) -> Promotion:
-    params = load(workspace / graph.PARAMS)
+    params = load(workspace / pipeline.PARAMS)
     client, model = connect(workspace), params.register_.model
     present = settle_champion(client, model)
     seen = moves(client, model)  # what is decided below is decided on this
@@ -121,7 +119,7 @@ def rollback(workspace: Path, to: str | None = None, reason: str = "") -> Promot
 
 
 def _rollback(workspace: Path, to: str | None, reason: str) -> Promotion:
-    client, model = connect(workspace), load(workspace / graph.PARAMS).register_.model
+    client, model = connect(workspace), load(workspace / pipeline.PARAMS).register_.model
     seen = moves(client, model)
     stack = champions(seen)
     if to is not None:
@@ -183,5 +181,7 @@ def figure(version: Evidence, params: Promote) -> float:
 
 
 def _registered_keys(workspace: Path) -> list[str]:
-    files = [workspace / node.outs[0] for name, node in graph.load(workspace).items() if name.startswith("register@")]
+    files = [
+        workspace / node.outs[0] for name, node in pipeline.load(workspace).items() if name.startswith("register@")
+    ]
     return [json.loads(file.read_text())["key"] for file in files if file.is_file()]

@@ -1,7 +1,7 @@
 """The whole factory, in order: from sources to a champion. Read this file first.
 
 Every line is a stage of dvc.yaml. Stages that do not wait for each other run at once, as far as their concurrency
-tags in tasks/stages.py let them; a stage whose inputs have not changed is passed over.
+tags in tasks/orchestration/prefect_tasks.py let them; a stage whose inputs have not changed is passed over.
 """
 
 # no postponed annotations here: Prefect checks the parameters of scheduled runs by them, and cannot look up names
@@ -12,9 +12,9 @@ from prefect import flow
 from prefect.futures import wait
 
 from flows.promote import Promotion, promote
-from flows.session import begin, show_comparison, show_results
-from tasks.runner import Outcome
-from tasks.stages import base, baseline, evaluate, ingest, merge, register, render, train, validate
+from flows.run.session import begin, show_comparison, show_results
+from tasks.orchestration.prefect_tasks import base, baseline, evaluate, ingest, merge, register, render, train, validate
+from tasks.orchestration.run_journal import Outcome
 
 
 class Report(NamedTuple):

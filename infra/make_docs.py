@@ -12,15 +12,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def params_page() -> str:
     """Every key of params.yaml: type, range, its value in the quickstart, meaning."""
-    from tasks.params import Params
-    from tasks.params_reading import load
+    from tasks.orchestration.params import Params, load
 
     schema = Params.model_json_schema()
     quickstart = load(ROOT / "recipes" / "quickstart.yaml").model_dump(by_alias=True)
     lines = [
         "# params.yaml",
         "",
-        "Written by `make docs` from `tasks/params.py`. Every key must be given.",
+        "Written by `make docs` from `tasks/orchestration/params.py`. Every key must be given.",
         "`temper run --set KEY=VALUE` changes one. The last column: its value in `recipes/quickstart.yaml`.",
     ]
     for section in schema["properties"]:
@@ -106,11 +105,19 @@ def cli_page() -> str:
     """The help of every command, as a terminal of 100 columns shows it."""
     import typer
 
-    from flows.cli import app
+    from flows.cli.main import app
 
     group = typer.main.get_command(app)
     context = group.make_context("temper", ["run"], resilient_parsing=True, terminal_width=100, max_content_width=100)
-    lines = ["# temper", "", "Written by `make docs` from `flows/cli.py`.", "", "```", group.get_help(context), "```"]
+    lines = [
+        "# temper",
+        "",
+        "Written by `make docs` from `flows/cli/main.py`.",
+        "",
+        "```",
+        group.get_help(context),
+        "```",
+    ]
     for name, command in group.commands.items():  # type: ignore[attr-defined]
         inner = type(context)(command, parent=context, info_name=name, terminal_width=100, max_content_width=100)
         lines += ["", f"## temper {name}", "", "```", command.get_help(inner), "```"]

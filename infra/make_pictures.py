@@ -26,10 +26,10 @@ CLOSE_ASSISTANT = "document.querySelector('[data-component-id=\"mlflow.assistant
 
 def main() -> None:
     """Serves MLflow for the workspace given as the first argument (else this clone) and photographs it."""
-    from flows import comparison_page
-    from tasks.params_reading import load
-    from tasks.process import quiet_libraries
-    from tasks.tracking import EXPERIMENT, connect, tracking_uri
+    from flows.comparison.page import write
+    from tasks.core.stage import quiet_libraries
+    from tasks.orchestration.params import load
+    from tasks.registry.client import EXPERIMENT, connect, tracking_uri
 
     quiet_libraries()
     workspace = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT).resolve()
@@ -61,7 +61,7 @@ def main() -> None:
             photograph(send, f"{address}/models/{model}", ROOT / "docs" / "model.png", (1400, 900))
             profile = workspace / "data" / "validation" / "index.html"
             photograph(send, profile.as_uri(), ROOT / "docs" / "data.png", (1100, 900))
-            photograph(send, comparison_page.write(workspace).as_uri(), ROOT / "docs" / "comparison.png", (1200, 1500))
+            photograph(send, write(workspace).as_uri(), ROOT / "docs" / "comparison.png", (1200, 1500))
     finally:
         server.terminate()
         server.wait()

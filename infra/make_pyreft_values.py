@@ -1,4 +1,4 @@
-"""Writes what pyreft gives, for tests/tasks/adapters/test_reft.py to compare with where no other values are.
+"""Writes what pyreft gives, for tests/tasks/adapters/reft/test_reft.py to compare with where no other values are.
 
     make pyreft
     .venv-pyreft/bin/python infra/make_pyreft_values.py

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import pytest
 from filelock import FileLock
 
-from tasks.process import quiet_libraries
+from tasks.core.stage import quiet_libraries
 
 quiet_libraries()
 
@@ -47,9 +47,9 @@ def pico_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of some ten thousand random parameters with its own tokenizer, as a model folder."""
     import torch
 
-    from tasks.generate import Recipe, generate, read_lexicon
-    from tasks.pretraining import document, new_model, train_tokenizer
-    from tests.samples import pretrain_params
+    from tasks.base.pretraining import document, new_model, train_tokenizer
+    from tasks.ingest.synthetic import Recipe, generate, read_lexicon
+    from tests.helpers.samples import pretrain_params
 
     lexicon = read_lexicon(ROOT / "data" / "lexicon.yaml")
     texts = [document(r) for rows in ("text", "talk") for r in generate(Recipe("s", rows, 300, 1), lexicon)]  # type: ignore[arg-type]
@@ -65,7 +65,7 @@ def pico_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(pico_base: Path) -> PreTrainedTokenizerBase:
     """The pico model's tokenizer."""
-    from tasks.templates import load_tokenizer
+    from tasks.tokenization.chat_template import load_tokenizer
 
     return load_tokenizer(pico_base)
 
@@ -110,7 +110,7 @@ def temper(
     workspace: Path, *words: str, code: int = 0, timeout: int = 600, **extra: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs the command line as a user does; fails the test when the exit code is another."""
-    command = [sys.executable, "-m", "flows.cli", *words]
+    command = [sys.executable, "-m", "flows.cli.main", *words]
     done = subprocess.run(
         command, cwd=workspace, env=environment(**extra), capture_output=True, text=True, timeout=timeout, check=False
     )
@@ -126,7 +126,7 @@ class Beside:
     def __init__(self, workspace: Path, *words: str) -> None:
         self._file = (workspace.parent / "said.txt").open("w+")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "flows.cli", *words],
+            [sys.executable, "-m", "flows.cli.main", *words],
             cwd=workspace,
             env=environment(),
             stdout=self._file,
@@ -189,11 +189,11 @@ def workspace(clone: Path, pico_base: Path, tmp_path: Path) -> Path:
 
 def pico_workspace(clone: Path, pico_base: Path, target: Path) -> Path:
     """Copies the clone and makes everything in its params small."""
-    from tests.samples import PICO_SETTINGS
+    from tests.helpers.samples import PICO_SETTINGS
 
     shutil.copytree(clone, target, symlinks=True)
     shutil.copytree(pico_base, target / "models" / "tiny")
-    from flows.params_file import change_params
+    from flows.run.edit_params import change_params
 
     change_params(target, target / "recipes" / "quickstart.yaml", PICO_SETTINGS)
     return target
@@ -221,7 +221,7 @@ def _first_run(target: Path) -> None:
 _ALL_STAGES = """
 import os, runpy, shlex, sys
 from pathlib import Path
-from tasks import graph
+from tasks.core import pipeline as graph
 
 for node in graph.load(Path.cwd()).values():
     os.environ["DVC_STAGE"] = node.name
@@ -235,7 +235,7 @@ def run_stages(workspace: Path, recipe: str, *settings: str) -> str:
 
     What Prefect and DVC do around them is the matter of other tests. Returns what was printed.
     """
-    from flows.params_file import change_params
+    from flows.run.edit_params import change_params
 
     change_params(workspace, workspace / "recipes" / recipe, list(settings))
     done = subprocess.run(

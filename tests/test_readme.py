@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from flows.params_file import change_params
-from tasks.params_reading import check
+from flows.run.edit_params import change_params
+from tasks.orchestration.params import check
 from tests.conftest import ROOT, temper
 
 BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -22,11 +22,11 @@ COMMANDS = [line.partition("  #")[0].strip() for block in BLOCKS for line in blo
 ELSEWHERE = {
     "make run": "it is what a session's workspace is made by, as `temper run`",
     "make test": "it runs this test",
-    'temper schedule --cron "0 3 * * *"': "tests/flows/test_deployments.py",
+    'temper schedule --cron "0 3 * * *"': "tests/flows/run/test_schedule.py",
     "dvc repro": "tests/flows/test_retrain.py",
-    "temper push models:/temper-tiny@reft owner/name": "tests/flows/test_adapters.py",
-    "temper estimate": "tests/flows/test_estimating.py",
-    "TEMPER_LAUNCH=infra/launch/fsdp2.yaml temper run": "tests/tasks/test_launch.py",
+    "temper push models:/temper-tiny@reft owner/name": "tests/flows/chat/test_adapters.py",
+    "temper estimate": "tests/flows/files/test_estimate.py",
+    "TEMPER_LAUNCH=infra/launch/fsdp2.yaml temper run": "tests/tasks/train/test_launcher.py",
     "temper run --recipe recipes/belle.yaml --set ingest.sources.belle.path=belle_chat_1k.json": "test_recipes.py",
 }
 SAID = {

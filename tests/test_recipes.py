@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from flows.params_file import change_params
+from flows.run.edit_params import change_params
 from tests.conftest import ROOT, dvc, run_stages, temper
-from tests.encoder_decoders import make_base
-from tests.samples import pretrain_params
+from tests.helpers.encoder_decoders import make_base
+from tests.helpers.samples import pretrain_params
 
 TWEETS = Path("fms_artifacts", "testdata")
 
@@ -147,7 +147,7 @@ def test_the_reft_papers_commonsense_questions(workspace: Path, pico_base: Path,
 def test_baichuan_learns_chats_and_maths_by_its_fused_projection(
     workspace: Path, pico_base: Path, real_data: Path
 ) -> None:
-    from tasks.baichuan import BaichuanConfig, make_known
+    from tasks.tokenization.baichuan import BaichuanConfig, make_known
 
     make_known()
     chats = json.loads((real_data / "belle_chat_1k" / "test.json").read_text())[:40]
@@ -204,8 +204,8 @@ def _check_served(workspace: Path, text: str) -> None:
     """A request to the registered model, a folder asked directly, and the command line say the same."""
     import mlflow
 
-    from flows.ask import ask
-    from tasks.tracking import connect
+    from flows.chat.ask import ask
+    from tasks.registry.client import connect
 
     connect(workspace)
     about = mlflow.models.get_model_info("models:/temper-twitter/1")

@@ -20,7 +20,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from tasks.adapters.hooked import (
+from tasks.adapters.hooks import (
     HookedLayer,
     HookedTuner,
     chosen_layers,

@@ -1,4 +1,4 @@
-"""The four documents agree: dvc.yaml, tasks/stages.py, params.yaml and the README say the same of every stage."""
+"""The four documents agree: dvc.yaml, prefect_tasks.py, params.yaml and the README say the same of every stage."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,8 @@ import pytest
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
-from tasks import graph
-from tasks.params import Params
-from tasks.params_reading import load
+from tasks.core import pipeline
+from tasks.orchestration.params import Params, load
 from tests.conftest import ROOT, git
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -29,46 +29,81 @@ def body(stage: str) -> dict[str, Any]:
     return found
 
 
-def imported(module: Path) -> set[str]:
+def module_file(name: str) -> Path | None:
+    """The file of a first-party module or package; None for anything else."""
+    path = ROOT / name.replace(".", "/")
+    files = (path.with_suffix(".py"), path / "__init__.py")
+    return next((file for file in files if file.is_file()), None) if name.startswith(("tasks", "flows")) else None
+
+
+def imported(module: str) -> set[str]:
     """Every first-party module that a module imports, however late and however indirectly, and itself."""
-    seen, todo = {module}, [module]
+    seen: set[str] = set()
+    todo = [module]
     while todo:
-        for node in ast.walk(ast.parse(todo.pop().read_text())):
-            names = []
+        name = todo.pop()
+        file = module_file(name)
+        if file is None or name in seen:
+            continue
+        seen.add(name)
+        for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module:
-                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+                todo += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
             elif isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            for name in names:
-                path = ROOT / (name.replace(".", "/") + ".py")
-                if name.split(".")[0] in ("tasks", "flows") and path.is_file() and path not in seen:
-                    seen.add(path)
-                    todo.append(path)
-    return {str(path.relative_to(ROOT)) for path in seen}
+                todo += [alias.name for alias in node.names]
+    return seen
+
+
+def module_of(stage: str) -> str:
+    return "tasks.evaluate.baseline" if stage == "baseline" else f"tasks.{stage}.stage"
 
 
 def test_stages_are_modules_wrappers_and_rows_of_the_readme() -> None:
-    from tasks import stages
+    from tasks.orchestration import prefect_tasks
 
-    assert set(STAGES) == set(stages.POLICIES)
+    assert set(STAGES) == set(prefect_tasks.POLICIES)
     for stage in STAGES:
-        assert f"python -m tasks.{stage} " in body(stage)["cmd"]
-        assert getattr(stages, stage).name == stage
-        assert (stage in stages.PER_ITEM) == ("foreach" in PIPELINE[stage])
+        command = module_of(stage).removesuffix(".stage")  # a folder runs its __main__.py, which calls the stage's main
+        assert f"python -m {command} " in body(stage)["cmd"]
+        assert (
+            stage == "baseline"
+            or f"from {module_of(stage)} import main" in (ROOT / "tasks" / stage / "__main__.py").read_text()
+        )
+        assert getattr(prefect_tasks, stage).name == stage
+        assert (stage in prefect_tasks.PER_ITEM) == ("foreach" in PIPELINE[stage])
     section = (ROOT / "README.md").read_text().partition("## Stages")[2].partition("\n## ")[0]
     table = re.findall(r"^\| `([a-z]+)(?:@[A-Z]+)?` \|", section, re.MULTILINE)
     assert table == STAGES
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_depends_on_all_the_code_that_it_imports(stage: str) -> None:
-    code = {dep for dep in body(stage)["deps"] if dep.endswith(".py")}
-    assert code == imported(ROOT / "tasks" / f"{stage}.py")
+def test_a_stage_depends_on_the_folders_of_all_the_code_that_it_imports(stage: str) -> None:
+    """No more, or a change of what it does not use would run it again; no less, or a change would not."""
+    code = [dep for dep in body(stage)["deps"] if re.fullmatch(r"tasks/\w+", dep)]
+    rooms = {name.split(".")[1] for name in imported(module_of(stage)) if "." in name}
+    assert code == sorted(f"tasks/{room}" for room in rooms)
+    assert not [dep for dep in body(stage)["deps"] if dep.endswith(".py")]
+
+
+def test_folders_of_code_take_few_lines() -> None:
+    assert sum(dep.startswith("tasks/") for stage in STAGES for dep in body(stage)["deps"]) <= 70
+
+
+def test_every_room_has_its_layer() -> None:
+    """A folder that no contract names would be free to import anything."""
+    (layers,) = (
+        contract["layers"]
+        for contract in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+        if contract["type"] == "layers"
+    )
+    rooms = {f"tasks.{room.name}" for room in (ROOT / "tasks").iterdir() if (room / "__init__.py").is_file()}
+    assert len(layers) <= 10
+    assert {name.strip() for layer in layers for name in layer.split("|")} == {"flows", *rooms}
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_docstring_of_a_stage_is_its_contract(stage: str) -> None:
-    text = ast.get_docstring(ast.parse((ROOT / "tasks" / f"{stage}.py").read_text())) or ""
+    text = ast.get_docstring(ast.parse(str((module_file(module_of(stage)) or ROOT).read_text()))) or ""
     found = re.findall(r"^(Reads|Writes|Params|Fails): ", text, re.MULTILINE)
     assert found == ["Reads", "Writes", "Params", "Fails"]
     for key in body(stage).get("params", []):
@@ -108,7 +143,7 @@ def test_no_defaults_hide_in_python() -> None:
         for other in model.__subclasses__():
             yield from sections(other)
 
-    from tasks.fields import Section
+    from tasks.core.params import Section
 
     for section in sections(Section):
         for name, field in section.model_fields.items():
@@ -116,41 +151,17 @@ def test_no_defaults_hide_in_python() -> None:
 
 
 def test_every_knob_is_explained_beside_its_declaration() -> None:
-    from tasks import (
-        adapter_params,
-        base_params,
-        evaluate_params,
-        merge_params,
-        objective_params,
-        params,
-        registry_params,
-    )
-    from tasks.fields import Section
+    from tasks.core.params import Section
 
-    for section in (
-        value
-        for module in (
-            params,
-            adapter_params,
-            base_params,
-            evaluate_params,
-            merge_params,
-            objective_params,
-            registry_params,
-        )
-        for value in vars(module).values()
-    ):
-        if isinstance(section, type) and issubclass(section, Section) and section is not params.Params:
+    def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+        for other in model.__subclasses__():
+            yield from (other, *sections(other))
+
+    plain = {"kind", "name", "sources", "adapter", "objective", "of", "growth"}
+    for section in sections(Section):
+        if section is not Params:
             for name, field in section.model_fields.items():
-                assert field.description or name in (
-                    "kind",
-                    "name",
-                    "sources",
-                    "adapter",
-                    "objective",
-                    "of",
-                    "growth",
-                ), (section, name)
+                assert field.description or name in plain, (section, name)
 
 
 def test_the_reference_pages_say_what_the_code_does() -> None:
@@ -191,7 +202,7 @@ def test_our_reading_of_the_graph_is_dvcs(clone: Path, monkeypatch: pytest.Monke
         }
     ours = {
         name: (node.command, sorted(node.deps), sorted(node.params), sorted(node.outs))
-        for name, node in graph.load(clone).items()
+        for name, node in pipeline.load(clone).items()
     }
     assert ours == theirs
 
@@ -208,12 +219,12 @@ def test_our_hashes_are_dvcs(clone: Path, tmp_path: Path) -> None:
     store = HashFileDB(fs, str(tmp_path / "cache"))
     for path in (tmp_path / "d", tmp_path / "d" / "a", clone / "tasks"):
         _, _, built = build(store, str(path), fs, "md5")
-        assert graph.dvc_hash(path) == built.hash_info.value
+        assert pipeline.dvc_hash(path) == built.hash_info.value
 
 
 def test_outputs_are_not_in_git(clone: Path) -> None:
     """Else DVC would write .gitignore files next to them, which stages would then read as data."""
-    for node in graph.load(clone).values():
+    for node in pipeline.load(clone).values():
         for out in node.outs:
             assert git(clone, "check-ignore", "--no-index", out).strip() == out
 

@@ -13,18 +13,17 @@ from typing import Any
 
 import pytest
 
-from bench.registered import made, workspace_at
-from flows import versions
-from flows.evidence import broken
+from bench.registered import made, model_and_sources, workspace_at
 from flows.promote import promote, rollback
-from tasks import version_tags as tag
-from tasks.errors import AliasMoved, BadModel, BadParams, GateRefused
-from tasks.ledger import move_champion, moves
-from tasks.outputs import digests
-from tasks.params_reading import load
-from tasks.register import register
-from tasks.registry import fetch_model, version_at, version_of
-from tasks.tracking import connect
+from flows.registry import history
+from flows.registry.evidence import broken
+from tasks.core.artifacts import digests
+from tasks.core.errors import AliasMoved, BadModel, BadParams, GateRefused
+from tasks.register.stage import register
+from tasks.registry import names as tag
+from tasks.registry.alias_log import move_champion, moves
+from tasks.registry.client import connect
+from tasks.registry.versions import fetch_model, version_at, version_of
 
 MODEL = "temper-tiny"
 RIGHT = {"1": 150, "2": 190, "3": 20}
@@ -39,7 +38,7 @@ def registered(pico_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     for number, right in RIGHT.items():
         (folder / number).mkdir()
         outputs = made(folder / number, pico_base, right)
-        version = register(workspace, "qlora", outputs, f"content-{number}", load(workspace / "params.yaml"))
+        version = register(workspace, "qlora", outputs, f"content-{number}", *model_and_sources(workspace))
         assert str(version.version) == number
     return workspace
 
@@ -85,7 +84,7 @@ def test_a_version_that_fails_moves_nothing_and_says_why(workspace: Path) -> Non
     assert [finding.check for finding in done.verdict.findings if not finding.passed] == ["against champion"]
     assert champion(workspace) == "2"
     assert len(moves(connect(workspace), MODEL)) == 1
-    told = {each["version"]: each["passed"] for each in versions.history(workspace)["versions"]}
+    told = {each["version"]: each["passed"] for each in history.history(workspace)["versions"]}
     assert told == {"1": None, "2": True, "3": False}
 
 
@@ -208,7 +207,7 @@ def test_what_was_changed_after_it_was_registered_is_not_promoted_nor_rolled_bac
             "qlora",
             made(tmp_path / number, pico_base, RIGHT[number]),
             number,
-            load(workspace / "params.yaml"),
+            *model_and_sources(workspace),
         )
     promote.fn(workspace, "1")
     weights = fetch_model(client, version_of(client, MODEL, "2")) / "model.safetensors"
@@ -245,7 +244,7 @@ def test_results_that_are_not_the_versions_own_are_refused(workspace: Path, tmp_
 
 
 def test_compare_tells_the_paired_gain(workspace: Path) -> None:
-    found = versions.compare(workspace, "1", "2")
+    found = history.compare(workspace, "1", "2")
     score = found["suites"]["held_out"]["score"]
     assert (score["items"], score["first"], score["second"]) == (200, 0.75, 0.95)
     assert score["gain"] == pytest.approx(0.2)
@@ -255,8 +254,8 @@ def test_compare_tells_the_paired_gain(workspace: Path) -> None:
 
 def test_lineage_goes_from_a_version_to_its_rows(workspace: Path) -> None:
     promote.fn(workspace, "2", "better")
-    found = versions.lineage(workspace, f"models:/{MODEL}@champion")
-    assert found == versions.lineage(workspace, "2")
+    found = history.lineage(workspace, f"models:/{MODEL}@champion")
+    assert found == history.lineage(workspace, "2")
     assert found["key"] == "content-2"
     assert found["data"]["rendered"] == {"train/chat.parquet": "0" * 64}
     assert found["data"]["sources"]["chats"] == {"kind": "generator", "use": "train", "licence": "Apache-2.0"}
@@ -267,7 +266,7 @@ def test_lineage_goes_from_a_version_to_its_rows(workspace: Path) -> None:
     folder = fetch_model(client, version_of(client, MODEL, "2"))
     assert found["files"] == digests(folder)
     with pytest.raises(BadParams, match="the registry has no such version"):
-        versions.lineage(workspace, f"models:/{MODEL}@nobody")
+        history.lineage(workspace, f"models:/{MODEL}@nobody")
 
 
 # --- a person's word --------------------------------------------------------------------------------------------------
@@ -292,7 +291,7 @@ def waiting(answer: bool, note: str) -> threading.Thread:
     """Answers as a person would, as soon as a flow run waits."""
     from prefect.client.orchestration import get_client
 
-    from flows.approval import approve
+    from flows.registry.approval import approve
 
     def work() -> None:
         deadline = time.monotonic() + 120
@@ -310,7 +309,7 @@ def waiting(answer: bool, note: str) -> threading.Thread:
 
 
 def test_a_promotion_waits_for_a_persons_word(prefect: None, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flows.approval.POLL_S", 0.2)
+    monkeypatch.setattr("flows.registry.approval.POLL_S", 0.2)
     ask_a_person(workspace, 100)
     for answer, note, champion_then in ((False, "wait for Monday", None), (True, "looks good", "1")):
         thread = waiting(answer, note)
@@ -335,7 +334,7 @@ def artifacts(key: str) -> list[str]:
 
 
 def test_a_promotion_that_nobody_answers_ends(prefect: None, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flows.approval.POLL_S", 0.2)
+    monkeypatch.setattr("flows.registry.approval.POLL_S", 0.2)
     ask_a_person(workspace, 1)
     with pytest.raises(GateRefused, match="nobody approved of version 1 within 1 s"):
         promote(workspace, "1")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from flows.comparison_page import PAGE as COMPARISON
-from flows.params_file import change_params
-from tasks import graph
-from tasks.generation_params import Generation
+from flows.comparison.page import PAGE as COMPARISON
+from flows.run.edit_params import change_params
+from tasks.core import pipeline
+from tasks.inference.params import Generation
 from tests.conftest import FIRST_RUN, digests, dvc, pico_workspace, temper
 
 METHODS = ("qlora", "orpo", "reft")
@@ -35,7 +35,7 @@ def test_the_run_ends_with_figures_a_champion_a_reply_times_and_where_to_look(fa
         r"models:/temper-tiny/[123] \((qlora|orpo|reft)\) is now champion: models:/temper-tiny@champion", said
     )
     assert re.search(r"^  user: .+\n(.+\n)*?  assistant:", said, re.MULTILINE)
-    for stage in graph.load(factory):
+    for stage in pipeline.load(factory):
         assert re.search(rf"^{re.escape(stage)} +completed +\d+\.\d", said, re.MULTILINE), stage
     assert re.search(rf"^comparison: +{re.escape(str(factory / COMPARISON))}$", said, re.MULTILINE)
     assert "mlflow ui --backend-store-uri" in said
@@ -50,9 +50,9 @@ def test_a_stages_output_is_in_prefects_task_log_line_by_line(factory: Path) -> 
     logs: dict[str, list[str]] = {}
     for task, message in rows:
         logs.setdefault(task, []).append(message)
-    assert set(graph.load(factory)) <= set(logs)
+    assert set(pipeline.load(factory)) <= set(logs)
     assert any(re.fullmatch(r"train qlora: .*\d+/\d+ steps.*", line) for line in logs["train@qlora"])
-    keys = graph.recorded_keys(factory)
+    keys = pipeline.recorded_keys(factory)
     for stage, lines in logs.items():
         assert f"content key {keys[stage]}" in lines
 
@@ -66,7 +66,7 @@ def test_the_artifact_links_every_method_to_its_mlflow_run(factory: Path) -> Non
 
 
 def test_the_comparison_is_linked_from_prefect_and_kept_in_mlflow(factory: Path, tmp_path: Path) -> None:
-    from tasks.tracking import connect
+    from tasks.registry.client import connect
 
     with sqlite3.connect(factory / ".temper" / "prefect" / "prefect.db") as database:
         ((data,),) = database.execute("select data from artifact where key = 'comparison'").fetchall()
@@ -81,11 +81,11 @@ def test_the_comparison_is_linked_from_prefect_and_kept_in_mlflow(factory: Path,
 
 def test_one_identity_from_the_registry_to_the_rows(factory: Path) -> None:
     """The content key that DVC's lock gives the training is on the MLflow run and on the version."""
-    from tasks.registry import versions
-    from tasks.tracking import connect
+    from tasks.registry.client import connect
+    from tasks.registry.versions import versions
 
     client = connect(factory)
-    keys = graph.recorded_keys(factory)
+    keys = pipeline.recorded_keys(factory)
     found = {version.tags["temper.method"]: version for version in versions(client, "temper-tiny")}
     template = json.loads((factory / "data" / "rendered" / "manifest.json").read_text())["template_sha256"]
     assert set(found) == set(METHODS)
@@ -104,7 +104,7 @@ def test_one_identity_from_the_registry_to_the_rows(factory: Path) -> None:
 def test_a_version_has_its_signature_example_and_aliases(factory: Path) -> None:
     import mlflow
 
-    from tasks.tracking import connect
+    from tasks.registry.client import connect
 
     client = connect(factory)
     aliases = client.get_registered_model("temper-tiny").aliases
@@ -117,8 +117,8 @@ def test_a_version_has_its_signature_example_and_aliases(factory: Path) -> None:
 
 
 def test_one_training_runs_at_a_time(factory: Path) -> None:
-    from tasks.registry import versions
-    from tasks.tracking import connect
+    from tasks.registry.client import connect
+    from tasks.registry.versions import versions
 
     client = connect(factory)
     entries = [json.loads(line) for line in (factory / ".temper" / "journal.jsonl").read_text().splitlines()]
@@ -143,7 +143,7 @@ def test_status_tells_programs_what_there_is(factory: Path) -> None:
     for method in METHODS:
         assert told["methods"][method]["loss"] == metrics[method]["loss"]
         assert told["methods"][method]["exact_match"] == metrics[method]["exact_match"]["mean"]
-    assert set(told["stages"]) == set(graph.load(factory))
+    assert set(told["stages"]) == set(pipeline.load(factory))
     assert {stage["state"] for stage in told["stages"].values()} == {"current"}
     assert all(stage["seconds"] > 0 for stage in told["stages"].values())
 
@@ -151,7 +151,7 @@ def test_status_tells_programs_what_there_is(factory: Path) -> None:
 def test_no_process_of_a_run_asks_the_network_for_anything(factory: Path) -> None:
     heard = [line.split("\t") for line in (factory.parent / "connections.txt").read_text().splitlines()]
     watched = [command for asked, command in heard if asked == "started"]
-    for process in ("flows.cli run", "prefect.server", *(node.command for node in graph.load(factory).values())):
+    for process in ("flows.cli run", "prefect.server", *(node.command for node in pipeline.load(factory).values())):
         assert any(process[:60].removeprefix("python ") in command for command in watched), process
     asked = {asked for asked, _ in heard} - {"started"}
     assert asked <= {"127.0.0.1", "localhost", "::1", "None"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tasks.head import Head, score_targets
+from tasks.inference.linear_cross_entropy import Head, score_targets
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from tasks.adapted import fresh, load_adapted, publish, published_state
 from tasks.adapters.adalora import orthogonality_penalty
-from tasks.errors import BadModel
-from tasks.progress import Progress
-from tasks.train import train
-from tests.samples import ADALORA, SFT, method
-from tests.tasks.test_train import examples
+from tasks.adapters.attach import fresh, load_adapted, publish, published_state
+from tasks.core.errors import BadModel
+from tasks.core.progress import Progress
+from tasks.train.trainer import train
+from tests.helpers.samples import ADALORA, SFT, method
+from tests.tasks.train.test_trainer import examples
 
 METHOD = method({**ADALORA, "warmup_steps": 2, "final_steps": 2}, SFT, epochs=3, learning_rate=0.05)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tasks.adapters.bottleneck import FORMS, BottleneckConfig
-from tests.tasks.adapters.test_reft import DECODERS, pico_model
+from tests.tasks.adapters.reft.test_reft import DECODERS, pico_model
 
 VALUES = Path(__file__).with_name("bottleneck.safetensors")
 """What the AdapterHub library gave; infra/make_bottleneck_values.py wrote it."""

@@ -1,0 +1,1 @@
+"""Asking models from the command line, several adapters on one base."""

@@ -1,0 +1,240 @@
+"""One base model in memory with several adapters: W0 + B1 A1 -> W0 + B2 A2 without loading anything again.
+
+Adapters of one method lie beside each other and one is switched on. Between methods the layers of the one are taken
+out of the base and those of the other put in, which leaves the base as it was. A merged adapter is part of the weights,
+so that a pass costs what it costs without one. What the weights were is kept, since a sum in floating point is not
+undone by a subtraction.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tasks.adapters.attach import Adapter, folder_base, put_on, read_adapter
+from tasks.adapters.files import check_base
+from tasks.core.errors import BadModel, BadParams
+from tasks.models.loader import Model
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+_BESIDE_EACH_OTHER = ("LORA", "IA3", "REFT", "BOTTLENECK")
+"""Methods of which PEFT holds several adapters that know nothing of one another."""
+
+_LEAVES_BASE = (True, False, "gaussian", "orthogonal", "eva")
+"""Initial values of LoRA that leave the base's weights alone; others (PiSSA, OLoRA, LoftQ) take a part out of them."""
+
+
+class _Held(NamedTuple):
+    adapter: Adapter
+    inside: str
+    """What PEFT knows it as; a name from outside may hold what PEFT cannot have in one, such as a dot."""
+
+
+class Resident:
+    """A base and its adapters, of which at most one is in use.
+
+    Args:
+        base: a model without an adapter; it belongs to this object from here on.
+    """
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        self._base = base
+        self._parameters = dict(base.named_parameters(remove_duplicate=False))
+        self._tuned: PeftModel | None = None
+        self._held: dict[str, _Held] = {}
+        self._kept: list[tuple[nn.Parameter, Tensor]] = []
+        self._layers: list[Any] = []
+        self.active: str | None = None
+        """The adapter in use."""
+        self.merged: str | None = None
+        """The adapter that is part of the weights now; it is then the active one."""
+
+    @property
+    def model(self) -> Model:
+        """The model with the adapter in use, or the bare base; ask again after every change."""
+        return self._base if self._tuned is None else self._tuned
+
+    @property
+    def kept_bytes(self) -> int:
+        """Host memory that the touched weights' former values take while an adapter is merged; else 0.
+
+        It is the size of the weights that the adapter changes and no more: nearly the model's for LoRA on all linear
+        layers, a sixth of it for the queries and values of a Llama 2 with 7B parameters.
+        """
+        return sum(before.nbytes for _, before in self._kept)
+
+    def load(self, name: str, folder: Path, *, any_base: bool = False) -> None:
+        """Reads an adapter and puts it on the base once, so that it is known to fit; what was in use stays in use.
+
+        Raises:
+            BadParams: the name is taken.
+            BadModel: the adapter is damaged, unknown, of another base, does not fit, or changes the base itself.
+        """
+        if name in self._held:
+            raise BadParams("there is an adapter of this name already", got=name, expected="another name")
+        if not any_base:
+            check_base(folder, folder_base(self._base))
+        adapter = read_adapter(folder)
+        active, merged = self.active, self.merged
+        self.unmerge()
+        self._check_leaves_base(adapter)
+        self._held[name] = _Held(adapter, f"adapter{len(self._held)}")
+        try:
+            self._put(name)
+        except BadModel:
+            del self._held[name]
+            self.release()
+            raise
+        finally:
+            if active is None:
+                self.off()
+            else:
+                self.merge(active) if merged else self.use(active)
+
+    def use(self, name: str) -> None:
+        """Makes an adapter the one in use.
+
+        Raises:
+            BadParams: there is no such adapter.
+        """
+        if name not in self._held:
+            known = ", ".join(self._held) or "none was loaded"
+            raise BadParams("there is no such adapter", got=name, expected=known)
+        self.unmerge()
+        tuned = self._put(name)
+        tuned.set_adapter(self._held[name].inside, inference_mode=True)
+        if not tuned.active_peft_config.is_prompt_learning:
+            tuned.base_model.enable_adapter_layers()
+        tuned.requires_grad_(False)
+        self.active = name
+
+    def off(self) -> None:
+        """Uses the bare base; adapters stay beside its weights, so that the next use is quick."""
+        self.unmerge()
+        if self._tuned is not None and self._tuned.active_peft_config.is_prompt_learning:
+            self.release()
+        elif self._tuned is not None:
+            self._tuned.base_model.disable_adapter_layers()
+        self.active = None
+
+    def release(self) -> PreTrainedModel:
+        """The base as it was before any adapter, with all of them taken out; the next use puts one in again."""
+        from tasks.adapters.prompt_tuning import count_as_before
+
+        self.unmerge()
+        if self._tuned is not None and not self._tuned.active_peft_config.is_prompt_learning:
+            self._tuned.unload()
+        count_as_before(self._base)
+        self._tuned = self.active = None
+        return self._base
+
+    def merge(self, name: str) -> None:
+        """Makes an adapter part of the weights, in place of the one that may be merged now.
+
+        Raises:
+            BadParams: there is no such adapter.
+            BadModel: it cannot become part of weights, or not without rounding a quantized base.
+        """
+        self.use(name)
+        layers = self._mergeable_layers(name)
+        parameters = {id(p): p for layer in layers for p in layer.get_base_layer().parameters(recurse=False)}
+        self._kept = [(p, p.detach().to("cpu", copy=True)) for p in parameters.values()]
+        self._layers, self.merged = layers, name
+        try:
+            for layer in layers:
+                layer.merge(adapter_names=[self._held[name].inside])
+        except BaseException:
+            self.unmerge()
+            raise
+
+    def unmerge(self) -> None:
+        """Brings the weights back to what they were, bit for bit; the adapter stays in use beside them."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Unmerge result can be inaccurate")  # it is not what is kept
+            for layer in self._layers:
+                if layer.merged:
+                    layer.unmerge()  # for what PEFT remembers of it; the weights that this leaves are rounded
+        for parameter, before in self._kept:
+            parameter.data.copy_(before)
+        self._kept, self._layers, self.merged = [], [], None
+
+    def _put(self, name: str) -> PeftModel:
+        """The model with an adapter among those on it; those of another method are taken out."""
+        adapter, inside = self._held[name]
+        if self._tuned is not None and inside in self._tuned.peft_config:
+            return self._tuned
+        if self._tuned is not None and not _lie_beside([*self._tuned.peft_config.values(), adapter.config]):
+            self.release()
+        self._tuned = put_on(self._base if self._tuned is None else self._tuned, adapter, inside)
+        return self._tuned
+
+    def _check_leaves_base(self, adapter: Adapter) -> None:
+        """Refuses what would change the base for the other adapters too.
+
+        PEFT stores with an adapter the embeddings that it touches and the biases that it may have learnt, which it
+        writes into the base; those must be the base's own. The modules that an adapter replaces stay in the base when
+        PEFT takes it out.
+        """
+        config = adapter.config.to_dict()
+        wrong = [f"{name}: {config[name]}" for name in ("layer_replication", "modules_to_save") if config.get(name)]
+        if config.get("init_lora_weights", True) not in _LEAVES_BASE:
+            wrong.append(f"init_lora_weights: {config['init_lora_weights']}")
+        for name, tensor in adapter.state.items():
+            own = self._parameters.get(name.removeprefix("base_model.model.").replace(".base_layer.", "."))
+            if not tensor.to(own).equal(own) if own is not None else ".base_layer." in name:
+                wrong.append(f"{name}: not the weights of this base")
+        if wrong:
+            raise BadModel(
+                "changes the base itself, which others share",
+                where=str(adapter.where),
+                examples=wrong,
+                fix="merge it into a model of its own; or, where it began from a part of the base (PiSSA, OLoRA), "
+                "convert it to plain LoRA (`path_initial_model_for_weight_conversion` of PEFT's save_pretrained)",
+            )
+
+    def _mergeable_layers(self, name: str) -> list[Any]:
+        """The layers whose weights an adapter changes, after checking that it can become part of all of them."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        from tasks.adapters.hooks import HookedTuner
+
+        (adapter, inside), tuned = self._held[name], self._put(name)
+        where = str(adapter.where)
+        layers = [m for m in tuned.modules() if isinstance(m, BaseTunerLayer) and inside in _adapters_of(m)]
+        if isinstance(tuned.base_model, HookedTuner):
+            raise BadModel(
+                "cannot be merged", where=where, got=tuned.base_model.unmergeable, fix="use it without merging"
+            )
+        if not layers or any(type(layer).merge is BaseTunerLayer.merge for layer in layers):
+            kind = str(adapter.config.peft_type.value)
+            raise BadModel("cannot be merged", where=where, got=kind, expected="a method that adds to weights")
+        weights = [layer.get_base_layer().weight for layer in layers]
+        if not all(weight.is_floating_point() for weight in weights):
+            raise BadModel(
+                "would be rounded away in a quantized base", where=where, fix="load the base in 16 bit, or do not merge"
+            )
+        for weight in weights:
+            if sum(own is weight for own in self._parameters.values()) > 1:
+                raise BadModel(
+                    "cannot be merged: it changes one of two layers that share their weights",
+                    where=where,
+                    fix="use it without merging",
+                )
+        return layers
+
+
+def _adapters_of(layer: Any) -> set[str]:
+    """The adapters that have a part in a layer."""
+    return {name for group in layer.adapter_layer_names for name in getattr(layer, group)}
+
+
+def _lie_beside(configs: list[PeftConfig]) -> bool:
+    """Whether PEFT holds these adapters beside each other; LoRA that learns biases changes the base's own."""
+    kinds = {str(config.peft_type.value) for config in configs}
+    plain = all(config.to_dict().get("bias", "none") == "none" for config in configs)
+    return len(kinds) == 1 and kinds <= set(_BESIDE_EACH_OTHER) and plain

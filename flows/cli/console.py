@@ -1,0 +1,213 @@
+"""What commands print."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import cycle, groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from flows.cli.format import local_time, size, table
+
+if TYPE_CHECKING:
+    from flows.files.show_tokens import Shown
+    from flows.retrain import Report
+    from flows.run.doctor import Finding
+    from flows.run.schedule import Scheduled
+
+
+def difference(text: str) -> None:
+    """The change of params.yaml."""
+    colours = {"+": typer.colors.GREEN, "-": typer.colors.RED}
+    for line in text.splitlines():
+        typer.secho(line, fg=colours.get(line[:1]))
+    typer.echo("")
+
+
+def evaluation(found: Mapping[str, Any]) -> None:
+    """The scores of a model on suites, task by task."""
+    for suite, each in found["suites"].items():
+        rows = [(task, about) for task, about in each["tasks"].items()]
+        rows += [("all", each)] if len(rows) > 1 else []
+        table(
+            [
+                {
+                    suite: name,
+                    "metric": about["metric"],
+                    "rows": str(about["rows"]),
+                    "score": "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**about["score"]),
+                    "figures": ", ".join(f"{key} {value:.4g}" for key, value in about.get("figures", {}).items()),
+                }
+                for name, about in rows
+            ]
+        )
+        if skipped := each.get("skipped"):
+            typer.echo(f"skipped, because it is not there: {', '.join(skipped)}")
+    if cost := found.get("cost"):
+        typer.echo("{seconds:.1f} s, {tokens} tokens, {tokens_per_s:.0f} tokens/s on {device}".format(**cost))
+
+
+def inspection(found: Mapping[str, Any]) -> None:
+    """What a file or folder of rows is."""
+    files = [file for file in found["files"] if not file["error"]]
+    if len(found["files"]) > 1:
+        table([{"file": file["path"], "format": file["format"], "rows": str(file["rows"])} for file in files])
+        for file in found["files"]:
+            if file["error"]:
+                typer.echo(f"no rows: {file['error']}")
+        typer.echo("")
+    kinds = ", ".join(f"{count} {kind}" for kind, count in found["kinds"].items())
+    typer.echo(f"{found['path']}: {found['format']}, {found['rows']} rows ({kinds})")
+    for name in ("rejected", "repaired", "duplicates", "leaks"):
+        typer.echo(f"  {name + ':':<12}{found[name]}")
+    for title, counts in (("why", "reasons"), ("repairs", "repairs"), ("also found", "warnings")):
+        for name, count in found.get(counts, {}).items():
+            typer.echo(f"  {title + ':':<12}{count} x {name}")
+    for name, leaks in found.get("benchmarks", {}).items():
+        said = f"{leaks['exact']} of {leaks['questions']} questions whole, {leaks['overlapping']} in part"
+        typer.echo(f"  {'benchmark:':<12}{name}: {said}, in {leaks['rows']} rows")
+
+
+def rendering(rows: Sequence[Shown], counts: Mapping[str, int], refused: Mapping[str, int]) -> None:
+    """Rows as tokens: in colour where the terminal has it, else with brackets around what is learnt."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for row in rows:
+        typer.secho(row.place, bold=True)
+        if colour:
+            greens = cycle((typer.colors.GREEN, typer.colors.BRIGHT_GREEN))  # by turns, so that one sees the tokens
+            for token, learnt in row.tokens:
+                typer.secho(token, bg=next(greens) if learnt else None, fg="black" if learnt else None, nl=False)
+        else:
+            for learnt, run in groupby(row.tokens, key=lambda token: token[1]):
+                text = "".join(token for token, _ in run)
+                typer.echo(f"[[{text}]]" if learnt else text, nl=False)
+        typer.echo("\n")
+    typer.echo("{rows} rows, {rendered} rendered, {tokens} tokens, {learnt} of them learnt".format(**counts))
+    for what, count in refused.items():
+        typer.echo(f"  refused: {count} x {what}")
+
+
+def summary(workspace: Path, report: Report) -> None:
+    """The end of a run: figures, champion, a reply of it, times, and where to look."""
+    from flows.chat.ask import ask, champion_uri, sample
+    from flows.cli.registry_console import promotion
+    from flows.run import prefect_server
+    from flows.run.status import read_results
+    from flows.run.status import table as results_table
+
+    promoted = report.promotion
+    typer.echo("")
+    table(results_table(read_results(workspace)))
+    if promoted:
+        promotion(promoted)
+    ran = [outcome for outcome in report.outcomes if outcome.state != "unchanged"]
+    if not ran:
+        typer.echo("\nnothing has changed since the last run")
+    elif promoted and promoted.champion:
+        turns, expected = sample(workspace)
+        typer.echo(f"\nthe champion on a held-out row (expected: {expected})")
+        for role, text in turns:
+            typer.echo(f"  {role}: {text}")
+        typer.echo(f"  assistant: {ask(workspace, champion_uri(workspace), turns, 128)}")
+    if ran:
+        typer.echo("")
+        table(
+            [{"stage": outcome.stage, "state": outcome.state, "seconds": f"{outcome.seconds:.1f}"} for outcome in ran]
+        )
+    for name, where in {"comparison": report.comparison, **prefect_server.ui_commands(workspace)}.items():
+        typer.echo(f"{name + ':':<11} {where}")
+
+
+def overview(found: Mapping[str, Any]) -> None:
+    """What `temper status` prints for people."""
+    champion = found["champion"]
+    typer.echo(f"model:    {found['model']}")
+    typer.echo(f"champion: version {champion['version']} ({champion['method']})" if champion else "champion: none yet")
+    typer.echo("")
+    figures = ([("base", found["base"])] if found["base"] else []) + list(found["methods"].items())
+    table(
+        [
+            {
+                "model": name,
+                "exact match": f"{each['exact_match']:.3f}",
+                "loss": f"{each['loss']:.3f}",
+                "version": each.get("version") or "",
+            }
+            for name, each in figures
+        ]
+    )
+    table(
+        [
+            {"stage": name, "state": each["state"], "seconds": f"{each['seconds']:.1f}"}
+            for name, each in found["stages"].items()
+        ]
+    )
+
+
+def merged(found: Mapping[str, Any]) -> None:
+    """What `temper merge` wrote."""
+    typer.echo(f"{found['out']}: {found['bytes'] / 1e6:.1f} MB, {found['form']}")
+    for name, each in found.get("onto", {}).items():
+        typer.echo(f"  onto the {name} weights: mean KL {each['mean_kl']:.2e} nats per token")
+
+
+def schedules(found: Sequence[Scheduled]) -> None:
+    """What `temper schedule --list` prints."""
+    if not found:
+        typer.echo('no schedules; make one with: temper schedule --cron "0 3 * * *"')
+    table(
+        [
+            {
+                "name": each.name,
+                "schedule": each.schedule,
+                "state": "paused" if each.paused else "active",
+                "next run": each.next_run,
+                "workspace": each.workspace,
+            }
+            for each in found
+        ]
+    )
+
+
+def examination(findings: Sequence[Finding]) -> None:
+    """What `temper doctor` prints; exits with 1 when something is amiss."""
+    marks = {True: "ok", False: "BAD", None: ""}
+    table([{"": marks[finding.good], "subject": finding.subject, "found": finding.found} for finding in findings])
+    if any(finding.good is False for finding in findings):
+        raise typer.Exit(1)
+
+
+def estimation(found: Mapping[str, Any]) -> None:
+    """What `temper estimate` prints for people."""
+    machine = found["machine"]
+    typer.echo(f"model:   {found['model']}\nrows:    {found['rows']}")
+    free = f"{size(machine['free_bytes'])} free, of which Python itself takes {size(machine['process_bytes'])}"
+    typer.echo(f"machine: {machine['device']}, trains in {machine['dtype']}, {free}\n")
+    kinds = ("weights", "gradients", "optimizer", "activations", "logits", "total")
+    table(
+        [
+            {
+                "method": name,
+                "dtype": dtype,
+                "trained": f"{each['trained']:,} of {each['all']:,} ({each['trained'] / each['all']:.4%})",
+                **{kind: size(each[kind]) for kind in kinds},
+                "fits": f"{'yes' if each['fits'] else 'NO'}, {size(abs(each['left_bytes']))} "
+                + ("left" if each["fits"] else "short"),
+                "time, roughly": local_time(each["step_s"], each["steps"]),
+            }
+            for name, method in found["methods"].items()
+            for dtype, each in method["dtypes"].items()
+        ]
+    )
+    for name, method in found["methods"].items():
+        if method["problem"]:
+            typer.echo(f"{name} cannot be estimated: {method['problem']}")
+    if machine["device"] == "cpu":
+        typer.echo("the C library keeps freed blocks under 32 MiB: of small models more can be resident than in use")
+    for name, method in found["methods"].items():
+        for suggestion in method["suggestions"]:
+            typer.echo(f"{name} would fit with {suggestion['change']} ({size(suggestion['total_bytes'])})")

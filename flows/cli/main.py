@@ -1,0 +1,291 @@
+"""The command `temper`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flows.cli import console, files, registry
+from flows.run.locate import Workspace, enter, ready, seen_from_here
+from tasks.core import pipeline
+from tasks.core.errors import BadParams, Interrupted, TemperError
+from tasks.core.stage import tell_of_storage
+
+app = typer.Typer(
+    help="A fine-tuning factory for language models: from data to a registered, promoted model, in one command.\n\n"
+    "Commands work on the nearest folder above that holds dvc.yaml and params.yaml. "
+    "With --debug anywhere, an error shows its traceback.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+app.add_typer(registry.app)
+app.add_typer(files.app)
+
+
+@app.command()
+def run(
+    recipe: Annotated[
+        Path | None, typer.Option(resolve_path=True, help="Put this params file in place of params.yaml first.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change one value of params.yaml first, such as train.qlora.epochs=2; may be repeated.",
+        ),
+    ] = None,
+    promote: Annotated[bool, typer.Option(help="Promote the best method at the end, if it passes the gate.")] = True,
+    workspace: Workspace = None,
+) -> None:
+    """Bring every stage up to date, then promote the best method.
+
+    What has not changed since the last run is passed over. A run that was interrupted goes on where it was.
+    """
+    from flows.run import prefect_server
+    from flows.run.edit_params import change_params
+    from flows.run.lock import held
+    from flows.run.progress_board import on_board, plain_logs
+
+    root = enter(workspace)
+    with held(root, "temper run"):
+        if difference := change_params(root, recipe, set_ or []):
+            console.difference(difference)
+        prefect_server.end_old_server(root)
+        terminal = sys.stderr.isatty()
+        prefect_server.prepare(root, terminal=terminal)
+        from flows.retrain import retrain
+
+        if not _debugging:
+            plain_logs()
+        with on_board(len(pipeline.load(root)), terminal=terminal), _stopping_cleanly(root):
+            report = retrain(root, promote)
+        console.summary(root, report)
+
+
+@app.command()
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False, workspace: Workspace = None
+) -> None:
+    """Show the champion, the figures of every method and the state of every stage."""
+    from flows.run import prefect_server
+    from flows.run.status import overview
+
+    root = enter(workspace)
+    prefect_server.prepare(root, terminal=True)
+    found = overview(root)
+    typer.echo(json.dumps(found, indent=2, ensure_ascii=False)) if as_json else console.overview(found)
+
+
+@app.command()
+def page(workspace: Workspace = None) -> None:
+    """Write the page that compares all models, from what was trained and evaluated so far, and print its path.
+
+    A run ends with the same page, and logs it to MLflow. It is one HTML file that needs nothing beside it.
+    """
+    from flows.comparison.page import write
+
+    typer.echo(write(enter(workspace)))
+
+
+@app.command()
+def chat(
+    text: Annotated[str, typer.Argument(help="What to say to the model.")],
+    model: Annotated[
+        str | None, typer.Option(help="A registered model such as models:/NAME@champion, or a model folder.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="A reply is at most so long.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; above, the reply is drawn.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many of the likeliest tokens; 0: from all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the fewest tokens that have this probability together.")
+    ] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1, tokens that were generated before become less likely.")
+    ] = 1.0,
+    repetition_range: Annotated[
+        int, typer.Option(help="Only among the last so many generated tokens; 0: among all.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed and text give the same reply.")] = 0,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Put this adapter on the model, by default the workspace's base: a folder, hub:OWNER/NAME@COMMIT, "
+            "models:/NAME/VERSION or models:/NAME@ALIAS. May be repeated: each answers, on one base in memory. "
+            "The base is not quantized, also for an adapter that was trained on it in 4 bits (NF4) or 8."
+        ),
+    ] = None,
+    any_base: Annotated[bool, typer.Option("--any-base", help="Also adapters that name another base.")] = False,
+    workspace: Workspace = None,
+) -> None:
+    """Ask the champion, or another model, or a base with one or several adapters; greedily, unless told otherwise."""
+    from flows.chat.ask import REGISTERED, ask, ask_adapters, champion_uri
+    from tasks.inference.params import generation_of
+
+    asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    asked |= {"repetition_penalty": repetition_penalty, "repetition_range": repetition_range}
+    generation = generation_of(asked, "temper chat")
+
+    if model and not model.startswith(REGISTERED):
+        model = str(Path(model).resolve())  # seen from here, not from the workspace
+    references = [seen_from_here(reference) for reference in adapter or []]
+    root = ready(workspace)
+
+    if not references:
+        typer.echo(ask(root, model or champion_uri(root), [("user", text)], max_tokens, generation))
+        return
+    base = Path(model) if model else root / next(out for out in pipeline.load(root)["base"].outs)
+    for reference, reply in ask_adapters(root, base, references, text, max_tokens, generation, any_base=any_base):
+        typer.echo(f"{reference}: {reply}" if len(references) > 1 else reply)
+
+
+@app.command()
+def push(
+    reference: Annotated[
+        str,
+        typer.Argument(help="A folder of an adapter or a model, or the adapter of models:/NAME/VERSION or @ALIAS."),
+    ],
+    name: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub.")],
+    private: Annotated[bool, typer.Option("--private", help="A new repository is for its owner alone.")] = False,
+    message: Annotated[str, typer.Option(help="The message of the commit.")] = "Upload with temper",
+    workspace: Workspace = None,
+) -> None:
+    """Upload an adapter or a model folder to the Hugging Face hub, and print the commit that pins it.
+
+    The token is the hub client's own: HF_TOKEN, or what `hf auth login` stored.
+    """
+    from tasks.publish.hub_upload import push as upload
+    from tasks.registry.adapter_refs import find
+
+    reference = seen_from_here(reference)
+    root = ready(workspace)
+    done = upload(find(reference, root), name, private=private, message=message)
+    typer.echo(f"hub:{name}@{done.commit}" + ("" if done.changed else "\nnothing changed: this is what was there"))
+
+
+@app.command()
+def schedule(
+    cron: Annotated[
+        str | None, typer.Option(help='Serve the schedule of a cron line, in UTC, such as "0 3 * * *".')
+    ] = None,
+    every: Annotated[str | None, typer.Option(help="Serve a run every so often: 30m, 6h, 1d.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the schedules.")] = False,
+    pause: Annotated[bool, typer.Option("--pause", help="Pause this workspace's schedule.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume it.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove it.")] = False,
+    workspace: Workspace = None,
+) -> None:
+    """Run the factory on a schedule for as long as this command runs; or list, pause, resume or remove the schedule."""
+    chosen = [bool(cron), bool(every), list_, pause, resume, remove]
+    if sum(chosen) != 1:
+        raise BadParams("say one of --cron, --every, --list, --pause, --resume, --remove", got=f"{sum(chosen)} of them")
+    root = ready(workspace, terminal=list_ or pause or resume or remove)
+    from flows.run import schedule
+
+    if list_:
+        console.schedules(schedule.listed())
+    elif pause or resume:
+        typer.echo(f"{'paused' if pause else 'resumed'} {schedule.pause(root, paused=pause)}")
+    elif remove:
+        typer.echo(f"removed {schedule.remove(root)}")
+    else:
+        line = schedule.check_cron(cron) if cron else None
+        typer.echo(f"serving the schedule of {root}; stop it with Ctrl-C")
+        schedule.serve(root, cron=line, every=schedule.parse_interval(every) if every else None)
+
+
+@app.command()
+def estimate(
+    model: Annotated[
+        Path | None, typer.Option(help="A model folder or a config.json; without it, the base of the workspace.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="One method of params.yaml; without it, all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    workspace: Workspace = None,
+) -> None:
+    """Tell what memory and time each method would need before anything is run, what fits here, and what would.
+
+    No weights are read: the largest training step is rehearsed on tensors without numbers. Times are rough.
+    """
+    from flows.files.estimate import estimates
+    from tasks.core.stage import quiet_libraries
+
+    quiet_libraries()
+    named = model.resolve() if model else None
+    found = estimates(enter(workspace), named, method)
+    typer.echo(json.dumps(found, indent=2, ensure_ascii=False)) if as_json else console.estimation(found)
+
+
+@app.command()
+def doctor(workspace: Workspace = None) -> None:
+    """Tell what is installed, what this machine can do, and which servers answer."""
+    from flows.run.doctor import examine
+
+    root = ready(workspace)
+    console.examination(examine(root))
+
+
+# --- around the commands ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _stopping_cleanly(root: Path) -> Iterator[None]:
+    """Lets Ctrl-C and SIGTERM end running stages after their present step, with a checkpoint, and then this process."""
+    from flows.run.prefect_server import end_old_server
+    from flows.run.progress_board import clear_board
+    from tasks.core.signals import STOPPING, on_stop
+    from tasks.orchestration.dvc_session import stop_all
+
+    def stop(number: int, frame: Any) -> None:
+        for each in STOPPING:
+            signal.signal(each, signal.SIG_IGN)
+        clear_board()
+        typer.echo("\nstopping: stages that train write a checkpoint first", err=True)
+        stop_all()
+        end_old_server(root)
+        typer.echo("stopped; `temper run` goes on from here", err=True)
+        os._exit(Interrupted.exit_code)  # not through Prefect, whose temporary server got the same signal
+
+    with on_stop(stop):
+        yield
+
+
+_debugging = "--debug" in sys.argv
+
+
+def main() -> None:
+    """Runs the command line; errors become one readable block and the exit code that they carry."""
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        app()
+    except TemperError as error:
+        if _debugging:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if _debugging:
+            raise
+        if told := tell_of_storage(error):
+            typer.echo(f"error: {told[0]}", err=True)
+            sys.exit(told[1])
+        typer.echo(
+            f"error: {type(error).__name__}: {error}\n  to fix:   add --debug to see where, and tell the maintainers",
+            err=True,
+        )
+        sys.exit(TemperError.exit_code)
+
+
+if __name__ == "__main__":
+    main()

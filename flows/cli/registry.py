@@ -1,0 +1,116 @@
+"""Commands that move the champion alias and tell of what is registered."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from flows.cli import registry_console as output
+from flows.run.locate import Workspace, ready
+from tasks.core.errors import GateRefused
+
+app = typer.Typer()
+
+Reason = Annotated[str, typer.Option(help="Why, for the ledger.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def promote(
+    version: Annotated[
+        str | None, typer.Option(help="The version to promote; without it, the best that was registered last.")
+    ] = None,
+    reason: Reason = "",
+    as_json: Json = False,
+    workspace: Workspace = None,
+) -> None:
+    """Make a version champion, if the gate lets it: better than the base, and not worse than the present champion."""
+    root = ready(workspace)
+    from flows.promote import promote as flow
+    from flows.run.lock import held
+    from tasks.core import pipeline
+    from tasks.orchestration.params import load
+
+    # only a flow run can wait for somebody; without one, Prefect's server need not start
+    run = flow if load(root / pipeline.PARAMS).promote.approval == "human" else flow.fn
+    with held(root, "temper promote"):
+        done = run(root, version, reason)
+    _told(output.promotion_numbers(done)) if as_json else output.promotion(done)
+    if not done.passed:
+        raise GateRefused("the gate refused it", where=done.model, fix="look at the checks above")
+
+
+@app.command()
+def rollback(
+    to: Annotated[str | None, typer.Option(help="An earlier champion; without it, the one before the present.")] = None,
+    reason: Reason = "",
+    as_json: Json = False,
+    workspace: Workspace = None,
+) -> None:
+    """Make an earlier champion champion again; its files are checked first."""
+    root = ready(workspace)
+    from flows.promote import rollback as flow
+    from flows.run.lock import held
+
+    with held(root, "temper rollback"):
+        done = flow.fn(root, to, reason)
+    _told(output.promotion_numbers(done)) if as_json else output.promotion(done)
+
+
+@app.command()
+def approve(
+    run: Annotated[str, typer.Argument(help="The flow run that waits; `temper promote` prints it.")],
+    refuse: Annotated[bool, typer.Option("--refuse", help="Say no.")] = False,
+    note: Annotated[str, typer.Option(help="Why, for the ledger.")] = "",
+    workspace: Workspace = None,
+) -> None:
+    """Say yes or no to a promotion that waits for it (promote.approval: human)."""
+    ready(workspace)
+    from flows.registry.approval import approve as resume
+
+    resume(run, approved=not refuse, note=note)
+    typer.echo(f"{'refused' if refuse else 'approved'}; the run goes on")
+
+
+@app.command()
+def history(as_json: Json = False, workspace: Workspace = None) -> None:
+    """Show every version, and every move of the champion alias: who, when, from where to where, and why."""
+    root = ready(workspace)
+    from flows.registry.history import history as found
+
+    _told(found(root)) if as_json else output.history(found(root))
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="The number of a version.")],
+    second: Annotated[str, typer.Argument(help="The number of another.")],
+    as_json: Json = False,
+    workspace: Workspace = None,
+) -> None:
+    """Show two versions on the items that both answered, with the interval of each difference."""
+    root = ready(workspace)
+    from flows.registry.history import compare as found
+
+    done = found(root, first, second)
+    _told(done) if as_json else output.comparison(done)
+
+
+@app.command()
+def lineage(
+    model: Annotated[str, typer.Argument(help="A version's number, models:/NAME/VERSION or models:/NAME@ALIAS.")],
+    as_json: Json = False,
+    workspace: Workspace = None,
+) -> None:
+    """Show where a version comes from: commit, keys, rows, params, base, adapter, evaluation, verdict."""
+    root = ready(workspace)
+    from flows.registry.history import lineage as found
+
+    done = found(root, model)
+    _told(done) if as_json else output.lineage(done)
+
+
+def _told(found: dict[str, Any]) -> None:
+    typer.echo(json.dumps(found, indent=2, ensure_ascii=False))

@@ -1,0 +1,1 @@
+"""The page that compares all models of a run."""

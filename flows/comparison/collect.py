@@ -1,0 +1,96 @@
+"""What the comparison of models is made of, read from where the stages left it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flows.comparison.disagreements import Answers, answers_of
+from flows.comparison.energy import Power, machine_power
+from tasks.core import pipeline
+from tasks.core.layout import STATE, cost_file
+from tasks.core.parquet import read_rows
+from tasks.evaluate.params import Evaluate
+from tasks.orchestration.params import load
+from tasks.orchestration.run_journal import seconds_by_key
+
+BASE = "base"
+
+
+class Training(NamedTuple):
+    """What a training left: its log by step, its summary, the bytes of its weights; seconds where it ran here."""
+
+    log: Sequence[Mapping[str, Any]]
+    summary: Mapping[str, Any]
+    weights_bytes: int
+    seconds: float | None
+
+
+class Model(NamedTuple):
+    """What there is of a model; `cost` is what evaluating it took."""
+
+    name: str
+    metrics: Mapping[str, Any]
+    answers: Answers
+    cost: Mapping[str, Any] | None
+
+
+class Found(NamedTuple):
+    """All that is compared.
+
+    Attributes:
+        models: the base, if it was evaluated, then the methods in the order of params.
+        missing: of what has no report, or one of an earlier form, the name and what to do.
+        methods: all of params, in their order.
+        trainings: by method, also of those without a report.
+        params: of the intervals.
+        power: what the estimate of energy rests on.
+    """
+
+    models: Sequence[Model]
+    missing: Mapping[str, str]
+    methods: Sequence[str]
+    trainings: Mapping[str, Training]
+    params: Evaluate
+    power: Power
+
+
+def gather(workspace: Path) -> Found:
+    """Reads the reports, adapters and times of a workspace, as far as they are there."""
+    params, seconds, nodes = load(workspace / pipeline.PARAMS), seconds_by_key(workspace), pipeline.load(workspace)
+    models, missing, trainings = [], {}, {}
+    for name in (BASE, *params.train):
+        stage = "baseline" if name == BASE else f"evaluate@{name}"
+        model = _model(workspace, name, nodes[stage].outs)
+        if isinstance(model, str):
+            missing[name] = f"{model}: temper run brings `{stage}` up to date"
+        else:
+            models.append(model)
+    for name in params.train:
+        adapter = workspace / nodes[f"train@{name}"].outs[0]
+        if (adapter / "summary.json").is_file():
+            trainings[name] = _training(adapter, seconds)
+    return Found(models, missing, list(params.train), trainings, params.evaluate, machine_power())
+
+
+def _model(workspace: Path, name: str, outs: Sequence[str]) -> Model | str:
+    """A model's report, or why there is none."""
+    figures, examples = (workspace / next(o for o in outs if o.endswith(end)) for end in (".json", ".parquet"))
+    if not (figures.is_file() and examples.is_file()):
+        return "was not evaluated"
+    metrics = json.loads(figures.read_text())
+    if "suites" not in metrics:
+        return "was evaluated by an earlier temper, which knew no suites"
+    cost = cost_file(workspace / STATE, name)
+    answers = answers_of(read_rows(examples))
+    return Model(name, metrics, answers, json.loads(cost.read_text()) if cost.is_file() else None)
+
+
+def _training(adapter: Path, seconds: Mapping[str, float]) -> Training:
+    """A training as its folder tells it; `seconds` by content key."""
+    summary = json.loads((adapter / "summary.json").read_text())
+    log = [json.loads(line) for line in (adapter / "log.jsonl").read_text().splitlines()]
+    weights = sum(file.stat().st_size for file in adapter.rglob("*.safetensors"))
+    return Training(log, summary, weights, seconds.get(summary["key"]))

@@ -1,0 +1,119 @@
+"""What models make of the same items: gains with their intervals, and the items on which models differ most."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+from tasks.evaluate.params import Evaluate
+from tasks.reports.statistics import Interval, bootstrap
+
+MOST_SHOWN = 12
+
+
+class Item(NamedTuple):
+    """What makes items of two models the same; `repeat` counts those that are alike in all else, from 0."""
+
+    suite: str
+    task: str
+    prompt_sha256: str
+    target: str
+    repeat: int
+
+
+class Answered(NamedTuple):
+    """What one model made of an item; a higher score is better."""
+
+    prompt: str
+    prediction: str
+    score: float
+
+
+Answers: TypeAlias = Mapping[Item, Answered]
+"""All that one model answered."""
+
+
+class Gain(NamedTuple):
+    """How much better a model scores than another on the items of a suite that both answered."""
+
+    interval: Interval
+    items: int
+
+    @property
+    def says(self) -> str:
+        """`better`, `worse`, or, where the interval holds 0, `unclear`."""
+        return "better" if self.interval.low > 0 else "worse" if self.interval.high < 0 else "unclear"
+
+
+class Difference(NamedTuple):
+    """An item with what each model answered, by the model's name."""
+
+    item: Item
+    prompt: str
+    answers: Mapping[str, Answered]
+
+
+def answers_of(rows: Sequence[Mapping[str, Any]]) -> dict[Item, Answered]:
+    """The rows of an examples.parquet by their items."""
+    seen: Counter[tuple[str, ...]] = Counter()
+    found = {}
+    for row in rows:
+        known = (row["suite"], row["task"], row["prompt_sha256"], row["target"])
+        found[Item(*known, seen[known])] = Answered(row["prompt"], row["prediction"], row["score"])
+        seen[known] += 1
+    return found
+
+
+def gains(model: Answers, base: Answers, params: Evaluate) -> dict[str, Gain]:
+    """The paired gain over the base for each suite, in the order of the suites' names."""
+    differences: dict[str, list[float]] = {}
+    for item in model.keys() & base.keys():
+        differences.setdefault(item.suite, []).append(model[item].score - base[item].score)
+    # sorted, as sets have no order and the bootstrap draws by place
+    return {
+        s: Gain(bootstrap(sorted(differences[s]), params.resampling), len(differences[s])) for s in sorted(differences)
+    }
+
+
+def disagreements(models: Mapping[str, Answers], base: str, most: int = MOST_SHOWN) -> list[Difference]:
+    """Items that every model answered and that they score differently on, those that differ most first.
+
+    The measure is the variance of the methods' scores, then that of all models' with the base; the prompt's digest
+    decides between equals, as no item shall be favoured for its place. Tasks take turns, so that none fills the list.
+
+    Args:
+        models: the answers of each, in the order that they are shown in.
+        base: which of them is the base.
+        most: so many at most.
+    """
+    common = set.intersection(*(set(answers) for answers in models.values())) if models else set()
+    methods = [answers for name, answers in models.items() if name != base]
+
+    ranked = sorted(
+        (-_spread(item, methods), -_spread(item, list(models.values())), item.prompt_sha256, item) for item in common
+    )
+    chosen = [item for *_, item in _in_turn([entry for entry in ranked if math.fsum(entry[:2]) < 0])]
+    return [
+        Difference(item, next(iter(models.values()))[item].prompt, {n: answers[item] for n, answers in models.items()})
+        for item in chosen[:most]
+    ]
+
+
+def _spread(item: Item, among: Sequence[Answers]) -> float:
+    """The variance of some models' scores; `fsum`, as it gives equal scores the same in any order."""
+    scores = [answers[item].score for answers in among]
+    mean = math.fsum(scores) / max(len(scores), 1)
+    return math.fsum((score - mean) ** 2 for score in scores) / max(len(scores), 1)
+
+
+def _in_turn(ranked: Sequence[tuple[float, float, str, Item]]) -> Iterator[tuple[float, float, str, Item]]:
+    """The best of each task, then the second of each, and so on; within a round by rank."""
+    rounds: Counter[tuple[str, str]] = Counter()
+    placed = []
+    for entry in ranked:
+        task = entry[-1][:2]
+        placed.append((rounds[task], *entry))
+        rounds[task] += 1
+    yield from (entry[1:] for entry in sorted(placed))

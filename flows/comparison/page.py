@@ -1,0 +1,240 @@
+"""The comparison of all models as one HTML page: scores, gains, curves, examples, cost. Logged to MLflow, too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.cli.format import duration, size
+from flows.comparison import charts, template
+from flows.comparison.collect import BASE, Found, Model, Training, gather
+from flows.comparison.disagreements import MOST_SHOWN, Gain, disagreements, gains
+from tasks.core.artifacts import digest, write_whole
+from tasks.html.shell import html_page
+from tasks.registry.client import run_of
+from tasks.reports.statistics import Interval
+from tasks.reports.training_log import HELD_OUT_LOSS
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+PAGE = Path(".temper", "pages", "comparison.html")
+HELD_OUT = "held_out"
+"""The suite that every report has; it comes first."""
+_FIRST, _LAST = 240, 480
+"""Of a longer text so many characters are shown from its beginning and its end: there stands the question."""
+_ALL_TASKS = 16
+"""A suite with more tasks shows them when it is asked to."""
+
+
+def write(workspace: Path) -> Path:
+    """Writes the page of what a workspace has now; returns where it stands."""
+    path = workspace / PAGE
+    write_whole(path, comparison_page(gather(workspace)))
+    return path
+
+
+def publish(client: MlflowClient, workspace: Path, written: Path) -> Run:
+    """Logs a page to MLflow, unless the very same one is logged already."""
+    run = run_of(client, workspace, digest(written)[:16], "comparison", {"temper.kind": "comparison"})
+    if run.info.status != "FINISHED":
+        client.log_artifact(run.info.run_id, str(written))
+        client.set_terminated(run.info.run_id, "FINISHED")
+    return run
+
+
+def comparison_page(found: Found) -> str:
+    """What was found as one HTML page that needs nothing beside it; the same always gives the same bytes."""
+    series = {name: number for number, name in enumerate(found.methods)}
+    answered = {model.name: model.answers for model in found.models}
+    suites = sorted({name for model in found.models for name in model.metrics["suites"]}, key=_held_out_first)
+    values = {
+        "found": found,
+        "series": series,
+        "legend": charts.legend(list(series.items())),
+        "has_base": BASE in answered,
+        "suites": suites,
+        "best": [_best(found.models, suite) for suite in suites],
+        "plots": [_suite_plots(found.models, suite, series) for suite in suites],
+        "scores": _score_table(found, suites),
+        "tasks": [_task_table(found.models, suite) for suite in suites],
+        "curves": _curves(found.trainings, series),
+        "examples": disagreements(answered, BASE),
+        "most": MOST_SHOWN,
+        "costs": [_cost(name, found) for name in (BASE, *series)],
+        "answers": _parts(found.models, "answers"),
+        "forgetting": _parts(found.models, "forgetting"),
+        "percent": "{:.1%}".format,
+        "shown": shown,
+        "mark": _right_or_wrong,
+    }
+    return html_page("temper: models compared", template.PAGE, values, style=charts.STYLE + template.STYLE)
+
+
+def shown(text: str) -> str:
+    """A text as it is, or shortened in the middle."""
+    if len(text) <= _FIRST + _LAST:
+        return text
+    return f"{text[:_FIRST]}\n[… {len(text) - _FIRST - _LAST:,} characters …]\n{text[-_LAST:]}"
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def _held_out_first(suite: str) -> tuple[bool, str]:
+    return suite != HELD_OUT, suite
+
+
+def _interval(scored: Mapping[str, Any]) -> Interval:
+    return Interval(**scored["score"])
+
+
+def _best(models: Sequence[Model], suite: str) -> dict[str, Any]:
+    """The highest score in a suite, and all models that have it."""
+    means = {m.name: _interval(m.metrics["suites"][suite]).mean for m in models if suite in m.metrics["suites"]}
+    highest = max(means.values())
+    return {"suite": suite, "score": f"{highest:.3f}", "models": [name for name in means if means[name] == highest]}
+
+
+def _suite_plots(models: Sequence[Model], suite: str, series: Mapping[str, int]) -> dict[str, Any]:
+    """The two plots of a suite: every method over all its rows, and, where there are several tasks, over each."""
+    by_model = {m.name: m.metrics["suites"][suite] for m in models if suite in m.metrics["suites"]}
+    about = next(iter(by_model.values()))
+    base = by_model.pop(BASE, None)
+    reference = _interval(base) if base else None
+    whole = [
+        charts.Row(name, [charts.Mark(name, series[name], _interval(scored))], reference)
+        for name, scored in by_model.items()
+    ]
+    tasks = sorted({task for scored in by_model.values() for task in scored["tasks"]})
+    parts = [
+        charts.Row(
+            task,
+            [
+                charts.Mark(name, series[name], _interval(scored["tasks"][task]))
+                for name, scored in by_model.items()
+                if task in scored["tasks"]
+            ],
+            _interval(base["tasks"][task]) if base and task in base["tasks"] else None,
+        )
+        for task in tasks
+    ]
+    span = charts.span_of([*whole, *parts])
+    return {
+        "suite": suite,
+        "metric": about["metric"],
+        "rows": about["rows"],
+        "skipped": sorted({part for scored in by_model.values() for part in scored.get("skipped", [])}),
+        "whole": charts.whiskers(whole, span, f"Scores in {suite}") if whole else None,
+        "parts": charts.whiskers(parts, span, f"Scores in {suite} by task") if len(parts) > 1 else None,
+        "tasks": len(parts),
+        "open": len(parts) <= _ALL_TASKS,
+    }
+
+
+def _score_table(found: Found, suites: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for every model: in each suite its score, and its paired gain over the base."""
+    base = next((model.answers for model in found.models if model.name == BASE), None)
+    rows = []
+    for model in found.models:
+        over = gains(model.answers, base, found.params) if base is not None and model.name != BASE else {}
+        cells = [_cell(model.metrics["suites"].get(suite), over.get(suite)) for suite in suites]
+        rows.append({"name": model.name, "cells": cells, "loss": f"{model.metrics['loss']:.3f}"})
+    return rows
+
+
+def _cell(scored: Mapping[str, Any] | None, gain: Gain | None) -> dict[str, Any]:
+    if scored is None:
+        return {"score": "", "interval": "not evaluated"}
+    score = _interval(scored)
+    cell = {"score": f"{score.mean:.3f}", "interval": f"[{score.low:.3f}, {score.high:.3f}]"}
+    if gain:
+        mean, low, high = gain.interval
+        cell["gain"] = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+        cell["says"] = gain.says
+        if gain.items != scored["rows"]:
+            cell["gain"] += f" on {gain.items:,} common items"
+    return cell
+
+
+def _task_table(models: Sequence[Model], suite: str) -> dict[str, Any]:
+    """The figures of each task of a suite, by model."""
+    by_model = {m.name: m.metrics["suites"].get(suite, {}).get("tasks", {}) for m in models}
+    rows = []
+    for task in sorted({task for tasks in by_model.values() for task in tasks}):
+        about = next(tasks[task] for tasks in by_model.values() if task in tasks)
+        cells = [_task_cell(tasks.get(task)) for tasks in by_model.values()]
+        rows.append({"task": task, "metric": about["metric"], "rows": about["rows"], "cells": cells})
+    return {"suite": suite, "models": list(by_model), "rows": rows}
+
+
+def _task_cell(scored: Mapping[str, Any] | None) -> dict[str, str]:
+    if scored is None:
+        return {"score": "", "more": ""}
+    mean, low, high = _interval(scored)
+    more = [f"[{low:.3f}, {high:.3f}]"] + [f"{name} {value:.3f}" for name, value in scored["figures"].items()]
+    return {"score": f"{mean:.3f}", "more": "; ".join(more)}
+
+
+# --- curves, examples, cost -------------------------------------------------------------------------------------------
+
+
+def _curves(trainings: Mapping[str, Training], series: Mapping[str, int]) -> list[dict[str, Any]]:
+    """The curves of every method, all on even axes or all on logarithmic ones, so that shapes can be compared."""
+    drawn = {name: _losses(training) for name, training in trainings.items() if training.log}
+    steep = charts.are_steep([curve for both in drawn.values() for curve in both])
+    return [
+        {
+            "name": name,
+            "objective": trainings[name].summary["params"]["objective"]["name"],
+            "adapter": trainings[name].summary["params"]["adapter"]["name"],
+            "before": trainings[name].summary["held_out_loss_before"],
+            "after": trainings[name].summary["held_out_loss_after"],
+            "plot": charts.curves(*both, series[name], f"Loss of {name} by step", logarithmic=steep),
+        }
+        for name, both in drawn.items()
+    ]
+
+
+def _losses(training: Training) -> tuple[charts.Curve, charts.Curve]:
+    """The training loss and the held-out loss by step, the latter from before the first to the weights kept."""
+    summary = training.summary
+    held_out = {row["step"]: row[HELD_OUT_LOSS] for row in training.log if HELD_OUT_LOSS in row}
+    held_out |= {0: summary["held_out_loss_before"], summary["kept_step"]: summary["held_out_loss_after"]}
+    line = charts.Curve("training loss", [(row["step"], row["loss"]) for row in training.log])
+    return line, charts.Curve("held-out loss", sorted(held_out.items()))
+
+
+def _right_or_wrong(score: float) -> dict[str, str]:
+    if score == 1.0:
+        return {"css": "good", "text": "✓ right"}
+    if score == 0.0:
+        return {"css": "bad", "text": "✗ wrong"}
+    return {"css": "soft", "text": f"score {score:.3f}"}
+
+
+def _cost(name: str, found: Found) -> dict[str, str]:
+    """What a method took; empty where it is not known."""
+    training = found.trainings.get(name)
+    cost = next((model.cost for model in found.models if model.name == name), None)
+    row = {"name": name}
+    if training:
+        tokens, seconds = training.summary.get("tokens"), training.seconds
+        row["trained"] = f"{training.summary['trainable_parameters']:,}"
+        row["weights"] = size(training.weights_bytes)
+        row["steps"] = f"{training.summary['steps']:,}"
+        row["tokens"] = f"{tokens:,}" if tokens else ""
+        if seconds:
+            row["time"] = duration(seconds)
+            row["speed"] = f"{tokens / seconds:,.0f}" if tokens else ""
+            row["energy"] = f"{found.power.energy_wh(seconds):,.2f} Wh"
+    if cost:
+        row["evaluation"] = f"{duration(cost['seconds'])}, {cost['tokens_per_s']:,.0f} tokens/s on {cost['device']}"
+    return row
+
+
+def _parts(models: Sequence[Model], part: str) -> list[tuple[str, Mapping[str, float]]]:
+    """A part of the metrics of every model that has it."""
+    return [(model.name, model.metrics[part]) for model in models if part in model.metrics]

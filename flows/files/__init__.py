@@ -1,0 +1,1 @@
+"""Commands on any file or folder, without a workspace."""

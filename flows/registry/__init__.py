@@ -1,0 +1,1 @@
+"""Evidence, approval and history of registered versions."""

@@ -1,0 +1,120 @@
+"""A person's word before a version becomes champion, and where the gate's verdict is kept and shown.
+
+On the flow run's page in Prefect's UI, Resume asks for the two fields below; `temper approve` does the same. A verdict
+is kept with the version in MLflow, and linked from the flow run in Prefect.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prefect.input import RunInput
+
+from tasks.core.artifacts import as_json
+from tasks.core.errors import BadParams, GateRefused
+from tasks.gate.checks import Finding, Verdict
+from tasks.registry import names as tag
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+
+class Approval(RunInput):
+    """What a person says of a version that passed the gate."""
+
+    approved: bool
+    note: str = ""
+
+
+POLL_S = 2
+
+
+def await_approval(model: str, verdict: Verdict, timeout_s: int) -> Approval:
+    """Pauses this flow run until somebody approves of a version or refuses it.
+
+    Args:
+        model: the registered model's name.
+        verdict: of the version.
+        timeout_s: so long it waits.
+
+    Raises:
+        BadParams: this is no flow run, so there is nothing that could be resumed.
+        GateRefused: nobody said anything in time.
+    """
+    from prefect.exceptions import FlowPauseTimeout
+    from prefect.flow_runs import pause_flow_run
+    from prefect.runtime import flow_run
+
+    if flow_run.id is None:
+        raise BadParams("promote.approval is human, which needs a flow run", fix="start it with `temper promote`")
+    asked = Approval.with_initial_data(description=f"Version {verdict.version} of {model}: {verdict.summary()}")
+    print(f"waiting for approval: temper approve {flow_run.id}, or Resume on its page in Prefect", flush=True)
+    try:
+        return pause_flow_run(wait_for_input=asked, timeout=timeout_s, poll_interval=POLL_S)
+    except FlowPauseTimeout as error:
+        raise GateRefused(
+            f"nobody approved of version {verdict.version} within {timeout_s} s",
+            where=model,
+            fix="promote it again; promote.approval_timeout_s says how long it waits",
+        ) from error
+
+
+def approve(run: str, *, approved: bool, note: str) -> None:
+    """Resumes a flow run that waits for a person's word.
+
+    Raises:
+        BadParams: there is no such run, or it does not wait.
+    """
+    from uuid import UUID
+
+    from prefect.exceptions import FlowPauseTimeout, NotPausedError, ObjectNotFound
+    from prefect.flow_runs import resume_flow_run
+
+    try:
+        resume_flow_run(UUID(run), run_input={"approved": approved, "note": note})
+    except ValueError as error:
+        raise BadParams("is no id of a flow run", got=run, fix="`temper promote` prints it") from error
+    except (NotPausedError, ObjectNotFound, FlowPauseTimeout) as error:
+        raise BadParams("waits for nobody's approval", where=f"flow run {run}", got=type(error).__name__) from error
+
+
+def keep_verdict(client: MlflowClient, version: ModelVersion, verdict: Verdict) -> None:
+    """Stores a verdict with its version: whole as an artifact of its run and as a tag, and its digest beside it."""
+    told, digest = as_json(verdict.as_dict()), verdict.digest()
+    if version.run_id:
+        client.log_text(version.run_id, told, f"verdicts/version-{version.version}-{digest[:12]}.json")
+    for name, value in ((tag.VERDICT, told), (tag.VERDICT_DIGEST, digest)):
+        client.set_model_version_tag(version.name, version.version, name, value)
+
+
+def table(verdict: Verdict) -> list[dict[str, str]]:
+    """A verdict as rows of text, for a terminal or a page."""
+    return [_row(finding) for finding in verdict.findings]
+
+
+def _row(finding: Finding) -> dict[str, str]:
+    items = str(finding.difference.items) if finding.difference else ""
+    return {
+        "": "passed" if finding.passed else "FAILED",
+        "check": finding.check,
+        "suite": finding.suite,
+        "items": items,
+        "found": finding.said,
+    }
+
+
+def show_verdict(model: str, verdict: Verdict) -> None:
+    """Publishes a verdict as a Prefect artifact, where a flow run is under way."""
+    from prefect.artifacts import create_markdown_artifact
+    from prefect.runtime import flow_run
+
+    if flow_run.id is None:
+        return
+    rows = table(verdict)
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
+    passed = "passed" if verdict.passed else "did not pass"
+    create_markdown_artifact(
+        "\n".join(lines), key="verdict", description=f"Version {verdict.version} of {model} {passed} the gate"
+    )

@@ -1,0 +1,1 @@
+"""A run around the stages: its workspace, servers, schedule and progress."""

@@ -1,0 +1,61 @@
+"""The profile of a run's data in MLflow: one run per state of the data, with its page and its drift since the last."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from tasks.core import pipeline
+from tasks.core.artifacts import as_json
+from tasks.registry.client import run_of
+from tasks.validate.profile import drift, profile_page
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+NUMBERS = "data/validation/profile.json"
+PAGE = "profile.html"
+_KIND = {"temper.kind": "data"}
+
+
+def publish(client: MlflowClient, workspace: Path) -> Run | None:
+    """Logs what `validate` measured, unless this state of the data is logged already.
+
+    Returns:
+        The MLflow run of this state of the data; None when nothing was validated yet.
+    """
+    key = pipeline.recorded_keys(workspace).get("validate")
+    if key is None or not (workspace / NUMBERS).is_file():
+        return None
+    run = run_of(client, workspace, key, "validate", _KIND)
+    if run.info.status == "FINISHED":
+        return run
+    numbers = json.loads((workspace / NUMBERS).read_text())
+    before = _last(client, run)
+    moved = drift(numbers, before) if before else None
+    for name, value in numbers["rows"].items():
+        client.log_metric(run.info.run_id, f"rows.{name}", value)
+    for name, index in (moved or {}).items():
+        client.log_metric(run.info.run_id, f"drift.{name}", index)
+    client.log_text(run.info.run_id, as_json(numbers), "profile.json")
+    client.log_text(run.info.run_id, profile_page(numbers, moved), PAGE)
+    client.set_terminated(run.info.run_id, "FINISHED")
+    return run
+
+
+def _last(client: MlflowClient, run: Run) -> dict[str, Any] | None:
+    """The profile that was logged last before this one."""
+    query = (
+        f"tags.`temper.kind` = 'data' and attributes.run_id != '{run.info.run_id}' and attributes.status = 'FINISHED'"
+    )
+    found = client.search_runs([run.info.experiment_id], query, max_results=1, order_by=["attributes.end_time DESC"])
+    if not found:
+        return None
+    with TemporaryDirectory() as folder:
+        numbers: dict[str, Any] = json.loads(
+            Path(client.download_artifacts(found[0].info.run_id, "profile.json", folder)).read_text()
+        )
+    return numbers

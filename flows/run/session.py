@@ -1,0 +1,99 @@
+"""What surrounds a run: holding the workspace, putting it in order, and showing what came out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+
+from flows.comparison.page import publish, write
+from flows.files import estimate
+from flows.run import data_page, prefect_runs, prefect_server, progress_board
+from flows.run.lock import held
+from flows.run.repair import keep_lock_copy, put_in_order
+from flows.run.status import read_results, table
+from tasks.core import pipeline
+from tasks.core.signals import still_on_stop
+from tasks.orchestration.dvc_session import Session, opened
+from tasks.orchestration.params import Params, load
+from tasks.orchestration.prefect_tasks import TRAINING
+from tasks.registry.client import connect
+from tasks.registry.versions import find_version
+
+
+@contextmanager
+def begin(workspace: Path) -> Iterator[Session]:
+    """Opens a session: its stages run while the workspace is held and in order.
+
+    Raises:
+        BadParams: params.yaml is wrong.
+        WorkspaceBusy: another run holds the workspace.
+    """
+    logger = get_run_logger()
+    params = load(workspace / pipeline.PARAMS)
+    with held(workspace, "temper run"):
+        for done in put_in_order(workspace):
+            logger.warning(done)
+        if prefect_server.temporary():
+            prefect_server.note_server(workspace)
+        if dead := prefect_runs.mark_dead_runs("retrain", workspace, flow_run.id):
+            logger.warning(f"marked {dead} earlier runs as crashed: their processes are gone")
+        prefect_runs.limit_trainings(TRAINING)
+        forget_lost_versions(workspace, params)
+        with opened(workspace, params, progress_board.watching(), partial(estimate.advice, workspace)) as session:
+            try:
+                with still_on_stop():
+                    yield session
+            finally:
+                keep_lock_copy(workspace)
+        if all(outcome.state == "unchanged" for outcome in session.outcomes.values()):
+            logger.info("nothing has changed since the last run")
+
+
+def forget_lost_versions(workspace: Path, params: Params) -> None:
+    """Removes the note of a registration that this registry does not have, so that the stage runs again.
+
+    DVC knows the note, not the registry: after a change of server, or without `.temper/`, it would call the stage up
+    to date.
+    """
+    notes = [
+        workspace / node.outs[0] for name, node in pipeline.load(workspace).items() if name.startswith("register@")
+    ]
+    notes = [note for note in notes if note.is_file()]
+    client = connect(workspace) if notes else None
+    for note in notes:
+        if client and not find_version(client, params.register_.model, json.loads(note.read_text())["key"]):
+            get_run_logger().warning(f"{note.relative_to(workspace)} names a version that this registry does not have")
+            note.unlink()
+
+
+def show_results(workspace: Path) -> None:
+    """Publishes the table of models and the profile of the data as Prefect artifacts that link to MLflow."""
+    results = read_results(workspace)
+    client = connect(workspace)
+    if data := data_page.publish(client, workspace):
+        link = prefect_server.run_link(workspace, data.info.experiment_id, data.info.run_id)
+        create_link_artifact(f"{link}/artifacts", link_text="The data of this run", key="data")
+    lines = ["| model | exact match | gain over base | loss | version | run |", "|---|---|---|---|---|---|"]
+    for result, row in zip(results, table(results), strict=True):
+        link = ""
+        if result.run:
+            experiment = client.get_run(result.run).info.experiment_id
+            link = f"[MLflow]({prefect_server.run_link(workspace, experiment, result.run)})"
+        lines.append("| " + " | ".join([*row.values(), link]) + " |")
+    create_markdown_artifact("\n".join(lines), key="methods", description="Every model on the held-out rows")
+
+
+def show_comparison(workspace: Path) -> Path:
+    """Writes the page that compares all models, logs it to MLflow and links it from this flow run."""
+    page, client = write(workspace), connect(workspace)
+    run = publish(client, workspace, page)
+    link = prefect_server.run_link(workspace, run.info.experiment_id, run.info.run_id)
+    create_link_artifact(f"{link}/artifacts", link_text="All models compared", key="comparison")
+    return page

@@ -1,0 +1,96 @@
+"""Prompts that are learnt: embeddings before the first token, or keys and values that every layer attends to.
+
+They are PEFT's (prompt tuning, P-tuning, prefix tuning); here is where a forward pass of our own puts them in.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tasks.core.errors import BadModel
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+_HANDLE = "_counts_only_what_is_attended"
+"""Where a base keeps what takes the hook off it again."""
+
+
+def virtual_tokens(model: PreTrainedModel | PeftModel) -> int:
+    """How many learnt tokens stand before each prompt; they take up room in the context. None while switched off."""
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel) or not model.active_peft_config.is_prompt_learning or model._adapters_disabled:
+        return 0
+    return int(model.active_peft_config.num_virtual_tokens)
+
+
+def with_virtual_tokens(model: PreTrainedModel | PeftModel, given: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """Puts a model's learnt prompt before the tokens of a forward pass.
+
+    Args:
+        model: with or without a learnt prompt.
+        given: what the decoder is called with: input_ids and attention_mask, both (batch, tokens).
+
+    Returns:
+        The same with the learnt prompt, and how many positions of the output belong to it.
+    """
+    count = virtual_tokens(model)
+    if not count:
+        return given, 0
+    ids, attended = given["input_ids"], given["attention_mask"]
+    given = {**given, "attention_mask": torch.cat([attended.new_ones(len(ids), count), attended], dim=1)}
+    learnt: Any = model.get_prompt(len(ids))  # type: ignore[operator]
+    if not isinstance(learnt, torch.Tensor):  # keys and values: no position of their own
+        return {**given, "past_key_values": learnt}, 0
+    embedded = model.get_input_embeddings()(given.pop("input_ids"))
+    return {**given, "inputs_embeds": torch.cat([learnt.to(embedded.dtype), embedded], dim=1)}, count
+
+
+def start_from_text(model: PeftModel, ids: list[int]) -> None:
+    """Lets a learnt prompt begin as the embeddings of a text, (virtual tokens, hidden); repeated or cut to its length.
+
+    As in section 3.2 of arXiv:2104.08691.
+
+    Raises:
+        BadModel: the text has none.
+    """
+    if not ids:
+        raise BadModel("its text has no tokens", where="adapter.text")
+    weight = model.prompt_encoder["default"].embedding.weight
+    repeated = torch.tensor([ids[n % len(ids)] for n in range(len(weight))], device=weight.device)
+    with torch.no_grad():
+        weight.copy_(model.get_input_embeddings()(repeated))
+
+
+def count_only_what_is_attended(model: PeftModel) -> None:
+    """Gives tokens the positions that they have without padding, in whatever batch they are generated.
+
+    PEFT puts learnt embeddings before the padding and drops the positions that count without it, so that a prompt would
+    be the further from them the more padding its batch needs. `count_as_before` ends it.
+    """
+    base: Any = model.get_base_model()
+    names = tuple(inspect.signature(base.forward).parameters)
+    if "position_ids" not in names or _HANDLE in vars(base):
+        return
+
+    def with_positions(module: Any, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        said = {**dict(zip(names, args, strict=False)), **given}
+        read = next((said[name] for name in ("inputs_embeds", "input_ids") if said.get(name) is not None), None)
+        mask = said.get("attention_mask")
+        if read is None or said.get("position_ids") is not None or not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+            return args, given
+        places = (mask.long().cumsum(1) - 1).clamp(min=0)
+        return (), {**said, "position_ids": places[:, -read.shape[1] :]}
+
+    setattr(base, _HANDLE, base.register_forward_pre_hook(with_positions, with_kwargs=True))
+
+
+def count_as_before(base: PreTrainedModel) -> None:
+    """Lets a base that has lost its learnt prompt count positions as it does without one."""
+    if handle := vars(base).pop(_HANDLE, None):
+        handle.remove()

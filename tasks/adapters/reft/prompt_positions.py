@@ -1,0 +1,216 @@
+"""Where the prompts of a batch are: what edits of prompt tokens need to know, found without the caller's help.
+
+In training the labels tell: a prompt ends where the first learnt token stands. While a model generates, the prompt is
+what the first forward pass sees, and nothing is a prompt once there is a cache. Padding on either side is no part of
+it, and rows packed one after another, which begin where `position_ids` are 0, have a prompt each.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from tasks.adapters.positions import Spans
+
+IGNORED = -100
+"""The label of tokens that are not learnt."""
+
+
+class Segments(NamedTuple):
+    """The prompts of a batch, (prompts,) int64 each: the row it stands in, its first column, its length."""
+
+    row: Tensor
+    start: Tensor
+    length: Tensor
+
+
+_NONE = Segments(torch.empty(0), torch.empty(0), torch.empty(0))
+
+Places = tuple[Tensor, Tensor]
+"""Rows and columns of single tokens, (tokens,) int64 each."""
+
+
+def places(prompts: Segments, spans: Spans) -> dict[str, Places]:
+    """The tokens of each span.
+
+    Where a prompt of p tokens is short, pyreft's rule holds: at most floor(p / 2) of its tokens are first ones, at most
+    ceil(p / 2) last ones, so that the two never meet.
+    """
+    if spans.all:
+        return {"all": _from(prompts, prompts.start, prompts.length)}
+    found = {}
+    if spans.first:
+        found["first"] = _from(prompts, prompts.start, (prompts.length // 2).clamp(max=spans.first))
+    if spans.last:
+        count = ((prompts.length + 1) // 2).clamp(max=spans.last)
+        found["last"] = _from(prompts, prompts.start + prompts.length - count, count)
+    return found
+
+
+def _from(prompts: Segments, start: Tensor, count: Tensor) -> Places:
+    """So many tokens from `start` on, prompt after prompt."""
+    which = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
+    before = count.cumsum(0) - count
+    offset = torch.arange(len(which), device=count.device) - before[which]
+    return prompts.row[which], start[which] + offset
+
+
+class Prompts:
+    """Follows a model's forward passes, and knows where the prompts of the present one are."""
+
+    def __init__(self) -> None:
+        """Knows of no forward pass yet."""
+        self.now: Segments | None = None
+        self._found: dict[Spans, dict[str, Places]] = {}
+        self._labels: Tensor | None = None
+        self._given: Segments | None = None
+        self._handles: list[Any] = []
+        self._seen: Any = WeakIdKeyDictionary()
+
+    def follow(self, model: nn.Module, body: nn.Module) -> None:
+        """Watches a model, and the part of it whose layers are edited."""
+        self._handles = [
+            model.register_forward_pre_hook(self._take_labels, with_kwargs=True),
+            model.register_forward_hook(self._drop_labels, always_call=True),
+            body.register_forward_pre_hook(self._find, with_kwargs=True),
+        ]
+
+    def recall_within(self, layer: nn.Module) -> None:
+        """Sees to it that a checkpointed layer has its prompts again when the backward pass runs it a second time.
+
+        Its own hooks stay outside that second run; those of what it is made of do not. Which run of the layer it
+        repeats is told by its input, which is the same tensor.
+        """
+        self._handles.append(layer.register_forward_pre_hook(self._remember))
+        for part in layer.modules():
+            if part is not layer:
+                self._handles.append(part.register_forward_pre_hook(self._recall, with_kwargs=True))
+
+    def leave(self) -> None:
+        """Watches it no longer."""
+        for handle in self._handles:
+            handle.remove()
+
+    @contextmanager
+    def given(self, lengths: Tensor, start: Tensor | None = None) -> Iterator[None]:
+        """Within this block row i's prompt is its first `lengths[i]` tokens, (rows,) int64.
+
+        The first `start[i]` of these may be left out of what the model is given, and its own cache stand for them.
+        """
+        row = torch.arange(len(lengths), device=lengths.device)
+        with self.at(row, torch.zeros_like(row) if start is None else -start, lengths):
+            yield
+
+    @contextmanager
+    def at(self, row: Tensor, start: Tensor, length: Tensor) -> Iterator[None]:
+        """Within this block these are the prompts, as in `Segments`; a row may hold several."""
+        self._given = Segments(row, start, length)
+        try:
+            yield
+        finally:
+            self._given = None
+
+    @contextmanager
+    def nowhere(self) -> Iterator[None]:
+        """Within this block there are no prompts, so that nothing is edited."""
+        before, self._given = self._given, _NONE
+        try:
+            yield
+        finally:
+            self._given = before
+
+    def places(self, spans: Spans) -> dict[str, Places]:
+        """The tokens to edit in the present forward pass; empty while it goes on from a cache."""
+        if self.now is None:
+            return {}
+        if spans not in self._found:
+            self._found[spans] = places(self.now, spans)
+        return self._found[spans]
+
+    def _remember(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        if getattr(layer, "gradient_checkpointing", False) and layer.training and args:
+            self._seen[args[0]] = (self.now, self._found)
+
+    def _recall(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._seen and torch._C._current_graph_task_id() != -1:  # within a backward pass
+            given = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)), None)
+            if given is not None and given in self._seen:
+                self.now, self._found = self._seen[given]
+
+    def _take_labels(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._labels = None if getattr(model.config, "is_encoder_decoder", False) else kwargs.get("labels")
+
+    def _drop_labels(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._labels = None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _find(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._found = {}
+        cache = kwargs.get("past_key_values")
+        if self._given is not None:
+            self.now = None if self._given is _NONE else self._given
+        elif cache is not None and cache.get_seq_length() > 0:
+            self.now = None
+        else:
+            given = args[0] if args else kwargs.get("input_ids")
+            tokens = kwargs["inputs_embeds"] if given is None else given
+            if self._labels is None and torch.is_grad_enabled() and body.training and _learns(body):
+                warnings.warn("ReFT trains without labels: every token is taken for a prompt's", stacklevel=2)
+            valid = _valid(tokens, kwargs.get("attention_mask"))
+            self.now = find(valid, self._labels, _packed(kwargs))
+
+
+def _learns(body: nn.Module) -> bool:
+    return not getattr(getattr(body, "config", None), "is_encoder_decoder", False)
+
+
+def _packed(kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Position ids that tell where packed rows begin: those that come without a mask."""
+    return kwargs.get("position_ids") if kwargs.get("attention_mask") is None else None
+
+
+def _valid(tokens: Tensor, mask: Any) -> Tensor:
+    """Which tokens are no padding, (rows, columns); a mask of four dimensions tells by what the last one attends to."""
+    rows, columns = tokens.shape[:2]
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention")
+    if mask is None:
+        return torch.ones(rows, columns, dtype=torch.bool, device=tokens.device)
+    if mask.dim() == 4:
+        mask = mask[:, 0, columns - 1, :columns]
+        mask = mask if mask.dtype == torch.bool else mask >= 0
+    valid: Tensor = mask[:, :columns].bool().expand(rows, columns)
+    return valid
+
+
+def find(valid: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None) -> Segments:
+    """The prompts of a batch, all tensors (rows, columns).
+
+    Args:
+        valid: which tokens are no padding.
+        labels: what is learnt; all else is `IGNORED`. A row without learnt tokens is all prompt.
+        position_ids: for packed rows, which begin where they are 0.
+    """
+    columns = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
+    begins = valid & (valid.cumsum(1) == 1)
+    if position_ids is not None:
+        begins = begins | (valid & (position_ids.expand(valid.shape) == 0))
+    row, start = begins.nonzero(as_tuple=True)
+    segment = begins.flatten().cumsum(0).reshape(valid.shape) - 1
+    end = torch.zeros_like(start).scatter_reduce(0, segment[valid], columns[valid] + 1, "amax")
+    if labels is not None:
+        learnt = valid & (labels != IGNORED)
+        end = end.scatter_reduce(0, segment[learnt], columns[learnt], "amin")
+    return Segments(row, start, end - start)
+
+
+def prompts_of(model: nn.Module) -> Prompts | None:
+    """What follows the prompts of a model with edits; None for one without."""
+    found = next((vars(module)["reft_prompts"] for module in model.modules() if "reft_prompts" in vars(module)), None)
+    return found if isinstance(found, Prompts) else None

@@ -1,0 +1,5 @@
+"""`python -m tasks.base`, as dvc.yaml runs it."""
+
+from tasks.base.stage import main
+
+main()

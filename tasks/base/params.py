@@ -1,0 +1,173 @@
+"""The `base` of params.yaml: where the base model comes from, one typed section for each way, told apart by `kind`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Field, StringConstraints, model_validator
+
+from tasks.adapters.params import LoraAdapter
+from tasks.core.params import Commit, Count, FilePath, HubName, Name, NotNegative, Positive, Section, Seed, Share
+
+FileName = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f/\\]+$")]
+Token = Annotated[str, StringConstraints(min_length=1)]
+
+
+class LocalBase(Section):
+    """A Hugging Face model folder on this disk."""
+
+    kind: Literal["local"]
+    path: FilePath
+    """The folder: config.json, safetensors, a tokenizer."""
+    template: Name
+    """`own` for the chat template that the model brings, or the name of one in data/templates/."""
+
+
+class HubBase(Section):
+    """A model of the Hugging Face hub, pinned to a commit."""
+
+    kind: Literal["hub"]
+    path: Literal["data/remote.md"]
+    """Stands in for what is not on this disk: a DVC dependency cannot be left out."""
+    id: HubName
+    """Owner and name."""
+    revision: Commit
+    """The whole commit hash; branches and tags move and are refused."""
+    template: Name
+    """`own` for the chat template that the model brings, or the name of one in data/templates/."""
+
+
+class CheckpointBase(Section):
+    """A Llama that plain PyTorch code has saved as a state dict, and its tokenizer."""
+
+    kind: Literal["checkpoint"]
+    path: FilePath
+    """The folder with both files."""
+    weights: FileName
+    """The state dict: `base_model.layers.0.self_attn.q_proj.weight` and so on; also within {model: ...}."""
+    tokenizer: FileName
+    """The JSON file of the library `tokenizers`."""
+    heads: Count
+    """Attention heads; they divide the hidden size."""
+    kv_heads: Count
+    """Heads of keys and values; they divide `heads`."""
+    rms_norm_eps: Positive
+    """What RMSNorm adds to the mean square."""
+    rope_theta: Positive
+    """The base of the rotary angles."""
+    rotation: Literal["half_split", "interleaved"]
+    """What is rotated together: numbers half a head apart, as in Hugging Face's code, or neighbours, as in Meta's."""
+    context_tokens: Annotated[int, Field(ge=2)]
+    """The longest text that it was trained on."""
+    stop_token: Token
+    """The token of the tokenizer that ends a text."""
+    template: Name
+    """The name of a chat template in data/templates/, or `own` for none."""
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> CheckpointBase:
+        if self.heads % self.kv_heads:
+            raise ValueError("heads must be a multiple of kv_heads")
+        return self
+
+
+class Pretraining(Section):
+    """What every training on whole texts says: which rows, what is kept from them, and the course."""
+
+    path: FilePath
+    """The clean rows: `data/clean`."""
+    rows: Annotated[list[Literal["text", "chat"]], Field(min_length=1)]
+    """The kinds of rows that are learnt: plain texts, chats in the form of the chat template, or both."""
+    held_out: Share
+    """The share of groups that is never learnt; with that of `render` it is the same groups. 0 measures nothing."""
+    held_out_rows: Count
+    """Held-out rows on which loss and perplexity are measured, at most."""
+    context_tokens: Annotated[int, Field(ge=2)]
+    """Length of the blocks that texts are packed into."""
+    tokens: Count
+    """How many tokens to train on in all; the rows are repeated as often as that takes."""
+    batch_tokens: Count
+    """Tokens in a step; a multiple of `context_tokens`."""
+    learning_rate: Positive
+    """The peak, after warm-up; then cosine to zero."""
+    warmup_steps: Annotated[int, Field(ge=0)]
+    """Steps of linear warm-up."""
+    weight_decay: NotNegative
+    """Decoupled, on matrices."""
+    checkpoint_every_steps: Count
+    """What a kill loses at most."""
+    seed: Seed
+    """Of the initial weights and the order of the blocks."""
+
+    @model_validator(mode="after")
+    def _batch_fits(self) -> Pretraining:
+        if self.batch_tokens % self.context_tokens:
+            raise ValueError("batch_tokens must be a multiple of context_tokens")
+        return self
+
+
+class PretrainBase(Pretraining):
+    """A Llama and its byte-level BPE tokenizer, trained here from the clean text and chat rows."""
+
+    kind: Literal["pretrain"]
+    vocabulary: Annotated[int, Field(ge=300)]
+    """Entries of the tokenizer, special tokens included."""
+    hidden_size: Count
+    """Width; a multiple of `heads`."""
+    mlp_size: Count
+    """Width between the MLP's two halves."""
+    layers: Count
+    """Decoder layers."""
+    heads: Count
+    """Attention heads; a multiple of `kv_heads`."""
+    kv_heads: Count
+    """Heads of keys and values."""
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> PretrainBase:
+        if self.hidden_size % self.heads or self.heads % self.kv_heads:
+            raise ValueError("hidden_size must be a multiple of heads, and heads of kv_heads")
+        return self
+
+
+class PinnedBase(Section):
+    """A Hugging Face model folder on this disk, pinned to its content: DVC watches the rows, not this folder."""
+
+    kind: Literal["local"]
+    path: FilePath
+    """The folder: config.json, safetensors, a tokenizer."""
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    """Of the names and digests of its files; another one is refused, and the message says what it is."""
+    template: Name
+    """`own` for the chat template that the model brings, if any, or the name of one in data/templates/."""
+
+
+class Growth(Section):
+    """Tokens that the vocabulary gets before the training; an embedding row and an output row for each."""
+
+    tokens: list[Token]
+    """Texts that become one token each, wherever they stand; [] for none."""
+    learnt: Annotated[int, Field(ge=0)]
+    """How many more are learnt from the rows, by going on with the merges of the tokenizer's byte-pair encoding."""
+    begin_as: Literal["pieces", "all"]
+    """A new row is the mean of the rows of the tokens that it stands for, or of all rows."""
+
+
+class AllWeights(Section):
+    """Every weight is trained, in float32."""
+
+    name: Literal["full"]
+
+
+class ContinueBase(Pretraining):
+    """An existing model that is trained further on the clean rows, with its own tokenizer or a larger one."""
+
+    kind: Literal["continue"]
+    of: Annotated[PinnedBase | HubBase, Field(discriminator="kind")]
+    growth: Growth
+    adapter: Annotated[AllWeights | LoraAdapter, Field(discriminator="name")]
+
+
+AnyBase: TypeAlias = Annotated[
+    LocalBase | HubBase | CheckpointBase | PretrainBase | ContinueBase, Field(discriminator="kind")
+]

@@ -1,0 +1,99 @@
+"""How well a model predicts texts that it has not seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from tasks.core.errors import Diverged
+from tasks.models.device import compute_dtype
+
+if TYPE_CHECKING:
+    from tasks.models.loader import Model
+
+_LARGEST_LOSS = 700.0
+"""In nats; the perplexity of a larger one is no float."""
+
+
+class Perplexity(NamedTuple):
+    """What a model makes of some texts.
+
+    Attributes:
+        rows: texts.
+        tokens: tokens that were predicted: all but the first of each text.
+        loss: nats per token.
+        perplexity: e to that power; models with different vocabularies cannot be compared by it.
+        bits_per_byte: bits that all tokens cost, per byte of text; those models can be compared by this.
+    """
+
+    rows: int
+    tokens: int
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+
+    def __str__(self) -> str:
+        """The three figures in words."""
+        return (
+            f"{self.loss:.4f} nats per token, perplexity {self.perplexity:.3f}, {self.bits_per_byte:.4f} bits per byte"
+        )
+
+
+def perplexity(
+    model: Model, rows: Sequence[Sequence[int]], text_bytes: int, *, context_tokens: int, batch_tokens: int
+) -> Perplexity | None:
+    """Scores every token but the first of each row, given what stands before it.
+
+    A row that is longer than the context is read in windows that overlap by one token, so that each token is predicted
+    once.
+
+    Args:
+        model: a causal language model; it comes back in the mode that it was in.
+        rows: token ids.
+        text_bytes: the bytes of what the rows say.
+        context_tokens: what the model reads at a time, at most.
+        batch_tokens: what is computed at once, padding included, at most; or one window.
+
+    Returns:
+        The figures; None when there is nothing to predict.
+
+    Raises:
+        Diverged: the loss is not finite.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    read = sorted((window for row in rows for window in _windows(row, context_tokens)), key=len, reverse=True)
+    tokens = sum(len(window) - 1 for window in read)
+    if not tokens:
+        return None
+    nats, training, dtype = 0.0, model.training, compute_dtype()
+    model.eval()
+    with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+        for batch in _batches(read, batch_tokens):
+            padded = [[*window, *[0] * (len(batch[0]) - len(window))] for window in batch]
+            ids = torch.tensor(padded, device=model.device)
+            real = torch.arange(ids.shape[1], device=ids.device) < torch.tensor([[len(w)] for w in batch]).to(ids)
+            # no attention mask: nothing looks ahead, so what stands before the padding is not touched by it
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+            targets = ids[:, 1:].masked_fill(~real[:, 1:], -100)
+            nats += F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum").item()
+    model.train(training)
+    loss = nats / tokens
+    if not loss <= _LARGEST_LOSS:
+        raise Diverged("the loss on the held-out rows is not a number that means anything", got=f"{loss} nats a token")
+    return Perplexity(len(rows), tokens, loss, math.exp(loss), nats / math.log(2) / max(1, text_bytes))
+
+
+def _windows(row: Sequence[int], context_tokens: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(row) - 1, context_tokens - 1):
+        yield row[start : start + context_tokens]
+
+
+def _batches(windows: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[Sequence[Sequence[int]]]:
+    start = 0
+    while start < len(windows):
+        size = max(1, batch_tokens // len(windows[start]))  # the longest comes first
+        yield windows[start : start + size]
+        start += size

@@ -1,0 +1,139 @@
+"""Everything that temper refuses or cannot do, as one tree.
+
+    TemperError                  exit 1    a fault; retried as the table in tasks/orchestration/prefect_tasks.py says
+    |-- BadInput                 exit 65   what the user gave cannot be used; never retried
+    |   |-- BadParams                      params.yaml, or a command-line argument
+    |   |-- BadData                        a file of rows
+    |   |-- BadModel                       a model folder, an adapter or a tokenizer
+    |   |-- Diverged                       a loss or gradient that is not finite
+    |   |-- NotEquivalent                  a merged model that is not the model that was trained
+    |   |-- GateRefused                    a promotion without the evidence for it
+    |   `-- OutOfMemory      exit 71       more memory is needed than there is
+    `-- Transient                exit 75   may go well the next time; retried
+        |-- Interrupted                    stopped by a signal, after saving what was done
+        |-- InputsChanged                  an input was edited while the stage ran
+        |-- WorkspaceBusy                  another run holds the workspace
+        |-- AliasMoved                     somebody else moved the champion alias first
+        `-- RegistryUnreachable            MLflow does not answer
+
+The exit codes are those of sysexits.h: 65 is EX_DATAERR, 71 is EX_OSERR, 75 is EX_TEMPFAIL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+EXAMPLES_SHOWN = 5
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """What to add to "unknown" of a name: the nearest known one, if one is near."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, list(known), n=1)
+    return f'; did you mean "{near[0]}"?' if near else ""
+
+
+class TemperError(Exception):
+    """An error that a user can act on.
+
+    Args:
+        what: what went wrong, in one sentence.
+        where: file, line, row or key, as precisely as it is known.
+        got: what was found there.
+        expected: what would have been right.
+        fix: what to do next.
+        examples: further places of the same kind; five are shown, the rest is counted.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str = "",
+        got: str = "",
+        expected: str = "",
+        fix: str = "",
+        examples: Sequence[str] = (),
+    ) -> None:
+        super().__init__(what)
+        self.what, self.where, self.got, self.expected, self.fix = what, where, got, expected, fix
+        self.examples = tuple(examples)
+
+    def line(self) -> str:
+        """The error in one line, as an example among others."""
+        return f"{self.where}: {self.what}" + (f" (got {self.got})" if self.got else "")
+
+    def __str__(self) -> str:
+        """One readable block, without a traceback."""
+        lines = [f"{self.where}: {self.what}" if self.where else self.what]
+        lines += [f"  - {example}" for example in self.examples[:EXAMPLES_SHOWN]]
+        if len(self.examples) > EXAMPLES_SHOWN:
+            lines.append(f"  and {len(self.examples) - EXAMPLES_SHOWN} more")
+        labelled = (("got", self.got), ("expected", self.expected), ("to fix", self.fix))
+        lines += [f"  {label + ':':<9} {text}" for label, text in labelled if text]
+        return "\n".join(lines)
+
+
+class BadInput(TemperError):
+    """What the user gave cannot be used; trying again changes nothing."""
+
+    exit_code = 65
+
+
+class BadParams(BadInput):
+    """params.yaml or a command-line argument is wrong."""
+
+
+class BadData(BadInput):
+    """A file of rows is wrong."""
+
+
+class BadModel(BadInput):
+    """A model folder, an adapter or a tokenizer is wrong."""
+
+
+class Diverged(BadInput):
+    """A loss or a gradient is not finite."""
+
+
+class NotEquivalent(BadInput):
+    """A merged model is not the model that was trained."""
+
+
+class GateRefused(BadInput):
+    """A promotion without the evidence for it."""
+
+
+class OutOfMemory(BadInput):
+    """More memory is needed than there is; with the same settings it will be so again."""
+
+    exit_code = 71
+
+
+class Transient(TemperError):
+    """May go well the next time."""
+
+    exit_code = 75
+
+
+class Interrupted(Transient):
+    """Stopped by a signal, after saving what was done."""
+
+
+class InputsChanged(Transient):
+    """An input was edited while the stage ran."""
+
+
+class WorkspaceBusy(Transient):
+    """Another run holds the workspace."""
+
+
+class AliasMoved(Transient):
+    """Somebody else moved the champion alias first."""
+
+
+class RegistryUnreachable(Transient):
+    """MLflow does not answer."""

@@ -1,0 +1,33 @@
+"""What sections of params are made of: the base class, and the types that many keys share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+FilePath = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^\x00-\x1f]+$")]
+HUB_NAME, COMMIT = r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+$", r"^[0-9a-f]{40}$"
+HubName = Annotated[str, StringConstraints(pattern=HUB_NAME)]
+Commit = Annotated[str, StringConstraints(pattern=COMMIT)]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class Section(BaseModel):
+    """One mapping of params.yaml."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class SourceFacts(Section):
+    """What a source of rows says of their use, whatever its kind."""
+
+    use: Literal["train", "benchmark"]
+    """Rows to learn from, or questions of a benchmark that no row to learn from may contain."""
+    licence: Annotated[str, StringConstraints(min_length=1)]
+    """What the rows may be used for, as an SPDX name; noted in the manifest."""

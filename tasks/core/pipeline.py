@@ -1,0 +1,216 @@
+"""`dvc.yaml` as the stages read it: which stage reads what, and the one identity of what it read.
+
+DVC stays the judge of what is up to date. A stage that runs only has to know its own dependencies, for its content
+key and to notice an edit while it runs; resolving them here takes milliseconds, importing DVC most of a second. A
+contract test holds this reading against DVC's own, stage by stage and hash by hash.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tasks.core.artifacts import digest
+from tasks.core.errors import BadParams
+
+PIPELINE = "dvc.yaml"
+PARAMS = "params.yaml"
+LOCK = "dvc.lock"
+
+
+@dataclass(frozen=True)
+class Node:
+    """One stage of the graph, with the values of params.yaml filled in; paths are relative to the workspace."""
+
+    name: str
+    command: str
+    deps: tuple[str, ...]
+    params: Mapping[str, Any]
+    outs: tuple[str, ...]
+
+
+def find_workspace(start: Path) -> Path:
+    """The nearest folder from `start` upward that holds a pipeline, as git finds a repository.
+
+    Raises:
+        BadParams: there is none.
+    """
+    for folder in (start, *start.parents):
+        if (folder / PIPELINE).is_file() and (folder / PARAMS).is_file():
+            return folder
+    raise BadParams(
+        "no workspace here or in any folder above",
+        where=str(start),
+        expected=f"a folder with {PIPELINE} and {PARAMS}",
+        fix="change into your clone of temper",
+    )
+
+
+def load(workspace: Path, values: Mapping[str, Any] | None = None) -> dict[str, Node]:
+    """All stages by their DVC name (`train@qlora`), in the order of dvc.yaml.
+
+    Args:
+        workspace: the folder with dvc.yaml.
+        values: the content of params.yaml, if it is not to be read from the workspace.
+    """
+    values = values or _read(workspace / PARAMS)
+    nodes: dict[str, Node] = {}
+    for name, body in _read(workspace / PIPELINE)["stages"].items():
+        for full_name, definition, scope in _instances(name, body, values):
+            nodes[full_name] = Node(
+                name=full_name,
+                command=_fill(definition["cmd"], scope),
+                deps=tuple(_fill(dep, scope) for dep in definition.get("deps", [])),
+                params={key: _lookup(key, values) for key in (_fill(p, scope) for p in definition.get("params", []))},
+                outs=tuple(
+                    _fill(_path(out), scope) for kind in ("outs", "metrics") for out in definition.get(kind, [])
+                ),
+            )
+    return nodes
+
+
+def code_folders(workspace: Path, stage: str) -> list[str]:
+    """Return the folders of code that a stage depends on, such as `tasks/core`; of all its instances the same."""
+    body = _read(workspace / PIPELINE)["stages"][stage]
+    deps = (body["do"] if "foreach" in body else body)["deps"]
+    return [dep for dep in deps if dep.startswith("tasks/")]
+
+
+def is_written_by_python(path: Path) -> bool:
+    """Return whether Python wrote a file while code ran; DVC passes over such files too (.dvcignore)."""
+    return path.suffix == ".pyc" or "__pycache__" in path.parts
+
+
+def check_sources(workspace: Path, nodes: Mapping[str, Node]) -> None:
+    """Checks that everything exists that stages read and no stage writes.
+
+    Raises:
+        BadParams: something does not; names the stages that want it.
+    """
+    written = [out for node in nodes.values() for out in node.outs]
+    missing = [
+        f"{dep}, which {node.name} reads"
+        for node in nodes.values()
+        for dep in node.deps
+        if not any(overlap(dep, out) for out in written) and not (workspace / dep).exists()
+    ]
+    if missing:
+        raise BadParams(
+            "names a path where there is nothing", where=PARAMS, examples=missing, fix="correct the path in params.yaml"
+        )
+
+
+def content_key(workspace: Path, node: Node) -> str:
+    """The identity of all that a stage reads: command, params, and DVC's hash of every dependency (16 hex digits)."""
+    return key_of(node.command, {dep: dvc_hash(workspace / dep) for dep in node.deps}, node.params)
+
+
+def recorded_keys(workspace: Path) -> dict[str, str]:
+    """The content key of every stage's last success, from the hashes in dvc.lock."""
+    return {
+        name: key_of(
+            e["cmd"], {dep["path"]: dep["md5"] for dep in e.get("deps", [])}, e.get("params", {}).get(PARAMS, {})
+        )
+        for name, e in _recorded(workspace).items()
+    }
+
+
+def recorded_files(workspace: Path) -> Iterator[tuple[Path, str]]:
+    """Every file of every recorded output with its MD5; folders are listed in DVC's cache."""
+    for out in (out for entry in _recorded(workspace).values() for out in entry.get("outs", [])):
+        path, md5 = workspace / out["path"], out["md5"]
+        listing = workspace / ".dvc" / "cache" / "files" / "md5" / md5[:2] / md5[2:]
+        if not md5.endswith(".dir"):
+            yield path, md5
+        elif listing.is_file():
+            yield from ((path / entry["relpath"], entry["md5"]) for entry in json.loads(listing.read_text()))
+
+
+def read_lock(workspace: Path) -> str:
+    """The text of dvc.lock; empty when there is none.
+
+    DVC rewrites the file in place, so a reader beside it may see half of it: it is read while no DVC holds its lock.
+    """
+    lock, dvcs_own = workspace / LOCK, workspace / ".dvc" / "tmp" / "lock"
+    with dvcs_own.open() if dvcs_own.is_file() else nullcontext() as held:
+        if held:
+            fcntl.flock(held, fcntl.LOCK_SH)
+        return lock.read_text(encoding="utf-8") if lock.is_file() else ""
+
+
+def _recorded(workspace: Path) -> dict[str, Any]:
+    from ruamel.yaml import YAML
+
+    stages: dict[str, Any] = (YAML(typ="safe", pure=True).load(read_lock(workspace)) or {}).get("stages", {})
+    return stages
+
+
+def overlap(one: str, other: str) -> bool:
+    """Whether two paths are the same or one lies within the other."""
+    a, b = PurePosixPath(one).parts, PurePosixPath(other).parts
+    return a[: len(b)] == b or b[: len(a)] == a
+
+
+def key_of(command: str, deps: Mapping[str, str], params: Mapping[str, Any]) -> str:
+    """The key for hashes that are known already, such as those in dvc.lock."""
+    read = json.dumps([command, sorted(deps.items()), sorted(params.items())], sort_keys=True)
+    return hashlib.sha256(read.encode()).hexdigest()[:16]
+
+
+def dvc_hash(path: Path) -> str:
+    """The hash that DVC records for a file, or for a folder: the MD5 of its sorted listing.
+
+    Raises:
+        BadParams: there is nothing at that path.
+    """
+    if path.is_file():
+        return digest(path, "md5")
+    if not path.is_dir():
+        raise BadParams(
+            "does not exist", where=str(path), fix="correct the path in params.yaml, or run the stage that writes it"
+        )
+    files = sorted(p for p in path.rglob("*") if p.is_file() and not is_written_by_python(p.relative_to(path)))
+    listing = sorted(
+        ({"md5": digest(p, "md5"), "relpath": p.relative_to(path).as_posix()} for p in files),
+        key=lambda entry: entry["relpath"],
+    )
+    return hashlib.md5(json.dumps(listing, sort_keys=True).encode(), usedforsecurity=False).hexdigest() + ".dir"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    from ruamel.yaml import YAML
+
+    content: dict[str, Any] = YAML(typ="safe", pure=True).load(path)
+    return content
+
+
+def _instances(
+    name: str, body: dict[str, Any], values: Mapping[str, Any]
+) -> Iterator[tuple[str, dict[str, Any], Mapping[str, Any]]]:
+    if "foreach" not in body:
+        yield name, body, values
+        return
+    for key, item in _lookup(body["foreach"].removeprefix("${").removesuffix("}"), values).items():
+        yield f"{name}@{key}", body["do"], {**values, "key": key, "item": item}
+
+
+def _fill(text: str, scope: Mapping[str, Any]) -> str:
+    return re.sub(r"\$\{(.+?)\}", lambda match: str(_lookup(match[1], scope)), text)
+
+
+def _lookup(dotted: str, scope: Mapping[str, Any]) -> Any:
+    value: Any = scope
+    for part in dotted.split("."):
+        value = value[part]
+    return value
+
+
+def _path(out: str | dict[str, Any]) -> str:
+    return out if isinstance(out, str) else next(iter(out))

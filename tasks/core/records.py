@@ -1,0 +1,167 @@
+"""The kinds of rows. Every input format becomes one of these at ingest; nothing downstream sees anything else."""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from tasks.core.errors import BadData
+
+
+class Message(NamedTuple):
+    """One turn of a chat.
+
+    Attributes:
+        role: system, user, assistant or tool.
+        content: the text.
+        calls: the tools that the assistant calls in this turn, as a JSON list of {name, arguments}; empty for none.
+        learn: whether the loss falls on it, if it is the assistant's.
+    """
+
+    role: str
+    content: str
+    calls: str = ""
+    learn: bool = True
+
+
+def conversation(asked: Any) -> list[Message]:
+    """What a request calls its messages: a list of mappings with role and content.
+
+    Raises:
+        BadData: it is none, or is empty.
+    """
+    try:
+        turns = [Message(turn["role"], turn["content"]) for turn in asked]
+    except (KeyError, TypeError):
+        turns = []
+    if not turns or not all(isinstance(text, str) for turn in turns for text in turn[:2]):
+        got = repr(asked)
+        raise BadData(
+            "is no conversation",
+            got=got if len(got) < 100 else f"{got[:99]}…",
+            expected="a list of turns, each with a role and a content",
+        )
+    return turns
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What every row has.
+
+    Attributes:
+        id: unique within the workspace.
+        source: the key of `ingest.sources` that it came from.
+        file: the file that it came from; empty for generated rows.
+        row: its line or number in that file, from 1; 0 for generated rows.
+        family: the kind of question, by which results are reported; empty when unknown.
+        group: rows of one group never cross the split; empty means the normalised prompt.
+    """
+
+    kind: ClassVar[str]
+
+    id: str
+    source: str
+    file: str = ""
+    row: int = 0
+    family: str = ""
+    group: str = ""
+
+    def prompt_text(self) -> str:
+        """What the model is asked, as one string."""
+        raise NotImplementedError
+
+    def split_group(self) -> str:
+        """The name of the group that stays on one side of the split."""
+        return self.group or normalised(self.prompt_text())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatExample(Record):
+    """A chat; the assistant's turns are what is learnt. `tools` are JSON schemas, as text."""
+
+    kind: ClassVar[str] = "chat"
+
+    messages: tuple[Message, ...]
+    tools: tuple[str, ...] = ()
+
+    def prompt_text(self) -> str:
+        """The first user turn."""
+        return next((m.content for m in self.messages if m.role == "user"), "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreferencePair(Record):
+    """Two replies to one prompt."""
+
+    kind: ClassVar[str] = "preference"
+
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    tools: tuple[str, ...] = ()
+
+    def prompt_text(self) -> str:
+        """The first user turn."""
+        return next((m.content for m in self.prompt if m.role == "user"), "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelledReply(Record):
+    """A reply that is good (`label` true) or bad, without another to compare it with (arXiv:2402.01306)."""
+
+    kind: ClassVar[str] = "labelled"
+
+    prompt: tuple[Message, ...]
+    reply: str
+    label: bool
+    tools: tuple[str, ...] = ()
+
+    def prompt_text(self) -> str:
+        """The first user turn."""
+        return next((m.content for m in self.prompt if m.role == "user"), "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextExample(Record):
+    """Plain text, for pretraining."""
+
+    kind: ClassVar[str] = "text"
+
+    text: str
+
+    def prompt_text(self) -> str:
+        """The text itself."""
+        return self.text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeqPair(Record):
+    """An input and its target, for encoder-decoder models."""
+
+    kind: ClassVar[str] = "pair"
+
+    input: str
+    target: str
+
+    def prompt_text(self) -> str:
+        """The input."""
+        return self.input
+
+
+KINDS: dict[str, type[Record]] = {
+    kind.kind: kind for kind in (ChatExample, PreferencePair, LabelledReply, TextExample, SeqPair)
+}
+"""Every kind of row, by its name: the name of its file, too."""
+
+
+def normalised(text: str) -> str:
+    """The text without differences of case, width, composition or white space: equal prompts become equal strings."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def held_out(group: str, fraction: float) -> bool:
+    """Whether a group is held out: a fixed function of its name, so that growing data never moves it."""
+    position = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") / 2**64
+    return position < fraction

@@ -1,0 +1,56 @@
+"""What is looked at in the course of a training, and what follows: when it stops, and which weights are kept.
+
+Everything that follows is a function of the log alone, which is in every checkpoint: so a resumed training stops at
+the same step, and keeps the same weights, as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tasks.reports.training_log import Log, best_step, looks_since_best
+
+
+@dataclass(frozen=True)
+class Look:
+    """Something that is computed every so many steps, and after the last, from the weights that would be published.
+
+    Attributes:
+        name: under which it stands in the log.
+        every_steps: how often.
+        compute: what it is now; must leave the model and the random state as they were.
+    """
+
+    name: str
+    every_steps: int
+    compute: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What is looked at, and the rules for the held-out loss.
+
+    Attributes:
+        looks: in their order; only their own steps see them.
+        patience: the training stops after so many looks without a lower held-out loss; None: never.
+        keep_best: whether the weights with the lowest held-out loss are kept, instead of the last.
+    """
+
+    looks: Sequence[Look] = ()
+    patience: int | None = None
+    keep_best: bool = False
+
+    def look(self, step: int, steps: int) -> dict[str, Any]:
+        """What there is to see after a step, numbered from 1."""
+        return {each.name: each.compute() for each in self.looks if step % each.every_steps == 0 or step == steps}
+
+    def is_over(self, log: Log) -> bool:
+        """Whether the rule for stopping early says so."""
+        return self.patience is not None and looks_since_best(log) >= self.patience
+
+    def kept_step(self, log: Log) -> int:
+        """The step, from 1, whose weights are kept."""
+        best = best_step(log) if self.keep_best else None
+        return len(log) if best is None else best

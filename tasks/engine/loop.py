@@ -1,0 +1,300 @@
+"""The optimisation loop of pretraining and tuning: stopped anywhere and resumed, it gives the same bits.
+
+It stops at the first loss or gradient that is not finite, before the optimizer sees it; it writes a checkpoint every
+so many steps, at the end, and when a signal asks it to stop; and it returns only if it took every step, or stopped
+early by its rule.
+
+Where several processes train, each differentiates its parts of a step; all then take the same step, and the first one
+keeps what is written.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from tasks.core.errors import Diverged, Interrupted
+from tasks.core.progress import Progress
+from tasks.core.ranks import is_first
+from tasks.core.signals import on_stop
+from tasks.engine.checkpoints import (
+    Checkpoint,
+    Stepper,
+    check_writable,
+    latest,
+    pack,
+    random_state,
+    save,
+    set_random_state,
+    unpack,
+)
+from tasks.engine.collectives import anywhere, check_agreed, own_draws, sum_gradients, summed, wait
+from tasks.engine.evaluation_hooks import Watch
+from tasks.engine.memory import RowsAtOnce
+from tasks.reports.training_log import HELD_OUT_LOSS, best_step
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+NOTHING = Watch()
+"""Nothing is looked at, and every step is taken."""
+AS_THEY_ARE = RowsAtOnce(1, fit=False)
+"""A step takes its rows as it does; when memory runs out, that is the end."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a training does at each step; every field is a fixed function of the step, counted from 0.
+
+    Attributes:
+        steps: how many there are.
+        learning_rate: the rate at a step.
+        losses: the loss to differentiate at a step, in parts that add up to it, each with its share of what is logged.
+        describe: names the rows of a step, for errors.
+        max_grad_norm: gradients are scaled down to this norm.
+        checkpoint_every_steps: how much work a kill may cost.
+    """
+
+    steps: int
+    learning_rate: Callable[[int], float]
+    losses: Callable[[int], Iterable[tuple[Tensor, dict[str, float]]]]
+    describe: Callable[[int], Sequence[str]]
+    max_grad_norm: float
+    checkpoint_every_steps: int
+
+
+@runtime_checkable
+class Averaging(Protocol):
+    """An optimizer whose result is an average of its steps: what is trained on and what is published differ."""
+
+    def train(self) -> None:
+        """Makes the parameters what is trained on."""
+
+    def eval(self) -> None:
+        """Makes them what is published."""
+
+
+def run(
+    course: Course,
+    parameters: Mapping[str, Tensor],
+    optimizers: Sequence[Stepper],
+    checkpoints: Path,
+    progress: Progress,
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+    watch: Watch = NOTHING,
+    rows: RowsAtOnce = AS_THEY_ARE,
+) -> list[dict[str, Any]]:
+    """Trains `parameters` in place, going on from the newest whole checkpoint, and leaves there what is to be kept.
+
+    It takes every step, unless `watch` says before that it is over.
+
+    Args:
+        course: the steps.
+        parameters: what is trained, by name.
+        optimizers: all of them step at every step.
+        checkpoints: the folder of this training's.
+        progress: counts the steps.
+        on_row: gets every row of the log as it comes.
+        watch: what is looked at on the way, and what follows from it.
+        rows: what the losses of a step take at once, and may take fewer of.
+
+    Returns:
+        The log: for every step its number from 1, loss, gradient norm, learning rate, what `course.losses` adds, and
+        what was looked at.
+
+    Raises:
+        BadData: the checkpoint is of another training.
+        BadInput: no checkpoint can be written.
+        Diverged: a loss or gradient is not finite; checkpoints before it stay.
+        Interrupted: SIGTERM or SIGINT came; a checkpoint was written first.
+    """
+    check_writable(checkpoints)
+    log, best = _resume(course, parameters, optimizers, checkpoints, progress)
+    over = len(log) == course.steps or watch.is_over(log)
+    with stop_signals() as stopping:
+        while not over:
+            row = _step(course, len(log), parameters, optimizers, rows)
+            with _published(parameters, optimizers):
+                row |= _finite(watch.look(row["step"], course.steps), row["step"])
+                log.append(row)
+                if watch.keep_best and HELD_OUT_LOSS in row and best_step(log) == row["step"]:
+                    best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+            on_row(row)
+            progress.step(f"loss {row['loss']:.3f}")
+            over = len(log) == course.steps or watch.is_over(log)
+            stop = anywhere(stopping.is_set())
+            if len(log) % course.checkpoint_every_steps == 0 or over or stop:
+                _check_finite(parameters, len(log))
+                if is_first():
+                    save(checkpoints, Checkpoint(len(log), pack(parameters, optimizers, best), log))
+                wait()  # else the end of one process would end the first while it writes
+            if stop and not over:
+                raise Interrupted(
+                    "the training was stopped",
+                    where=f"step {len(log)} of {course.steps}",
+                    fix="run it again: it goes on from here",
+                )
+    _leave(parameters, optimizers, best)
+    return log
+
+
+def _resume(
+    course: Course,
+    parameters: Mapping[str, Tensor],
+    optimizers: Sequence[Stepper],
+    checkpoints: Path,
+    progress: Progress,
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Puts everything where the newest checkpoint has it; returns the log and the best weights so far."""
+    log, best = list[dict[str, Any]](), dict[str, Any]()
+    found = latest(checkpoints)
+    check_agreed("the newest checkpoint", found.step if found else 0, fix=f"let all machines see {checkpoints}")
+    if found:
+        best = unpack(found.tensors, parameters, optimizers, str(checkpoints))
+        log = found.log
+        print(f"{progress.label}: going on from the checkpoint after step {found.step} of {course.steps}", flush=True)
+        progress.go_on_from(found.step)
+    for optimizer in optimizers:
+        if isinstance(optimizer, Averaging):
+            optimizer.train()
+    return log, best
+
+
+def _step(
+    course: Course, step: int, parameters: Mapping[str, Tensor], optimizers: Sequence[Stepper], rows: RowsAtOnce
+) -> dict[str, Any]:
+    """Takes one step and returns its row of the log."""
+    import torch
+
+    rate, random = course.learning_rate(step), random_state()
+
+    def differentiate() -> tuple[float, dict[str, float]]:
+        set_random_state(random)  # a step that is taken again draws what it drew
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        with own_draws():
+            return _differentiate(course.losses(step))
+
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+    own_loss, own_extra = rows.fitted(differentiate)
+    sum_gradients(parameters.values())
+    sums = summed({"loss": own_loss, **own_extra})
+    loss, extra = sums.pop("loss"), sums
+    norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), course.max_grad_norm).item()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise Diverged(
+            "the training diverged; nothing was published",
+            where=f"step {step + 1} of {course.steps}",
+            got=f"loss {loss}, gradient norm {norm}",
+            examples=course.describe(step),
+            fix="lower learning_rate or raise warmup_steps",
+        )
+    for optimizer in optimizers:
+        optimizer.step()
+    return {"step": step + 1, "loss": loss, "grad_norm": norm, "learning_rate": rate, **extra}
+
+
+def _differentiate(parts: Iterable[tuple[Tensor, dict[str, float]]]) -> tuple[float, dict[str, float]]:
+    """Adds the gradients of all parts, each before the next is computed; returns the sums of what they say."""
+    total, extra = 0.0, dict[str, float]()
+    for part, logged in parts:
+        part.backward()
+        total += part.item()
+        extra = {name: extra.get(name, 0.0) + value for name, value in logged.items()}
+    return total, extra
+
+
+@contextmanager
+def _published(parameters: Mapping[str, Tensor], optimizers: Sequence[Stepper]) -> Iterator[None]:
+    """Within this block the parameters are what would be published; after it, to the bit what they were."""
+    import torch
+
+    averaging = [optimizer for optimizer in optimizers if isinstance(optimizer, Averaging)]
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()} if averaging else {}
+    for optimizer in averaging:
+        optimizer.eval()
+    yield
+    for optimizer in averaging:
+        optimizer.train()
+    with torch.no_grad():  # there and back again would round
+        for name, tensor in before.items():
+            parameters[name].copy_(tensor)
+
+
+def _leave(parameters: Mapping[str, Tensor], optimizers: Sequence[Stepper], best: Mapping[str, Tensor]) -> None:
+    """Makes the parameters what is to be kept."""
+    import torch
+
+    for optimizer in optimizers:
+        if isinstance(optimizer, Averaging):
+            optimizer.eval()
+    with torch.no_grad():
+        for name, tensor in best.items():
+            parameters[name].copy_(tensor)
+
+
+def _finite(seen: dict[str, Any], step: int) -> dict[str, Any]:
+    """What was looked at, if the held-out loss is a number."""
+    if not math.isfinite(seen.get(HELD_OUT_LOSS, 0.0)):
+        raise Diverged(
+            "the training diverged; nothing was published",
+            where=f"step {step}",
+            got=f"a held-out loss of {seen[HELD_OUT_LOSS]}",
+            fix="lower learning_rate or raise warmup_steps",
+        )
+    return seen
+
+
+def _check_finite(parameters: Mapping[str, torch.Tensor], step: int) -> None:
+    """Refuses weights that the last update made infinite or NaN: the loss would tell only at the next step."""
+    broken = [name for name, parameter in parameters.items() if not parameter.isfinite().all()]
+    if broken:
+        raise Diverged(
+            "the training diverged; nothing was published",
+            where=f"step {step}",
+            got="weights that are not finite",
+            examples=broken,
+            fix="lower learning_rate or raise warmup_steps",
+        )
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """Within this block SIGTERM and SIGINT only set the event, so that a step can end and be saved."""
+    stopping = threading.Event()
+    with on_stop(lambda *_: stopping.set()):
+        yield stopping
+
+
+def schedule(step: int, steps: int, *, peak: float, warmup_steps: int, shape: str, decay: float = 1.0) -> float:
+    """The learning rate at a step: a linear warm-up to `peak`, and from there by shape.
+
+    Args:
+        step: from 0.
+        steps: of the whole training.
+        peak: the highest rate.
+        warmup_steps: how many the warm-up takes.
+        shape: `constant`; `linear` or `cosine` to zero; or `wsd`, warm-up, stable, decay: constant and then down by
+            1 - sqrt to zero (arXiv:2405.18392, section 3).
+        decay: the share of all steps in which `wsd` goes down.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, steps - warmup_steps)
+    decay_steps = min(decay * steps, steps - warmup_steps)
+    decayed = max(0.0, 1 - (steps - step) / decay_steps) if decay_steps > 0 else 0.0
+    shapes = {
+        "constant": 1.0,
+        "linear": 1 - done,
+        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+        "wsd": 1 - math.sqrt(decayed),
+    }
+    return peak * shapes[shape]

@@ -1,0 +1,1 @@
+"""Stages `baseline` and `evaluate`: a model answers what suites ask."""

@@ -1,0 +1,156 @@
+"""What a model makes of endings, given what stands before them: the scores behind multiple choice and perplexity.
+
+A context is computed once for all its endings, and so is whatever else rows have in common at their beginning; rows
+stand in one sequence without padding, and the vocabulary head runs on the places alone that an ending's tokens follow
+from. An ending's last token is never computed, since nothing follows from it: endings of one token cost nothing but
+their part of the head. Where a model's attention cannot be joined, or a learnt prompt stands before the rows, they are
+padded instead, and only rows that are the beginning of others are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from tasks.inference.prefix_tree import Row
+from tasks.inference.rows import Likelihood, Scored
+from tasks.models.loader import Model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TOKENS = 4096
+"""What a forward pass computes, in tokens (bench/LOG.md); more for a row that is longer."""
+
+
+class Ending(NamedTuple):
+    """Token ids, at least one each, of what is given and of what is scored."""
+
+    context: Sequence[int]
+    tokens: Sequence[int]
+
+
+def score_endings(
+    model: Model, endings: Sequence[Ending], *, tokens: int = TOKENS, done: Callable[[int], None] = lambda count: None
+) -> list[Likelihood]:
+    """The likelihood of each ending, in their order.
+
+    Args:
+        model: a decoder, with or without an adapter. Edits of its prompts (ReFT) take the contexts for prompts.
+        endings: what to score.
+        tokens: how many a forward pass computes at most.
+        done: is told of each pass how many endings it scored.
+    """
+    import torch
+
+    from tasks.adapters.prompt_tuning import virtual_tokens
+    from tasks.adapters.reft.prompt_positions import prompts_of
+    from tasks.inference.lm_head import base_of
+    from tasks.inference.prefix_sharing import joinable
+    from tasks.inference.prefix_tree import batches
+
+    rows = [Row([*ending.context, *ending.tokens[:-1]], len(ending.context)) for ending in endings]
+    whole = prompts_of(model) is not None
+    longest = max((len(row.ids) for row in rows), default=0)
+    if joinable(base_of(model), longest) and not virtual_tokens(model):
+        passes, hidden_of = list(batches(rows, tokens, whole=whole)), _joined
+    else:
+        passes, hidden_of = _by_length(rows, tokens, whole=whole), _padded
+    found: dict[int, Likelihood] = {}
+    for numbers in passes:
+        with torch.no_grad():
+            hidden, places = hidden_of(model, [rows[n] for n in numbers], whole)
+            scored = _score(model, hidden, places, [endings[n].tokens for n in numbers])
+        found |= zip(numbers, scored, strict=True)
+        done(len(numbers))
+    return [found[n] for n in range(len(endings))]
+
+
+def _score(
+    model: Model, hidden: Tensor, places: Sequence[Sequence[int]], endings: Sequence[Sequence[int]]
+) -> list[Likelihood]:
+    """Of endings whose rows stand at some places of the hidden states, (places, hidden)."""
+    import torch
+
+    from tasks.inference.lm_head import score_hidden
+
+    device = hidden.device
+    before = [place for row, ending in zip(places, endings, strict=True) for place in row[-len(ending) :]]
+    targets = [token for ending in endings for token in ending]
+    whose = torch.repeat_interleave(torch.tensor([len(ending) for ending in endings], device=device))
+    scores = score_hidden(
+        model,
+        hidden.index_select(0, torch.tensor(before, device=device)),
+        torch.tensor(targets, device=device),
+        with_likeliest=True,
+    )
+    return Scored(scores.logp, whose, len(endings), likeliest=scores.likeliest).likelihoods()
+
+
+# --- rows in one sequence ---------------------------------------------------------------------------------------------
+
+
+def _joined(model: Model, rows: Sequence[Row], whole: bool) -> tuple[Tensor, list[list[int]]]:
+    """Hidden states, (places, hidden), and for each row at which places it stands."""
+    from contextlib import nullcontext
+
+    import torch
+
+    from tasks.adapters.reft.prompt_positions import prompts_of
+    from tasks.inference.lm_head import base_of
+    from tasks.inference.prefix_sharing import joined_hidden
+    from tasks.inference.prefix_tree import plant
+
+    forest = plant(rows, model.device, whole=whole)
+    prompts = prompts_of(model)
+    where = {places[0]: row.prompt for row, places in zip(rows, forest.places, strict=True)}
+    shapes = (
+        torch.tensor(numbers, device=model.device) for numbers in ([0] * len(where), list(where), [*where.values()])
+    )
+    with prompts.at(*shapes) if prompts else nullcontext():
+        return joined_hidden(base_of(model), forest), forest.places
+
+
+# --- rows of their own ------------------------------------------------------------------------------------------------
+
+
+def _by_length(rows: Sequence[Row], tokens: int, *, whole: bool) -> list[list[int]]:
+    """The numbers of the rows in batches of at most so many tokens, padding included; the longest first."""
+    from tasks.inference.prefix_tree import leaves
+
+    under: dict[int, list[int]] = {}
+    for number, leaf in enumerate(leaves(rows, whole=whole)):
+        under.setdefault(leaf, []).append(number)
+    found, longest, count = list[list[int]](), 0, 0
+    for leaf in sorted(under, key=lambda n: (-len(rows[n].ids), n)):
+        if not found or (count + 1) * longest > tokens:
+            found, longest, count = [*found, []], len(rows[leaf].ids), 0
+        found[-1] += under[leaf]
+        count += 1
+    return found
+
+
+def _padded(model: Model, rows: Sequence[Row], whole: bool) -> tuple[Tensor, list[list[int]]]:
+    """The same as `_joined`, of rows padded on the right, after a learnt prompt."""
+    from contextlib import nullcontext
+
+    import torch
+
+    from tasks.adapters.prompt_tuning import with_virtual_tokens
+    from tasks.adapters.reft.prompt_positions import prompts_of
+    from tasks.inference.encoder_decoder import padded
+    from tasks.inference.prefix_tree import leaves
+
+    leaf_of = leaves(rows, whole=whole)
+    alone = sorted(set(leaf_of))
+    filled = padded([rows[n].ids for n in alone], 0, model.device)
+    given = {"input_ids": filled.ids, "attention_mask": filled.attended, "use_cache": False}
+    given, learnt = with_virtual_tokens(model, given)
+    prompts = prompts_of(model)
+    lengths = torch.tensor([rows[n].prompt for n in alone], device=model.device)
+    with prompts.given(lengths) if prompts else nullcontext():
+        hidden = model.get_decoder()(**given).last_hidden_state[:, learnt:]
+    width = filled.ids.shape[1]
+    starts = {leaf: number * width for number, leaf in enumerate(alone)}
+    places = [list(range(starts[leaf], starts[leaf] + len(row.ids))) for leaf, row in zip(leaf_of, rows, strict=True)]
+    return hidden.reshape(-1, hidden.shape[-1]), places

@@ -1,0 +1,48 @@
+"""The section `evaluate` of params.yaml."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from tasks.core.params import Count, Name, Section, Seed
+from tasks.evaluate.suite_params import GeneralText, Suite
+from tasks.inference.params import Generation
+from tasks.reports.items import HELD_OUT
+from tasks.reports.statistics import Resampling
+
+
+class Evaluate(Section):
+    """Answers to the held-out rows."""
+
+    rows: Count
+    """Held-out rows to answer, at most."""
+    batch_rows: Count
+    """Rows in a forward pass."""
+    max_new_tokens: Count
+    """Tokens in an answer, at most."""
+    bootstrap_samples: Count
+    """Resamples behind an interval."""
+    confidence: Annotated[float, Field(gt=0, lt=1)]
+    """Of the intervals."""
+    seed: Seed
+    """Of the resampling."""
+    generation: Generation
+    """How answers are generated."""
+    suites: dict[Name, Suite]
+    """What the model is asked besides, by names of your own; data/suites/ holds ready ones."""
+    general_text: GeneralText | Literal["none"]
+    """Text on which base and tuned model are compared, to tell what was forgotten."""
+
+    @field_validator("suites")
+    @classmethod
+    def _other_than_held_out(cls, suites: dict[str, Suite]) -> dict[str, Suite]:
+        if HELD_OUT in suites:
+            raise ValueError(f"{HELD_OUT} is the name of the held-out rows")
+        return suites
+
+    @property
+    def resampling(self) -> Resampling:
+        """How intervals are computed."""
+        return Resampling(self.bootstrap_samples, self.seed, self.confidence)

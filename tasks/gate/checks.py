@@ -1,0 +1,191 @@
+"""The gate: whether the evidence lets a version become champion. Pure, and shut whenever a number is missing.
+
+Two models are compared on the items that both answered: the same suite, task, prompt and target. What is said of a
+difference of their figures:
+
+- its interval, by the paired bootstrap (Efron 1979): items are drawn with replacement, both models' results together;
+- its noise floor: the difference that is reached, with the same confidence, when on each item a coin decides which
+  model gets which of the two results, that is when the models are equally good (the paired permutation test; Fisher
+  1935). Greedy evaluations repeat to the bit, so the choice of items is all the noise there is.
+
+A difference counts when it is beyond the floor and its interval leaves zero out; any other counts as none. The
+bootstrap alone takes two items that went well for proof; the permutations alone give no interval. Where nothing counts
+and the floor itself is above `promote.max_noise`, as with few items, a loss could not be seen: the comparison fails.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from tasks.gate.params import Promote
+from tasks.reports.items import Items, difference
+from tasks.reports.statistics import Difference
+
+
+class Evidence(NamedTuple):
+    """What is known of a version.
+
+    Attributes:
+        version: its number.
+        method: what trained it.
+        suites: its results, by suite.
+        base: the base model's, by suite.
+        templates: the SHA-256 of the chat template in training, in evaluation and in the model.
+        mean_kl: of the model that was trained against the model that is served, nats per token.
+        leaked: of each suite the share of items that stand in the rows that were learnt.
+        broken: what is wrong with the model's files or signature; empty when they are as they were registered.
+    """
+
+    version: str
+    method: str
+    suites: Mapping[str, Items]
+    base: Mapping[str, Items]
+    templates: Mapping[str, str]
+    mean_kl: float
+    leaked: Mapping[str, float]
+    broken: str
+
+
+class Finding(NamedTuple):
+    """One check of the gate.
+
+    Attributes:
+        check: what was looked at.
+        suite: on which suite; empty where it is none's matter.
+        passed: whether it speaks for the version.
+        said: what was found, in words.
+        difference: the numbers of a comparison.
+    """
+
+    check: str
+    suite: str
+    passed: bool
+    said: str
+    difference: Difference | None = None
+
+
+class Verdict(NamedTuple):
+    """Whether a version may become champion, and what it was held against."""
+
+    version: str
+    champion: str
+    passed: bool
+    findings: list[Finding]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The verdict as JSON has it, where a number that is missing is null."""
+        findings = []
+        for finding in self.findings:
+            numbers = finding.difference._asdict() if finding.difference else {}
+            told = {name: None if math.isnan(value) else value for name, value in numbers.items()}
+            findings.append({**finding._asdict(), "difference": told or None})
+        return {**self._asdict(), "findings": findings}
+
+    def digest(self) -> str:
+        """The SHA-256 of the verdict, which the ledger names it by."""
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
+
+    def summary(self) -> str:
+        """The verdict in a few words."""
+        passed = sum(finding.passed for finding in self.findings)
+        told = [f.said for f in self.findings if f.check.startswith("against") and f.difference]
+        return f"{passed} of {len(self.findings)} checks passed" + "".join(f"; {said}" for said in told[:2])
+
+
+def judge(challenger: Evidence, champion: Evidence | None, params: Promote, max_mean_kl: float) -> Verdict:
+    """Holds a version against the base model and the present champion.
+
+    Args:
+        challenger: the version.
+        champion: the present champion; None when there is none.
+        params: what must be shown.
+        max_mean_kl: how far the model that is served may be from the one that was trained, nats per token.
+    """
+    rival = champion if champion is not None and champion.version != challenger.version else None
+    findings = [
+        *_integrity(challenger, max_mean_kl),
+        *_leaks(challenger, params),
+        _against_base(challenger, params),
+        *([_against_champion(challenger, rival, params)] if rival else []),
+        *_guarded(challenger, rival, params),
+        *_floors(challenger, params),
+    ]
+    passed = all(finding.passed for finding in findings)
+    return Verdict(challenger.version, rival.version if rival else "", passed, findings)
+
+
+def _integrity(version: Evidence, max_mean_kl: float) -> Iterator[Finding]:
+    yield Finding("files", "", not version.broken, version.broken or "as they were registered")
+    told = [version.templates.get(where, "") for where in ("training", "evaluation", "model")]
+    same = bool(told[0]) and len(set(told)) == 1
+    shown = ", ".join(f"{each[:12] or 'missing'}" for each in told)
+    yield Finding(
+        "template", "", same, f"{told[0][:12]} throughout" if same else f"training, evaluation, model: {shown}"
+    )
+    found = "missing" if math.isnan(version.mean_kl) else f"mean KL {version.mean_kl:.2g}"
+    yield Finding("merge", "", version.mean_kl <= max_mean_kl, f"{found}, at most {max_mean_kl:g} nats a token")
+
+
+def _leaks(version: Evidence, params: Promote) -> Iterator[Finding]:
+    for suite in dict.fromkeys([params.suite, *params.guarded, *params.floors]):
+        share = version.leaked.get(suite, math.nan)
+        found = "not looked for" if math.isnan(share) else f"{share:.2%} of its items stand in rows that were learnt"
+        yield Finding("leaks", suite, share <= params.max_leaked, f"{found}, at most {params.max_leaked:.2%}")
+
+
+def _against_base(version: Evidence, params: Promote) -> Finding:
+    found = _on(params.suite, version.suites, version.base, params.metric, params)
+    return _told("against base", params.suite, found.counted > 0, found, params.metric, "base")
+
+
+def _against_champion(version: Evidence, champion: Evidence, params: Promote) -> Finding:
+    found = _on(params.suite, version.suites, champion.suites, params.metric, params)
+    return _told(
+        "against champion",
+        params.suite,
+        _not_worse(found, params.margin, params.max_noise),
+        found,
+        params.metric,
+        f"champion {champion.version}",
+    )
+
+
+def _guarded(version: Evidence, champion: Evidence | None, params: Promote) -> Iterator[Finding]:
+    for suite, margin in params.guarded.items():
+        rival, name = (champion.suites, f"champion {champion.version}") if champion else (version.base, "base")
+        found = _on(suite, version.suites, rival, "score", params)
+        yield _told("guarded", suite, _not_worse(found, margin, params.max_noise), found, "score", name)
+
+
+def _floors(version: Evidence, params: Promote) -> Iterator[Finding]:
+    for suite, floor in params.floors.items():
+        items = version.suites.get(suite, {})
+        mean = math.fsum(item.score for item in items.values()) / len(items) if items else math.nan
+        found = "score is absent" if math.isnan(mean) else f"score {mean:.3f} of {len(items)} items"
+        yield Finding("floor", suite, mean >= floor, f"{found}, at least {floor:g}")
+
+
+def _not_worse(found: Difference, margin: float, max_noise: float) -> bool:
+    """No loss that counts beyond the margin; where nothing counts, noise must not be what hides it. NaN is False."""
+    return found.counted >= -margin and (found.counted != 0 or found.noise <= max_noise)
+
+
+def _told(check: str, suite: str, passed: bool, found: Difference, metric: str, rival: str) -> Finding:
+    if not found.items:
+        said = f"no items in common with {rival}"
+    elif math.isnan(found.gain):
+        said = f"{metric} is absent of some of {found.items} items; the gate fails closed"
+    else:
+        interval = f"[{found.low:+.3f}, {found.high:+.3f}]"
+        said = (
+            f"{metric} {found.new:.3f}, {rival} {found.old:.3f}: {found.gain:+.3f} {interval}, noise {found.noise:.3f}"
+        )
+    return Finding(check, suite, passed, said, found)
+
+
+def _on(suite: str, new: Mapping[str, Items], old: Mapping[str, Items], metric: str, params: Promote) -> Difference:
+    return difference(new.get(suite, {}), old.get(suite, {}), metric, params.resampling)

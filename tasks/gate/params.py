@@ -1,0 +1,46 @@
+"""The sections `register` and `promote` of params.yaml."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from tasks.core.params import Count, NotNegative, Positive, Section, Seed, Share
+from tasks.reports.statistics import Resampling
+
+SuiteName = Annotated[str, StringConstraints(min_length=1)]
+
+
+class Promote(Section):
+    """What a challenger must show: figures are of items, paired where two models answered the same."""
+
+    suite: SuiteName
+    """The suite that decides: there a version must be better than the base, and not worse than the champion."""
+    metric: Literal["score", "loss"]
+    """Of the deciding suite: the score of its items (exact match, of held-out rows), or the loss per token."""
+    margin: NotNegative
+    """How much worse than the champion a version may be on the deciding suite, in the metric's own unit."""
+    confidence: Annotated[float, Field(gt=0, lt=1)]
+    """Of the bootstrap interval of a difference, and of the noise floor."""
+    bootstrap_samples: Annotated[int, Field(ge=100)]
+    """Resamples behind either."""
+    seed: Seed
+    """Of the resampling."""
+    max_noise: Positive
+    """A comparison whose noise floor is higher, as with few items, tells nothing: the gate stays shut."""
+    floors: dict[SuiteName, Annotated[float, Field(allow_inf_nan=False)]]
+    """The least mean score, by suite."""
+    guarded: dict[SuiteName, NotNegative]
+    """How much worse than the champion (the base, where there is none) the mean score may be, by suite."""
+    max_leaked: Share
+    """The share of a suite's items that may stand in the rows that were learnt; of every suite named above."""
+    approval: Literal["none", "human"]
+    """`human`: a version that passed waits in Prefect until somebody approves of it."""
+    approval_timeout_s: Count
+    """So long it waits."""
+
+    @property
+    def resampling(self) -> Resampling:
+        """How intervals are computed."""
+        return Resampling(self.bootstrap_samples, self.seed, self.confidence)

@@ -1,0 +1,1 @@
+"""The shell of every page: one file, no scripts."""

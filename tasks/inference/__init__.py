@@ -1,0 +1,1 @@
+"""Forward passes: log-probabilities, generation, chat."""

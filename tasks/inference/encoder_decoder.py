@@ -1,0 +1,182 @@
+"""What is read off an encoder-decoder model (T5, arXiv:1910.10683): scores of targets, and answers to inputs.
+
+Everything goes through the model's own forward pass and its own `generate`, so that families that scale, bias or shift
+in their own way, and adapters that add tokens of theirs, stay right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tasks.core.errors import BadData
+from tasks.inference.params import Generation
+from tasks.inference.rows import Likelihood, Scored
+from tasks.models.loader import Model
+from tasks.tokenization.architecture import positions_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+"""The label of what is no token of a target."""
+
+
+class PairRow(NamedTuple):
+    """Token ids of an input and of its target, each with the end token that it has."""
+
+    input_ids: Sequence[int]
+    target_ids: Sequence[int]
+
+    @property
+    def tokens(self) -> int:
+        """How long the row is."""
+        return len(self.input_ids) + len(self.target_ids)
+
+    @property
+    def scored_tokens(self) -> int:
+        """How many tokens the loss falls on."""
+        return len(self.target_ids)
+
+
+class Padded(NamedTuple):
+    """Rows of token ids, filled up on the right: `ids` and `attended` (1 for tokens), both (rows, longest) int64."""
+
+    ids: Tensor
+    attended: Tensor
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int, device: Any) -> Padded:
+    """Rows of token ids as one tensor; on the right, because some encoders count positions from the first."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    ids = pad_sequence(
+        [torch.tensor(list(row), dtype=torch.long) for row in rows], batch_first=True, padding_value=fill
+    )
+    lengths = torch.tensor([len(row) for row in rows])
+    attended = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
+    return Padded(ids.to(device), attended.to(device))
+
+
+def score_pairs(
+    model: Model, rows: Sequence[PairRow], *, with_mean: bool = False, with_likeliest: bool = False
+) -> Scored:
+    """The log-probability of every token of the targets, end token included, given the input and the tokens before it.
+
+    The decoder reads the target shifted right by the model's own start token; its mean is the loss that transformers
+    computes from `labels`. `with_mean` asks for the mean over the vocabulary, `with_likeliest` for what is the arg-max.
+    """
+    from tasks.inference.lm_head import score_logits
+
+    labels = padded([row.target_ids for row in rows], IGNORED, model.device).ids
+    logits = model(
+        **_encoded(model, [tuple(row.input_ids) for row in rows]),
+        decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels=labels),  # type: ignore[operator]
+        use_cache=False,
+    ).logits
+    logits = logits[:, -labels.shape[1] :]  # after the positions of a learnt prompt, where the decoder has one
+    scored = labels != IGNORED
+    scores = score_logits(logits[scored], labels[scored], with_mean=with_mean, with_likeliest=with_likeliest)
+    return Scored(scores.logp, scored.nonzero()[:, 0], len(rows), scores.mean_logp, scores.likeliest)
+
+
+def score_pair_rows(
+    model: Model, rows: Sequence[PairRow], *, tokens: int, done: Callable[[int], None] = lambda count: None
+) -> list[Likelihood]:
+    """The likelihood of each row's target, in their order; rows with the same input are scored together.
+
+    Args:
+        model: an encoder-decoder.
+        rows: what to score.
+        tokens: how many a forward pass computes at most, padding included.
+        done: is told of each pass how many rows it scored.
+    """
+    import torch
+
+    order = sorted(range(len(rows)), key=lambda n: (-rows[n].tokens, rows[n]))
+    found: dict[int, Likelihood] = {}
+    while order:
+        count = max(1, tokens // max(1, rows[order[0]].tokens))
+        some, order = order[:count], order[count:]
+        with torch.no_grad():
+            scores = score_pairs(model, [rows[n] for n in some], with_likeliest=True)
+        found |= zip(some, scores.likelihoods(), strict=True)
+        done(len(some))
+    return [found[n] for n in range(len(rows))]
+
+
+def _encoded(model: Model, inputs: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+    """What a forward pass is given of its inputs: without gradients, those that are the same are encoded once.
+
+    A learnt prompt and edits of prompts reach the encoder through the whole model's forward pass alone.
+    """
+    import torch
+
+    from tasks.adapters.prompt_tuning import virtual_tokens
+    from tasks.adapters.reft.prompt_positions import prompts_of
+    from tasks.inference.lm_head import base_of
+
+    number = {each: n for n, each in enumerate(dict.fromkeys(inputs))}
+    if torch.is_grad_enabled() or len(number) == len(inputs) or virtual_tokens(model) or prompts_of(model):
+        whole = padded(inputs, 0, model.device)
+        return {"input_ids": whole.ids, "attention_mask": whole.attended}
+    once = padded(list(number), 0, model.device)
+    outputs = base_of(model).get_encoder()(input_ids=once.ids, attention_mask=once.attended)
+    whose = torch.tensor([number[each] for each in inputs], device=model.device)
+    outputs.last_hidden_state = outputs.last_hidden_state[whose]
+    return {"encoder_outputs": outputs, "attention_mask": once.attended[whose]}
+
+
+def generate_targets(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    generation: Generation,
+    stopping: Any = None,
+) -> list[list[int]]:
+    """Answers to a batch of inputs: the tokens after the start token, up to the end token if there is one.
+
+    `stopping` is what else ends answers, as transformers takes it.
+    """
+    import torch
+
+    from tasks.inference.sampling import decoding, until
+
+    given = padded(inputs, 0, model.device)
+    with torch.no_grad():
+        written: Tensor = model.generate(  # type: ignore[operator]
+            input_ids=given.ids,
+            attention_mask=given.attended,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            stopping_criteria=stopping,
+            **decoding(model, generation, given.ids, given.attended),
+        )
+    return [until(row, tokenizer.eos_token_id) for row in written[:, 1:].tolist()]
+
+
+def check_room(model: Model, rows: Sequence[tuple[str, Sequence[int]]], max_new_tokens: int) -> None:
+    """Refuses inputs or answers that are longer than the positions of a model that counts them (BART's; T5 does not).
+
+    Args:
+        model: the model that is to answer.
+        rows: ids of rows, with their inputs.
+        max_new_tokens: how long an answer may get.
+
+    Raises:
+        BadData: one of them is too long.
+    """
+    room = positions_of(model.config)
+    if max_new_tokens > room:
+        raise BadData("evaluate.max_new_tokens is more than the model can write", got=str(max_new_tokens))
+    if cramped := [f"{row}: {len(ids)} tokens" for row, ids in rows if len(ids) > room]:
+        raise BadData(
+            f"{len(cramped)} inputs are longer than the model can read",
+            examples=cramped,
+            expected=f"inputs of at most {room} tokens",
+            fix="lower render.max_tokens",
+        )

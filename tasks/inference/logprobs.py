@@ -1,0 +1,119 @@
+"""Log-probabilities of the target tokens of rows: packed without padding where the model allows it, or padded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from tasks.inference.rows import Scored, TokenRow
+from tasks.models.loader import Model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tasks.inference.frozen_layer_cache import Below
+    from tasks.inference.prefix_sharing import Joined
+
+
+def score_tokens(
+    model: Model, rows: Sequence[TokenRow], below: Below | None = None, *, with_mean: bool = False
+) -> Scored:
+    """The log-probability of every scored token of some rows, given what stands before it.
+
+    The vocabulary head runs on scored positions only, and tile by tile: logits never exist as a whole. Rows stand in
+    one sequence without padding, and those with the same prompt share it, where the model and its adapter allow that.
+    Nor is anything computed twice that `below` keeps. `with_mean` asks for `mean_logp`, too.
+    """
+    import torch
+
+    from tasks.inference.lm_head import score_hidden
+
+    joined = _joined(model, rows) if below is None else None
+    hidden = _joined_hidden(model, rows, joined) if joined else _padded_hidden(model, rows, below)
+    targets = [token for row in rows for token, learnt in zip(row.ids[1:], row.mask[1:], strict=True) if learnt]
+    whose = [number for number, row in enumerate(rows) for _ in range(row.scored_tokens)]
+    scores = score_hidden(model, hidden, torch.tensor(targets, device=model.device), with_mean=with_mean)
+    return Scored(scores.logp, torch.tensor(whose, device=model.device), len(rows), scores.mean_logp)
+
+
+def _joined(model: Model, rows: Sequence[TokenRow]) -> Joined | None:
+    """The rows in one sequence, where the model and its adapter allow that and it pays."""
+    from tasks.adapters.prompt_tuning import virtual_tokens
+    from tasks.inference.lm_head import base_of
+    from tasks.inference.prefix_sharing import drops, join, joinable
+
+    base = base_of(model)
+    longest = max(row.tokens for row in rows)
+    if virtual_tokens(model) or not joinable(base, longest):
+        return None
+    prompts = [row.prompt_tokens for row in rows]
+    joined = join([row.ids for row in rows], prompts, model.device, share=not drops(base))
+    return joined if joined.pays else None
+
+
+def _joined_hidden(model: Model, rows: Sequence[TokenRow], joined: Joined) -> Tensor:
+    """The hidden states that scored tokens follow from, (tokens, hidden), of rows joined in one sequence."""
+    import torch
+
+    from tasks.adapters.reft.prompt_positions import prompts_of
+    from tasks.inference.lm_head import base_of
+    from tasks.inference.prefix_sharing import joined_hidden
+
+    prompts = prompts_of(model)
+    shapes = ([0] * len(joined.trees), *zip(*(tree[:2] for tree in joined.trees), strict=True))
+    where = (
+        prompts.at(*(torch.tensor(numbers, device=model.device) for numbers in shapes)) if prompts else nullcontext()
+    )
+    with where:
+        hidden = joined_hidden(base_of(model), joined)
+    before = [
+        place
+        for row, places in zip(rows, joined.places, strict=True)
+        for place, learnt in zip(places[:-1], row.mask[1:], strict=True)
+        if learnt
+    ]
+    return hidden.index_select(0, torch.tensor(before, device=hidden.device))
+
+
+def _padded_hidden(model: Model, rows: Sequence[TokenRow], below: Below | None) -> Tensor:
+    """The same, of rows padded on the right, after a learnt prompt and what `below` keeps."""
+    import torch
+
+    from tasks.adapters.prompt_tuning import with_virtual_tokens
+
+    prompts = [row.prompt_tokens for row in rows]
+    with below.known([row.ids for row in rows], prompts) if below else nullcontext() as reuse:
+        start = reuse.start if reuse else [0] * len(rows)
+        longest = max(len(row.ids) - first for row, first in zip(rows, start, strict=True))
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        attended = torch.zeros(len(rows), longest, dtype=torch.long)
+        scored = torch.zeros(len(rows), longest, dtype=torch.bool)
+        for i, (row, first) in enumerate(zip(rows, start, strict=True)):
+            ids[i, : len(row.ids) - first] = torch.tensor(row.ids[first:])
+            attended[i, : len(row.ids) - first] = 1
+            scored[i, : len(row.mask) - first] = torch.tensor(row.mask[first:])
+        scored[:, 0] = False  # nothing stands before the first token
+        ids, attended, scored = (t.to(model.device) for t in (ids, attended, scored))
+        given: dict[str, Any] = {"input_ids": ids, "attention_mask": attended, "use_cache": False}
+        if reuse and reuse.cache:
+            given["attention_mask"] = torch.cat([reuse.attended, attended], dim=1)
+            places = torch.arange(longest, device=ids.device)
+            given["position_ids"] = torch.tensor(start, device=ids.device)[:, None] + places
+            given["past_key_values"] = reuse.cache
+        given, learnt = with_virtual_tokens(model, given)
+        with _prompt_ends(model, prompts, start):
+            hidden = model.get_decoder()(**given).last_hidden_state[:, learnt:]
+    before: Tensor = hidden[scored.roll(-1, dims=1)]  # position t predicts token t + 1
+    return before
+
+
+def _prompt_ends(model: Model, lengths: Sequence[int], start: Sequence[int]) -> Any:
+    import torch
+
+    from tasks.adapters.reft.prompt_positions import prompts_of
+
+    prompts = prompts_of(model)
+    if prompts is None:
+        return nullcontext()
+    return prompts.given(*(torch.tensor(numbers, device=model.device) for numbers in (lengths, start)))

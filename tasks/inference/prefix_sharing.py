@@ -1,0 +1,238 @@
+"""Rows in one sequence without padding, in which a prompt that several of them begin with stands once.
+
+A pair of replies to a prompt is laid out as [prompt | chosen | rejected]; the rejected reply's positions go on from the
+prompt's end. Every token then gets exactly the hidden state that it has in a row of its own: all that is computed token
+by token does not know of rows, and attention, the one place where tokens meet, is replaced by a function of our own
+(transformers' AttentionInterface), which calls PyTorch's causal attention once for each row on the keys and values that
+are the row's. There is no mask, and no token is computed twice except in attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tasks.inference.prefix_tree import Block, Forest, Range
+
+NAME = "temper_joined"
+"""What transformers calls the attention function; without a layout it is PyTorch's own, as before."""
+
+_WORTH_IT = 0.95
+"""Joined rows take an attention call each in every layer, which a twentieth of the tokens pays for (bench/LOG.md)."""
+
+
+class Tree(NamedTuple):
+    """Rows with the same beginning, in the joined sequence.
+
+    Attributes:
+        start: where it begins.
+        trunk: so many tokens are common to all; all of the row, where it shares with none.
+        branches: the lengths of what follows in each row.
+    """
+
+    start: int
+    trunk: int
+    branches: tuple[int, ...]
+
+
+class Joined(NamedTuple):
+    """Rows as one sequence.
+
+    Attributes:
+        ids: (1, tokens) int64.
+        positions: of each token in its row, (1, tokens) int64.
+        trees: which rows share which tokens.
+        places: for each row where each of its tokens stands.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    trees: tuple[Tree, ...]
+    places: list[list[int]]
+
+    @property
+    def tokens(self) -> int:
+        """How long the sequence is."""
+        return self.ids.shape[1]
+
+    @property
+    def pays(self) -> bool:
+        """Whether so many tokens are left out, of padding and of prompts that stand more than once, that it pays."""
+        return self.tokens <= _WORTH_IT * len(self.places) * max(map(len, self.places))
+
+
+def join(rows: Sequence[Sequence[int]], prompts: Sequence[int], device: torch.device, *, share: bool = True) -> Joined:
+    """Lays rows out one after another, and if they may share, those with the same prompt as one tree.
+
+    Args:
+        rows: their token ids.
+        prompts: how many tokens at the beginning of each row are its prompt.
+        device: where the tensors are to be.
+        share: whether a prompt may stand once for several rows.
+    """
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        alone = not share or not prompt
+        alike.setdefault((-1 - number,) if alone else tuple(row[:prompt]), []).append(number)
+    ids, positions, trees = list[int](), list[int](), list[Tree]()
+    places: list[list[int]] = [[] for _ in rows]
+    for numbers in alike.values():
+        start, trunk = len(ids), prompts[numbers[0]]
+        ids += rows[numbers[0]][:trunk]
+        positions += range(trunk)
+        for number in numbers:
+            reply = rows[number][trunk:]
+            places[number] = [*range(start, start + trunk), *range(len(ids), len(ids) + len(reply))]
+            ids += reply
+            positions += range(trunk, trunk + len(reply))
+        trees.append(Tree(start, trunk, tuple(len(rows[number]) - trunk for number in numbers)))
+    return Joined(torch.tensor([ids], device=device), torch.tensor([positions], device=device), tuple(trees), places)
+
+
+def joined_hidden(base: Any, joined: Joined | Forest) -> Tensor:
+    """The hidden states that a decoder ends with, (tokens, hidden); of a `Forest` without gradients."""
+    _make_known()
+    base.config._attn_implementation = NAME
+    nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=joined.ids.device)  # a ready mask, so that none is made
+    layout = {"joined_trees": joined.trees} if isinstance(joined, Joined) else {"joined_blocks": joined.blocks}
+    hidden: Tensor = base.get_decoder()(
+        input_ids=joined.ids, position_ids=joined.positions, attention_mask=nothing, use_cache=False, **layout
+    ).last_hidden_state
+    return hidden[0]
+
+
+_apart = ContextVar("rows stay apart", default=False)
+
+
+@contextmanager
+def rows_apart() -> Iterator[None]:
+    """Within this block rows are padded instead of joined, for what reads them as they are then (NEFTune's noise)."""
+    token = _apart.set(True)
+    try:
+        yield
+    finally:
+        _apart.reset(token)
+
+
+def joinable(base: Any, longest: int) -> bool:
+    """Whether rows of up to so many tokens can be joined on this model.
+
+    Its attention must be PyTorch's, over all that stands before, and its positions must be what we say.
+    """
+    config = base.config.get_text_config()
+    if _apart.get():
+        return False
+    if config._attn_implementation not in ("sdpa", NAME) or not base._supports_attention_backend or base._is_stateful:
+        return False
+    values = config.to_dict()
+    window = values.get("sliding_window")
+    if any(kind not in ("full_attention", "sliding_attention") for kind in values.get("layer_types") or ()):
+        return False
+    if window and longest > window and values.get("use_sliding_window", True):
+        return False
+    return not (values.get("attn_logit_softcapping") or values.get("alibi") or base.config.is_encoder_decoder)
+
+
+def drops(base: nn.Module) -> bool:
+    """Whether something drops out in the model's present mode: then a prompt that stands twice drops out twice."""
+    if not base.training:
+        return False
+    values: dict[str, Any] = base.config.get_text_config().to_dict()  # type: ignore[union-attr, operator]
+    of_the_layers = {key for key in values if "drop" in key and not key.startswith(("classifier", "summary"))}
+    if any(isinstance(values[key], float) and values[key] > 0 for key in of_the_layers):
+        return True
+    return any(part.p > 0 for part in base.modules() if isinstance(part, nn.Dropout))
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def _make_known() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, joined_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def joined_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    joined_trees: tuple[Tree, ...] | None = None,
+    joined_blocks: tuple[Block, ...] | None = None,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it: (batch, heads, tokens, width) each; returns (batch, tokens, heads, width).
+
+    Args:
+        module: the layer that attends.
+        query: of all tokens.
+        key: the same; there may be fewer heads of keys and values than of queries.
+        value: the same.
+        attention_mask: left to PyTorch's own attention; trees need none.
+        joined_trees: how the one sequence is made of rows; None for any other batch.
+        joined_blocks: the same of a `Forest`.
+        more: what the layer has to say besides.
+    """
+    if joined_trees is None and joined_blocks is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **more)
+        return found
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    how = {"scale": more["scaling"], "dropout_p": more["dropout"]}
+    if joined_trees is None:
+        # transposed before they are put together: so the layer need not copy it once more
+        parts = [_of_block(block, query, key, value, how).transpose(1, 2) for block in joined_blocks or ()]
+        return torch.cat(parts, dim=1), None
+    # split, not sliced: the gradient of a slice is as large as all that it is a slice of
+    tokens = [tree.trunk + sum(tree.branches) for tree in joined_trees]
+    of_trees = zip(*(tensor.split(tokens, dim=2) for tensor in (query, key, value)), strict=True)
+    outputs = [
+        part
+        for tree, of_tree in zip(joined_trees, of_trees, strict=True)
+        for part in _of_tree(tree, of_tree, {**how, "is_causal": True})
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _of_tree(tree: Tree, of_tree: Sequence[Tensor], how: dict[str, Any]) -> list[Tensor]:
+    """Of the trunk with the first branch; then of each other branch, behind the trunk's queries, keys and values.
+
+    The trunk's queries run along again, since PyTorch's causal attention wants as many queries as keys; what comes of
+    them is dropped.
+    """
+    first, *others = zip(
+        *(tensor.split([tree.trunk + tree.branches[0], *tree.branches[1:]], dim=2) for tensor in of_tree), strict=True
+    )
+    outputs = [F.scaled_dot_product_attention(*first, **how)]
+    for other in others:
+        q, k, v = (torch.cat([t[:, :, : tree.trunk], u], dim=2) for t, u in zip(first, other, strict=True))
+        outputs.append(F.scaled_dot_product_attention(q, k, v, **how)[:, :, tree.trunk :])
+    return outputs
+
+
+def _of_block(block: Block, query: Tensor, key: Tensor, value: Tensor, how: dict[str, Any]) -> Tensor:
+    """Of neighbouring tokens, behind those that all rows through them begin with."""
+    queries = query[:, :, block.start : block.stop]
+    keys, values = (_at(tensor, block.keys) for tensor in (key, value))
+    return F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=block.mask, is_causal=block.mask is None, **how
+    )
+
+
+def _at(tensor: Tensor, ranges: Sequence[Range]) -> Tensor:
+    """The tokens of some ranges, (batch, heads, tokens, width)."""
+    parts = [tensor[:, :, start:stop] for start, stop in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

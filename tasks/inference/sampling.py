@@ -1,0 +1,196 @@
+"""How the next token is chosen, as transformers' `generate` takes it: the one place that turns options into processors.
+
+Tokens are drawn by the Gumbel-max trick: the arg-max of logits with independent Gumbel noise on them is a sample from
+their softmax (Gumbel 1954; arXiv:1411.0030, section 2). So `generate` only ever takes the arg-max, and the noise comes
+from a generator of each row's own. transformers' own sampling takes all rows' draws from one global generator, and what
+a row gets then depends on the rows beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tasks.inference.params import Generation
+from tasks.models.loader import Model
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+
+def continuations(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    generation: Generation,
+    stopping: Any = None,
+) -> list[list[int]]:
+    """The tokens that a decoder writes after each of a batch of prompts, up to the end token if there is one.
+
+    `stopping` is what else ends them, as transformers takes it.
+    """
+    import torch
+
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), tokenizer.pad_token_id or 0)
+    attended = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(list(prompt))
+        attended[row, longest - len(prompt) :] = 1
+    ids, attended = ids.to(model.device), attended.to(model.device)
+    with torch.no_grad():
+        written: Tensor = model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=attended,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            stopping_criteria=stopping,
+            **decoding(model, generation, ids, attended),
+        )
+    return [until(row, tokenizer.eos_token_id) for row in written[:, longest:].tolist()]
+
+
+def until(ids: list[int], end: int | None) -> list[int]:
+    """What stands up to and including the first end token; after it there is only padding."""
+    return ids[: ids.index(end) + 1] if end in ids else ids
+
+
+class StopTexts:
+    """Ends each answer of a batch where the first of some texts is complete in it, whatever the others do.
+
+    Args:
+        tokenizer: what makes text of tokens.
+        texts: what ends an answer.
+        rows: how many answers there are.
+
+    Attributes:
+        lengths: how many tokens each answer has up to there; None for one that none of the texts has ended.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], rows: int) -> None:
+        self.lengths: list[int | None] = [None] * rows
+        self._tokenizer, self._texts = tokenizer, [text for text in texts if text]
+        self._last = 2 + max((len(text.encode()) for text in self._texts), default=0)  # no token is less than a byte
+        self._start: int | None = None
+
+    def criteria(self) -> Any:
+        """This, as `generate` takes it."""
+        from transformers import StoppingCriteriaList
+
+        return StoppingCriteriaList([self])
+
+    def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Which answers are at their end, (rows,) bool, after one token more of each: `ids` (rows, tokens)."""
+        import torch
+
+        if self._start is None:
+            self._start = ids.shape[1] - 1
+        written = ids[:, max(self._start, ids.shape[1] - self._last) :]
+        for row, text in enumerate(self._tokenizer.batch_decode(written)):
+            if self.lengths[row] is None and any(stop in text for stop in self._texts):
+                self.lengths[row] = ids.shape[1] - self._start
+        return torch.tensor([length is not None for length in self.lengths], device=ids.device)
+
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+"""What is kept of a model's own generation_config.json."""
+
+
+def decoding(model: Model, generation: Generation, ids: Tensor, attended: Tensor) -> dict[str, Any]:
+    """What `model.generate` is given besides the prompts, their mask and the length.
+
+    What a row's draws are is a function of the seed and the row's prompt alone: not of the batch, its padding or its
+    size. Rows with the same prompt get the same text; another seed gives another. What remains is the rounding of the
+    model's own logits, which may differ between batches; noise that stays the same seldom lets it change a token.
+
+    From now on the model has of its own generation_config.json the ids of special tokens alone: whatever `generate` is
+    not given, it takes from there.
+
+    Args:
+        model: a decoder, or an encoder-decoder, whose generated tokens begin after the decoder's start token.
+        generation: the options.
+        ids: the prompts, (batch, seq), padded on either side.
+        attended: 1 for tokens and 0 for padding, (batch, seq).
+    """
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    _forget_defaults(model)
+    processors = LogitsProcessorList()
+    if generation.repetition_penalty != 1:
+        start = 1 if model.config.is_encoder_decoder else ids.shape[1]
+        processors.append(RepetitionPenalty(generation.repetition_penalty, start, generation.repetition_range))
+    if generation.temperature > 0:
+        processors.append(TemperatureLogitsWarper(generation.temperature))
+        if generation.top_k:
+            processors.append(TopKLogitsWarper(generation.top_k))
+        if generation.top_p < 1:
+            processors.append(TopPLogitsWarper(generation.top_p))
+        prompts = [row[mask.bool()].tolist() for row, mask in zip(ids, attended, strict=True)]
+        processors.append(GumbelNoise([row_generator(generation.seed, prompt, ids.device) for prompt in prompts]))
+    return {"logits_processor": processors}
+
+
+def _forget_defaults(model: Model) -> None:
+    from peft import PeftModel
+    from transformers import GenerationConfig
+
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    own = base.generation_config
+    base.generation_config = GenerationConfig(**{name: getattr(own, name) for name in TOKEN_IDS})
+
+
+def row_generator(seed: int, prompt: Sequence[int], device: torch.device) -> torch.Generator:
+    """The source of one row's draws."""
+    import hashlib
+
+    import torch
+
+    digest = hashlib.sha256(f"{seed}:{list(prompt)}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "big"))  # 32 bits are all that a CPU's takes
+
+
+class RepetitionPenalty:
+    """Makes tokens less likely that were generated before (CTRL, arXiv:1909.05858, section 4.1).
+
+    A positive logit is divided by the penalty. A negative one is multiplied by it, as transformers does: divided, as in
+    the paper, it would become likelier. A token is penalised once, however often it came.
+
+    Args:
+        penalty: the paper's theta, > 0; below 1 it favours repetition.
+        start: where generated tokens begin.
+        last: how many of the last generated tokens count; 0: all.
+    """
+
+    def __init__(self, penalty: float, start: int, last: int) -> None:
+        self.penalty, self.start, self.last = penalty, start, last
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """Logits, (batch, vocab), after tokens (batch, seq), of which the first `start` are no generated ones."""
+        generated = ids[:, max(self.start, ids.shape[1] - self.last if self.last else 0) :]
+        found = scores.gather(1, generated)
+        return scores.scatter(1, generated, (found / self.penalty).where(found > 0, found * self.penalty))
+
+
+class GumbelNoise:
+    """Adds Gumbel noise to logits, so that their arg-max is a sample of their softmax; tokens at -inf are never drawn.
+
+    Args:
+        generators: one for each row of the batch. A row's token t gets the t-th draw of its generator.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        self.generators = generators
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """Noisy logits, (batch, vocab), float64: the uniform numbers of float32 would cut the tail off at 6e-8."""
+        import torch
+
+        logits = scores.double()
+        uniform = torch.empty_like(logits)  # in [0, 1): the noise -log(-log u) is finite or -inf, never +inf
+        for row, generator in zip(uniform, self.generators, strict=True):
+            row.uniform_(generator=generator)
+        return logits - uniform.log_().neg_().log_()

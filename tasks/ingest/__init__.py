@@ -1,0 +1,1 @@
+"""Stage `ingest`: one source of rows, typed and with a manifest."""

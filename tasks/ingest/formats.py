@@ -1,0 +1,141 @@
+"""From a row as people write it to a row of ours: every common form of chats, preferences, labels, pairs and texts.
+
+`detect` tells the format by a row's keys; `FORMATS` has a function for each. All of them are pure, and refuse what they
+cannot keep whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tasks.core.errors import BadData
+from tasks.core.records import Record
+from tasks.ingest.parsers import (
+    INPUT_TARGET,
+    PROMPT_REPLY,
+    Origin,
+    language_of,
+    parse_alpaca,
+    parse_choices,
+    parse_conversations,
+    parse_labelled,
+    parse_pair,
+    parse_preference,
+    parse_prompt_reply,
+    parse_ranked,
+    parse_seed_tasks,
+    parse_text,
+)
+from tasks.ingest.turns import (
+    Row,
+)
+
+
+def parse(row: Any, form: str | Mapping[str, str], origin: Origin) -> Sequence[Record]:
+    """What one row of a file says.
+
+    Args:
+        row: what the file holds there.
+        form: a key of `FORMATS`, or a mapping of our fields (prompt, reply, system, chosen, rejected, label, text,
+            input, target) onto the file's columns.
+        origin: where it came from.
+
+    Returns:
+        One record; several for a row that ranks or lists more than two replies.
+
+    Raises:
+        BadData: the row is not of that format, or holds what would be lost.
+    """
+    _check_object(row, origin.place)
+    if any(row.get(key) for key in ("image", "images", "audio", "audios", "video", "videos")):
+        raise BadData("holds pictures or sound, which temper does not train on", where=origin.place)
+    if isinstance(form, Mapping):
+        row, form = _renamed(row, form, origin.place)
+    return FORMATS[form](row, origin)
+
+
+def detect(row: Any, place: str) -> str:
+    """The format of a row, by its keys.
+
+    Raises:
+        BadData: no format has such keys.
+    """
+    _check_object(row, place)
+    for form, is_it in _SIGNS.items():
+        if is_it(row):
+            return form
+    if "input_ids" in row:
+        raise BadData(
+            "holds token ids; temper renders texts itself", where=place, fix="give the rows before they were tokenised"
+        )
+    raise BadData(
+        "is of no known format",
+        where=place,
+        got=f"the fields {', '.join(map(str, row)) or '(none)'}"[:300],
+        expected=", ".join(FORMATS),
+        fix="say in the source's `format` which column is what, such as {prompt: Question, reply: Answer}",
+    )
+
+
+def _check_object(row: Any, place: str) -> None:
+    if not isinstance(row, Mapping):
+        got = "null" if row is None else type(row).__name__
+        raise BadData("is not an object", where=place, got=got, expected="an object with named fields")
+
+
+FORMATS: Mapping[str, Callable[[Row, Origin], Sequence[Record]]] = {
+    "conversations": parse_conversations,
+    "alpaca": parse_alpaca,
+    "seed_tasks": parse_seed_tasks,
+    "prompt_reply": parse_prompt_reply,
+    "choices": parse_choices,
+    "preference": parse_preference,
+    "ranked": parse_ranked,
+    "labelled": parse_labelled,
+    "text": parse_text,
+    "pair": parse_pair,
+}
+
+
+def _has_label(row: Row) -> bool:
+    """Whether a reply is labelled good or bad; a `label` of other tables, such as a class, stands without a reply."""
+    if "kto_tag" in row or isinstance(row.get("label"), bool):
+        return True
+    replies = ("completion", "reply", "response")
+    return "label" in row and "prompt" in row and any(key in row for key in replies)
+
+
+def _has_prompt(row: Row) -> bool:
+    return any(key in row for key in ("prompt", "question", "query", "instruction"))
+
+
+_SIGNS: Mapping[str, Callable[[Row], bool]] = {
+    "preference": lambda row: "chosen" in row or "chosen_messages" in row,
+    "labelled": _has_label,
+    "ranked": lambda row: (
+        _has_prompt(row)
+        and any(isinstance(row.get(key), list) for key in ("responses", "answers", "outputs", "output"))
+    ),
+    "conversations": lambda row: any(key in row for key in ("messages", "conversations", "conversation")),
+    "seed_tasks": lambda row: "instruction" in row and "instances" in row,
+    "alpaca": lambda row: f"{language_of(row)}instruction" in row and f"{language_of(row)}output" in row,
+    "choices": lambda row: (
+        any(key in row for key in ("question", "query", "Question"))
+        and ("choices" in row or "options" in row or ("A" in row and "B" in row))
+    ),
+    "prompt_reply": lambda row: any(pair[0] in row and pair[1] in row for pair in PROMPT_REPLY),
+    "pair": lambda row: any(pair[0] in row and pair[1] in row for pair in INPUT_TARGET),
+    "text": lambda row: isinstance(row.get("text"), str) or set(row) == {"content"},
+}
+"""How each format is told, in the order of asking; other columns are not read."""
+
+
+def _renamed(row: Row, columns: Mapping[str, str], place: str) -> tuple[Row, str]:
+    """The row under our names, and the format that has those."""
+    renamed = {}
+    for field, column in columns.items():
+        if column not in row:
+            raise BadData(f'has no column "{column}"', where=place, got=f"the columns {', '.join(map(str, row))}"[:300])
+        renamed[field] = row[column]
+    return renamed, detect(renamed, place)

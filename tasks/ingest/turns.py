@@ -1,0 +1,244 @@
+"""Turns out of the fields of a row: messages, histories, transcripts, calls and tools, whatever they are called."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tasks.core.errors import BadData
+from tasks.core.records import Message
+
+Row = Mapping[str, Any]
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "human": "user",
+    "user": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+}
+"""What roles are called, and what they are."""
+
+_CALLING = ("function_call", "tool_call")
+_THOUGHT = "<think>\n{}\n</think>\n\n"
+"""How a turn of reasoning before the answer is written: as Qwen3 and DeepSeek-R1 have it in their templates."""
+
+
+def system_of(row: Row, place: str) -> list[Message]:
+    """The system turn, if the row has one apart from its turns."""
+    key = "system" if "system" in row else "system_prompt"
+    return [Message("system", text_of(row, key, place))] if row.get(key) else []
+
+
+def history_of(row: Row, place: str) -> list[Message]:
+    """Earlier turns: `history`, a list of [question, answer]."""
+    turns = []
+    for number, pair in enumerate(row.get("history") or []):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            where = f"{place} history[{number}]"
+            raise BadData("is not a pair of texts", where=where, got=repr(pair)[:60], expected="[question, answer]")
+        turns += [Message("user", pair[0]), Message("assistant", pair[1])]
+    return turns
+
+
+def stated_prompt_of(row: Row, place: str) -> list[Message]:
+    """The prompt that stands beside the replies."""
+    for key in ("prompt", "question", "query"):
+        if key in row:
+            return prompt_of(row, key, place)
+    for key in ("conversations", "messages"):
+        if key in row:
+            return turns_of(row, key, place)
+    if "instruction" in row:
+        context = text_of(row, "input", place) if row.get("input") else ""
+        instruction = text_of(row, "instruction", place)
+        return [Message("user", f"{instruction}\n{context}" if context else instruction)]
+    return []
+
+
+def prompt_of(row: Row, key: str, place: str) -> list[Message]:
+    """A prompt as text, as a transcript, or as a list of messages."""
+    if isinstance(row.get(key), list):
+        return turns_of(row, key, place)
+    text = text_of(row, key, place)
+    return (
+        _transcript(text.removesuffix("\n\nAssistant:")) if text.startswith("\n\nHuman:") else [Message("user", text)]
+    )
+
+
+def reply_of(row: Row, key: str, place: str) -> list[Message]:
+    """A reply as messages: the last one is the reply itself, those before it are its prompt."""
+    value = row[key]
+    if isinstance(value, str):
+        return (
+            _transcript(value) if value.startswith("\n\nHuman:") else [Message("assistant", text_of(row, key, place))]
+        )
+    if isinstance(value, Mapping):
+        return [_turn(value, f"{place} {key}")]
+    return turns_of(row, key, place)
+
+
+def _transcript(text: str) -> list[Message]:
+    """Paragraphs that begin with `Human:` and `Assistant:` as messages (the form of hh-rlhf, arXiv:2204.05862)."""
+    parts = re.split(r"\n\n(Human|Assistant):", text)[1:]
+    return [
+        Message("user" if speaker == "Human" else "assistant", said.strip())
+        for speaker, said in zip(parts[::2], parts[1::2], strict=True)
+    ]
+
+
+def turns_of(row: Row, key: str, place: str) -> list[Message]:
+    """The messages of a field that lists them."""
+    return [_turn(turn, f"{place} {key}[{number}]") for number, turn in enumerate(list_of(row, key, place))]
+
+
+def _turn(turn: Any, where: str) -> Message:
+    """One turn, {from, value} or {role, content}, perhaps with tool_calls, weight or loss_weight."""
+    if not isinstance(turn, Mapping):
+        got = "null" if turn is None else repr(turn)[:60]
+        raise BadData("is not a turn", where=where, got=got, expected="{from, value} or {role, content}")
+    speaker, said = ("from", "value") if "from" in turn else ("role", "content")
+    name = text_of(turn, speaker, where)
+    if name not in ROLES:
+        raise BadData(
+            "has an unknown role", where=where, got=repr(name), expected=", ".join(sorted(set(ROLES.values())))
+        )
+    weight = turn.get("weight", turn.get("loss_weight", 1))
+    if weight not in (0, 1, None):
+        raise BadData("has a weight between", where=where, got=repr(weight), expected="0 or 1")
+    learn = weight != 0 or ROLES[name] != "assistant"
+    if name in _CALLING:
+        return Message("assistant", "", _calls([turn.get(said)], where), learn)
+    given = turn.get("tool_calls") or []
+    calls = [given] if isinstance(given, (str, dict)) else list(given)
+    if turn.get("function_call"):
+        calls.append(turn["function_call"])
+    content = turn.get(said)
+    if isinstance(content, list):
+        text, inner = _content_parts(content, where)
+        calls += inner
+    elif content is None and calls:
+        text = ""
+    else:
+        text = text_of(turn, said, where)
+    reasoning = turn.get("reasoning_content")
+    if isinstance(reasoning, str) and reasoning:
+        text = _THOUGHT.format(reasoning) + text
+    return Message(ROLES[name], text, _calls(calls, where) if calls else "", learn)
+
+
+def _content_parts(parts: Sequence[Any], where: str) -> tuple[str, list[Any]]:
+    """Typed parts: texts joined, reasoning before them in its tags, tool calls apart."""
+    texts, calls = [], []
+    for number, part in enumerate(parts):
+        inner = f"{where}.content[{number}]"
+        part = {"type": "text", "text": part} if isinstance(part, str) else mapping_of(part, inner)
+        kind, key = part.get("type"), "value" if "value" in part else "text"
+        if kind == "text":
+            texts.append(text_of(part, key, inner))
+        elif kind == "reasoning":
+            texts.append(_THOUGHT.format(text_of(part, key, inner)))
+        elif kind in ("tool_call", "function"):
+            calls.append(part.get("value", part))
+        else:
+            raise BadData("is no text", where=inner, got=repr(kind), expected="text, reasoning or tool_call")
+    return "".join(texts), calls
+
+
+def _calls(calls: Sequence[Any], where: str) -> str:
+    """Tool calls as one JSON list of {name, arguments}, whatever they were wrapped in."""
+    found: list[dict[str, Any]] = []
+    for call in calls:
+        value = _json(call, where, "a tool call") if isinstance(call, str) else call
+        for each in value if isinstance(value, list) else [value]:
+            inner = mapping_of(each, where)
+            inner = mapping_of(inner.get("function", inner), where)
+            arguments = inner.get("arguments", inner.get("parameters", {}))
+            if not isinstance(inner.get("name"), str):
+                raise BadData("a tool call names no tool", where=where, got=repr(dict(inner))[:80])
+            if isinstance(arguments, str):
+                arguments = _json(arguments or "{}", where, "the arguments of a tool call")
+            found.append({"name": inner["name"], "arguments": arguments})
+    if not found:
+        raise BadData("a tool call calls nothing", where=where, expected="{name, arguments}")
+    return json.dumps(found, ensure_ascii=False)
+
+
+def tools_of(row: Row, place: str) -> tuple[str, ...]:
+    """JSON schemas of the tools that a chat may use, each as text."""
+    value = row.get("tools") or row.get("functions") or []
+    if isinstance(value, str):
+        value = _json(value, place, "tools") if value.strip() else []
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, list):
+        raise BadData('"tools" is not a list', where=place, got=type(value).__name__, expected="a list of JSON schemas")
+    tools = [_json(tool, place, "a tool") if isinstance(tool, str) else tool for tool in value]
+    return tuple(json.dumps(tool, ensure_ascii=False) for tool in tools)
+
+
+def check_tools(messages: Sequence[Message], place: str) -> None:
+    """A tool's result must follow the call that asked for it."""
+    called = False
+    for number, message in enumerate(messages):
+        if message.role == "tool" and not called:
+            raise BadData(
+                "has a tool's result that no call asked for",
+                where=f"{place} turn {number + 1}",
+                expected="an assistant's turn with a tool call before it",
+            )
+        called = bool(message.calls) or (called and message.role == "tool")
+
+
+def _json(text: str, where: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadData(f"{what} is not valid JSON", where=where, got=text[:80], fix="correct this row") from error
+
+
+def list_of(row: Row, key: str, place: str) -> list[Any]:
+    """A field that must list something."""
+    value = row.get(key)
+    if not isinstance(value, list) or not value:
+        raise BadData(
+            f'"{key}" holds no turns', where=place, got=repr(value)[:60], expected="a list with something in it"
+        )
+    return value
+
+
+def mapping_of(value: Any, where: str) -> Row:
+    """A value that must be an object."""
+    if not isinstance(value, Mapping):
+        raise BadData("is not an object", where=where, got=repr(value)[:60], expected="an object with named fields")
+    return value
+
+
+def text_of(row: Row, field: str, place: str) -> str:
+    """A field that must be text which can be written in UTF-8."""
+    value = row.get(field)
+    if not isinstance(value, str):
+        got = "nothing" if field not in row else "null" if value is None else type(value).__name__
+        raise BadData(f'field "{field}" is not text', where=place, got=got, expected="a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadData(
+            f'field "{field}" holds half a character (a lone surrogate)',
+            where=place,
+            got=repr(value[error.start : error.end]),
+            fix="write the file again in UTF-8",
+        ) from error
+    return value

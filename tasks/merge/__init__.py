@@ -1,0 +1,1 @@
+"""Stage `merge`: from base and adapter to one model, file to file."""

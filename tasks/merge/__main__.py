@@ -1,0 +1,5 @@
+"""`python -m tasks.merge`, as dvc.yaml runs it."""
+
+from tasks.merge.stage import main
+
+main()

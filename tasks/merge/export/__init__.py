@@ -1,0 +1,1 @@
+"""Other forms of a merged model: GGUF, Ollama, safetensors, the hub."""

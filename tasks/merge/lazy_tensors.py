@@ -1,0 +1,253 @@
+"""Tensors that are made block by block of others: what merging an adapter comes to, without a model and without torch.
+
+Everything here is a `Source` of rows in float32. It reads what it needs when it is asked for rows, so that memory does
+not grow with the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from threading import Lock
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from tasks.models.safetensors_reader import Source, Stored, blocks
+
+Change: TypeAlias = "Callable[[Source], Source]"
+"""From a weight of the base to what takes its place."""
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+
+class Made:
+    """A tensor that is made when its rows are asked for; of all such tensors the last one is kept.
+
+    Args:
+        make: gives the tensor, float32, on the CPU.
+        shape: of it.
+    """
+
+    _lock = Lock()
+    _last: tuple[Made | None, NDArray[Any] | None] = (None, None)
+
+    def __init__(self, make: Callable[[], Tensor], shape: tuple[int, ...]) -> None:
+        self._make, self.shape = make, shape
+
+    def floats(self, start: int, stop: int) -> NDArray[Any]:
+        """Some of its rows."""
+        rows: NDArray[Any] = self._numbers().reshape(-1, self.shape[-1])[start:stop]
+        return rows
+
+    @staticmethod
+    def forget() -> None:
+        """Lets go of the last tensor, and of what it was made from."""
+        with Made._lock:
+            Made._last = (None, None)
+
+    def _numbers(self) -> NDArray[Any]:
+        with Made._lock:
+            whose, numbers = Made._last
+            if whose is not self or numbers is None:
+                numbers = self._make().numpy()
+                Made._last = (self, numbers)
+            return numbers
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A matrix of an adapter, read when it is needed; `turned` says that it is used the other way round."""
+
+    stored: Stored
+    turned: bool = False
+    scale: float = 1.0
+    by_row: Stored | None = None
+    """Factors of the rows as they are stored."""
+
+    def rows(self, start: int, stop: int) -> NDArray[Any]:
+        """Some of its rows."""
+        if self.turned or self.by_row:
+            return self.whole()[start:stop]
+        return self.stored.floats(start, stop) * self.scale
+
+    def whole(self) -> NDArray[Any]:
+        """All of it."""
+        numbers = self.stored.floats()
+        if self.by_row:
+            numbers = numbers * self.by_row.floats().reshape(-1, 1)
+        found: NDArray[Any] = (numbers.T if self.turned else numbers) * self.scale
+        return found
+
+
+@dataclass(frozen=True)
+class OfShape:
+    """What keeps the shape of the source that it changes."""
+
+    base: Source
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the base."""
+        return self.base.shape
+
+
+@dataclass(frozen=True)
+class Added(OfShape):
+    """base + left @ right; (rows, rank) and (rank, columns)."""
+
+    left: Factor
+    right: Factor
+
+    def floats(self, start: int, stop: int) -> NDArray[Any]:
+        """Some of its rows."""
+        total: NDArray[Any] = self.left.rows(start, stop) @ self.right.whole()
+        total += self.base.floats(start, stop)
+        return total
+
+
+@dataclass(frozen=True)
+class AddedExperts(OfShape):
+    """The same for each expert of a fused weight, (experts, rows, columns): PEFT's LoRA of a parameter.
+
+    Attributes:
+        base: the weight of all experts, or of those from `first` on.
+        a: (experts * rank, in).
+        b: (out, rank * experts): the experts of a rank stand beside each other.
+        experts: how many the factors are of.
+        scale: of the update.
+        turned: whether an expert's weight is (in, out).
+        first: the first expert that the base has.
+        rows_from: the first row of an expert's update that the base has.
+    """
+
+    a: Stored
+    b: Stored
+    experts: int
+    scale: float
+    turned: bool = False
+    first: int = 0
+    rows_from: int = 0
+
+    def floats(self, start: int, stop: int) -> NDArray[Any]:
+        """Some of its rows."""
+        total = self.base.floats(start, stop)
+        height = self.shape[-2]
+        for expert in range(start // height, (stop - 1) // height + 1):
+            begin, end = max(start, expert * height), min(stop, (expert + 1) * height)
+            update = self._update(self.first + expert)[self.rows_from :]
+            total[begin - start : end - start] += update[begin - expert * height : end - expert * height]
+        return total
+
+    def _update(self, expert: int) -> NDArray[Any]:
+        rank = self.a.shape[0] // self.experts
+        a = self.a.floats(expert * rank, (expert + 1) * rank)
+        b = self.b.floats().reshape(self.b.shape[0], rank, self.experts)[:, :, expert]
+        update: NDArray[Any] = self.scale * (b @ a)
+        return update.T if self.turned else update
+
+
+@dataclass(frozen=True)
+class Normed(OfShape):
+    """Each output of a weight with the norm that DoRA (arXiv:2402.09353, equation 5) learnt for it, (out,).
+
+    `turned` says that the weight is (in, out), so that the norms are those of columns.
+    """
+
+    norms: Stored
+    turned: bool
+
+    def floats(self, start: int, stop: int) -> NDArray[Any]:
+        """Some of its rows."""
+        import numpy as np
+
+        rows = self.base.floats(start, stop)
+        learnt = self.norms.floats().reshape(-1)
+        if not self.turned:
+            factors = (learnt[start:stop] / np.linalg.norm(rows, axis=1))[:, None]
+        else:
+            factors = learnt / self._lengths
+        found: NDArray[Any] = rows * factors
+        return found
+
+    @cached_property
+    def _lengths(self) -> NDArray[Any]:
+        """Of the columns, (columns,)."""
+        import numpy as np
+
+        squares = np.zeros(self.shape[-1])
+        for block in blocks(self.shape):
+            squares += np.square(self.base.floats(*block), dtype=np.float64).sum(axis=0)
+        found: NDArray[Any] = np.sqrt(squares).astype(np.float32)
+        return found
+
+
+@dataclass(frozen=True)
+class Scaled(OfShape):
+    """A weight times factors of its rows, (rows, 1), or of its columns, (1, columns)."""
+
+    factors: Stored
+    by_row: bool
+
+    def floats(self, start: int, stop: int) -> NDArray[Any]:
+        """Some of its rows."""
+        factors, rows = self.factors.floats().reshape(-1), self.base.floats(start, stop)
+        if len(self.shape) > 1:
+            factors = factors[start:stop, None] if self.by_row else factors[None]
+        found: NDArray[Any] = rows * factors
+        return found
+
+
+@dataclass(frozen=True)
+class Plus(OfShape):
+    """A bias and numbers of the same shape that are added to it, times a factor."""
+
+    more: Source
+    scale: float
+
+    def floats(self, start: int, stop: int) -> NDArray[Any]:
+        """Some of its rows."""
+        total: NDArray[Any] = self.base.floats(start, stop) + self.scale * self.more.floats(start, stop)
+        return total
+
+
+@dataclass(frozen=True)
+class Longer:
+    """An embedding and further rows, of tokens that were added to the vocabulary."""
+
+    base: Source
+    more: Source
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Both together."""
+        return (self.base.shape[0] + self.more.shape[0], *self.base.shape[1:])
+
+    def floats(self, start: int, stop: int) -> NDArray[Any]:
+        """Some of its rows."""
+        import numpy as np
+
+        first = self.base.shape[0]
+        parts = []
+        if start < first:
+            parts.append(self.base.floats(start, min(stop, first)))
+        if stop > first:
+            parts.append(self.more.floats(max(start, first) - first, stop - first))
+        return np.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class Rows(OfShape):
+    """A weight of which some rows were learnt anew: PEFT's trainable tokens."""
+
+    places: tuple[int, ...]
+    learnt: Stored
+
+    def floats(self, start: int, stop: int) -> NDArray[Any]:
+        """Some of its rows."""
+        rows = self.base.floats(start, stop)
+        for number, place in enumerate(self.places):
+            if start <= place < stop:
+                rows[place - start] = self.learnt.floats(number, number + 1)
+        return rows

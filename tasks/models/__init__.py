@@ -1,0 +1,1 @@
+"""Model folders: loading, quantisation, devices, safetensors files."""

@@ -1,1 +1,0 @@
-"""Losses: the maths, with their papers; no files, no config."""

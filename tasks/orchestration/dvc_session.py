@@ -1,0 +1,309 @@
+"""Runs stages as child processes of one session, which holds the workspace while it lasts.
+
+The session knows from one `dvc status` at its start which stages are up to date; a stage that is, and that nothing in
+this session has fed anew, is passed over without a process. Everything else is DVC's decision.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tasks.core import pipeline
+from tasks.core.errors import BadInput, OutOfMemory, TemperError, Transient
+from tasks.core.memory import kills_for_memory
+from tasks.core.stage import OWNER
+from tasks.orchestration.params import Params
+from tasks.orchestration.run_journal import Event, Outcome, record
+
+if TYPE_CHECKING:
+    import psutil
+
+
+STOP_S = 30
+"""A stage that is asked to stop has so long to write a checkpoint."""
+_SHOWN_LINES = 30
+
+
+@dataclass
+class Session:
+    """One run of the graph over one workspace."""
+
+    workspace: Path
+    params: Params
+    nodes: Mapping[str, pipeline.Node]
+    keys: Mapping[str, str]
+    """The content keys of the stages' last successes, when the session began."""
+    changed: frozenset[str]
+    """Stages that `dvc status` found changed then."""
+    watch: Callable[[Event], None] = lambda event: None
+    advise: Callable[[str], str] = lambda method: ""
+    """What a method's training would need and what would fit, for when it ran out of memory."""
+    stopping: bool = False
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    errors: dict[str, TemperError] = field(default_factory=dict)
+    """What went wrong last in stages that have not come through."""
+    _children: set[subprocess.Popen[str]] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def pass_over(self, stage: str) -> Outcome | None:
+        """The outcome of a stage that need not run; None for one that must be left to DVC."""
+        return self._finish(Outcome(stage, "unchanged", 0.0, self.keys[stage])) if self.is_current(stage) else None
+
+    def run(self, stage: str, timeout_s: float, log: Callable[[str], None]) -> Outcome:
+        """Has DVC bring one stage up to date and returns what became of it.
+
+        Args:
+            stage: its DVC name.
+            timeout_s: after so long the stage is killed.
+            log: gets every line of its output.
+
+        Raises:
+            BadInput: the stage exited with 65.
+            OutOfMemory: it exited with 71, or was ended by the kernel for its memory; then `advise` is asked.
+            Transient: it exited with 75, took too long, or DVC was held up by another process.
+            TemperError: it failed in any other way.
+        """
+        started = time.monotonic()
+        self.watch(Event(stage, "running"))
+        try:
+            state = self._dvc_repro(stage, timeout_s, log)
+        except TemperError as failure:
+            error = self._with_advice(stage, failure)
+            self.errors[stage] = error
+            self.watch(Event(stage, "failed"))
+            raise error from failure
+        outcome = Outcome(stage, state, time.monotonic() - started, pipeline.recorded_keys(self.workspace)[stage])
+        log(f"content key {outcome.key}")
+        return self._finish(outcome)
+
+    def check(self) -> None:
+        """Raises what went wrong, if anything did, all of it in one error.
+
+        A stage that neither came through nor says why (its task failed around it) is a failure too: what follows would
+        promote on stale reports.
+        """
+        kinds = [type(error) for error in self.errors.values()]
+        if kinds:
+            worst = next((kind for kind in (OutOfMemory, BadInput, TemperError) if kind in kinds), Transient)
+            raise worst("\n\n".join(str(error) for error in self.errors.values()))
+        if lost := [stage for stage in self.nodes if stage not in self.outcomes]:
+            raise TemperError("stages did not come through", examples=lost, fix="look into the log of their tasks")
+
+    def _finish(self, outcome: Outcome) -> Outcome:
+        with self._lock:
+            self.errors.pop(outcome.stage, None)
+            self.outcomes[outcome.stage] = outcome
+            record(self.workspace, outcome)
+        self.watch(Event(outcome.stage, outcome.state))
+        return outcome
+
+    def is_current(self, stage: str) -> bool:
+        """Whether the stage was up to date when the session began and reads nothing that was written since."""
+        if stage in self.changed:
+            return False
+        written = [out for o in self.outcomes.values() if o.state != "unchanged" for out in self.nodes[o.stage].outs]
+        return not any(pipeline.overlap(dep, out) for dep in self.nodes[stage].deps for out in written)
+
+    def stop(self) -> None:
+        """Asks every running stage to end after its present step; kills what is left after STOP_S seconds."""
+        self.stopping = True
+        children = list(self._children)
+        for child in children:
+            # not DVC and not the shell between them: with those gone, a stage takes itself for an orphan
+            for process in _stage_processes(child):
+                process.terminate()
+        deadline = time.monotonic() + STOP_S
+        for child in children:
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=max(0.0, deadline - time.monotonic()))
+            _kill_group(child)
+
+    def _method(self, stage: str) -> str | None:
+        name, _, item = stage.partition("@")
+        return item if name == "train" else None
+
+    def _killed_for_memory(self, stage: str) -> TemperError:
+        """What to raise for a stage that the kernel ended: a training that fits itself to its memory may try again."""
+        method = self._method(stage)
+        if method and self.params.train[method].fit_memory:
+            return Transient(
+                "the kernel ended it for its memory; it is tried with half as many rows at once", where=stage
+            )
+        fix = f"set train.{method}.fit_memory: true, or choose what would fit" if method else "take a machine with more"
+        return OutOfMemory("the kernel ended it: the machine's memory ran out", where=stage, fix=fix)
+
+    def _with_advice(self, stage: str, error: TemperError) -> TemperError:
+        """Adds to an error of a training that ran out of memory what it needs and what would fit."""
+        method = self._method(stage)
+        advice = self.advise(method) if method and type(error) is OutOfMemory else ""
+        return OutOfMemory(f"{error}\n{advice}") if advice else error
+
+    def _dvc_repro(self, stage: str, timeout_s: float, log: Callable[[str], None]) -> str:
+        if self.stopping:
+            raise Transient("was not started, because the run is being stopped", where=stage)
+        command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
+        child = subprocess.Popen(
+            command,
+            cwd=self.workspace,
+            env=child_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        with self._lock:
+            self._children.add(child)
+        timed_out = threading.Event()
+
+        def end() -> None:
+            timed_out.set()
+            _kill_group(child)
+
+        kills = kills_for_memory()
+        timer = threading.Timer(timeout_s, end)
+        timer.start()
+        lines: deque[str] = deque(maxlen=_SHOWN_LINES)
+        try:
+            for line in map(str.rstrip, child.stdout or []):
+                if line and not _HINT.match(line):
+                    lines.append(line)
+                    log(line)
+                    self.watch(Event(stage, "running", line))
+            code = child.wait()
+        finally:
+            timer.cancel()
+            with self._lock:
+                self._children.discard(child)
+            _kill_group(child)  # whatever the stage left behind
+        if timed_out.is_set():
+            raise Transient("took too long and was ended", where=stage, expected=f"at most {timeout_s:.0f} s")
+        if code:
+            code = stage_exit_code(list(lines), code)
+            if code in _KILLED and kills_for_memory() > kills:
+                raise self._killed_for_memory(stage)
+            raise stage_error(stage, code, list(lines))
+        said = "\n".join(lines)
+        return "unchanged" if _UNCHANGED in said else "restored" if _RESTORED in said else "completed"
+
+
+_KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
+"""How a killed stage ends, as DVC and as the shell between them tell it."""
+
+_HINT = re.compile(
+    r"To track the changes with git|\s*git add |To enable auto staging|\s*dvc config core.autostage|Use `dvc push`"
+    r"|Updating lock file"
+)
+"""What DVC says to people at every stage."""
+_EXITED = re.compile(r"exited with (-?\d+)")
+_MAY_PASS = re.compile(r"is busy|Unable to acquire lock|LockError|rwlock|No space left on device")
+_UNCHANGED, _RESTORED = "didn't change, skipping", "is cached - skipping run"
+
+
+def stage_exit_code(lines: list[str], dvc_code: int) -> int:
+    """The stage's own exit code, which DVC (255 for any) tells in its output; 75 when DVC was held up itself."""
+    for line in reversed(lines):
+        if match := _EXITED.search(line):
+            return int(match[1])
+    return Transient.exit_code if any(_MAY_PASS.search(line) for line in lines) else dvc_code
+
+
+def stage_error(stage: str, code: int, lines: list[str]) -> TemperError:
+    """The error that a stage's exit code stands for, with what the stage said of it."""
+    start = next((i for i in range(len(lines) - 1, -1, -1) if lines[i].startswith("error: ")), None)
+    said = [line for line in lines[start:] if not line.startswith("ERROR: ")] if start is not None else lines
+    kinds = {kind.exit_code: kind for kind in (BadInput, OutOfMemory, Transient)}
+    kind = kinds.get(code, TemperError)
+    text = "\n".join(said).removeprefix("error: ")
+    return kind(f"stage {stage} failed (exit code {code})\n{text}")
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of a stage: this Python first on the path, and this process as the one it must not outlive."""
+    binaries = str(Path(sys.executable).parent)
+    return {
+        **os.environ,
+        "PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}",
+        "PYTHONUNBUFFERED": "1",
+        "SHELL": "/bin/sh",
+        OWNER: str(os.getpid()),
+    }
+
+
+def _kill_group(child: subprocess.Popen[str]) -> None:
+    with suppress(ProcessLookupError):  # it may be gone already
+        os.killpg(child.pid, signal.SIGKILL)
+
+
+def _stage_processes(child: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The stage that a `dvc repro` runs: the process below it that is `python -m tasks....`."""
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        below = psutil.Process(child.pid).children(recursive=True)
+        return [p for p in below if any(part.startswith("tasks.") for part in p.cmdline()[1:3])]
+    return []
+
+
+def changed_stages(workspace: Path) -> frozenset[str]:
+    """The stages that DVC finds changed, or that have never run.
+
+    Raises:
+        TemperError: `dvc status` fails.
+    """
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "status", "--json"]
+    done = subprocess.run(command, cwd=workspace, env=child_environment(), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise TemperError(
+            "DVC cannot tell what is up to date", where=str(workspace), got=(done.stderr or done.stdout).strip()
+        )
+    return frozenset(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+_current: ContextVar[Session] = ContextVar("session")
+_open: list[Session] = []
+
+
+def current_session() -> Session:
+    """The session that the running flow opened."""
+    return _current.get()
+
+
+@contextmanager
+def opened(
+    workspace: Path, params: Params, watch: Callable[[Event], None], advise: Callable[[str], str]
+) -> Iterator[Session]:
+    """Begins a session and makes it the current one."""
+    keys, changed = pipeline.recorded_keys(workspace), changed_stages(workspace)
+    session = Session(workspace, params, pipeline.load(workspace), keys, changed, watch, advise)
+    token = _current.set(session)
+    _open.append(session)
+    try:
+        yield session
+    except BaseException:
+        session.stop()  # as when Prefect cancels the flow: no stage runs on when the workspace is free again
+        raise
+    finally:
+        _open.remove(session)
+        _current.reset(token)
+
+
+def stop_all() -> None:
+    """Stops every open session; safe to call from a signal handler."""
+    for session in _open:
+        session.stop()

@@ -1,0 +1,86 @@
+"""`params.yaml`, typed and whole: a section for each stage, each in its stage's folder.
+
+A section is a frozen class; a key that is not a field is refused with the nearest known name. All errors of a file are
+reported at once, each with its line and its dotted path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
+
+from tasks.base.params import AnyBase
+from tasks.core.errors import did_you_mean
+from tasks.core.params import Name, Section
+from tasks.core.params_file import line_of, read_yaml, validated, wrong_keys
+from tasks.evaluate.params import Evaluate
+from tasks.gate.params import Promote
+from tasks.ingest.params import Ingest
+from tasks.merge.params import Merge
+from tasks.register.params import Register
+from tasks.registry.names import method_alias
+from tasks.render.params import Render
+from tasks.reports.items import HELD_OUT
+from tasks.train.params import Method
+from tasks.validate.params import Validate
+
+
+def _method_name(name: str) -> str:
+    if name == "base":
+        raise ValueError('"base" names the untouched model in every report: call the method otherwise')
+    return method_alias(name)
+
+
+MethodName = Annotated[Name, AfterValidator(_method_name)]
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    ingest: Ingest
+    validate_: Annotated[Validate, Field(alias="validate")]
+    base: AnyBase
+    render: Render
+    train: Annotated[dict[MethodName, Method], Field(min_length=1)]
+    merge: Merge
+    evaluate: Evaluate
+    register_: Annotated[Register, Field(alias="register")]
+    promote: Promote
+
+    def unasked_suites(self) -> list[tuple[str, ...]]:
+        """Where `promote` names a suite that no model is asked, as paths of keys; the last is the name."""
+        asked = {HELD_OUT, *self.evaluate.suites}
+        named = [("promote", "suite", self.promote.suite)]
+        named += [("promote", "floors", suite) for suite in self.promote.floors]
+        named += [("promote", "guarded", suite) for suite in self.promote.guarded]
+        return [place for place in named if place[-1] not in asked]
+
+
+def load(path: Path) -> Params:
+    """Reads and checks a params file.
+
+    Raises:
+        BadParams: the file is missing or not YAML, or one or more keys are wrong; all of them are named.
+    """
+    return check(read_yaml(path), str(path))
+
+
+def check(content: Mapping[str, Any], where: str) -> Params:
+    """The typed form of a file's content; `where` names the file in errors.
+
+    Raises:
+        BadParams: one or more keys are wrong; all of them are named, each with its line.
+    """
+    params: Params = validated(Params, content, where)
+    if unasked := params.unasked_suites():
+        suites = [HELD_OUT, *params.evaluate.suites]
+        raise wrong_keys([_unasked(place, suites, content) for place in unasked], where)
+    return params
+
+
+def _unasked(place: tuple[str, ...], suites: Sequence[str], content: Mapping[str, Any]) -> str:
+    meant = did_you_mean(place[-1], suites) or f"; there are: {', '.join(suites)}"
+    return f'line {line_of(place, content)}: {".".join(place[:2])}: no suite "{place[-1]}" is asked{meant}'

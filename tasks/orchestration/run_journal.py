@@ -1,0 +1,60 @@
+"""What became of each stage and how long it took, kept for status and estimates."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Outcome(NamedTuple):
+    """What became of a stage: `state` is completed (it ran), restored (from DVC's cache) or unchanged."""
+
+    stage: str
+    state: str
+    seconds: float
+    key: str
+
+
+class Event(NamedTuple):
+    """What a stage is doing: `state` is running, completed, restored, unchanged or failed; `line` its latest output."""
+
+    stage: str
+    state: str
+    line: str = ""
+
+
+def journal_file(workspace: Path) -> Path:
+    """Where outcomes are written down, one JSON object per line."""
+    return workspace / ".temper" / "journal.jsonl"
+
+
+def record(workspace: Path, outcome: Outcome) -> None:
+    """Adds an outcome to the journal."""
+    line = json.dumps({**outcome._asdict(), "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+    with journal_file(workspace).open("a") as file:
+        file.write(line + "\n")
+
+
+def last_seconds(workspace: Path) -> dict[str, float]:
+    """How long each stage took when it last really ran."""
+    return {entry["stage"]: entry["seconds"] for entry in _completed(workspace)}
+
+
+def seconds_by_key(workspace: Path) -> dict[str, float]:
+    """How long what has each content key took to make, where it was made here; of several times the last."""
+    return {entry["key"]: entry["seconds"] for entry in _completed(workspace)}
+
+
+def _completed(workspace: Path) -> Iterator[dict[str, Any]]:
+    """What the journal tells of stages that really ran."""
+    path = journal_file(workspace)
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # a line that was cut by a kill tells nothing
+        if entry["state"] == "completed":
+            yield entry

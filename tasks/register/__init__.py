@@ -1,0 +1,1 @@
+"""Stage `register`: a version in the registry with its evidence."""

@@ -1,0 +1,1 @@
+"""All that is asked of MLflow: runs, versions, aliases and their log, signatures."""

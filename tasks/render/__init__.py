@@ -1,0 +1,1 @@
+"""Stage `render`: from rows to token ids and loss masks."""

@@ -1,0 +1,1 @@
+"""Evaluated items, the statistics over them, and the rows of a training log."""

@@ -1,0 +1,1 @@
+"""What MLflow runs when it serves a version."""

@@ -1,0 +1,1 @@
+"""Tokenizers and chat templates: from messages to token ids and loss masks."""

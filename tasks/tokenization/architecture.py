@@ -1,0 +1,70 @@
+"""The two kinds of language models, and what follows from which of them a model is.
+
+A decoder goes on with what it is given; an encoder-decoder (T5, arXiv:1910.10683) reads an input and writes a target.
+A model's own configuration says which it is; nothing else does.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from tasks.core.errors import BadModel
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+class Architecture(NamedTuple):
+    """A kind of models.
+
+    Attributes:
+        name: what it is called in messages.
+        loader: the class of transformers that loads it with the head that writes text.
+        task_type: what PEFT calls it.
+        rows: the kind of rows that it learns to answer, and is evaluated on.
+    """
+
+    name: str
+    loader: str
+    task_type: str
+    rows: str
+
+
+DECODER = Architecture("decoder", "AutoModelForCausalLM", "CAUSAL_LM", "chat")
+ENCODER_DECODER = Architecture("encoder-decoder", "AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", "pair")
+
+
+def positions_of(config: PreTrainedConfig) -> float:
+    """How many tokens a model can take in; infinity for families that set no limit."""
+    longest: float | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return math.inf if longest is None else longest
+
+
+def architecture_in(folder: Path) -> Architecture:
+    """What the model of a folder is; a decoder where there is a tokenizer only.
+
+    Raises:
+        BadModel: its configuration cannot be read, or is of no known architecture.
+    """
+    from transformers import AutoConfig
+
+    from tasks.tokenization.baichuan import make_known
+
+    make_known()
+    if not (folder / "config.json").is_file():
+        return DECODER
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise BadModel(
+            "does not load", where=str(folder), got=f"{type(error).__name__}: {error}".split("\n")[0]
+        ) from error
+    return ENCODER_DECODER if config.is_encoder_decoder else DECODER
+
+
+def architecture_of(model: PreTrainedModel | PeftModel) -> Architecture:
+    """What a model is that was loaded."""
+    return ENCODER_DECODER if model.config.is_encoder_decoder else DECODER

@@ -1,0 +1,392 @@
+"""Messages to token ids, by the model's own chat template: the one place that training, evaluation and serving share.
+
+A prompt and its reply are tokenised apart and joined, because that is what a model sees when it answers: first the
+whole prompt, then its own tokens. Text that would merge across the seam can therefore never make training differ from
+serving. Tokenizers that mark the beginning of every text are given the whole text instead, and a row is refused if its
+prompt's tokens do not stay what they are when it is answered. Templates run in the immutable Jinja sandbox of
+transformers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from tasks.core.errors import BadData, BadModel
+from tasks.core.records import Message
+from tasks.core.signals import limited
+from tasks.tokenization.architecture import DECODER, architecture_in
+from tasks.tokenization.tokenizer import encode, encode_answers, encode_pieces, encode_rows, read_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+Row = TypeVar("Row")
+
+TEMPLATE_SECONDS = 2.0
+"""How long a template may take for one conversation."""
+
+
+class Chat(NamedTuple):
+    """What a template is given: the turns, and JSON schemas of tools as text."""
+
+    messages: Sequence[Message]
+    tools: Sequence[str] = ()
+
+
+class Rendered(NamedTuple):
+    """A chat as tokens: `mask` is true where the loss falls, `prompt_tokens` the length of what comes before that."""
+
+    ids: list[int]
+    mask: list[bool]
+    prompt_tokens: int
+
+
+class Text(NamedTuple):
+    """What a template made of a chat; `marks` are its `{% generation %}` parts, None for a template that has none."""
+
+    text: str
+    marks: Sequence[tuple[int, int]] | None = None
+
+
+class Answered(NamedTuple):
+    """One prompt and several replies to it, as tokens; each reply ends with the stop token."""
+
+    prompt: list[int]
+    replies: list[list[int]]
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, with a stop token that is not the padding, and a decoder's chat template.
+
+    Where the template ends replies with another token than `eos_token`, as Phi's and Gemma's do, that one is the stop
+    token here, in training and in serving.
+
+    Raises:
+        BadModel: it does not load, or lacks one of these.
+    """
+    tokenizer = read_tokenizer(folder)
+    chats = architecture_in(folder) is DECODER  # what an encoder reads is no chat
+    if chats and not tokenizer.chat_template:
+        raise BadModel(
+            "its tokenizer has no chat template",
+            where=str(folder),
+            fix="put a chat_template.jinja beside tokenizer.json",
+        )
+    if chats:
+        _find_stop_token(tokenizer)
+    if tokenizer.eos_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise BadModel(
+            "its tokenizer has no stop token of its own: padding equal to the stop token would hide the end of a turn",
+            where=str(folder),
+            got=f"eos {tokenizer.eos_token!r}, pad {tokenizer.pad_token!r}",
+            fix="set eos_token and a different pad_token in tokenizer_config.json",
+        )
+    return tokenizer
+
+
+def _find_stop_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Makes the added token that the template writes first after a reply the stop token, unless its own stands there.
+
+    Phi's own stands only at the end of a conversation, so that a model which learnt it would not stop before.
+    """
+    asked, answered, again = (Message(role, f"qxzv{n}") for n, role in enumerate(("user", "assistant", "user")))
+    (text,) = _texts(tokenizer, [Chat([asked, answered, again])], answering=False)
+    if isinstance(text, BadData) or answered.content not in text.text:
+        return  # what is wrong with the template is told where a row is rendered
+    tail = text.text.partition(answered.content)[2].partition(again.content)[0]
+    written = [str(token) for token in tokenizer.added_tokens_decoder.values() if str(token) in tail]
+    if written and str(tokenizer.eos_token) not in written:
+        tokenizer.eos_token = min(written, key=lambda token: (tail.index(token), -len(token)))
+
+
+def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The SHA-256 of the chat template, by which two models are known to be prompted alike; empty without one."""
+    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest() if tokenizer.chat_template else ""
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[str] = ()
+) -> list[int]:
+    """The token ids of a conversation up to where the assistant begins to answer.
+
+    Raises:
+        BadData: the template refuses it, or drops what somebody said.
+    """
+    (text,) = _texts(tokenizer, [Chat(messages, tools)], answering=True)
+    return encode(tokenizer, [_whole(text).text])[0]
+
+
+def render_reply(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], reply: str) -> list[int]:
+    """The token ids of a reply to `prompt`, up to and including the stop token.
+
+    Raises:
+        BadData: the template rewrites what came before the reply, drops the reply, or does not end it with the stop
+            token.
+    """
+    (answered,) = render_replies(tokenizer, [Chat(prompt)], [[reply]])
+    answer: Answered = _whole(answered)
+    return answer.replies[0]
+
+
+def render_replies(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Chat], replies: Sequence[Sequence[str]]
+) -> list[Answered | BadData]:
+    """Prompts with one or more replies each, as tokens; for a row that cannot be rendered, the reason."""
+    return tokens_of_replies(tokenizer, texts_of_replies(tokenizer, prompts, replies))
+
+
+def texts_of_replies(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Chat], replies: Sequence[Sequence[str]]
+) -> list[list[str] | BadData]:
+    """The template's half of `render_replies`: of each row the text of its prompt, then those of its replies."""
+    asked = _texts(tokenizer, prompts, answering=True)
+    each = [(place, Message("assistant", text)) for place, texts in enumerate(replies) for text in texts]
+    given = _texts(
+        tokenizer,
+        [Chat([*prompts[place].messages, reply], prompts[place].tools) for place, reply in each],
+        answering=False,
+    )
+    pieces: list[Any] = [text if isinstance(text, BadData) else [text.text] for text in asked]
+    for (place, reply), after in zip(each, given, strict=True):
+        if not isinstance(pieces[place], BadData):
+            piece = _reply_text(tokenizer, asked[place], after, reply)
+            pieces[place] = piece if isinstance(piece, BadData) else [*pieces[place], piece]
+    return pieces
+
+
+def tokens_of_replies(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[list[str] | BadData]
+) -> list[Answered | BadData]:
+    """The tokenizer's half of `render_replies`; it may run in another thread than the template's."""
+    return encode_rows(tokenizer, texts, encode_answers, lambda ids: Answered(ids[0], ids[1:]))
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[str] = (), loss_on: str = "all"
+) -> Rendered:
+    """A chat as tokens, with the loss on the assistant's turns and their stop tokens; see `render_chats`.
+
+    Raises:
+        BadData: there is nothing to learn, or the tokens of a turn change once a later one is added.
+    """
+    rendered: Rendered = _whole(render_chats(tokenizer, [Chat(messages, tools)], loss_on)[0])
+    return rendered
+
+
+def render_chats(
+    tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], loss_on: str = "all"
+) -> list[Rendered | BadData]:
+    """Chats as tokens; for one that cannot be rendered, the reason.
+
+    Args:
+        tokenizer: with its template.
+        chats: any number of them; they are rendered and tokenised together.
+        loss_on: `all` of the assistant's turns, or the `last` one. Turns with `learn` false are never learnt.
+
+    Where a template marks by `{% generation %}` what the assistant says, the loss falls on what is marked, else on all
+    that it adds for the turn to the prompt for answering; never on what follows the stop token. What stands after the
+    last turn that is learnt is left out: nothing is learnt from it.
+    """
+    return tokens_of_chats(tokenizer, texts_of_chats(tokenizer, chats, loss_on))
+
+
+def texts_of_chats(
+    tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], loss_on: str = "all"
+) -> list[list[str] | BadData]:
+    """The template's half of `render_chats`: each chat in parts that are in turn read and learnt."""
+    learnt = [_learnt(chat, loss_on) for chat in chats]
+    turns = [(place, index) for place, places in enumerate(learnt) for index in places]
+    asked = _texts(tokenizer, [Chat(chats[p].messages[:i], chats[p].tools) for p, i in turns], answering=True)
+    given = _texts(tokenizer, [Chat(chats[p].messages[: i + 1], chats[p].tools) for p, i in turns], answering=False)
+    pieces: list[Any] = [[] if places else BadData(_nothing(chat)) for chat, places in zip(chats, learnt, strict=True)]
+    for (place, index), before, after in zip(turns, asked, given, strict=True):
+        if isinstance(pieces[place], BadData):
+            continue
+        reply = _reply_text(tokenizer, before, after, chats[place].messages[index])
+        if isinstance(reply, BadData):
+            pieces[place] = reply
+            continue
+        so_far, prompt = "".join(pieces[place]), _whole(before).text
+        if not prompt.startswith(so_far):
+            pieces[place] = BadData(
+                "the tokens of an earlier turn change when the next is added",
+                got=f"turn {index + 1}",
+                fix="set render.loss_on to last, so that only the last reply is learnt",
+            )
+            continue
+        learnt_parts = _marked(reply, len(prompt), _whole(after).marks)
+        if isinstance(learnt_parts, BadData):
+            pieces[place] = learnt_parts
+        else:
+            pieces[place] += [prompt[len(so_far) :] + learnt_parts[0], *learnt_parts[1:]]
+    return pieces
+
+
+def tokens_of_chats(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[list[str] | BadData]
+) -> list[Rendered | BadData]:
+    """The tokenizer's half of `render_chats`; it may run in another thread than the template's."""
+    return encode_rows(tokenizer, texts, encode_pieces, _joined)
+
+
+def _joined(pieces: Sequence[Sequence[int]]) -> Rendered:
+    """Pieces that are in turn read and learnt."""
+    ids, mask = list[int](), list[bool]()
+    for place, piece in enumerate(pieces):
+        ids += piece
+        mask += [place % 2 == 1] * len(piece)
+    return Rendered(ids, mask, len(pieces[0]))
+
+
+def _learnt(chat: Chat, loss_on: str) -> list[int]:
+    places = [i for i, message in enumerate(chat.messages) if message.role == "assistant" and message.learn]
+    return places[-1:] if loss_on == "last" else places
+
+
+def _nothing(chat: Chat) -> str:
+    some = any(message.role == "assistant" for message in chat.messages)
+    return "has nothing to learn from (" + ("every assistant turn has weight 0)" if some else "no assistant turn)")
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, BadData):
+        raise value
+    return value
+
+
+def _reply_text(
+    tokenizer: PreTrainedTokenizerBase, before: Text | BadData, after: Text | BadData, reply: Message
+) -> str | BadData:
+    """What the template adds for a reply, up to and including the stop token."""
+    for text in (before, after):
+        if isinstance(text, BadData):
+            return text
+    prompt, answered = _whole(before).text, _whole(after).text
+    if not answered.startswith(prompt):
+        return BadData("the chat template rewrites the prompt once it is answered, so no loss mask can be told")
+    added = answered[len(prompt) :]
+    missing = [call["name"] for call in json.loads(reply.calls or "[]") if call["name"] not in added]
+    if missing:
+        return BadData("the chat template drops the assistant's tool calls", got=", ".join(missing))
+    said = reply.content.strip()
+    place = added.find(said)
+    if place < 0:
+        reasoning, _, said = said.rpartition("</think>")  # templates may set reasoning apart
+        if reasoning.replace("<think>", "").strip() not in added:
+            return BadData("the chat template drops the assistant's reasoning", got=repr(reasoning[:60]))
+        said = said.strip()
+        place = added.find(said)
+    if place < 0:
+        return BadData("the chat template drops or changes the assistant's text", got=repr(added[:60]))
+    stop = str(tokenizer.eos_token)
+    end = added.find(stop, place + len(said))
+    if end < 0:
+        return BadData("the chat template does not end a reply with the stop token", expected=repr(stop))
+    return str(added[: end + len(stop)])
+
+
+def _marked(reply: str, start: int, marks: Sequence[tuple[int, int]] | None) -> list[str] | BadData:
+    """The reply in parts that are in turn read, even if empty, and learnt; `start` is its place in what is marked."""
+    if marks is None:
+        return ["", reply]
+    parts, place = [], 0
+    for first, last in marks:
+        first, last = max(first - start, place), min(last - start, len(reply))
+        if first < last:
+            parts += [reply[place:first], reply[first:last]]
+            place = last
+    if not parts or place < len(reply):
+        return BadData(
+            "the chat template's generation marks leave out the stop token, which would never be learnt",
+            got=repr(reply[place:][-60:]),
+            fix="mark it too, or take the marks out: then all that the template adds for a reply is learnt",
+        )
+    return parts
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], *, answering: bool) -> list[Text | BadData]:
+    """What the template makes of each conversation; `answering` adds what comes before an answer."""
+    result: list[Any] = [None] * len(chats)
+    by_tools: dict[tuple[str, ...], list[int]] = {}
+    for place, chat in enumerate(chats):
+        by_tools.setdefault(tuple(chat.tools), []).append(place)
+    for tools, places in by_tools.items():
+        schemas = [json.loads(tool) for tool in tools] or None
+        plain = [[_plain(message) for message in chats[place].messages] for place in places]
+        try:
+            with limited(TEMPLATE_SECONDS + 0.01 * len(plain), "the chat template"):
+                texts: list[Any] = _apply(tokenizer, plain, schemas, answering)
+        except BadData:  # some row is at fault: see which
+            texts = [_apply_alone(tokenizer, one, schemas, answering) for one in plain]
+        for place, text in zip(places, texts, strict=True):
+            dropped = _dropped(text.text, chats[place]) if isinstance(text, Text) else None
+            result[place] = dropped or text
+    return result
+
+
+def _apply_alone(tokenizer: PreTrainedTokenizerBase, one: Any, schemas: Any, answering: bool) -> Text | BadData:
+    try:
+        with limited(TEMPLATE_SECONDS, "the chat template"):
+            return _apply(tokenizer, [one], schemas, answering)[0]
+    except BadData as error:
+        return error
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, plain: list[Any], schemas: Any, answering: bool) -> list[Text]:
+    """As the tokenizer's `apply_chat_template` does, by its own sandbox, without its copies of every message."""
+    from jinja2 import TemplateError
+    from transformers.utils import chat_template_utils as sandbox
+
+    source = tokenizer.get_chat_template(tools=schemas)
+    try:
+        template = sandbox._compile_jinja_template(source)
+        given = {"tools": schemas, "documents": None, "add_generation_prompt": answering} | tokenizer.special_tokens_map
+        if not answering and _MARKED.search(source):  # never in a served model: marks are not kept apart by thread
+            marked = [sandbox._render_with_assistant_indices(template, messages, **given) for messages in plain]
+            return [Text(text, marks) for text, marks in marked]
+        return [Text(template.render(messages=messages, **given)) for messages in plain]
+    except (
+        MemoryError,
+        TemplateError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        RecursionError,
+        AttributeError,
+    ) as error:
+        raise BadData("the chat template refuses this conversation", got=str(error)) from error
+
+
+_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def _plain(message: Message) -> Mapping[str, Any]:
+    """A message as templates expect it."""
+    plain: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.calls:
+        plain["tool_calls"] = [{"type": "function", "function": call} for call in json.loads(message.calls)]
+    return plain
+
+
+def _dropped(text: str, chat: Chat) -> BadData | None:
+    """Notices that a template leaves out what the system or the user said."""
+    for tool in chat.tools:
+        schema = json.loads(tool)
+        name = schema.get("function", schema).get("name") if isinstance(schema, dict) else None
+        if name and name not in text:
+            return BadData("the chat template drops the tools", got=str(name), fix="take a template that knows tools")
+    for message in chat.messages:
+        if message.role != "assistant" and message.content.strip() not in text:
+            return BadData(
+                f"the chat template drops the {message.role} turn",
+                got=repr(message.content[:60]),
+                fix="put its text into the user's turn, or take another template",
+            )
+    return None

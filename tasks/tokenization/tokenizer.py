@@ -1,0 +1,109 @@
+"""Tokenizers: loading, encoding many texts at once, decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tasks.core.errors import BadData, BadModel
+from tasks.tokenization.chat_template import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, with or without a chat template.
+
+    Raises:
+        BadModel: it does not load.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the loader raises whatever its parsers raise
+        raise BadModel(
+            "its tokenizer does not load", where=str(folder), got=f"{type(error).__name__}: {error}".split("\n")[0]
+        ) from error
+    if tokenizer.is_fast:  # what a training once saved would cut every text, or fill it up
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of token ids, without control tokens and white space around it."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of many texts at once, without any that the template did not write."""
+    if not texts:
+        return []
+    if tokenizer.is_fast:
+        encoded = tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [each.ids for each in encoded]
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    return ids
+
+
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[list[str] | BadData],
+    encode: Callable[[PreTrainedTokenizerBase, Sequence[Sequence[str]]], list[list[list[int]] | BadData]],
+    made_of: Callable[[list[list[int]]], Row],
+) -> list[Row | BadData]:
+    """What is made of the tokens of each row's texts; a row that has a reason instead keeps it."""
+    tokens = iter(encode(tokenizer, [row for row in texts if not isinstance(row, BadData)]))
+    found = [row if isinstance(row, BadData) else next(tokens) for row in texts]
+    return [row if isinstance(row, BadData) else made_of(row) for row in found]
+
+
+def encode_pieces(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[str]]) -> list[list[list[int]] | BadData]:
+    """The tokens of each piece of each row, such that a row's tokens are those that serving sees piece by piece."""
+    if _may_be_cut(tokenizer):
+        flat = iter(encode(tokenizer, [piece for row in rows for piece in row]))
+        return [[next(flat) for _ in row] for row in rows]
+    flat = iter(encode(tokenizer, [text for row in rows for text in accumulate(row)]))
+    return [_differences([next(flat) for _ in row]) for row in rows]
+
+
+def encode_answers(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[str]]
+) -> list[list[list[int]] | BadData]:
+    """The tokens of rows of a prompt and several replies to it: each as they are when they stand alone together."""
+    if _may_be_cut(tokenizer):
+        return encode_pieces(tokenizer, rows)
+    alone = [[row[0], reply] for row in rows for reply in row[1:]]
+    flat = iter(encode_pieces(tokenizer, alone))
+    result: list[list[list[int]] | BadData] = []
+    for row in rows:
+        found = [next(flat) for _ in row[1:]]
+        wrong = next((each for each in found if isinstance(each, BadData)), None)
+        good = [each for each in found if not isinstance(each, BadData)]
+        result.append(wrong or [good[0][0], *(each[1] for each in good)])
+    return result
+
+
+def _differences(prefixes: list[list[int]]) -> list[list[int]] | BadData:
+    """What each prefix adds to the one before."""
+    pieces, before = [], list[int]()
+    for ids in prefixes:
+        if ids[: len(before)] != before:
+            return BadData("the prompt's tokens change when it is answered, so no loss mask can be told")
+        pieces.append(ids[len(before) :])
+        before = ids
+    return pieces
+
+
+def _may_be_cut(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether tokens of pieces are tokens of the whole: not where the beginning of each text gets a mark of its own."""
+    known: bool | None = getattr(tokenizer, "_temper_may_be_cut", None)
+    if known is None:
+        first, second = encode(tokenizer, ["x", "y"])
+        known = str(tokenizer.decode(first + second)) == "xy"
+        tokenizer._temper_may_be_cut = known
+    return known

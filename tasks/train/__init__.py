@@ -1,0 +1,1 @@
+"""Stage `train`: an adapter by an objective."""

@@ -1,0 +1,5 @@
+"""`python -m tasks.train`, as dvc.yaml runs it."""
+
+from tasks.train.stage import main
+
+main()

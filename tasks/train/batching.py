@@ -1,0 +1,136 @@
+"""The rows that a method learns from, and in which steps.
+
+Every epoch is a new shuffle, a fixed function of the seed: a training that goes on sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from tasks.core.artifacts import read_manifest
+from tasks.core.errors import BadData, BadParams
+from tasks.core.parquet import read_rows
+from tasks.inference.rendered_rows import row_of
+from tasks.inference.rows import TokenRow
+from tasks.tokenization.architecture import ENCODER_DECODER, Architecture
+from tasks.train.examples import Example
+from tasks.train.params import KtoObjective, Method, SftObjective
+from tasks.train.throughput import Needed
+
+
+def kind_of_rows(method: Method, architecture: Architecture) -> str:
+    """The kind of rows that a method learns from: for SFT what the base answers, else pairs or labelled replies.
+
+    Raises:
+        BadParams: the objective is not for this kind of model.
+    """
+    if isinstance(method.objective, SftObjective):
+        return architecture.rows
+    if architecture is ENCODER_DECODER:
+        raise BadParams(
+            "preferences are learnt by decoders only",
+            where="train.*.objective",
+            got=f"{method.objective.name} on an {architecture.name} base",
+            expected="sft, which learns inputs and their targets",
+        )
+    return "labelled" if isinstance(method.objective, KtoObjective) else "preference"
+
+
+def read_examples(rendered: Path, split: str, method: Method, architecture: Architecture) -> list[Example]:
+    """The rows that a method learns from, on a base of this kind.
+
+    Raises:
+        BadData: there is none, or KTO has nothing to tell apart.
+        BadParams: the objective is not for this kind of model.
+    """
+    kind = kind_of_rows(method, architecture)
+    path = rendered / split / f"{kind}.parquet"
+    rows = read_rows(path)
+    if not rows:
+        raise BadData(
+            f"holds no {kind} rows, which the objective {method.objective.name} learns from",
+            where=str(path),
+            got=f"a base that is of the kind {architecture.name}",
+            fix="add a source with such rows, or remove the method from `train`",
+        )
+    if kind == "preference":
+        replies = ("chosen_ids", "rejected_ids")
+        return [tuple(_joined(row["prompt_ids"], row[reply]) for reply in replies) for row in rows]
+    if kind == "labelled":
+        labels = {row["label"] for row in rows}
+        if split == "train" and len(labels) == 1:
+            raise BadData(
+                "holds replies of one label only, so there is nothing to tell apart",
+                where=str(path),
+                got=f"{len(rows)} replies that are all {'good' if labels == {True} else 'bad'}",
+                expected="good and bad ones",
+                fix="add a source with the others, or learn good replies by the objective sft",
+            )
+        return [(_joined(row["prompt_ids"], row["reply_ids"], desirable=row["label"]),) for row in rows]
+    return [(row_of(row),) for row in rows]
+
+
+def data_digests(rendered: Path, kind: str) -> dict[str, str]:
+    """The SHA-256 of the files that a training reads, by their paths, after checking all of the folder."""
+    files = read_manifest(rendered)["files"]
+    names = [f"{split}/{kind}.parquet" for split in ("train", "held_out")]
+    return {name: files[name]["sha256"] for name in names if name in files}
+
+
+def _joined(prompt: list[int], reply: list[int], *, desirable: bool = True) -> TokenRow:
+    return TokenRow(prompt + reply, [False] * len(prompt) + [True] * len(reply), len(prompt), desirable)
+
+
+def lengths_of(examples: Sequence[Example]) -> list[int]:
+    """Tokens of each example, over all its sequences."""
+    return [sum(sequence.tokens for sequence in example) for example in examples]
+
+
+def needed_of(examples: Sequence[Example]) -> Needed | None:
+    """What a step on these must compute, of their prompts and replies; None for an encoder-decoder's."""
+    parts = []
+    for example in examples:
+        rows = [sequence for sequence in example if isinstance(sequence, TokenRow)]
+        if len(rows) < len(example):
+            return None
+        prompt = rows[0].prompt_tokens
+        parts.append(Needed.by(prompt, [row.tokens - prompt for row in rows], sum(row.scored_tokens for row in rows)))
+    return Needed.of_all(parts)
+
+
+def shapes_of(examples: Sequence[Example]) -> list[tuple[int, int]]:
+    """Tokens of each sequence that a decoder reads, and how many of them are the prompt's."""
+    sequences = [sequence for example in examples for sequence in example if isinstance(sequence, TokenRow)]
+    return [(sequence.tokens, sequence.prompt_tokens) for sequence in sequences]
+
+
+def all_batches(lengths: Sequence[int], method: Method) -> list[list[int]]:
+    """The rows of every step: fixed by the method, so that a resumed training sees what it would have seen."""
+    epochs = (batches_of(epoch, lengths, method.batch_rows, method.seed) for epoch in range(method.epochs))
+    return [rows for epoch in epochs for rows in epoch]
+
+
+def batches_of(epoch: int, lengths: Sequence[int], batch_rows: int, seed: int) -> list[list[int]]:
+    """The rows of an epoch's steps.
+
+    Every epoch is a new shuffle; within runs of sixteen batches rows are grouped by length, so that little is padding.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    window = 16 * batch_rows
+    grouped = [
+        i
+        for start in range(0, len(order), window)
+        for i in sorted(order[start : start + window], key=lengths.__getitem__)
+    ]
+    places = torch.randperm(steps_per_epoch(len(lengths), batch_rows), generator=generator).tolist()
+    return [grouped[which * batch_rows : (which + 1) * batch_rows] for which in places]
+
+
+def steps_per_epoch(rows: int, batch_rows: int) -> int:
+    """The number of batches that cover all rows once."""
+    return math.ceil(rows / batch_rows)

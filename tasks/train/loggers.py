@@ -1,0 +1,122 @@
+"""Where a training log goes besides MLflow, as `report_to` asks: TensorBoard, Weights & Biases.
+
+Neither package is one of temper's: who asks for one installs it. The training log, an output of the stage, has every
+row anyway. Where several processes train, only the first reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from tasks.core.errors import BadParams
+from tasks.core.ranks import is_first
+from tasks.reports.training_log import SAMPLES, numbers_of
+
+
+class Report(Protocol):
+    """One place where rows of a training log go."""
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Takes one row: its `step`, numbers by name, and samples, if there are any."""
+
+    def close(self) -> None:
+        """Sends what is left."""
+
+
+@contextmanager
+def reports(
+    names: Sequence[str], workspace: Path, key: str, title: str, params: Mapping[str, Any]
+) -> Iterator[list[Report]]:
+    """Opens what is reported to; a training that is begun again goes on in the same place.
+
+    Args:
+        names: `tensorboard` or `wandb`, each called like its package.
+        workspace: TensorBoard's files are in its .temper/tensorboard.
+        key: the content key of the training.
+        title: what the run is called.
+        params: shown beside it.
+
+    Raises:
+        BadParams: a package is missing, or does not start.
+    """
+    check_installed(names)
+    kinds: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+    with ExitStack() as stack:
+        made: list[Report] = []
+        for name in names if is_first() else ():
+            made.append(kinds[name](workspace, key, title, params))
+            stack.callback(made[-1].close)
+        yield made
+
+
+def check_installed(names: Sequence[str]) -> None:
+    """Refuses names whose packages are not there.
+
+    Raises:
+        BadParams: one or more are missing.
+    """
+    if missing := [name for name in names if find_spec(name) is None]:
+        raise BadParams(
+            "what is to be reported to is not installed",
+            where="train.*.report_to",
+            got=", ".join(missing),
+            fix=f"pip install {' '.join(missing)}, or take it out of report_to",
+        )
+
+
+class TensorBoard:
+    """Event files for `tensorboard --logdir .temper/tensorboard`."""
+
+    def __init__(self, workspace: Path, key: str, title: str, params: Mapping[str, Any]) -> None:
+        self._folder = workspace / ".temper" / "tensorboard" / f"{title.replace(' ', '-')}-{key}"
+        self._writer: Any = None
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Writes the numbers as scalars and the samples as text."""
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # what a killed attempt wrote from this step on is not shown
+            self._writer = SummaryWriter(str(self._folder), purge_step=row["step"])
+        for name, value in numbers_of(row).items():
+            self._writer.add_scalar(name, value, row["step"])
+        for place, sample in enumerate(row.get(SAMPLES, ())):
+            self._writer.add_text(f"{SAMPLES}/{place}", f"{sample['prompt']}\n\n{sample['reply']}", row["step"])
+
+    def close(self) -> None:
+        """Writes what is left."""
+        if self._writer:
+            self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of project `temper`; the key is its id. WANDB_* variables say where, and `WANDB_MODE=offline` nowhere."""
+
+    def __init__(self, workspace: Path, key: str, title: str, params: Mapping[str, Any]) -> None:
+        import wandb
+
+        folder = workspace / ".temper"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        try:
+            self._run = wandb.init(
+                project="temper", id=key, name=title, config=dict(params), dir=str(folder), resume="allow"
+            )
+        except (wandb.errors.Error, OSError) as error:
+            raise BadParams(
+                "Weights & Biases does not start",
+                where="train.*.report_to",
+                got=str(error).split("\n")[0],
+                fix="log in by `wandb login`, set WANDB_MODE=offline, or take wandb out of report_to",
+            ) from error
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Sends the numbers; steps that the run has already are passed over."""
+        self._run.log(numbers_of(row), step=row["step"])
+
+    def close(self) -> None:
+        """Sends what is left."""
+        self._run.finish()

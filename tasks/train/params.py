@@ -1,0 +1,187 @@
+"""What a method of params.yaml says: its adapter, its objective, and how it is optimised."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Field, model_validator
+
+from tasks.adapters.params import AdaloraAdapter, AnyAdapter, FullAdapter
+from tasks.core.params import Count, NotNegative, Positive, Section, Seed
+
+
+class ReferringObjective(Section):
+    """What compares a policy with its reference, the untuned base."""
+
+    reference: Literal["adapter_off", "precomputed"]
+    """Computed by switching the adapter off at every step, or once for all rows before the first."""
+
+
+class SftObjective(Section):
+    """Cross-entropy on the assistant's tokens."""
+
+    name: Literal["sft"]
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+    """The share of a target that is spread evenly over the vocabulary (arXiv:1512.00567, section 7); 0: none."""
+    neftune_alpha: NotNegative
+    """Noise on the input embeddings while training, the alpha of arXiv:2310.05914 (5 to 15 there); 0: none."""
+
+
+class PairObjective(Section):
+    """What learns from a chosen and a rejected reply to the same prompt."""
+
+
+class OrpoObjective(PairObjective):
+    """Cross-entropy on the chosen reply plus an odds-ratio penalty (arXiv:2403.07691)."""
+
+    name: Literal["orpo"]
+    weight: NotNegative
+    """The paper's lambda; TRL calls it beta."""
+    likelihood: Literal["reply", "prompt_and_reply"]
+    """What the cross-entropy is of: the chosen reply alone, per token and then over pairs, as in the paper and in
+    LLaMA-Factory; or also its prompt, over all tokens of a step, as in TRL."""
+
+
+class DpoObjective(PairObjective, ReferringObjective):
+    """Direct preference optimisation against a reference, the untuned base (arXiv:2305.18290)."""
+
+    name: Literal["dpo"]
+    loss: Literal["sigmoid", "ipo", "hinge"]
+    """The paper's own; IPO (arXiv:2310.12036), per token as TRL has it; or hinge (SLiC, arXiv:2305.10425)."""
+    beta: Positive
+    """How strongly the reference holds; IPO's paper calls it tau."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)]
+    """How probable it is that a pair is the wrong way round (conservative DPO); with `sigmoid` only."""
+
+    @model_validator(mode="after")
+    def _smoothing_fits(self) -> DpoObjective:
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError(f"label_smoothing is for the loss sigmoid; with {self.loss} it must be 0.0")
+        return self
+
+
+class SimpoObjective(PairObjective):
+    """Length-normalised preference optimisation with a margin, without a reference (arXiv:2405.14734)."""
+
+    name: Literal["simpo"]
+    beta: Positive
+    """What log-probabilities per token are multiplied by to be rewards (2.0 to 10 in the paper)."""
+    gamma: NotNegative
+    """By how much the chosen reply's reward must exceed the rejected one's (0.3 to 1.6 in the paper)."""
+
+
+class KtoObjective(ReferringObjective):
+    """Learns from replies that are labelled good or bad, without pairs (arXiv:2402.01306)."""
+
+    name: Literal["kto"]
+    beta: Positive
+    """How soon a gain over the reference saturates."""
+    desirable_weight: NotNegative
+    """Weight of good replies; equation 8 says how it should balance their number."""
+    undesirable_weight: NotNegative
+    """Weight of bad replies."""
+
+
+AnyObjective: TypeAlias = Annotated[
+    SftObjective | OrpoObjective | DpoObjective | SimpoObjective | KtoObjective, Field(discriminator="name")
+]
+
+OptimizerName = Literal[
+    "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "lion_8bit", "adamw_schedule_free"
+]
+
+
+class WarmupStableDecay(Section):
+    """The peak until the last steps, and from there to zero (arXiv:2405.18392)."""
+
+    wsd: Annotated[float, Field(gt=0, le=1)]
+    """The share of all steps in which the rate goes down, by 1 - sqrt; 0.2 in section 3 of the paper."""
+
+
+class Evaluation(Section):
+    """The loss on held-out rows in the course of a training, and what follows from it."""
+
+    every_steps: Count
+    """How often it is computed; and after the last step."""
+    patience: Literal["never"] | Count
+    """The training stops after so many evaluations in a row that are no better than the best; or never early."""
+    keep: Literal["last", "best"]
+    """Which weights become the adapter: those of the last step, or those with the lowest held-out loss."""
+
+
+class Samples(Section):
+    """What the model replies to held-out prompts in the course of a training, greedily."""
+
+    every_steps: Count
+    """How often it is asked; and after the last step."""
+    prompts: Count
+    """How many prompts, the first of the held-out rows."""
+    max_new_tokens: Count
+    """Tokens in a reply, at most."""
+
+
+class Method(Section):
+    """A named pair of adapter and objective, and how it is optimised."""
+
+    adapter: AnyAdapter
+    objective: AnyObjective
+    epochs: Count
+    """Passes over the rows."""
+    batch_rows: Count
+    """Rows in a step."""
+    micro_batch_rows: Count
+    """Rows in a forward pass, of each process; a step adds up the gradients of as many passes as it takes."""
+    optimizer: OptimizerName
+    """AdamW or Lion; with states in 8 bits (`_8bit`), or that a GPU may move to the host (`paged_`); or AdamW that
+    averages its steps instead of a schedule's decay (`_schedule_free`, arXiv:2405.15682)."""
+    learning_rate: Annotated[float, Field(gt=0, le=10)]
+    """The peak, after warm-up; AdamW moves every weight by about so much a step."""
+    schedule: Literal["constant", "linear", "cosine"] | WarmupStableDecay
+    """From the peak on; linear and cosine end at zero; so does {wsd: 0.2}, which goes down in the last fifth only."""
+    warmup_steps: Annotated[int, Field(ge=0)]
+    """Steps of linear warm-up."""
+    weight_decay: NotNegative
+    """Decoupled (AdamW); never on rotations."""
+    max_grad_norm: Positive
+    """The gradient is scaled down to this norm."""
+    checkpoint_every_steps: Count
+    """What a kill loses at most."""
+    evaluation: Literal["none"] | Evaluation
+    """The loss on held-out rows on the way: to stop early, or to keep the best weights."""
+    samples: Literal["none"] | Samples
+    """Replies to held-out prompts on the way."""
+    fit_memory: bool
+    """Whether a training may make do with less memory: if by its estimate it would not fit, activations are computed
+    again in the backward pass; a step that still runs out of memory is taken again with half of `micro_batch_rows`. The
+    gradients are the same. One process can do that, several cannot."""
+    report_to: list[Literal["tensorboard", "wandb"]]
+    """Where the log goes besides MLflow; each needs its package. TensorBoard's files are in .temper/tensorboard."""
+    seed: Seed
+    """Of the adapter's initial weights, the order of rows, and dropout."""
+
+    @model_validator(mode="after")
+    def _passes_fit(self) -> Method:
+        if self.micro_batch_rows > self.batch_rows:
+            raise ValueError("micro_batch_rows must be at most batch_rows")
+        return self
+
+    @model_validator(mode="after")
+    def _objective_fits(self) -> Method:
+        if isinstance(self.objective, KtoObjective) and self.batch_rows < 2:
+            raise ValueError("kto compares each reply with those of other rows: batch_rows must be at least 2")
+        switches = isinstance(self.objective, ReferringObjective) and self.objective.reference == "adapter_off"
+        if switches and isinstance(self.adapter, FullAdapter):
+            raise ValueError("full has no adapter to switch off: objective.reference must be precomputed")
+        return self
+
+    @model_validator(mode="after")
+    def _rules_fit(self) -> Method:
+        if self.optimizer == "adamw_schedule_free" and self.schedule != "constant":
+            raise ValueError("adamw_schedule_free stands for a schedule: it needs `schedule: constant`")
+        ends_early = isinstance(self.evaluation, Evaluation) and self.evaluation.patience != "never"
+        keeps_best = isinstance(self.evaluation, Evaluation) and self.evaluation.keep == "best"
+        if isinstance(self.adapter, AdaloraAdapter) and (ends_early or keeps_best):
+            raise ValueError(
+                "adalora takes ranks away until its last step: it needs `patience: never` and `keep: last`"
+            )
+        return self

@@ -1,0 +1,194 @@
+"""Trains one method: an adapter by an objective, on the rendered training rows.
+
+Reads:  data/base/, data/rendered/.
+Writes: data/adapters/METHOD/: adapter_model.safetensors, adapter_config.json, log.jsonl (one row per step),
+        summary.json, samples.jsonl where replies were asked for.
+Params: train.METHOD
+Fails:  rows of the wrong kind, labelled replies of one label, an objective that is not for this kind of model, a loss
+        or gradient that is not finite, a checkpoint of another training (65, never retried); too little memory (71,
+        never retried); a signal (75, after a checkpoint).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.adapters.attach import fresh, publish, published_state
+from tasks.core import ranks
+from tasks.core.artifacts import as_json, whole_folder
+from tasks.core.errors import BadInput, BadParams, Diverged
+from tasks.core.memory import explained
+from tasks.core.progress import Progress
+from tasks.core.stage import StageContext, run_stage
+from tasks.engine import collectives
+from tasks.engine.checkpoints import check_writable, checkpoint_folder
+from tasks.engine.evaluation_hooks import Watch
+from tasks.engine.memory import RowsAtOnce, keep_freed_memory, recompute_activations, rows_at_once
+from tasks.models.device import settle
+from tasks.models.loader import Model
+from tasks.registry.client import KEPT_LOSS, flat
+from tasks.reports.training_log import Log
+from tasks.tokenization.architecture import architecture_in
+from tasks.tokenization.chat_template import load_tokenizer
+from tasks.train import fsdp, launcher
+from tasks.train.batching import (
+    data_digests,
+    kind_of_rows,
+    read_examples,
+    steps_per_epoch,
+)
+from tasks.train.estimate.estimate import must_recompute
+from tasks.train.estimate.meta_model import read_config
+from tasks.train.hooks import FILE as SAMPLES_FILE
+from tasks.train.hooks import lines_of, watch_for
+from tasks.train.loggers import check_installed, reports
+from tasks.train.losses import held_out_loss
+from tasks.train.mlflow_logger import Tracker
+from tasks.train.params import Method, Samples
+from tasks.train.trainer import reference_for, taking, tokens_of, train
+
+if TYPE_CHECKING:
+    import torch
+
+
+HELD_OUT_ROWS = 128
+"""Held-out loss is read on so many rows, before and after."""
+
+
+def check_launched(name: str, method: Method) -> None:
+    """Refuses what several processes cannot do.
+
+    Raises:
+        BadParams: a forward pass is to make do with fewer rows in one of them alone, or weights cannot be sharded.
+    """
+    if ranks.world() != ranks.ALONE and method.fit_memory:
+        raise BadParams(
+            "several processes cannot fit their rows to memory, since all must take as many",
+            where=f"train.{name}.fit_memory",
+            got=f"true, in {ranks.world().size} processes",
+            expected="false",
+            fix=f"set it so, and micro_batch_rows to what `temper estimate --method {name}` says would fit",
+        )
+    fsdp.check(method.adapter)
+
+
+def check_outcome(initial: Mapping[str, torch.Tensor], model: Model, before: float, after: float) -> None:
+    """Refuses to publish what is no result.
+
+    Raises:
+        BadInput: the training changed nothing.
+        Diverged: it ended much worse than it began: by more than a blind guess among all tokens loses, ln(vocabulary).
+    """
+    now = published_state(model)
+    if all(tensor.shape == initial[name].shape and tensor.equal(initial[name]) for name, tensor in now.items()):
+        raise BadInput("the training changed nothing", where="train", fix="raise learning_rate")
+    if not after - before < math.log(model.config.get_text_config().vocab_size):
+        raise Diverged(
+            "the training diverged; nothing was published",
+            where="its end",
+            got=f"a held-out loss of {after:.3f}, which was {before:.3f} before",
+            fix="lower learning_rate or raise warmup_steps",
+        )
+
+
+def say_what_was_kept(name: str, log: Log, watch: Watch, steps: int, before: float, after: float) -> None:
+    """Prints how a training ended."""
+    if len(log) < steps:
+        print(f"train {name}: stopped early: no lower held-out loss in {watch.patience} evaluations", flush=True)
+    kept = f"; kept the weights of step {watch.kept_step(log)}, the best" if watch.keep_best else ""
+    print(f"train {name}: {len(log)} of {steps} steps, held-out loss {before:.3f} -> {after:.3f}{kept}", flush=True)
+
+
+def main() -> None:
+    """The stage `train@METHOD`, in one process or in several that were launched together."""
+    launcher.launch_if_asked("tasks.train.trainer")
+    with run_stage(__doc__, "base", "rendered", "out", item="method") as stage, collectives.group():
+        fits = f"what `temper estimate --method {stage.item}` says would fit"
+        alone = ranks.world() == ranks.ALONE
+        fix = f"set train.{stage.item}.fit_memory: true, or {fits}" if alone else f"set {fits}"
+        method, checkpoints = (
+            stage.section(f"train.{stage.item}", Method),
+            checkpoint_folder(stage.workspace, stage.key),
+        )
+        check_launched(stage.item, method)
+        check_installed(method.report_to)
+        check_writable(checkpoints)
+        keep_freed_memory()
+        with (
+            explained(where=f"train.{stage.item}", fix=fix),
+            rows_at_once(method.micro_batch_rows, fit=method.fit_memory, checkpoints=checkpoints) as rows,
+        ):
+            _train_stage(stage, method, checkpoints, rows)
+
+
+def _train_stage(stage: StageContext, method: Method, checkpoints: Path, rows: RowsAtOnce) -> None:
+    """The stage's work, once it is known what it may take."""
+    base, rendered, title = stage.path("base"), stage.path("rendered"), f"train {stage.item}"
+    architecture = architecture_in(base)
+    data = data_digests(rendered, kind_of_rows(method, architecture))
+    examples = read_examples(rendered, "train", method, architecture)
+    held_out = read_examples(rendered, "held_out", method, architecture)[:HELD_OUT_ROWS]
+    if method.batch_rows > len(examples):
+        print(
+            f"{title}: every step takes all {len(examples)} rows, fewer than batch_rows={method.batch_rows}", flush=True
+        )
+    settle(method.seed)
+    steps = method.epochs * steps_per_epoch(len(examples), method.batch_rows)
+    recomputing = rows.recomputing(lambda: must_recompute(read_config(base), method, examples))
+    model = fresh(base, method.adapter, steps)
+    if recomputing:
+        recompute_activations(model)
+    if ranks.shards_weights():
+        fsdp.shard(model)
+    reference = reference_for(model, examples, held_out, method, checkpoints)
+
+    def loss() -> float:
+        return rows.fitted(lambda: held_out_loss(model, held_out, taking(method, rows), reference))
+
+    watch = watch_for(model, load_tokenizer(base), held_out, method, loss)
+    initial, before = {name: tensor.clone() for name, tensor in published_state(model).items()}, loss()
+    tags = {"temper.method": stage.item, "temper.stage": f"train@{stage.item}"}
+    params = flat(method.model_dump())
+    with (
+        Progress(title, steps, "steps") as progress,
+        Tracker(stage.workspace, stage.key, title, tags, params, data) as tracker,
+        reports(method.report_to, stage.workspace, stage.key, title, params) as others,
+    ):
+
+        def on_row(row: dict[str, Any]) -> None:
+            tracker.log(row)
+            for other in others:
+                other.log(row)
+
+        settle(method.seed)
+        log = train(model, examples, method, checkpoints, progress, on_row, reference, watch, rows)
+        after = loss()
+        check_outcome(initial, model, before, after)
+        tracker.log({"step": watch.kept_step(log), KEPT_LOSS: after})
+    summary = {
+        "key": stage.key,
+        "method": stage.item,
+        "steps": len(log),
+        "planned_steps": steps,
+        "kept_step": watch.kept_step(log),
+        "rows": len(examples),
+        "tokens": tokens_of(examples, method, len(log)),
+        "data": data,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "held_out_loss_before": before,
+        "held_out_loss_after": after,
+        "params": method.model_dump(),
+    }
+    if ranks.is_first():
+        with whole_folder(stage.path("out")) as folder:
+            publish(model, folder)
+            (folder / "log.jsonl").write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in log))
+            (folder / "summary.json").write_text(as_json(summary))
+            if isinstance(method.samples, Samples):
+                (folder / SAMPLES_FILE).write_text(lines_of(log))
+    collectives.wait()  # what was read must stay as it is until all is written
+    say_what_was_kept(stage.item, log, watch, steps, before, after)

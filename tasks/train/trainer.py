@@ -1,0 +1,114 @@
+"""One training: the model with its adapter, batches, losses and the loop, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tasks.adapters.params import AdaloraAdapter
+from tasks.core.errors import BadModel
+from tasks.core.progress import Progress
+from tasks.engine.checkpoints import Stepper
+from tasks.engine.evaluation_hooks import Watch
+from tasks.engine.loop import NOTHING, Course, run, schedule
+from tasks.engine.memory import RowsAtOnce
+from tasks.models.loader import Model
+from tasks.train.batching import (
+    all_batches,
+    lengths_of,
+    needed_of,
+)
+from tasks.train.examples import Example, parts_of, referred
+from tasks.train.losses import below_for, fast_products, losses_of
+from tasks.train.optimizers import optimizer_for
+from tasks.train.params import Method, ReferringObjective, WarmupStableDecay
+from tasks.train.reference_logprobs import Reference, precomputed
+from tasks.train.stage import main
+from tasks.train.throughput import Meter
+
+
+def reference_for(
+    model: Model, examples: Sequence[Example], held_out: Sequence[Example], method: Method, checkpoints: Path
+) -> Reference | None:
+    """The reference of an untrained model for all that a training will ask, where it is to be computed ahead."""
+    if not isinstance(method.objective, ReferringObjective) or method.objective.reference != "precomputed":
+        return None
+    steps = [[examples[i] for i in chosen] for chosen in all_batches(lengths_of(examples), method)]
+    rows = referred([*steps, *parts_of(held_out, method.batch_rows)], method)
+    with fast_products(method):
+        return precomputed(model, rows, method.micro_batch_rows, checkpoints / "reference")
+
+
+def train(
+    model: Model,
+    examples: Sequence[Example],
+    method: Method,
+    checkpoints: Path,
+    progress: Progress,
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+    reference: Reference | None = None,
+    watch: Watch = NOTHING,
+    rows: RowsAtOnce | None = None,
+) -> list[dict[str, Any]]:
+    """Trains the model's adapter in place; goes on from the newest checkpoint. Returns the log of the loop.
+
+    `on_row` is also told what differs from run to run: speed and memory. `reference` is made here where it is missing.
+
+    Raises:
+        BadModel: there is nothing to train.
+    """
+    reference = reference or reference_for(model, examples, (), method, checkpoints)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise BadModel("the adapter has no trainable parameters", where="adapter", got=method.adapter.name)
+    lengths = lengths_of(examples)
+    chosen = all_batches(lengths, method)
+    steps = len(chosen)
+    below = below_for(model, examples, method)
+    at_once = rows or RowsAtOnce(method.micro_batch_rows, fit=method.fit_memory)
+
+    course = Course(
+        steps=steps,
+        learning_rate=lambda step: learning_rate(step, steps, method),
+        losses=lambda step: losses_of(
+            model, [examples[i] for i in chosen[step]], taking(method, at_once), below, reference
+        ),
+        describe=lambda step: [f"row {i} of the rendered training rows" for i in chosen[step]],
+        max_grad_norm=method.max_grad_norm,
+        checkpoint_every_steps=method.checkpoint_every_steps,
+    )
+    steppers: list[Stepper] = [optimizer_for(model, method)]
+    if isinstance(method.adapter, AdaloraAdapter):
+        from tasks.adapters.adalora import RankSteps
+
+        steppers.append(RankSteps(model))
+    meter = Meter(model)
+
+    def tell(row: dict[str, Any]) -> None:
+        taken = chosen[row["step"] - 1]
+        on_row(row | meter.since_last(sum(lengths[i] for i in taken), needed_of([examples[i] for i in taken])))
+
+    return run(course, parameters, steppers, checkpoints, progress, tell, watch, at_once)
+
+
+def tokens_of(examples: Sequence[Example], method: Method, steps: int) -> int:
+    """How many tokens a training goes through in its first so many steps, over all epochs."""
+    lengths = lengths_of(examples)
+    return sum(lengths[i] for chosen in all_batches(lengths, method)[:steps] for i in chosen)
+
+
+def learning_rate(step: int, steps: int, method: Method) -> float:
+    """The rate at a step, from 0, by the method's schedule."""
+    asked = method.schedule
+    shape, decay = ("wsd", asked.wsd) if isinstance(asked, WarmupStableDecay) else (asked, 1.0)
+    return schedule(step, steps, peak=method.learning_rate, warmup_steps=method.warmup_steps, shape=shape, decay=decay)
+
+
+def taking(method: Method, rows: RowsAtOnce) -> Method:
+    """The method with as many rows in a forward pass as there is memory for."""
+    return method.model_copy(update={"micro_batch_rows": rows.rows})
+
+
+if __name__ == "__main__":
+    main()

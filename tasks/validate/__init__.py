@@ -1,0 +1,1 @@
+"""Stage `validate`: rows are checked; what fails goes to quarantine with its reason."""

@@ -1,0 +1,165 @@
+"""All rows held against the checks of params: repairs, comparison, expectations, and what becomes of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.core.parquet import as_records, as_table
+from tasks.validate.cross_row_checks import Marks, compare
+from tasks.validate.duplicates import Duplicate
+from tasks.validate.expectations import REASONS, Outcome, expectation, run_suites
+from tasks.validate.feature_cache import Memory
+from tasks.validate.params import Validate
+from tasks.validate.repairs import REPAIRS, Repair, repair
+from tasks.validate.row_features import facts_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of every row.
+
+    Attributes:
+        facts: one line per row, in the order of the kinds' tables, with its marks.
+        reasons: why each row goes to quarantine, by row.
+        merged: rows that repeat another that is kept.
+        repaired: every text that was changed.
+        marks: duplicates and leaks, as they were found.
+        outcomes: what came of each check.
+        result: Great Expectations' own result.
+    """
+
+    facts: pd.DataFrame
+    reasons: dict[int, list[str]]
+    merged: list[Duplicate]
+    repaired: list[Repair]
+    marks: Marks
+    outcomes: dict[str, Outcome]
+    result: dict[str, Any]
+
+
+def judge(
+    tables: dict[str, pa.Table],
+    benchmarks: Mapping[str, list[str]],
+    held_out: float,
+    params: Validate,
+    docs: Path,
+    memory: Memory,
+) -> Verdict:
+    """Checks all rows together.
+
+    Args:
+        tables: the rows of each kind; rows that are repaired are changed in here.
+        benchmarks: the questions of every benchmark.
+        held_out: the share of groups that is kept for evaluation.
+        params: what is looked for, and what is done about it.
+        docs: where Data Docs go.
+        memory: facts of rows that were looked at before.
+
+    Raises:
+        BadData: there are no rows.
+        TemperError: an expectation could not be evaluated.
+    """
+    import numpy as np
+    import pandas as pd
+
+    facts = {kind: memory.facts_of(table, kind) for kind, table in tables.items()}
+    repaired = [entry for kind in tables for entry in _repair(kind, tables, facts, params)]
+    table = pd.concat([facts[kind].assign(kind=kind) for kind in tables], ignore_index=True)
+    for name in ("id", "source"):
+        table[name] = np.concatenate([tables[kind][name].to_numpy() for kind in tables])
+    marks = compare(tables, benchmarks, held_out, params)
+    table["contradiction"], table["leaks"] = marks.contradiction, marks.leaks
+    table["length_outlier"] = _outliers(table, params.outlier_deviations)
+    for name, duplicates in (("exact_duplicate", marks.exact), ("near_duplicate", marks.near)):
+        table[name] = 0
+        table.loc[[each.row for each in duplicates], name] = 1
+
+    actions = {name: getattr(params.checks, name) for name in type(params.checks).model_fields}
+    suites = {
+        "rows": [expectation("ids", 1.0, params)]
+        + [expectation(name, c.mostly, params) for name, c in actions.items() if c.action in ("reject", "repair")],
+        "notices": [expectation(name, c.mostly, params) for name, c in actions.items() if c.action == "warn"]
+        + [expectation(n, 0.0, params) for n in ("exact duplicates", "near duplicates")],
+    }
+    outcomes, result = run_suites(table, suites, docs)
+    reasons: dict[int, list[str]] = {}
+    for name, outcome in outcomes.items():
+        for row in outcome.rows:
+            why = (
+                f"it contains a question of {', '.join(marks.leaked_from[row])}"
+                if name == "leaks"
+                else REASONS[name][1]
+            )
+            reasons.setdefault(row, []).append(why)
+    merged = _merge(marks, reasons, params)
+    return Verdict(table, reasons, merged, repaired, marks, outcomes, result)
+
+
+def _repair(kind: str, tables: dict[str, pa.Table], facts: dict[str, pd.DataFrame], params: Validate) -> list[Repair]:
+    """Repairs the rows of one kind in which a check with `action: repair` finds something, and looks at them again."""
+    import numpy as np
+    import pyarrow as pa
+
+    checks = [name for name in REPAIRS if getattr(params.checks, name).action == "repair"]
+    columns = [REASONS[name][0] for name in checks]
+    found = np.flatnonzero((facts[kind][columns] > 0).any(axis=1)) if checks else np.empty(0, np.int64)
+    if not len(found):
+        return []
+    done: list[Repair] = []
+    records = []
+    for record in as_records(kind, tables[kind].take(pa.array(found))):
+        record, changes = repair(record, checks)
+        records.append(record)
+        done += changes
+    repaired = as_table(kind, records)
+    order = np.arange(len(facts[kind]))
+    order[found] = len(order) + np.arange(len(found))
+    tables[kind] = pa.concat_tables([tables[kind], repaired]).take(pa.array(order))
+    facts[kind].loc[found] = facts_of(repaired, kind).to_numpy()
+    return done
+
+
+def _outliers(table: pd.DataFrame, deviations: float) -> NDArray[np.int64]:
+    """1 for rows whose length is further from the median of their kind than so many deviations, in logarithms.
+
+    The deviation is 1.4826 times the median absolute one, which is a normal distribution's standard deviation.
+    """
+    import numpy as np
+
+    found = np.zeros(len(table), np.int64)
+    for rows in table.groupby("kind").indices.values():
+        length = np.log1p(table["characters"].to_numpy()[rows].astype(float))
+        away = np.abs(length - np.median(length))
+        found[rows] = away > deviations * max(1.4826 * float(np.median(away)), 0.1)
+    return found
+
+
+def _merge(marks: Marks, reasons: Mapping[int, object], params: Validate) -> list[Duplicate]:
+    """The duplicates that are merged into a row that stays; rows in quarantine neither merge nor are merged into."""
+    chosen = params.duplicates
+    found = [*(marks.exact if chosen.exact == "merge" else []), *(marks.near if chosen.near == "merge" else [])]
+    merged: dict[int, Duplicate] = {}
+    instead: dict[int, int] = {}  # of a row in quarantine, the first of its duplicates that is not
+    for each in found:
+        if each.row in reasons:
+            continue
+        kept = instead.setdefault(each.kept, each.row) if each.kept in reasons else each.kept
+        if kept != each.row:
+            merged.setdefault(each.row, each._replace(kept=kept))
+    return [merged[row]._replace(kept=_kept(row, merged)) for row in sorted(merged)]
+
+
+def _kept(row: int, merged: Mapping[int, Duplicate]) -> int:
+    """The row that stays, at the end of a chain of duplicates; kept rows come before theirs, so chains end."""
+    while row in merged:
+        row = merged[row].kept
+    return row

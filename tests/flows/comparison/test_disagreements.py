@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from flows.comparison.disagreements import Answered, Item, answers_of, disagreements, gains
+from tests.helpers.samples import EVALUATE
+
+
+def answers(*scores: float, suite: str = "s", task: str = "t") -> dict[Item, Answered]:
+    """Items 0, 1, 2, ... of a task with these scores."""
+    return {
+        Item(suite, task, f"sha-{number}", "target", 0): Answered(f"prompt {number}", f"said {score}", score)
+        for number, score in enumerate(scores)
+    }
+
+
+def row(digest: str, score: float, **changes: str) -> dict[str, Any]:
+    made = {"suite": "s", "task": "t", "prompt_sha256": digest, "target": "x", "prompt": "p", "prediction": "y"}
+    return {**made, "score": score, **changes}
+
+
+def test_items_are_the_same_by_suite_task_prompt_and_target() -> None:
+    found = answers_of([row("a", 1.0), row("a", 0.5), row("a", 0.0, target="z"), row("a", 0.0, suite="other")])
+    assert [(item.suite, item.target, item.repeat) for item in found] == [
+        ("s", "x", 0), ("s", "x", 1), ("s", "z", 0), ("other", "x", 0)
+    ]  # fmt: skip
+    assert next(iter(found.values())) == Answered("p", "y", 1.0)
+
+
+def test_gains_by_hand() -> None:
+    """Differences 1, 0, 1, -1 on four common items; the fifth the base never saw."""
+    found = gains(answers(1, 0, 1, 0, 1), answers(0, 0, 0, 1), EVALUATE)
+    assert found["s"].interval.mean == pytest.approx(0.25)
+    assert found["s"].items == 4
+    assert found["s"].says == "unclear"
+
+
+def test_gains_say_better_or_worse_only_where_the_interval_leaves_out_0() -> None:
+    assert gains(answers(1, 1, 1), answers(0, 0, 0), EVALUATE)["s"].says == "better"
+    assert gains(answers(0, 0, 0), answers(1, 1, 1), EVALUATE)["s"].says == "worse"
+    assert gains(answers(1, 0), answers(1, 0), EVALUATE)["s"].says == "unclear"
+
+
+def test_gains_do_not_depend_on_the_order_of_rows() -> None:
+    model, base = answers(1, 0, 1, 0, 1, 1, 0), answers(0, 0, 0, 1, 1, 0, 0)
+    assert gains(model, base, EVALUATE) == gains(dict(reversed(model.items())), base, EVALUATE)
+
+
+def test_items_on_which_methods_differ_come_first() -> None:
+    """Items 0 and 2 part the methods (variance 1/4); item 1 parts both from the base; on item 3 all are wrong."""
+    models = {"base": answers(0, 0, 1, 0), "a": answers(1, 1, 1, 0), "b": answers(0, 1, 0, 0)}
+    found = disagreements(models, "base")
+    assert [each.prompt for each in found] == ["prompt 0", "prompt 2", "prompt 1"]  # of equals, by digest
+    assert found[-1].answers["a"] == Answered("prompt 1", "said 1", 1)
+    assert list(found[0].answers) == ["base", "a", "b"]
+
+
+def test_with_one_method_the_base_is_what_it_differs_from() -> None:
+    found = disagreements({"base": answers(0, 1, 1), "a": answers(1, 1, 0)}, "base")
+    assert [each.item.prompt_sha256 for each in found] == ["sha-0", "sha-2"]
+
+
+def test_tasks_take_turns() -> None:
+    def both(*scores: float) -> dict[Item, Answered]:
+        return answers(*scores, task="many") | answers(*scores[:1], task="few") | answers(*scores[:1], suite="other")
+
+    found = disagreements({"base": both(0, 0, 0, 0), "a": both(1, 1, 1, 1), "b": both(0, 0, 0, 0)}, "base", most=4)
+    assert [(each.item.suite, each.item.task) for each in found] == [
+        ("other", "t"), ("s", "few"), ("s", "many"), ("s", "many")
+    ]  # fmt: skip
+
+
+def test_items_that_one_model_never_saw_are_left_out() -> None:
+    assert (
+        disagreements({"base": answers(0), "a": answers(1, 1), "b": answers(0, 0)}, "base", 9)[0].prompt == "prompt 0"
+    )
+    assert disagreements({"a": {}, "b": answers(1)}, "base") == []
+    assert disagreements({}, "base") == []
