@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 
 from bench.clock import Ratio, machine
 from bench.limits import SHAPES, write_base
+from bench.operations import matrices, peak_flops
 from bench.steps import side_by_side, spin_while_waiting
 from tasks.core.stage import quiet_libraries
 from tasks.engine.memory import keep_freed_memory
 from tasks.evaluate.lm_eval_backend import language_model
 from tasks.inference.params import GREEDY
-from tasks.train.throughput import matrices, peak_flops
 
 BATCHES = (4, 16, 64)
 """The batch sizes among which the tuned anchor's is found, by one pass each over a part of the questions."""

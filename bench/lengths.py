@@ -21,10 +21,10 @@ from typing import Any
 from bench import orpo, sft
 from bench.clock import machine
 from bench.limits import SHAPES, peak_bytes, write_base
+from bench.operations import Needed, operations_of, peak_flops
 from bench.steps import Ours, exactly, spin_while_waiting, token_row
 from tasks.core.stage import quiet_libraries
 from tasks.engine.memory import keep_freed_memory
-from tasks.train.throughput import Needed, operations_of, peak_flops
 
 SHORTEST = 1024
 VOCABULARIES = (8192, 32_768, 131_072)

@@ -20,10 +20,10 @@ from typing import Any
 
 from bench.clock import ROOT
 from bench.limits import SHAPES
+from bench.operations import Needed
 from bench.steps import BATCH_ROWS, COMMON, Race, Theirs, parser_of, random_tokens, run, spin_while_waiting, token_row
 from tasks.core.stage import quiet_libraries
 from tasks.inference.rows import TokenRow
-from tasks.train.throughput import Needed
 
 WEIGHT = 0.1
 

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 from bench.clock import Ratio, machine
 from bench.limits import SHAPES, peak_bytes, write_base
+from bench.operations import Needed, operations_of, peak_flops
 from tasks.engine.memory import keep_freed_memory, tell_malloc
 from tasks.inference.rows import TokenRow
-from tasks.train.throughput import Needed, operations_of, peak_flops
 
 RANK = 8
 BATCH_ROWS = 8

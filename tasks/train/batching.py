@@ -17,7 +17,6 @@ from tasks.inference.rows import TokenRow
 from tasks.tokenization.architecture import ENCODER_DECODER, Architecture
 from tasks.train.examples import Example
 from tasks.train.params import KtoObjective, Method, SftObjective
-from tasks.train.throughput import Needed
 
 
 def kind_of_rows(method: Method, architecture: Architecture) -> str:
@@ -86,18 +85,6 @@ def _joined(prompt: list[int], reply: list[int], *, desirable: bool = True) -> T
 def lengths_of(examples: Sequence[Example]) -> list[int]:
     """Tokens of each example, over all its sequences."""
     return [sum(sequence.tokens for sequence in example) for example in examples]
-
-
-def needed_of(examples: Sequence[Example]) -> Needed | None:
-    """What a step on these must compute, of their prompts and replies; None for an encoder-decoder's."""
-    parts = []
-    for example in examples:
-        rows = [sequence for sequence in example if isinstance(sequence, TokenRow)]
-        if len(rows) < len(example):
-            return None
-        prompt = rows[0].prompt_tokens
-        parts.append(Needed.by(prompt, [row.tokens - prompt for row in rows], sum(row.scored_tokens for row in rows)))
-    return Needed.of_all(parts)
 
 
 def shapes_of(examples: Sequence[Example]) -> list[tuple[int, int]]:

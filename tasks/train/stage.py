@@ -35,12 +35,7 @@ from tasks.reports.training_log import Log
 from tasks.tokenization.architecture import architecture_in
 from tasks.tokenization.chat_template import load_tokenizer
 from tasks.train import fsdp, launcher
-from tasks.train.batching import (
-    data_digests,
-    kind_of_rows,
-    read_examples,
-    steps_per_epoch,
-)
+from tasks.train.batching import data_digests, kind_of_rows, read_examples, steps_per_epoch
 from tasks.train.estimate.estimate import must_recompute
 from tasks.train.estimate.meta_model import read_config
 from tasks.train.hooks import FILE as SAMPLES_FILE

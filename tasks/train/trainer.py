@@ -14,11 +14,7 @@ from tasks.engine.evaluation_hooks import Watch
 from tasks.engine.loop import NOTHING, Course, run, schedule
 from tasks.engine.memory import RowsAtOnce
 from tasks.models.loader import Model
-from tasks.train.batching import (
-    all_batches,
-    lengths_of,
-    needed_of,
-)
+from tasks.train.batching import all_batches, lengths_of
 from tasks.train.examples import Example, parts_of, referred
 from tasks.train.losses import below_for, fast_products, losses_of
 from tasks.train.optimizers import optimizer_for
@@ -83,11 +79,11 @@ def train(
         from tasks.adapters.adalora import RankSteps
 
         steppers.append(RankSteps(model))
-    meter = Meter(model)
+    meter = Meter()
 
     def tell(row: dict[str, Any]) -> None:
         taken = chosen[row["step"] - 1]
-        on_row(row | meter.since_last(sum(lengths[i] for i in taken), needed_of([examples[i] for i in taken])))
+        on_row(row | meter.since_last(sum(lengths[i] for i in taken)))
 
     return run(course, parameters, steppers, checkpoints, progress, tell, watch, at_once)
 

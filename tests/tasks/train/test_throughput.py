@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, LlamaConfig
 
+from bench.operations import Needed, matrices, operations_of
 from tasks.adapters.attach import trainable
 from tasks.inference.rows import TokenRow
-from tasks.train.batching import needed_of
 from tasks.train.losses import loss_of
-from tasks.train.throughput import Meter, Needed, matrices, operations_of
 from tests.helpers.samples import LORA, SFT, method
 
 LLAMA = LlamaConfig(
@@ -27,11 +24,10 @@ LLAMA = LlamaConfig(
 
 
 def test_a_prompt_is_needed_once_for_all_its_replies() -> None:
-    prompt, good, bad = [3] * 5, [4] * 2, [5] * 3
-    pair = tuple(TokenRow(prompt + reply, [False] * 5 + [True] * len(reply), 5) for reply in (good, bad))
+    pair = Needed.by(5, [2, 3], 5)
     # 15 pairs within the prompt; of the replies 5 and 6, then 5, 6 and 7 that stand before or are the token itself
-    assert needed_of([pair]) == Needed(10, 5, 15 + (6 + 7) + (6 + 7 + 8))
-    assert needed_of([pair, pair]) == Needed(20, 10, 2 * 49)
+    assert pair == Needed(10, 5, 15 + (6 + 7) + (6 + 7 + 8))
+    assert Needed.of_all([pair, pair]) == Needed(20, 10, 2 * 49)
 
 
 def test_operations_are_those_that_pytorch_counts() -> None:
@@ -44,20 +40,11 @@ def test_operations_are_those_that_pytorch_counts() -> None:
     row = TokenRow(list(range(3, 43)), [False] * 20 + [True] * 20, 20)
     with FlopCounterMode(display=False) as counter:
         loss_of(model, [(row,)], params)[0].backward()
-    needed = needed_of([(row,)])
-    assert needed is not None
+    needed = Needed.by(20, [20], 20)
     products = operations_of(model).of(needed._replace(pairs_attended=0))
     assert products == pytest.approx(counter.get_total_flops(), rel=0.05)
     # two products forwards and four backwards, of which causal attention needs half
     assert operations_of(model).of(needed) - products == 12 * 6 * 2 * 64 * (40 * 41 // 2)
-
-
-def test_of_a_model_with_experts_no_share_is_told() -> None:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 50}
-    model = MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
-    assert Meter(model).since_last(10, Needed(10, 5, 55)).keys() == {"tokens_per_s", "memory_peak_mib"}
 
 
 def test_a_model_without_attention_has_none_to_count() -> None:
