@@ -1,10 +1,9 @@
-"""Plots as SVG: figures with their intervals, and curves. Pure; texts in them are escaped, numbers rounded alike."""
+"""Plots as SVG: figures with their intervals. Pure; texts in them are escaped, numbers rounded alike."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 from markupsafe import Markup
@@ -19,7 +18,6 @@ _LEFT, _RIGHT = 110, 316
 _STEP = 9
 """Between marks that share a row."""
 _LONGEST_NAME = 16
-_MOST_POINTS = 200
 
 
 class Mark(NamedTuple):
@@ -38,27 +36,17 @@ class Row(NamedTuple):
     reference: Interval | None
 
 
-class Curve(NamedTuple):
-    """Points (x, y) in the order of x; `name` says what they are."""
-
-    name: str
-    points: Sequence[tuple[float, float]]
-
-
 class Axis(NamedTuple):
-    """A stretch of numbers laid from `start` to `stop`, evenly or by logarithms."""
+    """A stretch of numbers laid evenly from `start` to `stop`."""
 
     low: float
     high: float
     start: float
     stop: float
-    logarithmic: bool = False
 
     def at(self, value: float) -> float:
         """Where a value lies, to a tenth."""
-        place = math.log if self.logarithmic else float
-        low, high = place(self.low), place(self.high)
-        share = (place(value) - low) / (high - low)
+        share = (value - self.low) / (self.high - self.low)
         return round(self.start + share * (self.stop - self.start), 1)
 
 
@@ -78,25 +66,6 @@ def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
     return [round(number * step, digits) for number in range(first, last + 1)]
-
-
-def decade_ticks(low: float, high: float) -> list[float]:
-    """Round numbers for a logarithmic axis, from at most `low` to at least `high`, both above 0."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    wanted = (1, 2, 5) if len(powers) < 4 else (1,)
-    every = [float(f"{nice}e{power}") for power in powers for nice in wanted]
-    first = max((tick for tick in every if tick <= low), default=every[0])
-    last = min((tick for tick in every if tick >= high), default=every[-1])
-    return [tick for tick in every if first <= tick <= last]
-
-
-def thinned(points: Sequence[tuple[float, float]], most: int = _MOST_POINTS) -> list[tuple[float, float]]:
-    """Points as they are, or, where there are more than `most`, the means of so many stretches of equal length."""
-    if len(points) <= most:
-        return list(points)
-    edges = [len(points) * part // most for part in range(most + 1)]
-    stretches = [points[start:stop] for start, stop in pairwise(edges)]
-    return [(math.fsum(x for x, _ in s) / len(s), math.fsum(y for _, y in s) / len(s)) for s in stretches]
 
 
 # --- figures with intervals -------------------------------------------------------------------------------------------
@@ -169,42 +138,6 @@ def legend(names: Sequence[tuple[str, int]]) -> Markup:
     return Markup(" ").join(key.format(series % len(LIGHT_SERIES), shape(series, 0, 0), name) for name, series in names)
 
 
-# --- curves -----------------------------------------------------------------------------------------------------------
-
-
-def are_steep(several: Sequence[Curve]) -> bool:
-    """Whether curves want logarithms: the highest value is ten times the lowest or more, and all are above 0."""
-    values = [y for curve in several for _, y in curve.points]
-    return bool(values) and 0 < 10 * min(values) <= max(values)
-
-
-def curves(line: Curve, dots: Curve, series: int, title: str, *, logarithmic: bool) -> Markup:
-    """One curve as a line and one as dots that are joined, over the same axes, of which y may be logarithmic."""
-    line = line._replace(points=thinned(line.points))
-    everything = [*line.points, *dots.points]
-    lowest, highest = min(y for _, y in everything), max(y for _, y in everything)
-    y_ticks = decade_ticks(lowest, highest) if logarithmic else nice_ticks(lowest, highest)
-    x_ticks = [tick for tick in nice_ticks(0, max(x for x, _ in everything), 5) if tick == int(tick)]
-    x, y = Axis(0, x_ticks[-1], 40, WIDTH - 14), Axis(y_ticks[0], y_ticks[-1], 170, 10, logarithmic)
-    shapes = []
-    for tick in y_ticks:
-        across = Markup('<path d="M40 {}H{}" class="grid"/>').format(y.at(tick), WIDTH - 14)
-        shapes.append(across + _text(34, y.at(tick) + 4, _short(tick), anchor="end"))
-    shapes += [_text(x.at(tick), 186, f"{tick:,.0f}") for tick in x_ticks]
-    for curve, css in ((line, "line"), (dots, "joined")):
-        path = " ".join(f"{x.at(step)},{y.at(value)}" for step, value in curve.points)
-        named = Markup('<polyline points="{}" class="{}"><title>{}</title></polyline>')
-        shapes.append(named.format(path, css, curve.name))
-    shapes += [
-        Markup('<circle cx="{}" cy="{}" r="3.4" class="mark"><title>{}</title></circle>').format(
-            x.at(step), y.at(value), f"{dots.name}, step {step:,.0f}: {value:.3f}"
-        )
-        for step, value in dots.points
-    ]
-    inner = Markup('<g class="series-{}">{}</g>').format(series % len(LIGHT_SERIES), Markup("").join(shapes))
-    return _svg(194, title, [inner])
-
-
 # --- pieces -----------------------------------------------------------------------------------------------------------
 
 
@@ -226,20 +159,3 @@ def _text(x: float, y: float, text: str, *, anchor: str = "middle", css: str = "
 def _short(value: float) -> str:
     """A tick's number without needless noughts."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
-
-
-STYLE = (
-    "".join(f".series-{number} {{ --colour: var(--series-{number}) }}\n" for number in range(len(LIGHT_SERIES)))
-    + """
-.grid { stroke: var(--line); fill: none } .whisker { stroke: var(--colour); stroke-width: 2; fill: none }
-.mark { fill: var(--colour); stroke: var(--panel); stroke-width: 1 }
-.reference { stroke: var(--soft); stroke-width: 1.5; stroke-dasharray: 4 3; fill: none }
-.band { fill: var(--soft); opacity: .16 }
-.line { stroke: var(--colour); opacity: .5; fill: none; stroke-width: 1.3 }
-.joined { stroke: var(--colour); fill: none; stroke-width: 2 }
-svg text.name, svg text.value { fill: var(--ink) } svg text.value { font-variant-numeric: tabular-nums }
-.key { display: inline-flex; align-items: center; vertical-align: middle; gap: .3rem; margin-right: 1rem }
-.key svg { width: 1rem }
-"""
-)
-"""The CSS of the shapes above; `series-N` gives what stands within it the colour of a model."""

@@ -8,21 +8,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flows.comparison.disagreements import Answers, answers_of
-from flows.comparison.energy import Power, machine_power
 from tasks.core import pipeline
 from tasks.core.layout import STATE, cost_file
-from tasks.core.parquet import read_rows
 from tasks.evaluate.params import Evaluate
 from tasks.orchestration.params import load
 from tasks.orchestration.run_journal import seconds_by_key
+from tasks.reports.items import read_items
 
 BASE = "base"
 
 
 class Training(NamedTuple):
-    """What a training left: its log by step, its summary, the bytes of its weights; seconds where it ran here."""
+    """What a training left: its summary, the bytes of its weights; seconds where it ran here."""
 
-    log: Sequence[Mapping[str, Any]]
     summary: Mapping[str, Any]
     weights_bytes: int
     seconds: float | None
@@ -46,7 +44,6 @@ class Found(NamedTuple):
         methods: all of params, in their order.
         trainings: by method, also of those without a report.
         params: of the intervals.
-        power: what the estimate of energy rests on.
     """
 
     models: Sequence[Model]
@@ -54,7 +51,6 @@ class Found(NamedTuple):
     methods: Sequence[str]
     trainings: Mapping[str, Training]
     params: Evaluate
-    power: Power
 
 
 def gather(workspace: Path) -> Found:
@@ -72,7 +68,7 @@ def gather(workspace: Path) -> Found:
         adapter = workspace / nodes[f"train@{name}"].outs[0]
         if (adapter / "summary.json").is_file():
             trainings[name] = _training(adapter, seconds)
-    return Found(models, missing, list(params.train), trainings, params.evaluate, machine_power())
+    return Found(models, missing, list(params.train), trainings, params.evaluate)
 
 
 def _model(workspace: Path, name: str, outs: Sequence[str]) -> Model | str:
@@ -84,13 +80,12 @@ def _model(workspace: Path, name: str, outs: Sequence[str]) -> Model | str:
     if "suites" not in metrics:
         return "was evaluated by an earlier temper, which knew no suites"
     cost = cost_file(workspace / STATE, name)
-    answers = answers_of(read_rows(examples))
+    answers = answers_of(read_items(examples))
     return Model(name, metrics, answers, json.loads(cost.read_text()) if cost.is_file() else None)
 
 
 def _training(adapter: Path, seconds: Mapping[str, float]) -> Training:
     """A training as its folder tells it; `seconds` by content key."""
     summary = json.loads((adapter / "summary.json").read_text())
-    log = [json.loads(line) for line in (adapter / "log.jsonl").read_text().splitlines()]
     weights = sum(file.stat().st_size for file in adapter.rglob("*.safetensors"))
-    return Training(log, summary, weights, seconds.get(summary["key"]))
+    return Training(summary, weights, seconds.get(summary["key"]))

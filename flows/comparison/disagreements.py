@@ -5,33 +5,18 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from tasks.evaluate.params import Evaluate
+from tasks.reports.items import Item
 from tasks.reports.statistics import Interval, bootstrap
 
 MOST_SHOWN = 12
 
 
-class Item(NamedTuple):
-    """What makes items of two models the same; `repeat` counts those that are alike in all else, from 0."""
-
-    suite: str
-    task: str
-    prompt_sha256: str
-    target: str
-    repeat: int
-
-
-class Answered(NamedTuple):
-    """What one model made of an item; a higher score is better."""
-
-    prompt: str
-    prediction: str
-    score: float
-
-
-Answers: TypeAlias = Mapping[Item, Answered]
+Key: TypeAlias = tuple[str, str, str, str, int]
+"""What makes items of two models the same (`Item.same`), and a count, from 0, of those that are alike in that."""
+Answers: TypeAlias = Mapping[Key, Item]
 """All that one model answered."""
 
 
@@ -48,21 +33,23 @@ class Gain(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """An item with what each model answered, by the model's name."""
+    """What each model made of one item, by the model's name."""
 
-    item: Item
-    prompt: str
-    answers: Mapping[str, Answered]
+    answers: Mapping[str, Item]
+
+    @property
+    def item(self) -> Item:
+        """The first model's, of which suite, task, prompt and target are those of all."""
+        return next(iter(self.answers.values()))
 
 
-def answers_of(rows: Sequence[Mapping[str, Any]]) -> dict[Item, Answered]:
-    """The rows of an examples.parquet by their items."""
+def answers_of(items: Sequence[Item]) -> dict[Key, Item]:
+    """Key a model's items by what makes them the same as another's."""
     seen: Counter[tuple[str, ...]] = Counter()
     found = {}
-    for row in rows:
-        known = (row["suite"], row["task"], row["prompt_sha256"], row["target"])
-        found[Item(*known, seen[known])] = Answered(row["prompt"], row["prediction"], row["score"])
-        seen[known] += 1
+    for item in items:
+        found[*item.same, seen[item.same]] = item
+        seen[item.same] += 1
     return found
 
 
@@ -70,7 +57,7 @@ def gains(model: Answers, base: Answers, params: Evaluate) -> dict[str, Gain]:
     """The paired gain over the base for each suite, in the order of the suites' names."""
     differences: dict[str, list[float]] = {}
     for item in model.keys() & base.keys():
-        differences.setdefault(item.suite, []).append(model[item].score - base[item].score)
+        differences.setdefault(model[item].suite, []).append(model[item].score - base[item].score)
     # sorted, as sets have no order and the bootstrap draws by place
     return {
         s: Gain(bootstrap(sorted(differences[s]), params.resampling), len(differences[s])) for s in sorted(differences)
@@ -91,24 +78,19 @@ def disagreements(models: Mapping[str, Answers], base: str, most: int = MOST_SHO
     common = set.intersection(*(set(answers) for answers in models.values())) if models else set()
     methods = [answers for name, answers in models.items() if name != base]
 
-    ranked = sorted(
-        (-_spread(item, methods), -_spread(item, list(models.values())), item.prompt_sha256, item) for item in common
-    )
-    chosen = [item for *_, item in _in_turn([entry for entry in ranked if math.fsum(entry[:2]) < 0])]
-    return [
-        Difference(item, next(iter(models.values()))[item].prompt, {n: answers[item] for n, answers in models.items()})
-        for item in chosen[:most]
-    ]
+    ranked = sorted((-_spread(key, methods), -_spread(key, list(models.values())), key[2], key) for key in common)
+    chosen = [key for *_, key in _in_turn([entry for entry in ranked if math.fsum(entry[:2]) < 0])]
+    return [Difference({name: answers[key] for name, answers in models.items()}) for key in chosen[:most]]
 
 
-def _spread(item: Item, among: Sequence[Answers]) -> float:
+def _spread(key: Key, among: Sequence[Answers]) -> float:
     """The variance of some models' scores; `fsum`, as it gives equal scores the same in any order."""
-    scores = [answers[item].score for answers in among]
+    scores = [answers[key].score for answers in among]
     mean = math.fsum(scores) / max(len(scores), 1)
     return math.fsum((score - mean) ** 2 for score in scores) / max(len(scores), 1)
 
 
-def _in_turn(ranked: Sequence[tuple[float, float, str, Item]]) -> Iterator[tuple[float, float, str, Item]]:
+def _in_turn(ranked: Sequence[tuple[float, float, str, Key]]) -> Iterator[tuple[float, float, str, Key]]:
     """The best of each task, then the second of each, and so on; within a round by rank."""
     rounds: Counter[tuple[str, str]] = Counter()
     placed = []

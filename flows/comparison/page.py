@@ -1,4 +1,4 @@
-"""The comparison of all models as one HTML page: scores, gains, curves, examples, cost. Logged to MLflow, too."""
+"""The comparison of all models as one HTML page: scores, gains, examples, cost. Logged to MLflow, too."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.cli.format import duration, size
-from flows.comparison import charts, template
-from flows.comparison.collect import BASE, Found, Model, Training, gather
+from flows.comparison import charts
+from flows.comparison.collect import BASE, Found, Model, gather
 from flows.comparison.disagreements import MOST_SHOWN, Gain, disagreements, gains
 from tasks.core.artifacts import digest, write_whole
-from tasks.html.shell import html_page
+from tasks.html.shell import LIGHT_SERIES, html_page
 from tasks.registry.client import run_of
 from tasks.reports.statistics import Interval
-from tasks.reports.training_log import HELD_OUT_LOSS
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
 PAGE = Path(".temper", "pages", "comparison.html")
+TEMPLATE = Path(__file__).with_name("comparison.html.jinja")
 HELD_OUT = "held_out"
 """The suite that every report has; it comes first."""
 _FIRST, _LAST = 240, 480
@@ -53,6 +53,7 @@ def comparison_page(found: Found) -> str:
     values = {
         "found": found,
         "series": series,
+        "series_colours": len(LIGHT_SERIES),
         "legend": charts.legend(list(series.items())),
         "has_base": BASE in answered,
         "suites": suites,
@@ -60,7 +61,6 @@ def comparison_page(found: Found) -> str:
         "plots": [_suite_plots(found.models, suite, series) for suite in suites],
         "scores": _score_table(found, suites),
         "tasks": [_task_table(found.models, suite) for suite in suites],
-        "curves": _curves(found.trainings, series),
         "examples": disagreements(answered, BASE),
         "most": MOST_SHOWN,
         "costs": [_cost(name, found) for name in (BASE, *series)],
@@ -70,7 +70,7 @@ def comparison_page(found: Found) -> str:
         "shown": shown,
         "mark": _right_or_wrong,
     }
-    return html_page("temper: models compared", template.PAGE, values, style=charts.STYLE + template.STYLE)
+    return html_page(TEMPLATE, values)
 
 
 def shown(text: str) -> str:
@@ -178,33 +178,7 @@ def _task_cell(scored: Mapping[str, Any] | None) -> dict[str, str]:
     return {"score": f"{mean:.3f}", "more": "; ".join(more)}
 
 
-# --- curves, examples, cost -------------------------------------------------------------------------------------------
-
-
-def _curves(trainings: Mapping[str, Training], series: Mapping[str, int]) -> list[dict[str, Any]]:
-    """The curves of every method, all on even axes or all on logarithmic ones, so that shapes can be compared."""
-    drawn = {name: _losses(training) for name, training in trainings.items() if training.log}
-    steep = charts.are_steep([curve for both in drawn.values() for curve in both])
-    return [
-        {
-            "name": name,
-            "objective": trainings[name].summary["params"]["objective"]["name"],
-            "adapter": trainings[name].summary["params"]["adapter"]["name"],
-            "before": trainings[name].summary["held_out_loss_before"],
-            "after": trainings[name].summary["held_out_loss_after"],
-            "plot": charts.curves(*both, series[name], f"Loss of {name} by step", logarithmic=steep),
-        }
-        for name, both in drawn.items()
-    ]
-
-
-def _losses(training: Training) -> tuple[charts.Curve, charts.Curve]:
-    """The training loss and the held-out loss by step, the latter from before the first to the weights kept."""
-    summary = training.summary
-    held_out = {row["step"]: row[HELD_OUT_LOSS] for row in training.log if HELD_OUT_LOSS in row}
-    held_out |= {0: summary["held_out_loss_before"], summary["kept_step"]: summary["held_out_loss_after"]}
-    line = charts.Curve("training loss", [(row["step"], row["loss"]) for row in training.log])
-    return line, charts.Curve("held-out loss", sorted(held_out.items()))
+# --- examples, cost -------------------------------------------------------------------------------------------
 
 
 def _right_or_wrong(score: float) -> dict[str, str]:
@@ -229,7 +203,6 @@ def _cost(name: str, found: Found) -> dict[str, str]:
         if seconds:
             row["time"] = duration(seconds)
             row["speed"] = f"{tokens / seconds:,.0f}" if tokens else ""
-            row["energy"] = f"{found.power.energy_wh(seconds):,.2f} Wh"
     if cost:
         row["evaluation"] = f"{duration(cost['seconds'])}, {cost['tokens_per_s']:,.0f} tokens/s on {cost['device']}"
     return row

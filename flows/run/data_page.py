@@ -35,10 +35,10 @@ def publish(client: MlflowClient, workspace: Path) -> Run | None:
         return run
     numbers = json.loads((workspace / NUMBERS).read_text())
     before = _last(client, run)
-    moved = drift(numbers, before) if before else None
+    moved = drift(numbers, before) if before else {}
     for name, value in numbers["rows"].items():
         client.log_metric(run.info.run_id, f"rows.{name}", value)
-    for name, index in (moved or {}).items():
+    for name, index in moved.items():
         client.log_metric(run.info.run_id, f"drift.{name}", index)
     client.log_text(run.info.run_id, as_json(numbers), "profile.json")
     client.log_text(run.info.run_id, profile_page(numbers, moved), PAGE)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tasks.core.errors import BadData
-from tasks.core.records import Record
+from tasks.core.records import ChatExample, LabelledReply, Record
 from tasks.ingest.parsers import (
     INPUT_TARGET,
     PROMPT_REPLY,
@@ -19,7 +19,6 @@ from tasks.ingest.parsers import (
     parse_alpaca,
     parse_choices,
     parse_conversations,
-    parse_labelled,
     parse_pair,
     parse_preference,
     parse_prompt_reply,
@@ -82,6 +81,31 @@ def _check_object(row: Any, place: str) -> None:
     if not isinstance(row, Mapping):
         got = "null" if row is None else type(row).__name__
         raise BadData("is not an object", where=place, got=got, expected="an object with named fields")
+
+
+def parse_labelled(row: Row, origin: Origin) -> Sequence[Record]:
+    """A conversation or a prompt with one reply, and `label` or `kto_tag`: whether the reply is good."""
+    place = origin.place
+    label = _truth(row["kto_tag"] if "kto_tag" in row else row.get("label"), place)
+    plain = {k: v for k, v in row.items() if k not in ("label", "kto_tag")}
+    form = detect(plain, place)
+    if form not in ("conversations", "prompt_reply", "alpaca"):
+        raise BadData(f"labels a row of the format {form}", where=place, expected="a chat, or a prompt and a reply")
+    (chat,) = FORMATS[form](plain, origin)
+    if not isinstance(chat, ChatExample) or len(chat.messages) < 2 or chat.messages[-1].role != "assistant":
+        raise BadData("does not end with the reply that is labelled", where=place, expected="an assistant's turn last")
+    *prompt, reply = chat.messages
+    if reply.calls:
+        raise BadData("labels a reply that calls a tool", where=place, expected="a reply of text")
+    return [LabelledReply(**origin._asdict(), prompt=tuple(prompt), reply=reply.content, label=label, tools=chat.tools)]
+
+
+def _truth(label: Any, place: str) -> bool:
+    """A label as people write it: true or false, 1 or 0, also as text, for tables have nothing else."""
+    known = {"true": True, "1": True, "false": False, "0": False}
+    if isinstance(label, (bool, int, str)) and str(label).strip().lower() in known:
+        return known[str(label).strip().lower()]
+    raise BadData('"label" is not true or false', where=place, got=repr(label), expected="true for a good reply")
 
 
 FORMATS: Mapping[str, Callable[[Row, Origin], Sequence[Record]]] = {

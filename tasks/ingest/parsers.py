@@ -8,8 +8,7 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 from tasks.core.errors import BadData
-from tasks.core.records import ChatExample, LabelledReply, Message, PreferencePair, Record, SeqPair, TextExample
-from tasks.ingest.formats import FORMATS, detect
+from tasks.core.records import ChatExample, Message, PreferencePair, Record, SeqPair, TextExample
 from tasks.ingest.turns import (
     Row,
     check_tools,
@@ -226,31 +225,6 @@ def _scores(row: Row, replies: Sequence[Any], place: str) -> list[float]:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
             raise BadData("a score is not a number", where=place, got=repr(value), expected="a number for each reply")
     return [-float(value) if lower_is_better else float(value) for value in given]
-
-
-def parse_labelled(row: Row, origin: Origin) -> Sequence[Record]:
-    """A conversation or a prompt with one reply, and `label` or `kto_tag`: whether the reply is good."""
-    place = origin.place
-    label = _truth(row["kto_tag"] if "kto_tag" in row else row.get("label"), place)
-    plain = {k: v for k, v in row.items() if k not in ("label", "kto_tag")}
-    form = detect(plain, place)
-    if form not in ("conversations", "prompt_reply", "alpaca"):
-        raise BadData(f"labels a row of the format {form}", where=place, expected="a chat, or a prompt and a reply")
-    (chat,) = FORMATS[form](plain, origin)
-    if not isinstance(chat, ChatExample) or len(chat.messages) < 2 or chat.messages[-1].role != "assistant":
-        raise BadData("does not end with the reply that is labelled", where=place, expected="an assistant's turn last")
-    *prompt, reply = chat.messages
-    if reply.calls:
-        raise BadData("labels a reply that calls a tool", where=place, expected="a reply of text")
-    return [LabelledReply(**origin._asdict(), prompt=tuple(prompt), reply=reply.content, label=label, tools=chat.tools)]
-
-
-def _truth(label: Any, place: str) -> bool:
-    """A label as people write it: true or false, 1 or 0, also as text, for tables have nothing else."""
-    known = {"true": True, "1": True, "false": False, "0": False}
-    if isinstance(label, (bool, int, str)) and str(label).strip().lower() in known:
-        return known[str(label).strip().lower()]
-    raise BadData('"label" is not true or false', where=place, got=repr(label), expected="true for a good reply")
 
 
 def parse_text(row: Row, origin: Origin) -> Sequence[Record]:

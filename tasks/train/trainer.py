@@ -20,7 +20,6 @@ from tasks.train.losses import below_for, fast_products, losses_of
 from tasks.train.optimizers import optimizer_for
 from tasks.train.params import Method, ReferringObjective, WarmupStableDecay
 from tasks.train.reference_logprobs import Reference, precomputed
-from tasks.train.stage import main
 from tasks.train.throughput import Meter
 
 
@@ -104,7 +103,3 @@ def learning_rate(step: int, steps: int, method: Method) -> float:
 def taking(method: Method, rows: RowsAtOnce) -> Method:
     """The method with as many rows in a forward pass as there is memory for."""
     return method.model_copy(update={"micro_batch_rows": rows.rows})
-
-
-if __name__ == "__main__":
-    main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.html.shell import html_page
@@ -22,6 +23,7 @@ EDGES: Mapping[str, Sequence[int]] = {
 }
 """The bins of each histogram, the same in every run so that runs can be compared; the last one is open."""
 
+TEMPLATE = Path(__file__).with_name("profile.html.jinja")
 EXAMPLES = 5
 _LEAST_SHARE = 1e-4
 """What an empty bin counts as in the stability index."""
@@ -136,17 +138,18 @@ def _counts(numbers: Mapping[str, Any], name: str) -> dict[str, int]:
 
 
 def profile_page(numbers: Mapping[str, Any], moved: Mapping[str, float] | None = None) -> str:
-    """The numbers as one HTML page that needs nothing beside it.
+    """Render the numbers as one HTML page that needs nothing beside it.
 
     Args:
         numbers: a profile.
-        moved: the stability index per column against an earlier run, if there was one.
+        moved: the stability index per column against an earlier run, empty if there was none; without it the page
+            says nothing of drift, as a stage sees this run alone.
     """
     bars = {name: _bars(numbers["histograms"][name], EDGES[name]) for name in EDGES}
     bars["scripts"] = _bars(list(numbers["scripts"].values()), list(numbers["scripts"]))
     reasons = {name: reason for name, (_, reason) in REASONS.items()}
     values = {"p": numbers, "bars": bars, "moved": moved, "reasons": reasons}
-    return html_page("temper: the data of this run", _PAGE, values)
+    return html_page(TEMPLATE, values)
 
 
 def _bars(counts: Sequence[int], labels: Sequence[Any]) -> list[tuple[str, int, float]]:
@@ -157,100 +160,3 @@ def _bars(counts: Sequence[int], labels: Sequence[Any]) -> list[tuple[str, int, 
     top = max(counts)
     span = range(filled[0], filled[-1] + 1)
     return [(f"{labels[p]:,}" if isinstance(labels[p], int) else labels[p], counts[p], counts[p] / top) for p in span]
-
-
-_PAGE = """\
-<h1>The data of this run</h1>
-<div class="cards">
-{% for name, count in p.rows.items() %}
-  <div class="card"><b>{{ count | thousands }}</b><span>{{ name }}</span></div>
-{% endfor %}
-</div>
-<p class="note">checked = clean + quarantined + merged. Refused rows were malformed and never became rows.</p>
-
-<h2>Sources</h2>
-<div class="wide"><table>
-<tr><th>source</th><th>use</th><th>rows by kind</th><th class="n">read</th><th class="n">refused</th>
-<th>licence</th><th>path</th></tr>
-{% for name, s in p.sources.items() %}
-<tr><td>{{ name }}</td><td>{{ s.use }}</td><td>
-{% for kind, n in s.rows.items() if n %}{{ n | thousands }} {{ kind }} {% endfor %}
-</td><td class="n">{{ s.read | thousands }}</td><td class="n">{{ s.refused | thousands }}</td><td>{{ s.licence }}</td>
-<td class="soft"><code>{{ s.path }}</code></td></tr>
-{% endfor %}
-</table></div>
-
-<div class="charts">
-{% for name, rows in bars.items() %}
-<section><h2>{{ name }} per row</h2>
-{% if rows %}
-<svg viewBox="0 0 340 {{ rows | length * 18 + 4 }}" role="img" aria-label="{{ name }}">
-{% for label, count, share in rows %}
-<text x="62" y="{{ loop.index0 * 18 + 13 }}" text-anchor="end">{{ label }}</text>
-<rect x="70" y="{{ loop.index0 * 18 + 3 }}" width="{{ (share * 200) | round(1) }}" height="13" rx="2"
-class="bar"></rect>
-<text x="{{ (share * 200) | round(1) + 76 }}" y="{{ loop.index0 * 18 + 13 }}">{{ count | thousands }}</text>
-{% endfor %}
-</svg>
-{% endif %}
-</section>
-{% endfor %}
-</div>
-<p class="note">A bar counts the rows from its number up to the next bar's. Words: runs of letters, or single Chinese
-and Japanese characters. Tokens of the base's own tokenizer are counted where rows are rendered.</p>
-
-<h2>Checks</h2>
-<div class="wide"><table>
-<tr><th>check</th><th>finds that</th><th>action</th><th class="n">rows</th><th>enough rows pass</th></tr>
-{% for name, c in p.checks.items() %}
-<tr><td>{{ name }}</td><td class="soft">{{ reasons[name] }}</td><td>{{ c.action }}</td>
-<td class="n">{{ c.found | thousands }}</td>
-<td class="{{ 'good' if c.enough_pass else 'bad' }}">{{ 'yes' if c.enough_pass else 'no' }}</td></tr>
-{% endfor %}
-</table></div>
-
-<h2>Quarantine</h2>
-{% if p.quarantine or p.refused %}
-<div class="wide"><table>
-<tr><th>reason</th><th class="n">rows</th><th>for example</th></tr>
-{% for q in p.quarantine %}
-<tr><td>{{ q.reason }}</td><td class="n">{{ q.rows | thousands }}</td>
-<td class="soft">{{ q.examples | join(', ') }}</td></tr>
-{% endfor %}
-{% for r in p.refused %}
-<tr><td>refused: {{ r.reason }}</td><td class="n"></td><td class="soft"><code>{{ r.excerpt }}</code></td></tr>
-{% endfor %}
-</table></div>
-{% else %}<p>Every row passed.</p>{% endif %}
-
-<h2>Leaks</h2>
-{% if p.leaks %}
-<div class="wide"><table>
-<tr><th>benchmark</th><th class="n">questions</th><th class="n">found whole</th><th class="n">found in part</th>
-<th class="n">rows that hold one</th></tr>
-{% for name, l in p.leaks.items() %}
-<tr><td>{{ name }}</td><td class="n">{{ l.questions | thousands }}</td><td class="n">{{ l.exact | thousands }}</td>
-<td class="n">{{ l.overlapping | thousands }}</td><td class="n">{{ l.rows | thousands }}</td></tr>
-{% endfor %}
-</table></div>
-{% else %}<p>No benchmark was looked for.</p>{% endif %}
-
-<h2>Duplicates and repairs</h2>
-<p>{{ p.duplicates.exact | thousands }} rows repeat another's words, {{ p.duplicates.near | thousands }} nearly.
-{% for check, n in p.repairs.items() %}{{ n | thousands }} texts repaired for {{ check }}. {% endfor %}</p>
-{% for row, kept, similarity in p.duplicates.examples %}
-<div class="note"><code>{{ row }}</code> repeats <code>{{ kept }}</code> ({{ '%.2f' | format(similarity) }})</div>
-{% endfor %}
-
-<h2>Drift since the last run</h2>
-{% if moved %}
-<div class="wide"><table>
-<tr><th>column</th><th class="n">stability index</th><th></th></tr>
-{% for name, value in moved.items() %}
-<tr><td>{{ name }}</td><td class="n">{{ '%.3f' | format(value) }}</td>
-<td class="{{ 'bad' if value > 0.25 else 'good' }}">{{ 'another population' if value > 0.25 else
-'moved' if value > 0.1 else 'steady' }}</td></tr>
-{% endfor %}
-</table></div>
-{% else %}<p>There is no earlier run to compare with.</p>{% endif %}
-"""

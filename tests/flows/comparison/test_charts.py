@@ -4,21 +4,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from flows.comparison.charts import (
-    WIDTH,
-    Axis,
-    Curve,
-    Mark,
-    Row,
-    are_steep,
-    curves,
-    decade_ticks,
-    legend,
-    nice_ticks,
-    span_of,
-    thinned,
-    whiskers,
-)
+from flows.comparison.charts import WIDTH, Axis, Mark, Row, legend, nice_ticks, span_of, whiskers
 from tasks.reports.statistics import Interval
 
 SVG = {"aria-label": "t", "role": "img"}
@@ -42,21 +28,8 @@ def test_ticks_are_round_and_hold_everything(low: float, high: float, ticks: lis
     assert found == ticks
 
 
-def test_ticks_of_a_logarithmic_axis() -> None:
-    assert decade_ticks(0.15, 4.6) == [0.1, 0.2, 0.5, 1, 2, 5]
-    assert decade_ticks(0.2, 2) == [0.2, 0.5, 1, 2]
-    assert decade_ticks(0.003, 300) == [0.001, 0.01, 0.1, 1, 10, 100, 1000]
-
-
 def test_places_on_an_axis() -> None:
     assert [Axis(0, 2, 100, 300).at(value) for value in (0, 0.5, 2)] == [100, 150, 300]
-    assert [Axis(0.1, 10, 200, 0, logarithmic=True).at(value) for value in (0.1, 1, 10)] == [200, 100, 0]
-
-
-def test_many_points_become_means_of_equal_stretches() -> None:
-    points = [(float(x), float(x % 2)) for x in range(1, 9)]
-    assert thinned(points, 8) == points
-    assert thinned(points, 2) == [(2.5, 0.5), (6.5, 0.5)]
 
 
 def test_dots_whiskers_and_the_base_lie_where_their_numbers_are() -> None:
@@ -78,30 +51,6 @@ def test_plots_that_shall_be_compared_share_what_their_axes_hold() -> None:
     rows = [Row("a", [Mark("m", 0, Interval(0.5, 0.4, 0.6))], Interval(0.2, 0.1, 0.3)), Row("b", [], None)]
     assert span_of(rows) == (0.1, 0.6)
     assert span_of([]) == (0.0, 1.0)
-
-
-def test_curves_go_through_their_points() -> None:
-    """x from 40 to 346 for 0 to 100 steps, y from 170 to 10 for 0 to 2."""
-    drawn = ET.fromstring(
-        curves(Curve("l", [(0, 2.0), (50, 1.0), (100, 0.0)]), Curve("d", [(100, 0.5)]), 0, "t", logarithmic=False)
-    )
-    lines = {line.get("class"): line.get("points") for line in drawn.iter("polyline")}
-    assert lines == {"line": "40.0,10.0 193.0,90.0 346.0,170.0", "joined": "346.0,130.0"}
-    assert [(dot.get("cx"), dot.get("cy")) for dot in drawn.iter("circle")] == [("346.0", "130.0")]
-
-
-def test_steep_curves_are_drawn_by_logarithms() -> None:
-    steep = Curve("l", [(0, 10.0), (1, 1.0), (2, 0.1)])
-    drawn = ET.fromstring(curves(steep, Curve("d", []), 0, "t", logarithmic=True))
-    assert next(drawn.iter("polyline")).get("points") == "40.0,10.0 193.0,90.0 346.0,170.0"  # an even descent
-
-
-def test_curves_are_steep_together_or_not_at_all() -> None:
-    low, high, negative = Curve("", [(0, 0.5)]), Curve("", [(0, 5.0)]), Curve("", [(0, -0.5)])
-    assert are_steep([low, high])
-    assert not are_steep([low])
-    assert not are_steep([low, high, negative])
-    assert not are_steep([])
 
 
 def test_names_are_text_and_long_ones_are_cut_with_the_whole_as_a_hint() -> None:

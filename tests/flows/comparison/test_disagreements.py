@@ -1,32 +1,30 @@
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from flows.comparison.disagreements import Answered, Item, answers_of, disagreements, gains
+from flows.comparison.disagreements import Key, answers_of, disagreements, gains
+from tasks.reports.items import Item
 from tests.helpers.samples import EVALUATE
 
 
-def answers(*scores: float, suite: str = "s", task: str = "t") -> dict[Item, Answered]:
+def answers(*scores: float, suite: str = "s", task: str = "t") -> dict[Key, Item]:
     """Items 0, 1, 2, ... of a task with these scores."""
-    return {
-        Item(suite, task, f"sha-{number}", "target", 0): Answered(f"prompt {number}", f"said {score}", score)
-        for number, score in enumerate(scores)
-    }
+    return answers_of([made(f"sha-{n}", score, suite=suite, task=task) for n, score in enumerate(scores)])
 
 
-def row(digest: str, score: float, **changes: str) -> dict[str, Any]:
-    made = {"suite": "s", "task": "t", "prompt_sha256": digest, "target": "x", "prompt": "p", "prediction": "y"}
-    return {**made, "score": score, **changes}
+def made(digest: str, score: float, *, suite: str = "s", task: str = "t", target: str = "x") -> Item:
+    """An item whose prompt is told by its digest."""
+    prompt = digest.replace("sha-", "prompt ")
+    return Item(suite, task, digest, prompt, digest, target, f"said {score}", score, -1.0, 1)
 
 
 def test_items_are_the_same_by_suite_task_prompt_and_target() -> None:
-    found = answers_of([row("a", 1.0), row("a", 0.5), row("a", 0.0, target="z"), row("a", 0.0, suite="other")])
-    assert [(item.suite, item.target, item.repeat) for item in found] == [
-        ("s", "x", 0), ("s", "x", 1), ("s", "z", 0), ("other", "x", 0)
+    items = [made("a", 1.0), made("a", 0.5), made("a", 0.0, target="z"), made("a", 0.0, suite="other")]
+    found = answers_of(items)
+    assert list(found) == [
+        ("s", "t", "a", "x", 0), ("s", "t", "a", "x", 1), ("s", "t", "a", "z", 0), ("other", "t", "a", "x", 0)
     ]  # fmt: skip
-    assert next(iter(found.values())) == Answered("p", "y", 1.0)
+    assert list(found.values()) == items
 
 
 def test_gains_by_hand() -> None:
@@ -52,8 +50,8 @@ def test_items_on_which_methods_differ_come_first() -> None:
     """Items 0 and 2 part the methods (variance 1/4); item 1 parts both from the base; on item 3 all are wrong."""
     models = {"base": answers(0, 0, 1, 0), "a": answers(1, 1, 1, 0), "b": answers(0, 1, 0, 0)}
     found = disagreements(models, "base")
-    assert [each.prompt for each in found] == ["prompt 0", "prompt 2", "prompt 1"]  # of equals, by digest
-    assert found[-1].answers["a"] == Answered("prompt 1", "said 1", 1)
+    assert [each.item.prompt for each in found] == ["prompt 0", "prompt 2", "prompt 1"]  # of equals, by digest
+    assert found[-1].answers["a"] == made("sha-1", 1)
     assert list(found[0].answers) == ["base", "a", "b"]
 
 
@@ -63,7 +61,7 @@ def test_with_one_method_the_base_is_what_it_differs_from() -> None:
 
 
 def test_tasks_take_turns() -> None:
-    def both(*scores: float) -> dict[Item, Answered]:
+    def both(*scores: float) -> dict[Key, Item]:
         return answers(*scores, task="many") | answers(*scores[:1], task="few") | answers(*scores[:1], suite="other")
 
     found = disagreements({"base": both(0, 0, 0, 0), "a": both(1, 1, 1, 1), "b": both(0, 0, 0, 0)}, "base", most=4)
@@ -74,7 +72,8 @@ def test_tasks_take_turns() -> None:
 
 def test_items_that_one_model_never_saw_are_left_out() -> None:
     assert (
-        disagreements({"base": answers(0), "a": answers(1, 1), "b": answers(0, 0)}, "base", 9)[0].prompt == "prompt 0"
+        disagreements({"base": answers(0), "a": answers(1, 1), "b": answers(0, 0)}, "base", 9)[0].item.prompt
+        == "prompt 0"
     )
     assert disagreements({"a": {}, "b": answers(1)}, "base") == []
     assert disagreements({}, "base") == []

@@ -41,7 +41,7 @@ from tasks.core import stage as process
 from tasks.core.errors import BadData, Interrupted, TemperError
 from tasks.core.artifacts import whole_folder
 
-with process.stage(__doc__, "out") as stage:
+with process.run_stage(__doc__, "out") as stage:
     what = YAML(typ="safe").load(Path("params.yaml"))["work"]
     Path("key.txt").write_text(stage.key)
     with whole_folder(stage.path("out")) as folder:

@@ -188,6 +188,10 @@ def test_data_docs_and_the_profile_are_written(tmp_path: Path) -> None:
     page = profile_page(numbers, drift(numbers, numbers))
     assert "a&amp;b.json" in page  # nothing of the data is taken for markup
     assert "://" not in page  # and nothing is fetched
+    assert page.count(">steady</td>") == len(drift(numbers, numbers))
+    assert "There is no earlier run to compare with." in profile_page(numbers, {})
+    assert "earlier run" not in profile_page(numbers)  # a stage sees this run alone, and says nothing of others
+    assert "Drift" not in profile_page(numbers)
     assert all(value == 0 for value in drift(numbers, numbers).values())
 
 
