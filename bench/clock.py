@@ -1,4 +1,4 @@
-"""How benchmarks measure: two things by turns in one process, and what machine it was."""
+"""Timing of benchmarks: two programs by turns in one process, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Ratio(NamedTuple):
 
 
 def alternate(ours: Callable[[], object], theirs: Callable[[], object], *, rounds: int) -> Ratio:
-    """Runs both by turns after one warm-up each; who begins changes from round to round."""
+    """Run both by turns after one warm-up each; who begins changes from round to round."""
     ours()
     theirs()
     times: dict[bool, list[float]] = {True: [], False: []}
@@ -55,7 +55,7 @@ def alternate(ours: Callable[[], object], theirs: Callable[[], object], *, round
 
 
 def machine() -> str:
-    """The processor, its fast number formats, and the load before the start."""
+    """Describe the processor, its fast number formats, and the load before the start."""
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     bf16 = ", ".join(flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags) or "no fast bf16"
     return f"{platform.machine()}, {os.cpu_count()} cores, {bf16}, load {os.getloadavg()[0]:.2f}"

@@ -54,7 +54,7 @@ SETTINGS = {
 
 
 def tokenizer_of(vocabulary: int) -> Any:
-    """One whose tokens are the words w0, w1, ...; the first three are special."""
+    """Build a tokenizer whose tokens are the words w0, w1, ...; the first three are special."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -69,7 +69,7 @@ def tokenizer_of(vocabulary: int) -> Any:
 
 
 def questions_of(setting: Setting, count: int, vocabulary: int) -> list[Any]:
-    """Requests as lm-eval makes them, one for each ending; questions of three quarters to all of the length."""
+    """Build requests as lm-eval makes them, one for each ending; questions of three quarters to all of the length."""
     from lm_eval.api.instance import Instance
 
     draw = random.Random(0)
@@ -90,7 +90,7 @@ def questions_of(setting: Setting, count: int, vocabulary: int) -> list[Any]:
 
 
 def needed_operations(model: Any, requests: Sequence[Any]) -> int:
-    """What must be computed: each common beginning once, no ending's last token, the head where endings are scored.
+    """Count the operations needed: each common beginning once, no ending's last token, the head at scored endings.
 
     As many times two operations as weights for each token, and as causal attention takes.
     """
@@ -118,20 +118,20 @@ class Pass:
         self.found: list[tuple[float, bool]] = []
 
     def __call__(self) -> float:
-        """Returns its seconds."""
+        """Run the pass; return its seconds."""
         started = time.perf_counter()
         self.found = self._lm.loglikelihood(self._requests, disable_tqdm=True)
         return time.perf_counter() - started
 
     def chosen(self, endings: int) -> list[int]:
-        """The likeliest ending of each question."""
+        """Return the most likely ending of each question."""
         logp = [each[0] for each in self.found]
         each = [logp[start : start + endings] for start in range(0, len(logp), endings)]
         return [scores.index(max(scores)) for scores in each]
 
 
 def anchors(model: Any, tokenizer: Any, requests: Sequence[Any], endings: int) -> Iterator[tuple[str, Pass]]:
-    """As shipped, and with its best batch size."""
+    """Yield lm-eval as shipped, and with its best batch size."""
     from lm_eval.models.huggingface import HFLM
 
     def of(rows: int) -> Any:
@@ -145,7 +145,7 @@ def anchors(model: Any, tokenizer: Any, requests: Sequence[Any], endings: int) -
 
 
 def same(ours: Pass, theirs: Pass, setting: Setting, requests: Sequence[Any]) -> str:
-    """Whether every answer is the same, and how far log-probabilities are apart, in nats per token at most.
+    """Tell whether every answer is the same, and the largest log-probability difference, in nats per token.
 
     In bf16 lm-eval rounds log-probabilities to bf16 as well, so that some answers tie there.
     """
@@ -161,7 +161,7 @@ def same(ours: Pass, theirs: Pass, setting: Setting, requests: Sequence[Any]) ->
 
 
 def report(name: str, setting: Setting, model: Any, tokenizer: Any, count: int, rounds: int) -> Iterator[str]:
-    """The rows of the table for a setting: each anchor, the control, the fraction of the limit, twice the questions."""
+    """Yield the table rows of a setting: each anchor, the control, the fraction of the limit, twice the questions."""
 
     def requests_of(questions: int) -> list[Any]:
         return questions_of(setting, questions, model.config.vocab_size)
@@ -187,12 +187,12 @@ def report(name: str, setting: Setting, model: Any, tokenizer: Any, count: int, 
 
 
 def void(control: Ratio) -> str:
-    """What to say of a control that shows a machine which was not quiet."""
+    """Return a warning when the control shows that the machine was not quiet."""
     return "" if 0.97 <= statistics.median(control.ratios) <= 1.03 else " VOID: outside 0.97 to 1.03"
 
 
 def main() -> None:
-    """Prints the machine and the table."""
+    """Print the machine and the table."""
     quiet_libraries()
     spin_while_waiting()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,4 +1,4 @@
-"""What a token costs in longer and longer rows, and what the loss holds in memory for larger and larger vocabularies.
+"""Cost of a token in longer and longer rows, and memory of the loss for larger and larger vocabularies.
 
     .venv/bin/python -m bench.lengths [--shape tiny] [--dtype float32] [--longest 16384] [--rounds 3]
 
@@ -32,20 +32,20 @@ LOSS_TOKENS, HIDDEN = 2048, 192
 
 
 def sft_step(tokens: int, some: Callable[[int], list[int]]) -> tuple[list[Any], Needed]:
-    """A step of one row, and what of it must be computed."""
+    """Build a step of one SFT row, and count the operations it needs."""
     row = token_row(some(tokens // 2), some(tokens - tokens // 2))
     return [row], sft.needed_of(row)
 
 
 def orpo_step(tokens: int, some: Callable[[int], list[int]]) -> tuple[list[Any], Needed]:
-    """A step of one pair whose prompt stands once, and what of it must be computed."""
+    """Build a step of one ORPO pair whose prompt stands once, and count the operations it needs."""
     prompt, reply = some(tokens - 2 * (tokens // 3)), tokens // 3
     pair = token_row(prompt, some(reply)), token_row(prompt, some(reply))
     return [pair], orpo.needed_of(pair)
 
 
 def rows_of_lengths(given: argparse.Namespace, folder: Path, dtype: Any) -> None:
-    """Prints the table over lengths."""
+    """Print the table over lengths."""
     some = partial(exactly, random.Random(0), vocabulary=SHAPES[given.shape].vocabulary)
     print("\n| objective | tokens | s | us a token | needed, MFLOP a token | fraction of the limit | KiB a token |")
     print("|---" * 7 + "|")
@@ -71,7 +71,7 @@ def _differentiated(ours: Ours) -> None:
 
 
 def held_by_loss(vocabulary: int, dtype: Any) -> int:
-    """Bytes that the head and the loss of random hidden states hold, forwards and backwards."""
+    """Measure the bytes that the head and the loss of random hidden states hold, forwards and backwards."""
     import torch
 
     from tasks.inference.linear_cross_entropy import Head, score_targets
@@ -83,7 +83,7 @@ def held_by_loss(vocabulary: int, dtype: Any) -> int:
 
 
 def main() -> None:
-    """Runs and prints."""
+    """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")

@@ -23,7 +23,7 @@ SHAPES = {"tiny": Shape(192, 512, 4, 3, 3, 8192), "135M": Shape(576, 1536, 30, 9
 
 
 def write_base(folder: Path, shape: Shape, dtype: Any) -> None:
-    """A random Llama."""
+    """Write a Llama with random weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -42,7 +42,7 @@ def write_base(folder: Path, shape: Shape, dtype: Any) -> None:
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """What PyTorch holds at most during some work, beyond what it held before."""
+    """Measure the most memory that PyTorch holds during some work, beyond what it held before."""
     from torch._C._profiler import _EventType
     from torch.profiler import ProfilerActivity, profile
 

@@ -66,7 +66,7 @@ class Ran(NamedTuple):
 
 
 def run(command: Sequence[str], out: Path) -> Ran:
-    """Runs a command that writes a folder, from a cold start of the interpreter, and removes the folder."""
+    """Run a command that writes a folder, from a cold start of the interpreter, and remove the folder."""
     started = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -79,7 +79,7 @@ def run(command: Sequence[str], out: Path) -> Ran:
 
 
 def copy(base: Path, out: Path) -> Ran:
-    """Copies the base's files as fast as the machine can, and waits for the disk."""
+    """Copy the base's files as fast as the machine can, and wait for the disk."""
     started = time.perf_counter()
     out.mkdir()
     for file in base.iterdir():
@@ -94,7 +94,7 @@ def copy(base: Path, out: Path) -> Ran:
 
 
 def make(size: str, folder: Path) -> None:
-    """A base of random numbers in bfloat16 and a PEFT adapter of it."""
+    """Write a base of random numbers in bfloat16 and a PEFT adapter of it."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -113,7 +113,7 @@ def make(size: str, folder: Path) -> None:
 
 
 def check(folder: Path, out: Path) -> str:
-    """How many of the merged numbers are not the float64 sum rounded once, ours and PEFT's."""
+    """Count the merged numbers that are not the float64 sum rounded once, ours and PEFT's."""
     import torch
     from safetensors import safe_open
     from safetensors.torch import load_file
@@ -137,7 +137,7 @@ def check(folder: Path, out: Path) -> str:
 
 
 def bench(size: str, rounds: int, folder: Path) -> None:
-    """Prints the table of one size."""
+    """Print the table of one size."""
     # torch stays out of this process: what a child holds at most counts from what its parent holds
     again = [sys.executable, "-m", "bench.merge"]
     subprocess.run([*again, "--make", size, str(folder)], cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
@@ -210,7 +210,7 @@ def quality() -> None:
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Parse the command line and run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))

@@ -14,11 +14,11 @@ PEAK_TOKENS = 512
 
 
 class Needed(NamedTuple):
-    """What a step must compute: no padding, and a prompt once however many replies follow it.
+    """Work that a step needs: no padding, and a prompt once however many replies follow it.
 
     Attributes:
-        tokens: that go through the layers.
-        scored: of them that a token is predicted at.
+        tokens: tokens that go through the layers.
+        scored: those of them at which a token is predicted.
         pairs_attended: pairs of a token and one that it attends to.
     """
 
@@ -28,26 +28,26 @@ class Needed(NamedTuple):
 
     @classmethod
     def by(cls, prompt: int, replies: Sequence[int], scored: int) -> Needed:
-        """Of a prompt of so many tokens, and what follows it."""
+        """Count the work of a prompt of `prompt` tokens, and the replies that follow it."""
         alone = prompt * (prompt + 1) // 2
         behind = sum(reply * prompt + reply * (reply + 1) // 2 for reply in replies)
         return cls(prompt + sum(replies), scored, alone + behind)
 
     @classmethod
     def of_all(cls, parts: Sequence[Needed]) -> Needed:
-        """Of several together."""
+        """Add up the work of several parts."""
         return cls(*map(sum, zip(*parts, strict=True)))
 
 
 class Operations(NamedTuple):
-    """What a model takes, forwards and backwards: for each token, scored token, and pair of tokens that attend."""
+    """Operations of a model, forwards and backwards: for each token, scored token, and pair of tokens that attend."""
 
     token: int
     scored: int
     pair: int
 
     def of(self, needed: Needed) -> int:
-        """All that is needed."""
+        """Compute all operations that are needed."""
         return self.token * needed.tokens + self.scored * needed.scored + self.pair * needed.pairs_attended
 
 
@@ -66,7 +66,7 @@ def operations_of(model: Any) -> Operations:
 
 
 def matrices(model: Any) -> Iterator[tuple[tuple[int, int], bool]]:
-    """The shapes of what tokens are multiplied with, without the vocabulary head, and whether each is trained."""
+    """Yield the shapes of what tokens are multiplied with, without the vocabulary head, and whether each is trained."""
     head = set(model.get_output_embeddings().modules())
     for module in model.modules():
         weight = module._parameters.get("weight")  # what wraps a layer shows its weight as its own, too
@@ -79,7 +79,7 @@ def matrices(model: Any) -> Iterator[tuple[tuple[int, int], bool]]:
 
 
 def peak_flops(model: Any) -> float:
-    """The best rate of the model's own products on 512 tokens, operations a second, median of five."""
+    """Measure the best rate of the model's own products on 512 tokens, operations a second, median of five."""
     import torch
     from torch.nn import functional as F
 

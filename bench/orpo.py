@@ -32,7 +32,7 @@ Pair = tuple[TokenRow, TokenRow]
 
 
 def pairs_of(count: int, prompt: int, reply: int, vocabulary: int) -> list[Pair]:
-    """So many pairs of random tokens."""
+    """Build `count` pairs of random tokens."""
     draw = random.Random(0)
     tokens = partial(random_tokens, draw, vocabulary=vocabulary)
     asked = [tokens(prompt) for _ in range(count)]
@@ -40,14 +40,14 @@ def pairs_of(count: int, prompt: int, reply: int, vocabulary: int) -> list[Pair]
 
 
 def needed_of(pair: Pair) -> Needed:
-    """What a pair must compute: likelihoods of its prompt, too."""
+    """Count the operations that a pair needs, including the likelihoods of its prompt."""
     chosen, rejected = pair
     scored = chosen.tokens - 1 + rejected.scored_tokens
     return Needed.by(chosen.prompt_tokens, [chosen.scored_tokens, rejected.scored_tokens], scored)
 
 
 def our_loss(model: Any, batch: Sequence[Pair]) -> Any:
-    """The stage's penalty, and the likelihood of prompts as well: all rows in one pass."""
+    """Compute the stage's penalty, and the likelihood of prompts as well: all rows in one pass."""
     import torch
 
     from tasks.inference.logprobs import score_tokens
@@ -65,7 +65,7 @@ def our_loss(model: Any, batch: Sequence[Pair]) -> Any:
 
 
 def their_loss(side: Theirs, batch: Sequence[Pair]) -> Any:
-    """What ORPOTrainer differentiates."""
+    """Compute the loss that ORPOTrainer differentiates."""
     inputs = side.trainer.data_collator([_columns(pair) for pair in batch])
     return side.trainer.get_batch_loss_metrics(side.model, inputs, train_eval="train")[0]
 
@@ -80,7 +80,7 @@ def _columns(pair: Pair) -> dict[str, Any]:
 
 
 def trainer_of(pairs: Sequence[Pair], folder: Path) -> Any:
-    """What makes ORPOTrainers on these pairs."""
+    """Build a factory of ORPOTrainers on these pairs."""
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
@@ -100,7 +100,7 @@ def trainer_of(pairs: Sequence[Pair], folder: Path) -> Any:
 
 
 def main() -> None:
-    """Runs and prints."""
+    """Run the benchmark and print its table."""
     given = parser_of(__doc__, 96, 96).parse_args()
     spin_while_waiting()
     quiet_libraries()

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 
 def places(prompt: int, positions: str, share: int, layers: int) -> list[list[int]]:
-    """The columns that each intervention edits."""
+    """Compute the columns that each intervention edits."""
     found: list[list[int]] = pyreft.get_intervention_locations(
         last_position=prompt, positions=positions, num_interventions=layers * share, share_weights=False
     )
@@ -25,7 +25,7 @@ def places(prompt: int, positions: str, share: int, layers: int) -> list[list[in
 
 
 def made(setting: dict[str, Any]) -> Any:
-    """The model with fresh interventions."""
+    """Build the model with fresh interventions."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(setting["base"], torch_dtype=torch.float32)
     spans = 2 if "+" in setting["positions"] else 1
@@ -48,7 +48,7 @@ def made(setting: dict[str, Any]) -> Any:
 
 
 def batch_of(setting: dict[str, Any], chosen: list[int]) -> dict[str, Any]:
-    """A padded batch as pyreft's collator makes it, and the places of every intervention in every row."""
+    """Build a padded batch as pyreft's collator makes it, and the places of every intervention in every row."""
     spans = 2 if "+" in setting["positions"] else 1
     rows = [setting["rows"][n] for n in chosen]
     longest = max(len(ids) for ids, _ in rows)
@@ -64,7 +64,7 @@ def batch_of(setting: dict[str, Any], chosen: list[int]) -> dict[str, Any]:
 
 
 def train(setting: dict[str, Any], epochs: int) -> tuple[list[float], float]:
-    """So many epochs from the start: the losses, and the seconds they took without the set-up."""
+    """Train for `epochs` epochs from the start; return the losses, and the seconds without the set-up."""
     model = made(setting)
     steps = [[batch_of(setting, chosen) for chosen in epoch] for epoch in setting["batches"][:epochs]]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
@@ -84,7 +84,7 @@ def train(setting: dict[str, Any], epochs: int) -> tuple[list[float], float]:
 
 
 def main() -> None:
-    """Answers until the input ends."""
+    """Answer requests until the input ends."""
     with open(sys.argv[1]) as file:
         settings = json.load(file)
     print(json.dumps({"ready": True}), flush=True)

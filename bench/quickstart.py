@@ -23,7 +23,7 @@ DVC = [sys.executable, "-m", "dvc"]
 
 
 def seconds(command: list[str], folder: Path) -> float:
-    """The wall time of a command that must succeed."""
+    """Measure the wall time of a command that must succeed."""
     started = time.perf_counter()
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     taken = time.perf_counter() - started
@@ -33,7 +33,7 @@ def seconds(command: list[str], folder: Path) -> float:
 
 
 def main() -> None:
-    """Runs and prints."""
+    """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--again", type=int, default=3, help="how often the unchanged graph is timed")
     again = parser.parse_args().again

@@ -31,7 +31,7 @@ BATCH_ROWS = 8
 
 
 def write_base(folder: Path, layers: int, hidden: int) -> None:
-    """A random Llama that both versions of transformers can read."""
+    """Write a random Llama that both versions of transformers can read."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -60,14 +60,14 @@ def rows_of(count: int) -> list[tuple[list[int], int]]:
 
 
 def as_shuffled(rows: int, epoch: int) -> list[list[int]]:
-    """Batches in no order of length, as pyreft's own loader makes them."""
+    """Build batches in no order of length, as pyreft's own loader makes them."""
     order = list(range(rows))
     random.Random(epoch).shuffle(order)
     return [order[start : start + BATCH_ROWS] for start in range(0, rows, BATCH_ROWS)]
 
 
 def ours(setting: dict[str, Any], epochs: int) -> tuple[list[float], float]:
-    """What the stage `train` does at each step, with the same batches as theirs."""
+    """Run what the stage `train` does at each step, with the same batches as theirs."""
     import torch
 
     from tasks.adapters.attach import fresh
@@ -107,7 +107,7 @@ def ours(setting: dict[str, Any], epochs: int) -> tuple[list[float], float]:
 
 
 def _draw_as_they_do(model: Any, setting: dict[str, Any]) -> None:
-    """The same first values: pyreft draws a rotation, its completion, and the source, edit after edit."""
+    """Draw the same first values as pyreft: a rotation, its completion, and the source, edit after edit."""
     import torch
     from torch import nn
 
@@ -135,7 +135,7 @@ class Theirs:
         self._answer()
 
     def __call__(self, setting: str, epochs: int) -> tuple[list[float], float]:
-        """Trains there."""
+        """Train in pyreft's own process; return losses and seconds."""
         assert self.process.stdin
         self.process.stdin.write(json.dumps({"setting": setting, "epochs": epochs}) + "\n")
         self.process.stdin.flush()
@@ -152,7 +152,7 @@ class Theirs:
 
 
 def main() -> None:
-    """Runs and prints."""
+    """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=9)

@@ -1,4 +1,4 @@
-"""What the stages make of a model, without training any: something to register, promote and roll back."""
+"""Stand-ins for the stages' outputs, made without training: something to register, promote and roll back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tasks.register.lineage import Outputs
 
 
 def made(folder: Path, base: Path, right: int, *, of: int = 200, method: str = "qlora") -> Outputs:
-    """What the stages would have made of a base model that learnt to answer so many of the held-out rows.
+    """Write what the stages would have made of a base model that was trained to answer `right` of the held-out rows.
 
     Args:
         folder: where it is written, an empty one.
@@ -73,7 +73,7 @@ def model_and_sources(workspace: Path) -> tuple[str, dict[str, dict[str, str]]]:
 
 
 def workspace_at(folder: Path) -> Path:
-    """A workspace in which nothing has run: the params of the quickstart, and the graph."""
+    """Create a workspace in which nothing has run: the params of the quickstart, and the graph."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("params.yaml", "dvc.yaml"):
         shutil.copyfile(ROOT / name, folder / name)

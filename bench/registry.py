@@ -1,4 +1,4 @@
-"""What the registry withstands: writers at once, and kills at any moment.
+"""Endurance tests of the registry: concurrent writers, and kills at any moment.
 
     python -m bench.registry ledger     F16: 4 writers of 250 moves each, on SQLite and through an MLflow server
     python -m bench.registry register   F14: 100 kills while the same content is registered
@@ -45,13 +45,13 @@ if TYPE_CHECKING:
 
 
 class Race(NamedTuple):
-    """What came of several writers.
+    """Outcome of several concurrent writers.
 
     Attributes:
         entries: how many moves the ledger holds.
         linear: whether they are numbered without a gap, each begins where the one before ended, and none is doubled.
         won: the moves that each writer made, by its own count.
-        refused: how often a writer was told that the alias had moved meanwhile.
+        refused: how often a writer was refused because the alias had moved meanwhile.
         alias: the version that the alias names in the end.
         champion: the version that the ledger names in the end.
         seconds: how long it took.
@@ -67,14 +67,14 @@ class Race(NamedTuple):
 
 
 def add_versions(client: MlflowClient, model: str, count: int) -> None:
-    """Registers a model with some versions that hold nothing."""
+    """Register a model with some versions that hold nothing."""
     client.create_registered_model(model)
     for _ in range(count):
         client.create_model_version(model, "s3://nowhere/model")
 
 
 def race(uri: str, model: str, *, writers: int, each: int) -> Race:
-    """Lets several processes move the champion alias of one model, and reads what came of it."""
+    """Let several processes move the champion alias of one model, and return the outcome."""
     import mlflow
 
     from tasks.registry.alias_log import champion_of, moves
@@ -103,7 +103,7 @@ def race(uri: str, model: str, *, writers: int, each: int) -> Race:
 
 
 def _write(uri: str, model: str, number: int, each: int, told: multiprocessing.Queue[tuple[int, int, int]]) -> None:
-    """One writer: makes its version champion, and where another one did so first, tries again."""
+    """Run one writer: make its version champion, and where another one did so first, try again."""
     import mlflow
 
     from tasks.core.errors import AliasMoved
@@ -122,7 +122,7 @@ def _write(uri: str, model: str, number: int, each: int, told: multiprocessing.Q
 
 @contextmanager
 def serving(folder: Path) -> Iterator[str]:
-    """An MLflow server on this machine for as long as the block lasts; yields its address."""
+    """Run an MLflow server on this machine for as long as the block lasts; yield its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -158,7 +158,7 @@ def _await(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def in_child(work: Callable[[], Any], kill_after_s: float | None = None) -> Any:
-    """Runs something in a process of its own that has all libraries loaded; returns what it returns.
+    """Run work in a separate process that has all libraries loaded; return what it returns.
 
     Args:
         work: what is run.
@@ -199,7 +199,7 @@ KILLED = "killed"
 
 
 class Kills(NamedTuple):
-    """What came of kills.
+    """Outcome of a series of kills.
 
     Attributes:
         kills: how many there were.
@@ -213,7 +213,7 @@ class Kills(NamedTuple):
 
 
 def registration(workspace: Path, outputs: Outputs, number: int) -> Callable[[], str]:
-    """What registers a content; it returns the version."""
+    """Build a function that registers a content and returns the version."""
     from tasks.register.stage import register
 
     named = model_and_sources(workspace)
@@ -253,7 +253,7 @@ def registrations(folder: Path, base: Path, kills: int, seed: int = 1, per_conte
 
 
 def _wrong_versions(workspace: Path, contents: int) -> list[str]:
-    """What is lost, doubled or torn of contents that were all registered."""
+    """List the versions that are lost, doubled or torn, of contents that were all registered."""
     from flows.registry.evidence import broken, evidence
     from tasks.registry.client import KEY_TAG, connect
     from tasks.registry.versions import versions
@@ -281,7 +281,7 @@ class Moves(NamedTuple):
 
 
 def three_versions(folder: Path, base: Path) -> Moves:
-    """Registers them."""
+    """Register three versions of the model."""
     from tasks.core.artifacts import digests
 
     workspace, weights = workspace_at(folder / "workspace"), {}
@@ -342,7 +342,7 @@ def _wrong_ledger(workspace: Path) -> list[str]:
 
 
 class Rollbacks(NamedTuple):
-    """What came of rollbacks.
+    """Outcome of a series of rollbacks.
 
     Attributes:
         rollbacks: how many there were.
@@ -358,7 +358,7 @@ class Rollbacks(NamedTuple):
 
 
 def rollbacks(folder: Path, base: Path, count: int) -> Rollbacks:
-    """Promotes version 2 and rolls back to 1, again and again, in one process; reads the champion's files each time."""
+    """Promote version 2 and roll back to 1, again and again, in one process; read the champion's files each time."""
     from flows.promote import promote, rollback
     from tasks.core.artifacts import digests
     from tasks.registry.client import connect
@@ -389,7 +389,7 @@ def rollbacks(folder: Path, base: Path, count: int) -> Rollbacks:
 
 
 def _warm() -> None:
-    """Loads what children need, so that a kill meets their work and not their imports."""
+    """Import what children need, so that a kill meets their work and not their imports."""
     import torch
     import transformers  # noqa: F401
 
@@ -404,7 +404,7 @@ def _p99(seconds: list[float]) -> float:
 
 
 def main() -> None:
-    """Runs one of them and prints a line for each figure."""
+    """Run one of the tests and print a line for each figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["ledger", "register", "promote", "rollback"])
     parser.add_argument("--count", type=int, help="moves of each writer, kills, or rollbacks")

@@ -28,7 +28,7 @@ SOURCES = {"preference": "llama_factory/dpo_en_demo.json", "chat": "stanford_alp
 
 
 def rows_of(kind: str, count: int) -> list[Any]:
-    """So many rows of one kind, repeated where the source has fewer."""
+    """Return `count` rows of one kind, repeated where the source has fewer."""
     from tasks.ingest.stage import Reading
     from tasks.ingest.synthetic import Recipe, generate, read_lexicon
 
@@ -47,7 +47,7 @@ def _texts(record: Any) -> list[str]:
 
 
 def ours(records: Sequence[Any], tokenizer: Any, folder: Path) -> list[dict[str, Any]]:
-    """What the stage does with the rows: tokens, masks, split, and the file."""
+    """Run what the stage does with the rows: tokens, masks, split, and the file."""
     from tasks.core.parquet import write_rows
     from tasks.render.params import Render
     from tasks.render.stage import render_rows, rendered_schema
@@ -93,7 +93,7 @@ class Orpo:
         self.tokenizer = tokenizer
 
     def __call__(self, processes: int | None) -> Any:
-        """The three maps, as ORPOTrainer calls them."""
+        """Run the three maps, as ORPOTrainer calls them."""
         from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
 
         data = self.data.map(maybe_extract_prompt, num_proc=processes)
@@ -101,7 +101,7 @@ class Orpo:
         return data.map(self.trainer.tokenize_row, num_proc=processes)
 
     def difference(self, found: Sequence[dict[str, Any]], theirs: Any, stop: int) -> int:
-        """Rows with other token ids, but for what TRL adds after the stop token: the rest of the template, another."""
+        """Count rows with other token ids, except for TRL's after the stop token: the template's rest, another stop."""
         different = 0
         for mine, other in zip(found, theirs, strict=True):
             same = mine["prompt_ids"] == other["prompt_input_ids"]
@@ -135,12 +135,12 @@ class Sft:
         )
 
     def __call__(self, processes: int | None) -> Any:
-        """The preparation, as SFTTrainer calls it."""
+        """Run the preparation, as SFTTrainer calls it."""
         arguments = self.arguments[processes is not None]
         return self.trainer._prepare_dataset(self.data, self.tokenizer, arguments, False, None, "train")
 
     def difference(self, found: Sequence[dict[str, Any]], theirs: Any, stop: int) -> int:
-        """Rows with other token ids or another mask, up to our last token; TRL's go on after the stop token."""
+        """Count rows with other token ids or another mask, up to our last token; TRL's go on after the stop token."""
         different = 0
         for mine, other in zip(found, theirs, strict=True):
             length = len(mine["ids"])
@@ -153,7 +153,7 @@ ANCHORS: dict[str, Callable[..., Any]] = {"preference": Orpo, "chat": Sft}
 
 
 def main() -> None:
-    """Runs and prints."""
+    """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=5)

@@ -24,19 +24,19 @@ from tasks.inference.rows import TokenRow
 
 
 def rows_of(count: int, prompt: int, reply: int, vocabulary: int) -> list[TokenRow]:
-    """So many rows of random tokens."""
+    """Build `count` rows of random tokens."""
     draw = random.Random(0)
     tokens = partial(random_tokens, draw, vocabulary=vocabulary)
     return [token_row(tokens(prompt), tokens(reply)) for _ in range(count)]
 
 
 def needed_of(row: TokenRow) -> Needed:
-    """What a row must compute."""
+    """Count the operations that a row needs."""
     return Needed.by(row.prompt_tokens, [row.scored_tokens], row.scored_tokens)
 
 
 def our_loss(model: Any, batch: list[TokenRow]) -> Any:
-    """The stage's."""
+    """Compute the stage's loss."""
     from tasks.inference.logprobs import score_tokens
     from tasks.train.objectives import sft_loss
 
@@ -44,7 +44,7 @@ def our_loss(model: Any, batch: list[TokenRow]) -> Any:
 
 
 def their_loss(side: Theirs, batch: list[TokenRow]) -> Any:
-    """What SFTTrainer differentiates."""
+    """Compute the loss that SFTTrainer differentiates."""
     inputs = side.trainer.data_collator([_labelled(row) for row in batch])
     return side.trainer.compute_loss(side.model, inputs)
 
@@ -55,7 +55,7 @@ def _labelled(row: TokenRow) -> dict[str, list[int]]:
 
 
 def trainer_of(rows: list[TokenRow], folder: Path) -> Any:
-    """What makes SFTTrainers on these rows."""
+    """Build a factory of SFTTrainers on these rows."""
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
@@ -73,7 +73,7 @@ def trainer_of(rows: list[TokenRow], folder: Path) -> Any:
 
 
 def main() -> None:
-    """Runs and prints."""
+    """Run the benchmark and print its table."""
     given = parser_of(__doc__, 96, 96).parse_args()
     spin_while_waiting()
     quiet_libraries()

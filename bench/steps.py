@@ -30,7 +30,7 @@ CURVE_STEPS = 20
 
 
 def adapted(folder: Path, dtype: Any) -> Any:
-    """That model with a first LoRA adapter whose two matrices are both random, in training mode."""
+    """Load the benchmark's model with a new LoRA adapter whose two matrices are both random, in training mode."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -65,36 +65,36 @@ class Side:
             parameter.grad = None
 
     def optimizer(self) -> Any:
-        """What both take steps with when their losses are compared, and ours always: the stage's AdamW."""
+        """Build the optimizer of both while their losses are compared, and of ours always: the stage's AdamW."""
         import torch
 
         return torch.optim.AdamW(list(self.learns.values()), lr=1e-4, weight_decay=0.0)
 
     def gradients(self, loss: Any) -> list[Any]:
-        """Of a loss, by parameter."""
+        """Compute the gradients of a loss, by parameter."""
         self.model.zero_grad()
         loss.backward()
         return [p.grad.clone() for p in self.learns.values()]
 
 
 def give_back_freed_memory() -> None:
-    """What glibc comes to by itself: it maps what is larger than 32 MiB, and gives back what is more than 64."""
+    """Set the memory limits that glibc comes to by itself: map above 32 MiB, give back above 64 MiB."""
     tell_malloc(mmap_max=65_536, mmap_threshold=32 << 20, trim_threshold=64 << 20)
 
 
 class Ours(Side):
-    """What the stage `train` does with rows in batches."""
+    """Batches trained as the stage `train` does it."""
 
     def __init__(self, folder: Path, dtype: Any, batches: Sequence[Any], loss: Callable[[Any, Any], Any]) -> None:
         super().__init__(folder, dtype)
         self.batches, self._loss = batches, loss
 
     def loss(self, batch: Any) -> Any:
-        """Of the objective, to be differentiated."""
+        """Compute the objective's loss, to be differentiated."""
         return self._loss(self.model, batch)
 
     def __call__(self) -> float:
-        """One pass over all batches; returns its seconds."""
+        """Run one pass over all batches; return its seconds."""
         import torch
 
         self.again()
@@ -147,7 +147,7 @@ class Theirs(Side):
         return Clock()
 
     def __call__(self) -> float:
-        """One epoch of the trainer's own; returns its seconds."""
+        """Run one epoch of the trainer's own loop; return its seconds."""
         self.again()
         self.trainer.optimizer = self.trainer.lr_scheduler = None
         self._clock.started = 0.0
@@ -177,7 +177,7 @@ TUNED: dict[str, Any] = {
 
 
 def anchors(folder: Path, dtype: Any, make: Callable[..., Any]) -> Iterator[tuple[str, Theirs]]:
-    """As shipped, and with the best of three sizes of batches, told by a pass each; a step has as many rows always."""
+    """Yield the trainer as shipped, and with the fastest of three batch sizes; the rows of a step stay the same."""
     import torch
 
     yield "default", Theirs(folder, dtype, make, give_back_freed_memory, bf16=dtype == torch.bfloat16)
@@ -206,7 +206,7 @@ def side_by_side(ours: Callable[[], float], theirs: Callable[[], float], rounds:
 
 
 def same(ours: Ours, theirs: Theirs, their_loss: Callable[[Any, Any], Any], batch: Any) -> str:
-    """How far losses and gradients of a batch are apart, relatively."""
+    """Measure the relative difference of losses and gradients of a batch."""
     ours.again()
     theirs.again()
     mine = ours.loss(batch)
@@ -217,7 +217,7 @@ def same(ours: Ours, theirs: Theirs, their_loss: Callable[[Any, Any], Any], batc
 
 
 def curves(ours: Ours, theirs: Theirs, their_loss: Callable[[Any, Any], Any]) -> str:
-    """How far the losses of twenty steps on the same batches are apart, relatively, at most."""
+    """Measure the largest relative difference of the losses of twenty steps on the same batches."""
     worst, sides = 0.0, (ours, theirs)
     for side in sides:
         side.again()
@@ -234,7 +234,7 @@ def curves(ours: Ours, theirs: Theirs, their_loss: Callable[[Any, Any], Any]) ->
 
 
 def report(name: str, ours: Ours, sides: Iterator[tuple[str, Theirs]], needed: Needed, rounds: int) -> Iterator[str]:
-    """The rows of the table for a setting: each anchor, the control, the fraction of the limit."""
+    """Yield the table rows of a setting: each anchor, the control, the fraction of the limit."""
     before = peak_flops(ours.model)
     held = peak_bytes(lambda: ours.loss(ours.batches[0]).backward())
     for label, theirs in sides:
@@ -251,17 +251,17 @@ def report(name: str, ours: Ours, sides: Iterator[tuple[str, Theirs]], needed: N
 
 
 def random_tokens(draw: random.Random, most: int, vocabulary: int) -> list[int]:
-    """A quarter of so many tokens to all of them."""
+    """Draw a quarter of `most` random tokens to all of them."""
     return exactly(draw, draw.randint(max(1, most // 4), most), vocabulary)
 
 
 def exactly(draw: random.Random, count: int, vocabulary: int) -> list[int]:
-    """So many random tokens."""
+    """Draw `count` random tokens."""
     return [draw.randrange(3, vocabulary) for _ in range(count)]
 
 
 def token_row(prompt: Sequence[int], reply: Sequence[int]) -> TokenRow:
-    """A prompt and a reply that is learnt."""
+    """Build a row of a prompt and a reply that is trained on."""
     return TokenRow([*prompt, *reply], [False] * len(prompt) + [True] * len(reply), len(prompt))
 
 
@@ -271,7 +271,7 @@ def spin_while_waiting() -> None:
 
 
 def parser_of(description: str | None, prompt: int, reply: int) -> argparse.ArgumentParser:
-    """What both benchmarks of steps can be asked."""
+    """Build the argument parser that both benchmarks of steps share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -294,7 +294,7 @@ class Race(NamedTuple):
 
 
 def run(race: Race, given: argparse.Namespace, folder: Path) -> None:
-    """Compares first, then measures; prints."""
+    """Compare losses first, then measure times; print both."""
     import torch
     import transformers
 

@@ -24,7 +24,7 @@ from tasks.core.stage import quiet_libraries
 
 
 def rows(count: int, *, generated: bool) -> Any:
-    """So many chats, no two of them alike, as a table."""
+    """Build a table of `count` chats, no two of them alike."""
     from tasks.core.parquet import as_table
     from tasks.ingest.stage import Reading
     from tasks.ingest.synthetic import Recipe, generate, read_lexicon
@@ -71,7 +71,7 @@ def seconds(table: Any, *, near: bool) -> tuple[float, int]:
 
 
 def main() -> None:
-    """Runs and prints."""
+    """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--generated", action="store_true", help="generated rows even where real ones are")

@@ -51,7 +51,7 @@ class Promotion(NamedTuple):
 # Prefect could not check these parameters: the names in postponed annotations mean nothing to it.
 @flow(name="promote", validate_parameters=False)
 def promote(workspace: Path, version: str | None = None, reason: str = "") -> Promotion:
-    """Makes a version champion if the gate lets it: the one given, or the best that this workspace registered.
+    """Make a version champion if the gate lets it: the one given, or the best that this workspace registered.
 
     A version that was rolled back is passed over unless it is named.
 
@@ -106,7 +106,7 @@ def _promote(workspace: Path, version: str | None, reason: str) -> Promotion:
 
 @flow(name="rollback", validate_parameters=False)
 def rollback(workspace: Path, to: str | None = None, reason: str = "") -> Promotion:
-    """Makes an earlier champion champion again: the one before the present one, or the one given.
+    """Make an earlier champion champion again: the one before the present one, or the one given.
 
     Raises:
         BadParams: there is no such version, or none before.
@@ -156,7 +156,7 @@ def _why_not(version: str, stack: Sequence[str], seen: Sequence[Move]) -> str:
 def _chosen(
     client: MlflowClient, workspace: Path, params: Params, version: str | None, rolled_back: set[str]
 ) -> Evidence | None:
-    """The version that is named, or the best of what the workspace's methods registered last."""
+    """Choose the version that is named, or the best of what the workspace's methods registered last."""
     model = params.register_.model
     if version is not None:
         return evidence(client, version_of(client, model, version), with_files=False)
@@ -170,7 +170,7 @@ def _chosen(
 
 
 def figure(version: Evidence, params: Promote) -> float:
-    """What versions are ranked by: the mean of the deciding metric, higher is better; minus infinity without one."""
+    """Return the figure versions are ranked by: the mean deciding metric, higher is better; -infinity without one."""
     items = version.suites.get(params.suite, {}).values()
     tokens = sum(item.tokens for item in items)
     if params.metric == "score" and items:

@@ -18,7 +18,7 @@ from tasks.orchestration.run_journal import Outcome
 
 
 class Report(NamedTuple):
-    """What became of every stage, and of the best method; `comparison` is the page that compares all models."""
+    """Outcome of every stage, and of the best method; `comparison` is the page that compares all models."""
 
     outcomes: list[Outcome]
     promotion: Promotion | None
@@ -27,7 +27,7 @@ class Report(NamedTuple):
 
 @flow(name="retrain")
 def retrain(workspace: Path, promoting: bool = True) -> Report:
-    """Brings every stage of a workspace up to date, then promotes the best method if it passes the gate."""
+    """Bring every stage of a workspace up to date, then promote the best method if it passes the gate."""
     with begin(workspace) as session:
         sources = [ingest.submit(source) for source in session.params.ingest.sources]
         clean = validate.submit(wait_for=sources)

@@ -37,7 +37,7 @@ SHAPE: dict[str, Any] = {
 
 
 def main() -> int:
-    """Writes the file."""
+    """Write the file."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
     with torch.no_grad():

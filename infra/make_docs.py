@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def params_page() -> str:
-    """Every key of params.yaml: type, range, its value in the quickstart, meaning."""
+    """Document every key of params.yaml: type, range, its value in the quickstart, meaning."""
     from tasks.orchestration.params import Params, load
 
     schema = Params.model_json_schema()
@@ -35,7 +35,7 @@ def params_page() -> str:
 
 
 def _tables(path: str, field: dict[str, Any], defs: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every section at or below a field, with its dotted path; NAME stands for what the user names, ITEM in a list."""
+    """Yield every section at or below a field, with its dotted path; NAME is chosen by the user, ITEM is in a list."""
     several = ".NAME" if _named(field) else ".ITEM" if "items" in field else ""
     for body in _sections(field, defs):
         here = path + several
@@ -52,18 +52,18 @@ def _sections(field: dict[str, Any], defs: dict[str, Any]) -> list[dict[str, Any
 
 
 def _named(field: dict[str, Any]) -> dict[str, Any]:
-    """What the values of a mapping are whose keys the user chooses."""
+    """Return the schema of the values of a mapping whose keys the user chooses."""
     return next(iter(field.get("patternProperties", {}).values()), {})
 
 
 def _choice(body: dict[str, Any]) -> str:
-    """Which alternative of a section this is, as a heading says it."""
+    """Name which alternative of a section this is, as a heading has it."""
     key = next((key for key in ("kind", "name") if key in body["properties"]), None)
     return f" ({key}: {_kind(body['properties'][key]).replace('`', '')})" if key else ""
 
 
 def _kind(field: dict[str, Any]) -> str:
-    """The type and range of a field in words."""
+    """Describe the type and range of a field in words."""
     if "anyOf" in field:
         return " or ".join(_kind(each) for each in field["anyOf"])
     if "$ref" in field or "oneOf" in field:
@@ -78,7 +78,7 @@ def _kind(field: dict[str, Any]) -> str:
 
 
 def _value(quickstart: Any, path: str, key: str, body: dict[str, Any]) -> str:
-    """The quickstart's values for a key; more than one where NAME stands for several sections that differ."""
+    """Format the quickstart's values for a key; more than one where NAME stands for several sections that differ."""
     nodes = [quickstart]
     for part in path.split("."):
         steps = [_within(node, part) for node in nodes]
@@ -91,7 +91,7 @@ def _value(quickstart: Any, path: str, key: str, body: dict[str, Any]) -> str:
 
 
 def _within(node: Any, part: str) -> list[Any]:
-    """What a part of a path leads to: all that the user named, the items of a list, or one value."""
+    """Look up a part of a path: all that the user named, the items of a list, or one value."""
     if part == "NAME":
         return list(node.values())
     return list(node) if part == "ITEM" else [node[part]] if part in node else []
@@ -102,7 +102,7 @@ def _plain(value: Any) -> str:
 
 
 def cli_page() -> str:
-    """The help of every command, as a terminal of 100 columns shows it."""
+    """Render the help of every command, as a terminal of 100 columns shows it."""
     import typer
 
     from flows.cli.main import app
@@ -125,7 +125,7 @@ def cli_page() -> str:
 
 
 def main() -> int:
-    """Writes the pages, or compares them."""
+    """Write the pages, or compare them."""
     stale = []
     for name, text in (("params.md", params_page()), ("cli.md", cli_page())):
         path = ROOT / "docs" / name

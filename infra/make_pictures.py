@@ -25,7 +25,7 @@ CLOSE_ASSISTANT = "document.querySelector('[data-component-id=\"mlflow.assistant
 
 
 def main() -> None:
-    """Serves MLflow for the workspace given as the first argument (else this clone) and photographs it."""
+    """Serve MLflow for the workspace given as the first argument (else this clone) and photograph it."""
     from flows.comparison.page import write
     from tasks.core.stage import quiet_libraries
     from tasks.orchestration.params import load
@@ -76,7 +76,7 @@ def _answers(address: str) -> bool:
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """A headless Chromium with one empty page; yields a function that sends it a command of its devtools protocol."""
+    """Run a headless Chromium with one empty page; yield a function that sends it a devtools command."""
     found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if found is None:
         sys.exit("no Chromium on the path")
@@ -104,7 +104,7 @@ def chromium() -> Iterator[Any]:
 
 
 def photograph(send: Any, address: str, picture: Path, size: tuple[int, int]) -> None:
-    """Opens a page, lets it settle, closes what stands beside it, and saves what it shows."""
+    """Open a page, let it settle, close what stands beside it, and save what it shows."""
     send("Emulation.setDeviceMetricsOverride", width=size[0], height=size[1], deviceScaleFactor=1, mobile=False)
     send("Page.navigate", url=address)
     time.sleep(SETTLE_S)

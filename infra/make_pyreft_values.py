@@ -34,7 +34,7 @@ LAYERS, POSITIONS, RANK, PROMPT, SEED = [0, 2], "f2+l2", 2, 6, 7
 
 
 def main() -> int:
-    """Writes the file."""
+    """Write the file."""
     torch.manual_seed(0)
     base = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
     with torch.no_grad():

@@ -56,7 +56,7 @@ class Resident:
 
     @property
     def model(self) -> Model:
-        """The model with the adapter in use, or the bare base; ask again after every change."""
+        """Return the model with the adapter in use, or the bare base; read this again after every change."""
         return self._base if self._tuned is None else self._tuned
 
     @property
@@ -69,7 +69,7 @@ class Resident:
         return sum(before.nbytes for _, before in self._kept)
 
     def load(self, name: str, folder: Path, *, any_base: bool = False) -> None:
-        """Reads an adapter and puts it on the base once, so that it is known to fit; what was in use stays in use.
+        """Read an adapter and put it on the base once, so that it is known to fit; what was in use stays in use.
 
         Raises:
             BadParams: the name is taken.
@@ -97,7 +97,7 @@ class Resident:
                 self.merge(active) if merged else self.use(active)
 
     def use(self, name: str) -> None:
-        """Makes an adapter the one in use.
+        """Make an adapter the one in use.
 
         Raises:
             BadParams: there is no such adapter.
@@ -114,7 +114,7 @@ class Resident:
         self.active = name
 
     def off(self) -> None:
-        """Uses the bare base; adapters stay beside its weights, so that the next use is quick."""
+        """Use the bare base; adapters stay beside its weights, so that the next use is quick."""
         self.unmerge()
         if self._tuned is not None and self._tuned.active_peft_config.is_prompt_learning:
             self.release()
@@ -123,7 +123,7 @@ class Resident:
         self.active = None
 
     def release(self) -> PreTrainedModel:
-        """The base as it was before any adapter, with all of them taken out; the next use puts one in again."""
+        """Return the base as it was before any adapter, with all of them taken out; the next use puts one in again."""
         from tasks.adapters.prompt_tuning import count_as_before
 
         self.unmerge()
@@ -134,7 +134,7 @@ class Resident:
         return self._base
 
     def merge(self, name: str) -> None:
-        """Makes an adapter part of the weights, in place of the one that may be merged now.
+        """Merge an adapter into the weights, in place of the one that may be merged now.
 
         Raises:
             BadParams: there is no such adapter.
@@ -153,7 +153,7 @@ class Resident:
             raise
 
     def unmerge(self) -> None:
-        """Brings the weights back to what they were, bit for bit; the adapter stays in use beside them."""
+        """Restore the weights to what they were, bit for bit; the adapter stays in use beside them."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Unmerge result can be inaccurate")  # it is not what is kept
             for layer in self._layers:
@@ -164,7 +164,7 @@ class Resident:
         self._kept, self._layers, self.merged = [], [], None
 
     def _put(self, name: str) -> PeftModel:
-        """The model with an adapter among those on it; those of another method are taken out."""
+        """Put an adapter on the model among those on it; those of another method are taken out. Return the model."""
         adapter, inside = self._held[name]
         if self._tuned is not None and inside in self._tuned.peft_config:
             return self._tuned
@@ -174,9 +174,9 @@ class Resident:
         return self._tuned
 
     def _check_leaves_base(self, adapter: Adapter) -> None:
-        """Refuses what would change the base for the other adapters too.
+        """Refuse what would change the base for the other adapters too.
 
-        PEFT stores with an adapter the embeddings that it touches and the biases that it may have learnt, which it
+        PEFT stores with an adapter the embeddings that it touches and the biases that it may have trained, which it
         writes into the base; those must be the base's own. The modules that an adapter replaces stay in the base when
         PEFT takes it out.
         """
@@ -198,7 +198,7 @@ class Resident:
             )
 
     def _mergeable_layers(self, name: str) -> list[Any]:
-        """The layers whose weights an adapter changes, after checking that it can become part of all of them."""
+        """Return the layers whose weights an adapter changes, after checking that it can become part of all of them."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         from tasks.adapters.hooks import HookedTuner
@@ -229,12 +229,12 @@ class Resident:
 
 
 def _adapters_of(layer: Any) -> set[str]:
-    """The adapters that have a part in a layer."""
+    """Return the adapters that have a part in a layer."""
     return {name for group in layer.adapter_layer_names for name in getattr(layer, group)}
 
 
 def _lie_beside(configs: list[PeftConfig]) -> bool:
-    """Whether PEFT holds these adapters beside each other; LoRA that learns biases changes the base's own."""
+    """Return whether PEFT holds these adapters beside each other; LoRA with trained biases changes the base's own."""
     kinds = {str(config.peft_type.value) for config in configs}
     plain = all(config.to_dict().get("bias", "none") == "none" for config in configs)
     return len(kinds) == 1 and kinds <= set(_BESIDE_EACH_OTHER) and plain

@@ -24,14 +24,14 @@ REGISTERED = ("models:/", "runs:/")
 
 
 def champion_uri(workspace: Path) -> str:
-    """The address of the workspace's champion in the registry."""
+    """Return the address of the workspace's champion in the registry."""
     return f"models:/{load(workspace / pipeline.PARAMS).register_.model}@{CHAMPION}"
 
 
 def ask(
     workspace: Path, model: str, turns: Sequence[tuple[str, str]], max_tokens: int, generation: Generation = GREEDY
 ) -> str:
-    """The reply to a conversation, given as (role, text) turns; an encoder-decoder model reads the last one alone.
+    """Generate the reply to a conversation of (role, text) turns; an encoder-decoder model reads the last one alone.
 
     Raises:
         BadParams: the registry has no such model, or only one that knows no options.
@@ -84,7 +84,7 @@ def _reply(
     max_tokens: int,
     generation: Generation,
 ) -> str:
-    """What a model in memory says to a conversation; an encoder-decoder is given the last turn alone."""
+    """Generate the reply of a model in memory to a conversation; an encoder-decoder is given the last turn alone."""
     from tasks.core.records import Message
     from tasks.inference.chat import answer, answer_text
     from tasks.tokenization.architecture import ENCODER_DECODER, architecture_of
@@ -104,14 +104,14 @@ def ask_adapters(
     *,
     any_base: bool,
 ) -> Iterator[tuple[str, str]]:
-    """What one base says with each of some adapters, as (reference, reply); the base is loaded once.
+    """Generate one base's reply with each of some adapters, as (reference, reply); the base is loaded once.
 
     Args:
         workspace: whose registry `models:/` references are of.
         base: the model folder that the adapters go on.
         references: where the adapters come from.
         text: what the user says.
-        max_tokens: a reply is at most so long.
+        max_tokens: the most tokens in a reply.
         generation: how tokens are chosen.
         any_base: also with adapters that name another base.
 
@@ -136,7 +136,7 @@ def ask_adapters(
 
 
 def sample(workspace: Path) -> tuple[list[tuple[str, str]], str]:
-    """A held-out conversation or input that every model answered, and what the row expects."""
+    """Return a held-out conversation or input that every model answered, and what the row expects."""
     from tasks.core.layout import EXAMPLES
     from tasks.core.parquet import read_records, read_rows
     from tasks.core.records import SeqPair

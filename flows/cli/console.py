@@ -1,4 +1,4 @@
-"""What commands print."""
+"""Text output of the commands."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def difference(text: str) -> None:
-    """The change of params.yaml."""
+    """Print the change of params.yaml."""
     colours = {"+": typer.colors.GREEN, "-": typer.colors.RED}
     for line in text.splitlines():
         typer.secho(line, fg=colours.get(line[:1]))
@@ -29,7 +29,7 @@ def difference(text: str) -> None:
 
 
 def evaluation(found: Mapping[str, Any]) -> None:
-    """The scores of a model on suites, task by task."""
+    """Print the scores of a model on suites, task by task."""
     for suite, each in found["suites"].items():
         rows = [(task, about) for task, about in each["tasks"].items()]
         rows += [("all", each)] if len(rows) > 1 else []
@@ -52,7 +52,7 @@ def evaluation(found: Mapping[str, Any]) -> None:
 
 
 def inspection(found: Mapping[str, Any]) -> None:
-    """What a file or folder of rows is."""
+    """Print what `temper inspect` found in a file or folder of rows."""
     files = [file for file in found["files"] if not file["error"]]
     if len(found["files"]) > 1:
         table([{"file": file["path"], "format": file["format"], "rows": str(file["rows"])} for file in files])
@@ -73,7 +73,7 @@ def inspection(found: Mapping[str, Any]) -> None:
 
 
 def rendering(rows: Sequence[Shown], counts: Mapping[str, int], refused: Mapping[str, int]) -> None:
-    """Rows as tokens: in colour where the terminal has it, else with brackets around what is learnt."""
+    """Print rows as tokens: in colour where the terminal has it, else with brackets around target tokens."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for row in rows:
         typer.secho(row.place, bold=True)
@@ -92,7 +92,7 @@ def rendering(rows: Sequence[Shown], counts: Mapping[str, int], refused: Mapping
 
 
 def summary(workspace: Path, report: Report) -> None:
-    """The end of a run: figures, champion, a reply of it, times, and where to look."""
+    """Print the end of a run: figures, champion, a reply of it, times, and where to look."""
     from flows.chat.ask import ask, champion_uri, sample
     from flows.cli.registry_console import promotion
     from flows.run import prefect_server
@@ -123,7 +123,7 @@ def summary(workspace: Path, report: Report) -> None:
 
 
 def overview(found: Mapping[str, Any]) -> None:
-    """What `temper status` prints for people."""
+    """Print what `temper status` shows to people."""
     champion = found["champion"]
     typer.echo(f"model:    {found['model']}")
     typer.echo(f"champion: version {champion['version']} ({champion['method']})" if champion else "champion: none yet")
@@ -149,14 +149,14 @@ def overview(found: Mapping[str, Any]) -> None:
 
 
 def merged(found: Mapping[str, Any]) -> None:
-    """What `temper merge` wrote."""
+    """Print what `temper merge` wrote."""
     typer.echo(f"{found['out']}: {found['bytes'] / 1e6:.1f} MB, {found['form']}")
     for name, each in found.get("onto", {}).items():
         typer.echo(f"  onto the {name} weights: mean KL {each['mean_kl']:.2e} nats per token")
 
 
 def schedules(found: Sequence[Scheduled]) -> None:
-    """What `temper schedule --list` prints."""
+    """Print what `temper schedule --list` shows."""
     if not found:
         typer.echo('no schedules; make one with: temper schedule --cron "0 3 * * *"')
     table(
@@ -174,7 +174,7 @@ def schedules(found: Sequence[Scheduled]) -> None:
 
 
 def examination(findings: Sequence[Finding]) -> None:
-    """What `temper doctor` prints; exits with 1 when something is amiss."""
+    """Print what `temper doctor` found; exit with 1 when something is wrong."""
     marks = {True: "ok", False: "BAD", None: ""}
     table([{"": marks[finding.good], "subject": finding.subject, "found": finding.found} for finding in findings])
     if any(finding.good is False for finding in findings):
@@ -182,7 +182,7 @@ def examination(findings: Sequence[Finding]) -> None:
 
 
 def estimation(found: Mapping[str, Any]) -> None:
-    """What `temper estimate` prints for people."""
+    """Print what `temper estimate` shows to people."""
     machine = found["machine"]
     typer.echo(f"model:   {found['model']}\nrows:    {found['rows']}")
     free = f"{size(machine['free_bytes'])} free, of which Python itself takes {size(machine['process_bytes'])}"

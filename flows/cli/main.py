@@ -241,7 +241,7 @@ def doctor(workspace: Workspace = None) -> None:
 
 @contextmanager
 def _stopping_cleanly(root: Path) -> Iterator[None]:
-    """Lets Ctrl-C and SIGTERM end running stages after their present step, with a checkpoint, and then this process."""
+    """Let Ctrl-C and SIGTERM end running stages after their present step, with a checkpoint, and then this process."""
     from flows.run.prefect_server import end_old_server
     from flows.run.progress_board import clear_board
     from tasks.core.signals import STOPPING, on_stop
@@ -265,7 +265,7 @@ _debugging = "--debug" in sys.argv
 
 
 def main() -> None:
-    """Runs the command line; errors become one readable block and the exit code that they carry."""
+    """Run the command line; turn errors into one readable block and the exit code that they carry."""
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
         app()

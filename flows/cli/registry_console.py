@@ -1,4 +1,4 @@
-"""What the commands about the registry print."""
+"""Text output of the commands about the registry."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def promotion(done: Promotion) -> None:
-    """Who is champion now, and why."""
+    """Print who is champion now, and why."""
     from flows.registry.approval import table as verdict_table
 
     if done.champion is None:
@@ -32,12 +32,12 @@ def promotion(done: Promotion) -> None:
 
 
 def promotion_numbers(done: Promotion) -> dict[str, Any]:
-    """The same, for programs."""
+    """Return the promotion's outcome as JSON values."""
     return {**done._asdict(), "verdict": done.verdict.as_dict() if done.verdict else None}
 
 
 def history(found: Mapping[str, Any]) -> None:
-    """The versions, and the moves of the alias."""
+    """Print the versions, and the moves of the alias."""
     champion = f"version {found['champion']}" if found["champion"] else "none yet"
     typer.echo(f"model:    {found['model']}\nchampion: {champion}\n")
     gate = {True: "passed", False: "failed", None: ""}
@@ -94,7 +94,7 @@ def comparison(found: Mapping[str, Any]) -> None:
 
 
 def lineage(found: Mapping[str, Any]) -> None:
-    """Where a version comes from, the essentials; --json has all of it."""
+    """Print the essentials of where a version comes from; --json has all of it."""
     base, data, training = found["base"], found["data"], found["training"]
     verdict = found["verdict"]
     told = {

@@ -45,7 +45,7 @@ class Axis(NamedTuple):
     stop: float
 
     def at(self, value: float) -> float:
-        """Where a value lies, to a tenth."""
+        """Return the coordinate of a value on the axis, rounded to a tenth."""
         share = (value - self.low) / (self.high - self.low)
         return round(self.start + share * (self.stop - self.start), 1)
 
@@ -72,13 +72,13 @@ def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 
 
 def span_of(rows: Sequence[Row]) -> tuple[float, float]:
-    """The least and the greatest of all that rows show."""
+    """Return the least and the greatest of all values that rows show."""
     intervals = [mark.interval for row in rows for mark in row.marks] + [r.reference for r in rows if r.reference]
     return min((each.low for each in intervals), default=0.0), max((each.high for each in intervals), default=1.0)
 
 
 def whiskers(rows: Sequence[Row], span: tuple[float, float], title: str) -> Markup:
-    """Dots with whiskers, one row below another, on one axis; references are dashed lines with a band.
+    """Draw dots with whiskers, one row below another, on one axis; references are dashed lines with a band.
 
     Args:
         rows: a row with one mark shows its figure at the end.
@@ -122,7 +122,7 @@ def _mark(mark: Mark, axis: Axis, y: float) -> Markup:
 
 
 def shape(series: int, x: float, y: float) -> Markup:
-    """The mark of a model by its number: circle, square, diamond, triangle, in turn."""
+    """Draw the mark of a model by its number: circle, square, diamond, triangle, in turn."""
     paths = (
         "m-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z",
         "m-3.6 -3.6h7.2v7.2h-7.2z",
@@ -133,7 +133,7 @@ def shape(series: int, x: float, y: float) -> Markup:
 
 
 def legend(names: Sequence[tuple[str, int]]) -> Markup:
-    """The marks of some models with their names, as a line of HTML."""
+    """Draw the marks of some models with their names, as a line of HTML."""
     key = Markup('<span class="key series-{}"><svg viewBox="-7 -7 14 14" aria-hidden="true">{}</svg>{}</span>')
     return Markup(" ").join(key.format(series % len(LIGHT_SERIES), shape(series, 0, 0), name) for name, series in names)
 
@@ -157,5 +157,5 @@ def _text(x: float, y: float, text: str, *, anchor: str = "middle", css: str = "
 
 
 def _short(value: float) -> str:
-    """A tick's number without needless noughts."""
+    """Format a tick's number without needless zeros."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"

@@ -1,4 +1,4 @@
-"""What the comparison of models is made of, read from where the stages left it."""
+"""Inputs of the comparison of models, read from where the stages left them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Training(NamedTuple):
 
 
 class Model(NamedTuple):
-    """What there is of a model; `cost` is what evaluating it took."""
+    """Report and other outputs of a model; `cost` is what evaluating it took."""
 
     name: str
     metrics: Mapping[str, Any]
@@ -54,7 +54,7 @@ class Found(NamedTuple):
 
 
 def gather(workspace: Path) -> Found:
-    """Reads the reports, adapters and times of a workspace, as far as they are there."""
+    """Read the reports, adapters and times of a workspace, as far as they are there."""
     params, seconds, nodes = load(workspace / pipeline.PARAMS), seconds_by_key(workspace), pipeline.load(workspace)
     models, missing, trainings = [], {}, {}
     for name in (BASE, *params.train):
@@ -72,7 +72,7 @@ def gather(workspace: Path) -> Found:
 
 
 def _model(workspace: Path, name: str, outs: Sequence[str]) -> Model | str:
-    """A model's report, or why there is none."""
+    """Read a model's report, or return why there is none."""
     figures, examples = (workspace / next(o for o in outs if o.endswith(end)) for end in (".json", ".parquet"))
     if not (figures.is_file() and examples.is_file()):
         return "was not evaluated"
@@ -85,7 +85,7 @@ def _model(workspace: Path, name: str, outs: Sequence[str]) -> Model | str:
 
 
 def _training(adapter: Path, seconds: Mapping[str, float]) -> Training:
-    """A training as its folder tells it; `seconds` by content key."""
+    """Read a training from its adapter's folder; `seconds` are by content key."""
     summary = json.loads((adapter / "summary.json").read_text())
     weights = sum(file.stat().st_size for file in adapter.rglob("*.safetensors"))
     return Training(summary, weights, seconds.get(summary["key"]))

@@ -1,4 +1,4 @@
-"""What models make of the same items: gains with their intervals, and the items on which models differ most."""
+"""Models compared on the same items: gains with their intervals, and the items on which models differ most."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Answers: TypeAlias = Mapping[Key, Item]
 
 
 class Gain(NamedTuple):
-    """How much better a model scores than another on the items of a suite that both answered."""
+    """Gain of a model's score over another's on the items of a suite that both answered."""
 
     interval: Interval
     items: int
@@ -54,7 +54,7 @@ def answers_of(items: Sequence[Item]) -> dict[Key, Item]:
 
 
 def gains(model: Answers, base: Answers, params: Evaluate) -> dict[str, Gain]:
-    """The paired gain over the base for each suite, in the order of the suites' names."""
+    """Compute the paired gain over the base for each suite, in the order of the suites' names."""
     differences: dict[str, list[float]] = {}
     for item in model.keys() & base.keys():
         differences.setdefault(model[item].suite, []).append(model[item].score - base[item].score)
@@ -65,7 +65,7 @@ def gains(model: Answers, base: Answers, params: Evaluate) -> dict[str, Gain]:
 
 
 def disagreements(models: Mapping[str, Answers], base: str, most: int = MOST_SHOWN) -> list[Difference]:
-    """Items that every model answered and that they score differently on, those that differ most first.
+    """List items that every model answered and that they score differently on, those that differ most first.
 
     The measure is the variance of the methods' scores, then that of all models' with the base; the prompt's digest
     decides between equals, as no item shall be favoured for its place. Tasks take turns, so that none fills the list.
@@ -73,7 +73,7 @@ def disagreements(models: Mapping[str, Answers], base: str, most: int = MOST_SHO
     Args:
         models: the answers of each, in the order that they are shown in.
         base: which of them is the base.
-        most: so many at most.
+        most: the most items returned.
     """
     common = set.intersection(*(set(answers) for answers in models.values())) if models else set()
     methods = [answers for name, answers in models.items() if name != base]
@@ -84,14 +84,14 @@ def disagreements(models: Mapping[str, Answers], base: str, most: int = MOST_SHO
 
 
 def _spread(key: Key, among: Sequence[Answers]) -> float:
-    """The variance of some models' scores; `fsum`, as it gives equal scores the same in any order."""
+    """Compute the variance of some models' scores; `fsum`, as it gives equal scores the same in any order."""
     scores = [answers[key].score for answers in among]
     mean = math.fsum(scores) / max(len(scores), 1)
     return math.fsum((score - mean) ** 2 for score in scores) / max(len(scores), 1)
 
 
 def _in_turn(ranked: Sequence[tuple[float, float, str, Key]]) -> Iterator[tuple[float, float, str, Key]]:
-    """The best of each task, then the second of each, and so on; within a round by rank."""
+    """Yield the best of each task, then the second of each, and so on; within a round by rank."""
     rounds: Counter[tuple[str, str]] = Counter()
     placed = []
     for entry in ranked:

@@ -30,14 +30,14 @@ _ALL_TASKS = 16
 
 
 def write(workspace: Path) -> Path:
-    """Writes the page of what a workspace has now; returns where it stands."""
+    """Write the page of what a workspace has now; return its path."""
     path = workspace / PAGE
     write_whole(path, comparison_page(gather(workspace)))
     return path
 
 
 def publish(client: MlflowClient, workspace: Path, written: Path) -> Run:
-    """Logs a page to MLflow, unless the very same one is logged already."""
+    """Log a page to MLflow, unless the very same one is logged already."""
     run = run_of(client, workspace, digest(written)[:16], "comparison", {"temper.kind": "comparison"})
     if run.info.status != "FINISHED":
         client.log_artifact(run.info.run_id, str(written))
@@ -46,7 +46,7 @@ def publish(client: MlflowClient, workspace: Path, written: Path) -> Run:
 
 
 def comparison_page(found: Found) -> str:
-    """What was found as one HTML page that needs nothing beside it; the same always gives the same bytes."""
+    """Render the comparison as one self-contained HTML page; the same input always gives the same bytes."""
     series = {name: number for number, name in enumerate(found.methods)}
     answered = {model.name: model.answers for model in found.models}
     suites = sorted({name for model in found.models for name in model.metrics["suites"]}, key=_held_out_first)
@@ -74,7 +74,7 @@ def comparison_page(found: Found) -> str:
 
 
 def shown(text: str) -> str:
-    """A text as it is, or shortened in the middle."""
+    """Return a text as it is, or shortened in the middle."""
     if len(text) <= _FIRST + _LAST:
         return text
     return f"{text[:_FIRST]}\n[… {len(text) - _FIRST - _LAST:,} characters …]\n{text[-_LAST:]}"
@@ -92,14 +92,14 @@ def _interval(scored: Mapping[str, Any]) -> Interval:
 
 
 def _best(models: Sequence[Model], suite: str) -> dict[str, Any]:
-    """The highest score in a suite, and all models that have it."""
+    """Find the highest score in a suite, and all models that have it."""
     means = {m.name: _interval(m.metrics["suites"][suite]).mean for m in models if suite in m.metrics["suites"]}
     highest = max(means.values())
     return {"suite": suite, "score": f"{highest:.3f}", "models": [name for name in means if means[name] == highest]}
 
 
 def _suite_plots(models: Sequence[Model], suite: str, series: Mapping[str, int]) -> dict[str, Any]:
-    """The two plots of a suite: every method over all its rows, and, where there are several tasks, over each."""
+    """Build the two plots of a suite: every method over all its rows, and, where there are several tasks, over each."""
     by_model = {m.name: m.metrics["suites"][suite] for m in models if suite in m.metrics["suites"]}
     about = next(iter(by_model.values()))
     base = by_model.pop(BASE, None)
@@ -135,7 +135,7 @@ def _suite_plots(models: Sequence[Model], suite: str, series: Mapping[str, int])
 
 
 def _score_table(found: Found, suites: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for every model: in each suite its score, and its paired gain over the base."""
+    """Build a row for every model: in each suite its score, and its paired gain over the base."""
     base = next((model.answers for model in found.models if model.name == BASE), None)
     rows = []
     for model in found.models:
@@ -160,7 +160,7 @@ def _cell(scored: Mapping[str, Any] | None, gain: Gain | None) -> dict[str, Any]
 
 
 def _task_table(models: Sequence[Model], suite: str) -> dict[str, Any]:
-    """The figures of each task of a suite, by model."""
+    """Build the table of the figures of each task of a suite, by model."""
     by_model = {m.name: m.metrics["suites"].get(suite, {}).get("tasks", {}) for m in models}
     rows = []
     for task in sorted({task for tasks in by_model.values() for task in tasks}):
@@ -190,7 +190,7 @@ def _right_or_wrong(score: float) -> dict[str, str]:
 
 
 def _cost(name: str, found: Found) -> dict[str, str]:
-    """What a method took; empty where it is not known."""
+    """Return what a method cost; empty where it is not known."""
     training = found.trainings.get(name)
     cost = next((model.cost for model in found.models if model.name == name), None)
     row = {"name": name}
@@ -209,5 +209,5 @@ def _cost(name: str, found: Found) -> dict[str, str]:
 
 
 def _parts(models: Sequence[Model], part: str) -> list[tuple[str, Mapping[str, float]]]:
-    """A part of the metrics of every model that has it."""
+    """Return one section of the metrics of every model that has it."""
     return [(model.name, model.metrics[part]) for model in models if part in model.metrics]

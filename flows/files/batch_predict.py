@@ -38,7 +38,7 @@ _WINDOW = 16
 
 
 class Scored(NamedTuple):
-    """What is said of one row; `target_logp` in nats, the sum over `target_tokens`."""
+    """Results for one row; `target_logp` in nats, the sum over `target_tokens`."""
 
     reply: str
     finish_reason: str
@@ -56,14 +56,14 @@ def score_file(
     batch_rows: int,
     generation: Generation = GREEDY,
 ) -> int:
-    """Answers every row of a Parquet file; the result appears whole or not at all.
+    """Answer every row of a Parquet file; the result appears whole or not at all.
 
     Args:
         model: a decoder or an encoder-decoder.
         tokenizer: its own.
         source: the file to read.
         target: the file to write: all columns of the source, and those of WRITTEN.
-        max_tokens: a reply is at most so long.
+        max_tokens: the most tokens in a reply.
         batch_rows: rows in a forward pass.
         generation: how replies are generated.
 
@@ -71,7 +71,7 @@ def score_file(
         How many rows there were.
 
     Raises:
-        BadData: the file is no Parquet file, lacks the columns, or has a row that cannot be asked; nothing is written.
+        BadData: the file is no Parquet file, lacks the columns, or has a row that cannot be answered; none is written.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -99,10 +99,10 @@ def score_file(
 
 
 def _asked(names: Sequence[str], model: Model, source: Path) -> str:
-    """The column that is asked.
+    """Choose the column to answer.
 
     Raises:
-        BadData: there is none that this model reads, or one is in the way of what is written.
+        BadData: there is none that this model reads, or one has the name of a column that is written.
     """
     wanted = ("input", "prompt") if architecture_of(model) is ENCODER_DECODER else ("messages", "prompt")
     found = [name for name in wanted if name in names]
@@ -161,7 +161,7 @@ def _answered(
     generation: Generation,
     progress: Progress,
 ) -> list[Scored]:
-    """The replies to some rows, in their order; rows of like length are answered together."""
+    """Generate the replies to some rows, in their order; rows of like length are answered together."""
     write = generate_targets if architecture_of(model) is ENCODER_DECODER else continuations
     found: dict[int, Scored] = {}
     for places in _batches(rows, batch_rows):
@@ -181,7 +181,7 @@ def _batches(rows: Sequence[_Prepared], batch_rows: int) -> Iterator[list[int]]:
 
 
 def _logps(model: Model, rows: Sequence[Row | None]) -> list[tuple[float | None, int | None]]:
-    """Of each row its log-probability and how many tokens that is of; nothing of a row without a target."""
+    """Compute each row's log-probability and its number of tokens; None for a row without a target."""
     import torch
 
     asked = [row for row in rows if row is not None]

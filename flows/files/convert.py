@@ -17,7 +17,7 @@ SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "ob
 
 
 def as_messages(record: Record) -> Mapping[str, Any]:
-    """OpenAI's form: `messages` of {role, content}, `tools`; for a pair `prompt`, `chosen`, `rejected`, and `label`."""
+    """Convert to OpenAI's form: `messages` of {role, content}, `tools`; or `prompt`, `chosen`, `rejected`; `label`."""
     if isinstance(record, ChatExample):
         return {"messages": [_message(m) for m in record.messages], **_tools(record.tools)}
     if isinstance(record, LabelledReply):
@@ -27,7 +27,7 @@ def as_messages(record: Record) -> Mapping[str, Any]:
 
 
 def as_conversations(record: Record) -> Mapping[str, Any]:
-    """ShareGPT's form: `conversations` of {from, value}, `tools`; for a pair also `chosen` and `rejected`."""
+    """Convert to ShareGPT's form: `conversations` of {from, value}, `tools`; pairs also `chosen` and `rejected`."""
     if isinstance(record, ChatExample):
         return {"conversations": _talk(record.messages, record), **_tools_text(record.tools)}
     if isinstance(record, PreferencePair):
@@ -115,7 +115,7 @@ def _tools_text(tools: Sequence[str]) -> dict[str, Any]:
 
 
 def convert(source: Path, target: Path, form: str) -> int:
-    """Writes a file's rows in another form, as .json (an array) or .jsonl; returns how many.
+    """Write a file's rows in another form, as .json (an array) or .jsonl; return how many.
 
     Raises:
         BadData: a row cannot be read, or holds what the form cannot; then nothing was written.

@@ -1,4 +1,4 @@
-"""What `temper estimate` finds: for every method of a workspace, what training would need here, and what would fit."""
+"""Estimates of `temper estimate`: for every method of a workspace, what training needs here, and what would fit."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 def estimates(workspace: Path, model: Path | None, only: str | None) -> dict[str, Any]:
-    """What training would need.
+    """Estimate what training would need.
 
     Args:
-        workspace: its params.yaml says which methods there are, its rendered rows how long rows are.
+        workspace: its params.yaml lists the methods, its rendered rows give the lengths of rows.
         model: a model folder or a config.json; without one, the workspace's base.
         only: the method to look at; without one, all.
 
@@ -77,7 +77,7 @@ def estimates(workspace: Path, model: Path | None, only: str | None) -> dict[str
 
 
 def advice(workspace: Path, method: str) -> str:
-    """What a method needs here and what would fit, as lines below an error; or why that cannot be told."""
+    """Return a method's needs here and what would fit, as lines below an error; or why there is no estimate."""
     from tasks.core.memory import shown
 
     try:
@@ -95,7 +95,7 @@ def advice(workspace: Path, method: str) -> str:
 def _each(
     methods: Mapping[str, Method], estimated: Callable[[str, Method], dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """The estimates of methods; one that has none says why, unless none has one: then the first problem is raised."""
+    """Estimate each method; one that has no estimate says why, unless none has one: then raise the first problem."""
     found: dict[str, dict[str, Any]] = {}
     problems: list[TemperError] = []
     for name, method in methods.items():
@@ -147,7 +147,7 @@ def _suggestions(
 
 
 def _base(workspace: Path, params: Params) -> Path:
-    """Where the config of the workspace's base is, or will come from; new tokens of `continue` are not in it yet."""
+    """Return where the base's config is, or will come from; new tokens of `continue` are not in it yet."""
     folder = next(workspace / out for out in pipeline.load(workspace)["base"].outs)
     if (folder / MANIFEST).is_file():
         return folder

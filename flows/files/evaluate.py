@@ -1,4 +1,4 @@
-"""What `temper evaluate` does: any model folder on any suite, without a workspace."""
+"""Evaluation by `temper evaluate`: any model folder on any suite, without a workspace."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST_ANSWER_TOKENS = 64
 
 
 class Wanted(NamedTuple):
-    """What is evaluated on what; see the options of the command."""
+    """Model and suite of an evaluation; see the options of the command."""
 
     model: str
     suite: str
@@ -36,7 +36,7 @@ class Wanted(NamedTuple):
 
 
 def evaluate(wanted: Wanted) -> dict[str, Any]:
-    """Evaluates a model; with `out`, writes the report there, whole or not at all.
+    """Evaluate a model; with `out`, write the report there, whole or not at all.
 
     Returns:
         What metrics.json holds (`model`, `template_sha256` and `suites`), and, unless all answers were known, `cost`,
@@ -94,7 +94,7 @@ def _with_skipped(suites: dict[str, Any], skipped: Mapping[str, list[str]]) -> d
 
 
 def _journals(out: Path | None) -> Path | None:
-    """Where answers are kept: in the workspace, or else beside the report; nowhere without either."""
+    """Return where answers are kept: in the workspace, or else beside the report; None without either."""
     from tasks.core.layout import JOURNALS, STATE
 
     try:
@@ -104,7 +104,7 @@ def _journals(out: Path | None) -> Path | None:
 
 
 def _quantized_for(name: str) -> Any:
-    """The adapter section of params that a base is loaded for in 4 or 8 bits; of an adapter only the form counts."""
+    """Return the adapter params that a base is loaded for in 4 or 8 bits; only their quantization counts."""
     from tasks.adapters.params import Int8Adapter, QloraAdapter
 
     common = {"rank": 1, "alpha": 1.0, "dropout": 0.0, "targets": "all-linear"}
@@ -122,11 +122,11 @@ def _quantized_for(name: str) -> Any:
 
 
 def resolve(wanted: Wanted) -> tuple[str, Suite | Ready]:
-    """The suite that a name, a YAML file or a file of rows stands for.
+    """Return the suite that a name, a YAML file or a file of rows stands for.
 
     Raises:
         BadParams: there is no such suite, or the file is none.
-        BadData: the columns of the rows do not tell what they ask.
+        BadData: the columns of the rows do not show what the questions are.
     """
     from tasks.evaluate.suites import read_ready, shipped
 
@@ -157,7 +157,7 @@ CHOICES = ("choices", "options", "endings")
 
 
 def rows_suite(path: Path, wanted: Wanted) -> RowsSuite:
-    """What a file of rows asks, as far as the names of its columns tell.
+    """Build the suite of a file of rows from the names of its columns.
 
     Raises:
         BadData: they do not.

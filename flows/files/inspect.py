@@ -1,4 +1,4 @@
-"""What the command line does with any file or folder of rows, without a workspace: inspect, render, convert."""
+"""Commands on any file or folder of rows, without a workspace: inspect, render, convert."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class FileFound(NamedTuple):
 
 
 def inspect(path: Path, against: Sequence[Path]) -> dict[str, Any]:
-    """What a run would make of a file, or of all files of a folder.
+    """Report what a run would make of a file, or of all files of a folder.
 
     Args:
         path: the file or folder.
@@ -88,7 +88,7 @@ def inspect(path: Path, against: Sequence[Path]) -> dict[str, Any]:
 
 
 def _look_into(path: Path) -> tuple[list[FileFound], list[Record], list[BadData]]:
-    """The files, their rows, and why rows were refused."""
+    """Read the files; return them, their rows, and why rows were refused."""
     files: list[FileFound] = []
     records: list[Record] = []
     refused: list[BadData] = []
@@ -122,7 +122,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def any_file(path: Path, max_refused: float = 1.0) -> FileSource:
-    """A file of rows, told by its content; up to this share of malformed rows are left out."""
+    """Build the source of a file of rows, detected by its content; up to this share of malformed rows are left out."""
     return FileSource(
         kind="file",
         path=str(path),
@@ -140,7 +140,7 @@ def _named(formats: Mapping[str, str]) -> str:
 
 
 def nearest_params() -> Params:
-    """The checks of the workspace that one stands in, or else those of the quickstart."""
+    """Load the checks of the current workspace, or else those of the quickstart."""
     try:
         return load(pipeline.find_workspace(Path.cwd()) / pipeline.PARAMS)
     except BadParams:

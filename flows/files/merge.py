@@ -34,15 +34,15 @@ PROBES = (
 
 
 class Wish(NamedTuple):
-    """How a merge is to be done.
+    """Options of a merge.
 
     Attributes:
         trained_on: WHOLE, or the form of the base that the adapter was trained on: nf4, fp4, or its own params.
         onto: of merge.onto; only for a quantized form.
         dtype: of the result; `own`: as the base has it.
-        max_shard_mib: a file of weights is at most so large.
-        max_mean_kl: so far the merged model may be from the adapter model, in nats per token, where it is measured.
-        any_base: also an adapter that names another base.
+        max_shard_mib: the largest size of a file of weights.
+        max_mean_kl: the largest divergence of the merged model from the adapter model, nats per token, where measured.
+        any_base: whether an adapter that names another base is accepted.
     """
 
     trained_on: str | QloraAdapter | Int8Adapter
@@ -53,10 +53,10 @@ class Wish(NamedTuple):
     any_base: bool
 
     def check(self) -> None:
-        """Refuses what there is not.
+        """Refuse options that do not exist.
 
         Raises:
-            BadParams: it is wished for.
+            BadParams: an option has no such value.
         """
         known = {
             "trained-on": (self.trained_on, (WHOLE, "nf4", "fp4")) if isinstance(self.trained_on, str) else ("", ("",)),
@@ -71,13 +71,13 @@ class Wish(NamedTuple):
 def merge_folders(
     base: Path, adapters: Sequence[Path], out: Path, wish: Wish, how: Combination | None
 ) -> dict[str, Any]:
-    """Merges one adapter, or several by a combination, into a base, as a new model folder with a manifest.
+    """Merge one adapter, or several by a combination, into a base, as a new model folder with a manifest.
 
     Returns:
         `out`, `bytes`, `form`, and where it was measured the figures of equivalence.json.
 
     Raises:
-        BadParams: the folder exists, or wishes are at odds.
+        BadParams: the folder exists, or options contradict each other.
         BadModel: base and adapter do not fit each other, or one is unsafe or torn.
         NotEquivalent: it was measured and is too far from the adapter model.
     """
@@ -141,7 +141,7 @@ def _measured(base: Path, adapter: Path, folder: Path, wish: Wish, known: dict[s
 
 
 def _form(adapter: Path, quantization: str) -> QloraAdapter:
-    """The form of the base that another maker's adapter was trained on, in double quantization as is usual."""
+    """Return the quantization of the base that a third-party adapter was trained on, doubly quantized as usual."""
     from tasks.adapters.params import QloraAdapter
 
     settings = settings_of(adapter)
@@ -158,7 +158,7 @@ def _form(adapter: Path, quantization: str) -> QloraAdapter:
 
 
 def trained_on(adapter: Path) -> str | QloraAdapter | Int8Adapter:
-    """The form of the base that an adapter was trained on, as the summary of temper's own says; WHOLE for others."""
+    """Read the form of base that an adapter was trained on from the summary of temper's own; WHOLE for others."""
     summary = adapter / "summary.json"
     if not summary.is_file():
         return WHOLE
@@ -175,7 +175,7 @@ def trained_on(adapter: Path) -> str | QloraAdapter | Int8Adapter:
 
 
 def export_folder(model: Path, out: Path, kind: str, dtype: str, max_shard_mib: int, ollama: bool) -> str:
-    """Writes a model folder in another form, as a new folder with a manifest; returns in words what was written.
+    """Write a model folder in another form, as a new folder with a manifest; return a description of what was written.
 
     Raises:
         BadParams: the folder exists, or there is no such form.

@@ -24,10 +24,10 @@ class Shown(NamedTuple):
 
 
 def render(path: Path, tokenizer_folder: Path, show: int) -> tuple[list[Shown], dict[str, int], Counter[str]]:
-    """Renders a file's rows with a tokenizer, chats by its template.
+    """Render a file's rows with a tokenizer, chats by its template.
 
     Returns:
-        The first rows to show, counts (rows, rendered, tokens, learnt tokens), and why rows were refused.
+        The first rows to show, counts (rows, rendered, tokens, target tokens), and why rows were refused.
     """
     from tasks.tokenization.chat_template import load_tokenizer
 
@@ -51,7 +51,7 @@ def render(path: Path, tokenizer_folder: Path, show: int) -> tuple[list[Shown], 
 
 
 def _rendered(record: Record, tokenizer: Any) -> list[tuple[str, list[int], list[bool]]]:
-    """A row as token ids and what is learnt; of two replies both, and of an input and its target both."""
+    """Render a row as token ids with its loss mask: of two replies both, and of an input and its target both."""
     from tasks.render.stage import tokens_of_pairs
     from tasks.tokenization.chat_template import Answered, Chat, render_chat, render_replies
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Approval(RunInput):
-    """What a person says of a version that passed the gate."""
+    """Decision of a person on a version that passed the gate."""
 
     approved: bool
     note: str = ""
@@ -31,16 +31,16 @@ POLL_S = 2
 
 
 def await_approval(model: str, verdict: Verdict, timeout_s: int) -> Approval:
-    """Pauses this flow run until somebody approves of a version or refuses it.
+    """Pause this flow run until somebody approves of a version or refuses it.
 
     Args:
         model: the registered model's name.
         verdict: of the version.
-        timeout_s: so long it waits.
+        timeout_s: how long it waits, in seconds.
 
     Raises:
         BadParams: this is no flow run, so there is nothing that could be resumed.
-        GateRefused: nobody said anything in time.
+        GateRefused: nobody decided in time.
     """
     from prefect.exceptions import FlowPauseTimeout
     from prefect.flow_runs import pause_flow_run
@@ -61,7 +61,7 @@ def await_approval(model: str, verdict: Verdict, timeout_s: int) -> Approval:
 
 
 def approve(run: str, *, approved: bool, note: str) -> None:
-    """Resumes a flow run that waits for a person's word.
+    """Resume a flow run that waits for a person's decision.
 
     Raises:
         BadParams: there is no such run, or it does not wait.
@@ -80,7 +80,7 @@ def approve(run: str, *, approved: bool, note: str) -> None:
 
 
 def keep_verdict(client: MlflowClient, version: ModelVersion, verdict: Verdict) -> None:
-    """Stores a verdict with its version: whole as an artifact of its run and as a tag, and its digest beside it."""
+    """Store a verdict with its version: whole as an artifact of its run and as a tag, and its digest beside it."""
     told, digest = as_json(verdict.as_dict()), verdict.digest()
     if version.run_id:
         client.log_text(version.run_id, told, f"verdicts/version-{version.version}-{digest[:12]}.json")
@@ -89,7 +89,7 @@ def keep_verdict(client: MlflowClient, version: ModelVersion, verdict: Verdict) 
 
 
 def table(verdict: Verdict) -> list[dict[str, str]]:
-    """A verdict as rows of text, for a terminal or a page."""
+    """Format a verdict as rows of text, for a terminal or a page."""
     return [_row(finding) for finding in verdict.findings]
 
 
@@ -105,7 +105,7 @@ def _row(finding: Finding) -> dict[str, str]:
 
 
 def show_verdict(model: str, verdict: Verdict) -> None:
-    """Publishes a verdict as a Prefect artifact, where a flow run is under way."""
+    """Publish a verdict as a Prefect artifact, where a flow run is under way."""
     from prefect.artifacts import create_markdown_artifact
     from prefect.runtime import flow_run
 

@@ -1,4 +1,4 @@
-"""What was registered with a version, read back for the gate and for comparisons; what is missing passes no gate."""
+"""Evidence registered with a version, read back for the gate and for comparisons; what is missing passes no gate."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 
 def evidence(client: MlflowClient, version: ModelVersion, *, with_files: bool) -> Evidence:
-    """All that is known of a version.
+    """Collect all that is known of a version.
 
     Args:
         client: of the registry.
         version: which.
-        with_files: whether the model's files are read, too, and held against what was registered.
+        with_files: whether the model's files are read, too, and compared with what was registered.
 
     Raises:
         BadParams: its report cannot be read.
@@ -53,7 +53,7 @@ def evidence(client: MlflowClient, version: ModelVersion, *, with_files: bool) -
 
 
 def report(client: MlflowClient, version: ModelVersion, name: str) -> list[Item]:
-    """The items that a version, or its base, was evaluated on.
+    """Read the items that a version, or its base, was evaluated on.
 
     Raises:
         BadParams: they are not there, or not those that were registered.
@@ -91,7 +91,7 @@ def report(client: MlflowClient, version: ModelVersion, name: str) -> list[Item]
 
 
 def broken(client: MlflowClient, version: ModelVersion) -> str:
-    """What is wrong with the files of a version; empty when they are as they were registered, and signed as asked."""
+    """Describe what is wrong with a version's files; empty when they are as registered, and signed as required."""
     try:
         folder = fetch_model(client, version)
         read_manifest(folder)

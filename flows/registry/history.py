@@ -1,4 +1,4 @@
-"""What is registered, told: the champion alias's moves, two versions beside each other, and where one comes from."""
+"""Reports on the registry: the champion alias's moves, two versions beside each other, and a version's lineage."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 
 def history(workspace: Path) -> dict[str, Any]:
-    """The ledger of the workspace's model, and its versions.
+    """Read the ledger of the workspace's model, and its versions.
 
     Returns:
         `model`; `champion`, or None; `moves`, the fields of each entry, oldest first; `versions`, of each its number,
-        method, scores by suite, aliases, and whether the gate let it through (None: it was not asked).
+        method, scores by suite, aliases, and whether the gate let it through (None: it was not judged).
     """
     client, model = connect(workspace), load(workspace / pipeline.PARAMS).register_.model
     with answering(workspace):
@@ -102,7 +102,7 @@ def _numbers(found: Difference) -> dict[str, Any]:
 
 
 def lineage(workspace: Path, address: str) -> dict[str, Any]:
-    """Where a version comes from, all the way: commit, keys, rows, params, base, adapter, evaluation, verdict.
+    """Trace a version's lineage, all the way: commit, keys, rows, params, base, adapter, evaluation, verdict.
 
     Args:
         workspace: whose registry it is.

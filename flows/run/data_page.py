@@ -22,7 +22,7 @@ _KIND = {"temper.kind": "data"}
 
 
 def publish(client: MlflowClient, workspace: Path) -> Run | None:
-    """Logs what `validate` measured, unless this state of the data is logged already.
+    """Log what `validate` measured, unless this state of the data is logged already.
 
     Returns:
         The MLflow run of this state of the data; None when nothing was validated yet.
@@ -47,7 +47,7 @@ def publish(client: MlflowClient, workspace: Path) -> Run | None:
 
 
 def _last(client: MlflowClient, run: Run) -> dict[str, Any] | None:
-    """The profile that was logged last before this one."""
+    """Load the profile that was logged last before this one."""
     query = (
         f"tags.`temper.kind` = 'data' and attributes.run_id != '{run.info.run_id}' and attributes.status = 'FINISHED'"
     )

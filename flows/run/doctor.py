@@ -1,4 +1,4 @@
-"""What is installed here, what this machine can do, and which servers answer."""
+"""Checks of what is installed here, what this machine can do, and which servers answer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Finding(NamedTuple):
 
 
 def examine(workspace: Path) -> list[Finding]:
-    """Looks at everything that a run needs."""
+    """Check everything that a run needs."""
     return [*_software(), *_machine(workspace), *_servers(workspace)]
 
 

@@ -17,7 +17,7 @@ from tasks.orchestration.params import check
 
 
 def change_params(workspace: Path, recipe: Path | None, settings: Sequence[str]) -> str:
-    """Replaces params.yaml by a recipe and sets single values, then writes it.
+    """Replace params.yaml by a recipe and set single values, then write it.
 
     Args:
         workspace: the folder with params.yaml.

@@ -18,14 +18,14 @@ Workspace = Annotated[
 
 
 def enter(given: Path | None) -> Path:
-    """The workspace as an absolute path, which becomes the present folder: stages take their paths from there."""
+    """Return the workspace as an absolute path, and make it the current folder: stages take their paths from there."""
     root = pipeline.find_workspace((given or Path.cwd()).resolve())
     os.chdir(root)
     return root
 
 
 def ready(given: Path | None, *, terminal: bool = True) -> Path:
-    """The same, with the settings of its servers in place."""
+    """Enter the workspace as `enter` does, and set the environment of its servers."""
     from flows.run import prefect_server
 
     root = enter(given)
@@ -34,7 +34,7 @@ def ready(given: Path | None, *, terminal: bool = True) -> Path:
 
 
 def seen_from_here(reference: str) -> str:
-    """A reference to an adapter; a path is made absolute before the workspace becomes the present folder."""
+    """Return a reference to an adapter; make a path absolute before the workspace becomes the current folder."""
     from tasks.registry.adapter_refs import is_folder
 
     return str(Path(reference).resolve()) if is_folder(reference) else reference
@@ -44,7 +44,7 @@ REGISTERED = "models:/"
 
 
 def local_model(reference: str, workspace: Path | None) -> Path:
-    """The folder of a model.
+    """Return the folder of a model.
 
     Args:
         reference: a folder, models:/NAME/VERSION or models:/NAME@ALIAS.

@@ -27,17 +27,17 @@ _held: set[Path] = set()
 
 @contextmanager
 def held(workspace: Path, purpose: str, name: str = "lock") -> Iterator[None]:
-    """Holds the workspace while the block runs; within a block that holds it already this does nothing.
+    """Hold the workspace while the block runs; within a block that holds it already this does nothing.
 
     The kernel lets go of it when this process ends, however it ends.
 
     Args:
         workspace: what is held.
-        purpose: what another process is told that holds it.
+        purpose: what holds it, for the error message of another process.
         name: the lock file in `.temper/`; locks of different names do not exclude each other.
 
     Raises:
-        WorkspaceBusy: another process holds it; says which.
+        WorkspaceBusy: another process holds it; the message names it.
     """
     lock = state_folder(workspace) / name
     if lock in _held:

@@ -9,7 +9,7 @@ from flows.run.prefect_server import temporary
 
 
 def limit_trainings(tag: str, limit: int = 1) -> None:
-    """Sees to it that at most so many trainings run at once.
+    """Limit how many trainings run at once.
 
     On a server of the user's own an existing limit stands as it is. A temporary server forgets who held its slots
     when it dies, while the count of them stays in its database; as nobody else uses that database, the limit is made
@@ -30,7 +30,7 @@ def limit_trainings(tag: str, limit: int = 1) -> None:
 
 
 def mark_dead_runs(flow_name: str, workspace: Path, but: str | None) -> int:
-    """Marks runs of this workspace as crashed that their killed processes left as running; returns how many.
+    """Mark this workspace's runs that their killed processes left as running as crashed; return how many.
 
     The caller holds the workspace, so none of them can be alive.
     """

@@ -31,7 +31,7 @@ _WAIT_S, _WATCH_S = 0.5, 2.0
 
 
 def prepare(workspace: Path, *, terminal: bool) -> None:
-    """Sets the environment for Prefect and the libraries below; what the user has set stays.
+    """Set the environment for Prefect and the libraries below; what the user has set stays.
 
     Args:
         workspace: its `.temper/prefect` is Prefect's home, so that no other project's runs are mixed in.
@@ -59,12 +59,12 @@ def prepare(workspace: Path, *, terminal: bool) -> None:
 
 
 def temporary() -> bool:
-    """Whether runs start a Prefect server of their own."""
+    """Return whether runs start a Prefect server for themselves."""
     return "PREFECT_API_URL" not in os.environ
 
 
 def ui_commands(workspace: Path) -> dict[str, str]:
-    """The exact commands that open MLflow and Prefect on what this workspace recorded."""
+    """Return the exact commands that open MLflow and Prefect on what this workspace recorded."""
     binaries = Path(sys.executable).parent
     uri, home = tracking_uri(workspace), workspace / ".temper" / "prefect"
     mlflow = f"{shlex.quote(str(binaries / 'mlflow'))} ui --backend-store-uri {shlex.quote(uri)} --port {MLFLOW_PORT}"
@@ -78,14 +78,14 @@ def ui_commands(workspace: Path) -> dict[str, str]:
 
 
 def run_link(workspace: Path, experiment: str, run: str) -> str:
-    """The address of a run in MLflow's UI."""
+    """Return the address of a run in MLflow's UI."""
     uri = tracking_uri(workspace)
     server = uri.rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{MLFLOW_PORT}"
     return f"{server}/#/experiments/{experiment}/runs/{run}"
 
 
 def end_old_server(workspace: Path) -> bool:
-    """Ends the temporary server of a run that was killed; returns whether there was one."""
+    """End the temporary server of a run that was killed; return whether there was one."""
     note = _noted(workspace)
     if note is None or not note["temporary"]:
         return False
@@ -94,7 +94,7 @@ def end_old_server(workspace: Path) -> bool:
 
 
 def note_server(workspace: Path) -> None:
-    """Writes down which process is this run's temporary server, for `end_old_server`."""
+    """Record which process is this run's temporary server, for `end_old_server`."""
     import psutil
 
     for child in psutil.Process().children():
@@ -104,7 +104,7 @@ def note_server(workspace: Path) -> None:
 
 @contextmanager
 def kept_up(workspace: Path) -> Iterator[str]:
-    """A Prefect server for as long as the block runs: the user's own, or one on this machine, started anew if it dies.
+    """Keep a Prefect server up while the block runs: the user's own, or one on this machine, restarted if it dies.
 
     Yields:
         The address of its API, which answers when the block begins.
@@ -128,7 +128,7 @@ def kept_up(workspace: Path) -> Iterator[str]:
 
 @contextmanager
 def _server(workspace: Path, api: str, server: psutil.Process | None) -> Iterator[None]:
-    """Keeps a server at an address up, and ends it with the block."""
+    """Keep a server at an address up, and end it with the block."""
     import psutil
 
     port = api.removesuffix("/api").rpartition(":")[2]
@@ -156,7 +156,7 @@ def _server(workspace: Path, api: str, server: psutil.Process | None) -> Iterato
 
 
 def _end(server: psutil.Process) -> None:
-    """Ends a server; kills it when it does not end by itself."""
+    """End a server; kill it when it does not end by itself."""
     import psutil
 
     with suppress(psutil.NoSuchProcess):
@@ -168,7 +168,7 @@ def _end(server: psutil.Process) -> None:
 
 
 def _free_port() -> int:
-    """Prefect's own port, or another one when that is taken."""
+    """Return Prefect's own port, or another one when that is taken."""
     for port in (PREFECT_PORT, 0):
         with socket.socket() as probe:
             try:
@@ -180,7 +180,7 @@ def _free_port() -> int:
 
 
 def wait_for(api: str) -> None:
-    """Returns once the server at this address answers."""
+    """Wait until the server at this address answers."""
     import httpx
 
     told = False
@@ -207,7 +207,7 @@ def _note(workspace: Path, pid: int, *, temporary: bool, api: str = "") -> None:
 
 
 def _noted(workspace: Path) -> dict[str, Any] | None:
-    """The noted server with its `process`, if it is alive: a process of that id that began at that time."""
+    """Return the recorded server with its `process`, if it is alive: a process of that id that began at that time."""
     import psutil
 
     try:

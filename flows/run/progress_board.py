@@ -1,4 +1,4 @@
-"""What a person sees in a terminal: one bar for the graph and a line for every stage that runs."""
+"""Terminal display: one bar for the graph and a line for every stage that runs."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class WithoutTraceback(logging.Formatter):
         self.inner = inner
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record's message alone."""
+        """Return the record's message alone."""
         plain = copy.copy(record)  # other handlers, such as that of Prefect's server, get the whole record
         plain.exc_info = plain.exc_text = None
         return self.inner.format(plain)
 
 
 def plain_logs() -> None:
-    """Makes Prefect's log lines on this console readable by people who did not write it."""
+    """Make Prefect's log lines on this console readable by people who did not write it."""
     for handler in logging.getLogger().handlers:
         if handler.formatter:
             handler.setFormatter(WithoutTraceback(handler.formatter))
@@ -68,7 +68,7 @@ class Board:
         self._progress.stop()
 
     def show(self, event: Event) -> None:
-        """Takes in one event of the session."""
+        """Show one event of the session."""
         if event.state == "running":
             self._running(event)
             return
@@ -97,7 +97,7 @@ _board: ContextVar[Board | None] = ContextVar("board", default=None)
 
 @contextmanager
 def on_board(stages: int, *, terminal: bool) -> Iterator[None]:
-    """Shows the sessions that begin within this block, when there is a terminal to show them in."""
+    """Show the sessions that begin within this block, when there is a terminal to show them in."""
     if not terminal:
         yield
         return
@@ -110,12 +110,12 @@ def on_board(stages: int, *, terminal: bool) -> Iterator[None]:
 
 
 def clear_board() -> None:
-    """Takes the board off the terminal before this process ends itself: it hides the cursor."""
+    """Clear the board off the terminal before this process ends itself, since the board hides the cursor."""
     if board := _board.get():
         board.__exit__()
 
 
 def watching() -> Callable[[Event], None]:
-    """What a session shall call with its events."""
+    """Return the function that a session calls with its events."""
     board = _board.get()
     return board.show if board else lambda event: None

@@ -25,7 +25,7 @@ from tasks.engine.checkpoints import checkpoint_folder
 
 
 def put_in_order(workspace: Path) -> list[str]:
-    """Mends what a kill may have left behind; returns a sentence for everything that was done."""
+    """Repair what a kill may have left behind; return a sentence for everything that was done."""
     _forget_checkpoints(workspace)  # no damage: a training that is complete needs them no more
     return [
         *_mend_rwlock(workspace),
@@ -36,7 +36,7 @@ def put_in_order(workspace: Path) -> list[str]:
 
 
 def keep_lock_copy(workspace: Path) -> None:
-    """Keeps a copy of dvc.lock, which DVC rewrites in place, for the day that it is cut in the middle."""
+    """Keep a copy of dvc.lock, which DVC rewrites in place, in case it is cut in the middle."""
     text = pipeline.read_lock(workspace)
     if _is_whole(text):
         write_whole(state_folder(workspace) / "dvc.lock.good", text)
@@ -65,7 +65,7 @@ def _mend_lock(workspace: Path) -> Iterator[str]:
 
 
 def _is_whole(text: str) -> bool:
-    """Whether dvc.lock has all that DVC writes for a stage; DVC itself accepts one that is cut between two keys."""
+    """Check that dvc.lock has all that DVC writes for a stage; DVC itself accepts one that is cut between two keys."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
@@ -93,7 +93,7 @@ def _remove_drafts(workspace: Path) -> Iterator[str]:
 
 
 def _check_cache(workspace: Path) -> Iterator[str]:
-    """Hashes cache objects that are new or were touched since they were last found right."""
+    """Hash cache objects that are new or were touched since they were last found right."""
     seen_file = state_folder(workspace) / "cache-checked.json"
     try:
         seen: dict[str, list[int]] = json.loads(seen_file.read_text())
@@ -119,7 +119,7 @@ def _mark(path: Path) -> list[int]:
 
 
 def _mend_object(workspace: Path, path: Path, name: str) -> bool:
-    """Puts the right content in the place of a damaged cache object, if an output still has it; else removes it."""
+    """Replace a damaged cache object by the right content, if an output still has it; else remove the object."""
     path.chmod(0o600)
     path.unlink()
     for output, md5 in pipeline.recorded_files(workspace):

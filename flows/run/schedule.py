@@ -53,7 +53,7 @@ def parse_interval(text: str) -> timedelta:
 
 
 def check_cron(text: str) -> str:
-    """A cron line of five fields.
+    """Check that a text is a cron line of five fields.
 
     Raises:
         BadParams: it is not one.
@@ -72,13 +72,13 @@ def check_cron(text: str) -> str:
 
 
 def name_of(workspace: Path) -> str:
-    """The deployment's name: the workspace's folder, and a digest of its path, since a server may serve several."""
+    """Return the name of the deployment: the workspace folder and a digest of its path, as a server may serve many."""
     folder = re.sub(r"[^A-Za-z0-9._-]+", "-", workspace.name).strip("-")
     return f"{folder or 'workspace'}-{hashlib.sha256(str(workspace).encode()).hexdigest()[:6]}"
 
 
 def serve(workspace: Path, *, cron: str | None, every: timedelta | None) -> None:
-    """Serves the schedule until it is stopped; does not return before."""
+    """Serve the schedule until it is stopped; do not return before."""
     from prefect.exceptions import PrefectException
     from prefect.types.entrypoint import EntrypointType
 
@@ -114,7 +114,7 @@ def serve(workspace: Path, *, cron: str | None, every: timedelta | None) -> None
 
 
 def listed() -> list[Scheduled]:
-    """Every schedule that the Prefect server knows for this flow."""
+    """List every schedule that the Prefect server knows for this flow."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 
@@ -124,14 +124,14 @@ def listed() -> list[Scheduled]:
 
 
 def pause(workspace: Path, *, paused: bool) -> str:
-    """Pauses or resumes the schedule of this workspace; returns its name."""
+    """Pause or resume the schedule of this workspace; return its name."""
     with _deployment(workspace) as (client, deployment):
         client.pause_deployment(deployment.id) if paused else client.resume_deployment(deployment.id)
         return deployment.name
 
 
 def remove(workspace: Path) -> str:
-    """Removes the schedule of this workspace; returns its name."""
+    """Remove the schedule of this workspace; return its name."""
     with _deployment(workspace) as (client, deployment):
         client.delete_deployment(deployment.id)
         return deployment.name

@@ -1,4 +1,4 @@
-"""What surrounds a run: holding the workspace, putting it in order, and showing what came out."""
+"""Session around a run: holding the workspace, putting it in order, and showing its results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tasks.registry.versions import find_version
 
 @contextmanager
 def begin(workspace: Path) -> Iterator[Session]:
-    """Opens a session: its stages run while the workspace is held and in order.
+    """Open a session: its stages run while the workspace is held and in order.
 
     Raises:
         BadParams: params.yaml is wrong.
@@ -57,7 +57,7 @@ def begin(workspace: Path) -> Iterator[Session]:
 
 
 def forget_lost_versions(workspace: Path, params: Params) -> None:
-    """Removes the note of a registration that this registry does not have, so that the stage runs again.
+    """Remove the note of a registration that this registry does not have, so that the stage runs again.
 
     DVC knows the note, not the registry: after a change of server, or without `.temper/`, it would call the stage up
     to date.
@@ -74,7 +74,7 @@ def forget_lost_versions(workspace: Path, params: Params) -> None:
 
 
 def show_results(workspace: Path) -> None:
-    """Publishes the table of models and the profile of the data as Prefect artifacts that link to MLflow."""
+    """Publish the table of models and the profile of the data as Prefect artifacts that link to MLflow."""
     results = read_results(workspace)
     client = connect(workspace)
     if data := data_page.publish(client, workspace):
@@ -91,7 +91,7 @@ def show_results(workspace: Path) -> None:
 
 
 def show_comparison(workspace: Path) -> Path:
-    """Writes the page that compares all models, logs it to MLflow and links it from this flow run."""
+    """Write the page that compares all models, log it to MLflow and link it from this flow run."""
     page, client = write(workspace), connect(workspace)
     run = publish(client, workspace, page)
     link = prefect_server.run_link(workspace, run.info.experiment_id, run.info.run_id)

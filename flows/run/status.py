@@ -17,7 +17,7 @@ from tasks.registry.versions import versions
 
 
 def overview(workspace: Path) -> dict[str, Any]:
-    """What `temper status` tells.
+    """Collect what `temper status` shows.
 
     Returns:
         `model`; `champion` with its version and method, or None; `base` with its exact match, or None; `methods`, by
@@ -78,7 +78,7 @@ class Result(NamedTuple):
 
 
 def read_results(workspace: Path) -> list[Result]:
-    """The base model and every method that was evaluated, in the order of params."""
+    """Read the results of the base model and every method that was evaluated, in the order of params."""
     nodes = pipeline.load(workspace)
     results = []
     for stage, node in nodes.items():
@@ -93,7 +93,7 @@ def read_results(workspace: Path) -> list[Result]:
 
 
 def table(results: list[Result]) -> list[dict[str, str]]:
-    """The results as rows of text, for a terminal or a page."""
+    """Format the results as rows of text, for a terminal or a page."""
     return [
         {
             "model": result.name,

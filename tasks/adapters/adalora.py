@@ -1,4 +1,4 @@
-"""What AdaLoRA (arXiv:2303.10512) needs of a training beside its layers, which are PEFT's."""
+"""Training-side parts of AdaLoRA (arXiv:2303.10512); its layers are PEFT's."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 def freeze_ranks(model: PeftModel) -> None:
-    """Keeps the number that updates are divided by as it is: PEFT lets it be trained, and does not save it."""
+    """Freeze the number that updates are divided by: PEFT lets it be trained, and does not save it."""
     for name, number in model.named_parameters():
         if ".ranknum." in name:
             number.requires_grad_(False)
 
 
 def take_ranks(model: PeftModel, name: str) -> None:
-    """Gives a fresh adapter the ranks that were left to a published one.
+    """Give a fresh adapter the ranks that a published one was left with.
 
     PEFT does so when it puts the tensors in, but then in the number format of the base.
     """
@@ -33,7 +33,7 @@ def take_ranks(model: PeftModel, name: str) -> None:
 
 
 def orthogonality_penalty(model: PeftModel) -> Tensor:
-    """How far the singular vectors are from orthogonal, a scalar: the mean of the Frobenius norms of P P^T - I.
+    """Compute how far the singular vectors are from orthogonal, a scalar: the mean Frobenius norm of P P^T - I.
 
     Equation 4 of the paper, as PEFT has it: the mean over all matrices and the norm, not the sum and its square.
     """
@@ -63,12 +63,12 @@ class RankSteps:
         """There is nothing to clear."""
 
     def step(self) -> None:
-        """Weighs the last gradients and takes ranks away where the plan says so."""
+        """Weigh the last gradients and take ranks away where the plan says so."""
         self._taken += 1
         self._tuner.update_and_allocate(self._taken)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors by the number of their matrix, in the order of names; -1 is what belongs to none."""
+        """Return tensors by the number of their matrix, in the order of names; -1 is what belongs to none."""
         averages, doubts = self._allocator.exp_avg_ipt, self._allocator.exp_avg_unc
         state: dict[int, dict[str, Any]] = {-1: {"taken": torch.tensor(self._taken)}}
         for number, name in enumerate(self._names()):
@@ -79,7 +79,7 @@ class RankSteps:
         return {"state": state, "param_groups": []}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Puts back what `state_dict` gave."""
+        """Restore what `state_dict` gave."""
         names, state = self._names(), dict(state_dict["state"])
         self._taken = int(state.pop(-1)["taken"])
         self._allocator.reset_ipt()

@@ -48,17 +48,17 @@ if TYPE_CHECKING:
 
 
 def mergeable(adapter: AnyAdapter) -> bool:
-    """Whether an adapter can be added to the weights; others are kept beside them."""
+    """Return whether an adapter can be added to the weights; others are kept beside them."""
     return isinstance(adapter, FullAdapter | LowRank | AdaloraAdapter | Ia3Adapter)
 
 
 def fresh(base: Path, adapter: AnyAdapter, steps: int = 1) -> Model:
-    """The base model with a new, trainable adapter on it, or with trainable weights.
+    """Load the base model with a new, trainable adapter on it, or with trainable weights.
 
     Args:
         base: a model folder.
         adapter: of params.
-        steps: how many the training will take.
+        steps: optimizer steps of the training.
 
     Raises:
         BadModel: the adapter does not fit the model.
@@ -73,7 +73,7 @@ def fresh(base: Path, adapter: AnyAdapter, steps: int = 1) -> Model:
 
 
 def trainable(model: PreTrainedModel, adapter: AnyAdapter, steps: int = 1) -> Model:
-    """A frozen model with a new, trainable adapter on it, or with trainable weights.
+    """Put a new, trainable adapter on a frozen model, or make weights of it trainable.
 
     Raises:
         BadModel: the adapter does not fit the model.
@@ -102,7 +102,7 @@ def trainable(model: PreTrainedModel, adapter: AnyAdapter, steps: int = 1) -> Mo
 
 
 def load_adapted(base: Path, folder: Path, adapter: AnyAdapter) -> Model:
-    """The model that was trained: the base in the form it was trained on, with a published adapter.
+    """Load the model that was trained: the base in the form it was trained on, with a published adapter.
 
     Raises:
         BadModel: the adapter is damaged, unknown, does not fit this base, or would change nothing.
@@ -125,12 +125,12 @@ class Adapter(NamedTuple):
 
 
 def attach(model: PreTrainedModel, folder: Path, *, any_base: bool = False) -> PeftModel:
-    """Puts a published adapter on a model, for inference.
+    """Put a published adapter on a model, for inference.
 
     Args:
         model: a base model without an adapter.
         folder: the adapter's.
-        any_base: also on a base that is not the one that the adapter names.
+        any_base: whether a base that is not the one that the adapter names is accepted.
 
     Raises:
         BadModel: the adapter is damaged, unknown, of another base, does not fit this model, or would change nothing.
@@ -141,7 +141,7 @@ def attach(model: PreTrainedModel, folder: Path, *, any_base: bool = False) -> P
 
 
 def put_on(model: PreTrainedModel | PeftModel, adapter: Adapter, name: str = "default") -> PeftModel:
-    """Puts an adapter on a model under a name; a model that has adapters gets one more.
+    """Put an adapter on a model under a name; a model that has adapters gets one more.
 
     Raises:
         BadModel: the adapter does not fit this model, or would change nothing.
@@ -161,12 +161,12 @@ def put_on(model: PreTrainedModel | PeftModel, adapter: Adapter, name: str = "de
 
 
 def folder_base(model: PreTrainedModel) -> Base:
-    """Which base a model is, by the folder that it was loaded from."""
+    """Identify a model's base by the folder that it was loaded from."""
     return base_of(Path(model.name_or_path)) if model.name_or_path else UNKNOWN
 
 
 def load_packaged(folder: Path, base: Path | None = None) -> Model:
-    """The model of a folder that `merge` wrote: with its adapter, when it holds one that could not be merged.
+    """Load the model of a folder that `merge` wrote: with its adapter, when it holds one that could not be merged.
 
     `base` is where the base of such an adapter is, if it is not where the folder says.
 
@@ -179,7 +179,7 @@ def load_packaged(folder: Path, base: Path | None = None) -> Model:
 
 
 def publish(model: Model, folder: Path) -> None:
-    """Writes what was trained in its published form."""
+    """Write what was trained in its published form."""
     from peft import PeftModel
     from safetensors.torch import save_file
 
@@ -197,7 +197,7 @@ def publish(model: Model, folder: Path) -> None:
 
 
 def published_state(model: Model, name: str = "default") -> dict[str, Tensor]:
-    """The tensors that an adapter is published as; of ReFT the orthogonal matrices, not what they are made from."""
+    """Return the tensors that an adapter is published as; of ReFT the orthogonal matrices, not their parameters."""
     from peft import PeftModel, get_peft_model_state_dict
 
     if not isinstance(model, PeftModel):
@@ -213,7 +213,7 @@ def _base_for(base: Path, adapter: AnyAdapter) -> PreTrainedModel:
 
 
 def _check_rank(model: PreTrainedModel, adapter: AnyAdapter) -> None:
-    """Refuses low-rank updates of more ranks than the model is wide: they would be no smaller than the weights.
+    """Refuse low-rank updates of more ranks than the model is wide: they would be no smaller than the weights.
 
     Raises:
         BadModel: a rank is above the hidden size.
@@ -229,7 +229,7 @@ def _check_rank(model: PreTrainedModel, adapter: AnyAdapter) -> None:
 
 
 def _check_names(adapted: PeftModel, adapter: AnyAdapter) -> None:
-    """Refuses names and patterns that no module has: PEFT is content when one of them matches.
+    """Refuse names and patterns that no module has: PEFT is content when one of them matches.
 
     Raises:
         BadModel: one matches nothing.
@@ -254,7 +254,7 @@ def _check_names(adapted: PeftModel, adapter: AnyAdapter) -> None:
 
 
 def _check_embeddings(adapted: PeftModel) -> None:
-    """Refuses adapters on weights that more than one module holds, where they would change another model than merged.
+    """Refuse adapters on weights that more than one module holds, where they would change another model than merged.
 
     Raises:
         BadModel: the head of a model whose head is its embedding, or the embedding that encoder and decoder share.
@@ -278,7 +278,7 @@ def _check_embeddings(adapted: PeftModel) -> None:
 
 
 def _unfrozen(model: PreTrainedModel, adapter: FullAdapter) -> PreTrainedModel:
-    """Makes the chosen modules' weights trainable."""
+    """Make the chosen modules' weights trainable."""
     chosen = adapter.modules
     names = [chosen] if isinstance(chosen, str) else chosen
     for name, module in model.named_modules():
@@ -311,7 +311,7 @@ def _adapted(model: PreTrainedModel | PeftModel, config: PeftConfig, where: str,
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """A published adapter, after checking that it is safe and whole.
+    """Read a published adapter, after checking that it is safe and whole.
 
     Raises:
         BadModel: the adapter is damaged or unknown.
@@ -333,13 +333,13 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def _without_base(adapted: PeftModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leaves out what is the base's own anyway: PEFT saves an embedding along, whole, that an adapter is on."""
+    """Leave out what is the base's own anyway: PEFT also saves the whole embedding that an adapter is on."""
     own = {name: weight for name, weight in adapted.state_dict().items() if ".base_layer." in name and name in state}
     return {name: t for name, t in state.items() if name not in own or not t.to(own[name]).equal(own[name])}
 
 
 def _check_places(target: Mapping[str, Tensor], state: Mapping[str, Tensor], folder: Path) -> None:
-    """Refuses tensors that have no place, or a place without one: PEFT itself loads such an adapter without a word."""
+    """Refuse tensors without a place, and places without a tensor: PEFT itself loads such an adapter silently."""
     wrong = [f"{name}: the model has no such place" for name in state.keys() - target.keys()]
     wrong += [f"{name}: missing in the adapter" for name in target.keys() - state.keys()]
     wrong += [

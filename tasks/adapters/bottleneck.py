@@ -45,10 +45,10 @@ normalise after their sublayers alone (OLMo 2), which have a `post_feedforward_l
 
 @dataclass
 class BottleneckConfig(PeftConfig):  # type: ignore[misc]
-    """Which form, and how wide.
+    """Form and width of a bottleneck adapter.
 
     Raises:
-        ValueError: a value that there is not.
+        ValueError: a field has no such value.
     """
 
     form: str = field(default="houlsby", metadata={"help": "One of " + ", ".join(FORMS)})
@@ -87,7 +87,7 @@ class Bottleneck(nn.Module):
         self.scaling = config.scaling
 
     def forward(self, x: Tensor) -> Tensor:
-        """What is added, for x of shape (..., hidden)."""
+        """Compute what is added, for x of shape (..., hidden)."""
         with torch.autocast(x.device.type, enabled=False):
             wide = x.to(torch.promote_types(x.dtype, self.down.weight.dtype))
             added: Tensor = self.up(self.dropout(self.activation(self.down(wide)))) * self.scaling
@@ -109,7 +109,7 @@ class BottleneckLayer(HookedLayer):
             self._handles.append(norm.register_forward_pre_hook(self._take))
 
     def changed(self, hidden: Tensor, adapter_name: str) -> Tensor:
-        """Adds what the bottleneck makes of its input."""
+        """Add what the bottleneck makes of its input."""
         read = self._read if self._reads_norm else hidden
         added: Tensor = self.bottleneck_parts[adapter_name](read)
         return hidden + added
@@ -135,7 +135,7 @@ class BottleneckModel(HookedTuner):
             )
 
     def targets(self, config: BottleneckConfig) -> list[str]:
-        """The names of the modules whose outputs are changed.
+        """Return the names of the modules whose outputs are changed.
 
         Raises:
             ValueError: the model has no such layer, or no such module in it.
@@ -144,11 +144,11 @@ class BottleneckModel(HookedTuner):
         return [component_of(layer, name, part) for name, layer in layers.items() for part in FORMS[config.form]]
 
     def new_layer(self, module: nn.Module, name: str, config: BottleneckConfig) -> BottleneckLayer:
-        """A layer that reads what its form reads."""
+        """Build a layer that reads the input of its form."""
         return BottleneckLayer(module, self._norm_before(name) if config.form == "parallel" else None)
 
     def new_part(self, layer: BottleneckLayer, adapter_name: str, config: BottleneckConfig) -> nn.Module:
-        """A bottleneck."""
+        """Build a bottleneck."""
         return Bottleneck(config_of(self.model).hidden_size, config)
 
     def _norm_before(self, name: str) -> nn.Module:

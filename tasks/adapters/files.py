@@ -32,7 +32,7 @@ PICKLE = "adapter_model.bin"
 
 
 class Base(NamedTuple):
-    """Which model a base is, as far as it is known."""
+    """Identity of a base model, as far as it is known."""
 
     name: str | None
     """Owner and name on the Hugging Face hub."""
@@ -46,9 +46,9 @@ UNKNOWN = Base(None, None, None)
 
 
 def base_of(model: Path, *, hashed: bool = True) -> Base:
-    """Which base a model folder is: by its manifest, or by its weights when it has none.
+    """Identify the base of a model folder: by its manifest, or by its weights when it has none.
 
-    `hashed` asks for the digest of the weights, for which those are read that no manifest tells of.
+    `hashed` also gives the digest of the weights; those that no manifest lists are read for it.
     """
     manifest = _manifest(model)
     made = manifest.base
@@ -75,14 +75,14 @@ class _Origin(BaseModel):
 
 
 class _Manifest(BaseModel):
-    """What is read of a manifest of temper's own."""
+    """Fields that are read of a manifest of temper's own."""
 
     files: dict[str, _File] = {}
     base: _Origin = _Origin()
 
 
 def _manifest(model: Path) -> _Manifest:
-    """The manifest of a model folder; of another maker's file of that name nothing is taken."""
+    """Read the manifest of a model folder; ignore a third-party file of that name."""
     path = model / MANIFEST
     try:
         return _Manifest.model_validate_json(path.read_bytes()) if path.is_file() else _Manifest()
@@ -91,12 +91,12 @@ def _manifest(model: Path) -> _Manifest:
 
 
 def write_base(folder: Path, base: Base) -> None:
-    """Writes into an adapter's folder which base it is of."""
+    """Write into an adapter's folder which base it is of."""
     write_whole(folder / BASE, as_json(base._asdict()))
 
 
 def said_base(folder: Path) -> Base:
-    """Which base an adapter says that it is of.
+    """Read which base an adapter names.
 
     Raises:
         BadModel: it is no adapter, or what it says cannot be read.
@@ -116,12 +116,12 @@ def said_base(folder: Path) -> Base:
 
 
 def check_base_folder(folder: Path, model: Path) -> None:
-    """As `check_base`, of a base in a folder, whose weights are read only where the adapter names theirs."""
+    """Run `check_base` on a base in a folder, whose weights are read only where the adapter names theirs."""
     check_base(folder, base_of(model, hashed=said_base(folder).weights_sha256 is not None))
 
 
 def check_base(folder: Path, base: Base) -> None:
-    """Refuses an adapter of another base; the same weights are the same base whatever they are called.
+    """Refuse an adapter of another base; the same weights are the same base whatever they are called.
 
     Raises:
         BadModel: name, revision or weights are known of both and differ.
@@ -144,7 +144,7 @@ def check_base(folder: Path, base: Base) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration of a published adapter, after checking that it is safe to follow.
+    """Read the configuration of a published adapter, after checking that it is safe to follow.
 
     Raises:
         BadModel: there is none, or it asks for code or for further adapters to be loaded.
@@ -165,7 +165,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def weights_file(folder: Path) -> Path:
-    """The file with the tensors of a published adapter.
+    """Return the file with the tensors of a published adapter.
 
     Raises:
         BadModel: there is none, or they are pickled.
@@ -185,7 +185,7 @@ def weights_file(folder: Path) -> Path:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a published adapter.
+    """Read the tensors of a published adapter.
 
     Raises:
         BadModel: there are none, they are pickled, torn, or hold a number that is not finite.
@@ -208,7 +208,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _code_in(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The keys by which PEFT, or a library that it calls, would import a module that the configuration names."""
+    """Yield the keys by which PEFT, or a library that it calls, would import a module that the configuration names."""
     for key, value in config.items():
         library = value.get("parent_library") if key == "auto_mapping" and isinstance(value, Mapping) else None
         if (key in ("auto_map", "trust_remote_code", "megatron_config") and value) or (
@@ -220,7 +220,7 @@ def _code_in(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as safetensors takes them: on the host, in one piece, and none in the memory of another."""
+    """Return tensors as safetensors takes them: on the host, in one piece, and none in the memory of another."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():

@@ -35,7 +35,7 @@ _GATE_UP = {("phi3", "gate_up_proj"), ("glm", "gate_up_proj"), ("glm4", "gate_up
 
 
 def rows_of_parts(module: str, rows: int, config: Any) -> dict[str, Tensor]:
-    """Which rows of a fused projection's output belong to which part, each (rows,), int64.
+    """Find which rows of a fused projection's output belong to which part, each (rows,), int64.
 
     Args:
         module: the last component of its name.
@@ -82,7 +82,7 @@ def _of_falcon(place: Tensor, config: Any) -> dict[str, Tensor]:
 
 
 def keep_parts_apart(model: PeftModel, targets: Mapping[str, str | Sequence[str]]) -> None:
-    """Lets the LoRA updates of fused projections reach only the rows of the chosen parts.
+    """Let the LoRA updates of fused projections reach only the rows of the chosen parts.
 
     Args:
         model: with a fresh LoRA adapter, whose B's are zero.

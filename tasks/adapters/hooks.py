@@ -39,25 +39,25 @@ class HookedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     @property
     def parts(self) -> nn.ModuleDict:
-        """What each adapter has here, by its name."""
+        """Return the part of each adapter here, by the adapter's name."""
         parts: nn.ModuleDict = getattr(self, self.adapter_layer_names[0])
         return parts
 
     def add(self, adapter_name: str, part: nn.Module, *, inference_mode: bool) -> None:
-        """Gives an adapter its part."""
+        """Give an adapter its part."""
         self.parts[adapter_name] = part
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def take_away(self, name: str) -> None:
-        """Leaves the module as it was; `name` is what it is called there."""
+        """Restore the module as it was; `name` is the attribute under which it holds this layer."""
         for handle in self._handles:
             handle.remove()
         del self._module[0]._modules[name]
 
     @abstractmethod
     def changed(self, hidden: Tensor, adapter_name: str) -> Tensor:
-        """What an adapter makes of hidden states of shape (batch, tokens, hidden)."""
+        """Apply an adapter to hidden states of shape (batch, tokens, hidden)."""
 
     def _change(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self.disable_adapters:
@@ -86,15 +86,15 @@ class HookedTuner(BaseTuner):  # type: ignore[misc]
 
     @abstractmethod
     def targets(self, config: Any) -> list[str]:
-        """The names of the modules whose outputs are changed."""
+        """Return the names of the modules whose outputs are changed."""
 
     @abstractmethod
     def new_layer(self, module: nn.Module, name: str, config: Any) -> HookedLayer:
-        """A layer without parts on a module of that name."""
+        """Build a layer without parts on a module of that name."""
 
     @abstractmethod
     def new_part(self, layer: Any, adapter_name: str, config: Any) -> nn.Module:
-        """What an adapter gets there."""
+        """Build an adapter's part for a layer."""
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         peft_config.target_modules = self.targets(peft_config)
@@ -137,12 +137,12 @@ class HookedTuner(BaseTuner):  # type: ignore[misc]
 
 
 def register(name: str, config: type[Any], model: type[HookedTuner]) -> None:
-    """Makes PEFT know a method."""
+    """Register a method with PEFT."""
     register_peft_method(name=name, config_cls=config, model_cls=model, prefix=model.prefix)
 
 
 def peft_type(name: str) -> PeftType:
-    """The name of a method in PEFT's enumeration, which has no place for new ones."""
+    """Add the name of a method to PEFT's enumeration, which has no place for new ones."""
     if name not in PeftType.__members__:
         extend_enum(PeftType, name, name)
     return PeftType(name)
@@ -152,17 +152,17 @@ def peft_type(name: str) -> PeftType:
 
 
 def body_of(model: nn.Module) -> nn.Module:
-    """The stack of layers that reads the prompt: the encoder where there is one, else the decoder."""
+    """Return the stack of layers that reads the prompt: the encoder where there is one, else the decoder."""
     encodes = getattr(config_of(model), "is_encoder_decoder", False)
     body: nn.Module = model.get_encoder() if encodes else model.get_decoder()  # type: ignore[operator]
     return body
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers of that stack by their names in the model, in order.
+    """Return the layers of that stack by their names in the model, in order.
 
     Raises:
-        ValueError: they cannot be told.
+        ValueError: they cannot be identified.
     """
     body, count = body_of(model), config_of(model).num_hidden_layers
     stack = next((m for m in body.modules() if isinstance(m, nn.ModuleList) and len(m) == count), None)
@@ -173,7 +173,7 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def chosen_layers(model: nn.Module, numbers: str | list[int]) -> dict[str, nn.Module]:
-    """Layers by their numbers, `all`, or a range such as `4-7`.
+    """Select layers by their numbers, `all`, or a range such as `4-7`.
 
     Raises:
         ValueError: there is no such layer.
@@ -184,7 +184,7 @@ def chosen_layers(model: nn.Module, numbers: str | list[int]) -> dict[str, nn.Mo
 
 
 def component_of(layer: nn.Module, name: str, component: str) -> str:
-    """The name of the module in a layer whose output a component is.
+    """Return the name of the module in a layer whose output a component is.
 
     Raises:
         ValueError: the layer has no such module.
@@ -197,7 +197,7 @@ def component_of(layer: nn.Module, name: str, component: str) -> str:
 
 
 def has(module: nn.Module, path: str) -> bool:
-    """Whether there is a module at a path below another."""
+    """Return whether there is a module at a path below another."""
     try:
         module.get_submodule(path)
     except AttributeError:
@@ -206,6 +206,6 @@ def has(module: nn.Module, path: str) -> bool:
 
 
 def config_of(model: nn.Module) -> Any:
-    """The configuration that says how many layers there are and how wide they are."""
+    """Return the configuration that says how many layers there are and how wide they are."""
     config: Any = model.config
     return config if getattr(config, "is_encoder_decoder", False) else config.get_text_config()

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 
 def add_in_one_pass(model: PeftModel, name: str = "default") -> None:
-    """Lets plain LoRA layers of an adapter add their updates so; variants such as DoRA stay as they are."""
+    """Let plain LoRA layers of an adapter add their updates in one pass; variants such as DoRA stay as they are."""
     for module in model.modules():
         if isinstance(module, Linear | Linear4bit | Linear8bitLt) and name not in module.lora_variant:
             module.lora_variant[name] = InOnePass()
@@ -30,26 +30,26 @@ class InOnePass(LoraVariant):  # type: ignore[misc, unused-ignore]
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, **more: Any) -> None:
-        """Needs nothing."""
+        """Do nothing, as nothing needs to be set up."""
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """The weight with the update."""
+        """Return the weight with the update."""
         return orig_weight + _delta(module, active_adapter, orig_weight)
 
     @staticmethod
     def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
-        """Adds the update to the weight."""
+        """Add the update to the weight."""
         orig_weight.data += _delta(module, active_adapter, orig_weight)
 
     @staticmethod
     def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """The weight without the update."""
+        """Return the weight without the update."""
         return orig_weight - _delta(module, active_adapter, orig_weight)
 
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **more: Any) -> Tensor:
-        """What the layer gives, `result` (..., out), and the update of its inputs `x` (..., in)."""
+        """Add the update of the inputs `x` (..., in) to what the layer gives, `result` (..., out)."""
         a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         x, scaling = module.lora_dropout[active_adapter](x), module.scaling[active_adapter]
         alike = x.dtype == a.weight.dtype == result.dtype and not torch.is_autocast_enabled(x.device.type)

@@ -29,7 +29,7 @@ BASE = "base"
 
 
 def package(base: Path, trained: Path, folder: Path, out: Path) -> None:
-    """Writes an adapter and what belongs to it of a base, but not the base's weights, into an empty folder.
+    """Write an adapter and what belongs to it of a base, but not the base's weights, into an empty folder.
 
     Args:
         base: a model folder.
@@ -48,7 +48,7 @@ def package(base: Path, trained: Path, folder: Path, out: Path) -> None:
 
 
 def base_in(folder: Path, given: Path | None = None) -> Path:
-    """The folder with the weights of a model: its own, or that of the base that it refers to.
+    """Find the folder with the weights of a model: its own, or that of the base that it refers to.
 
     Args:
         folder: a model folder.
@@ -78,12 +78,12 @@ def base_in(folder: Path, given: Path | None = None) -> Path:
 
 
 def is_of_hub(folder: Path) -> bool:
-    """Whether the base of a packaged model can be had by its name and commit."""
+    """Return whether the base of a packaged model is available from the hub by its name and commit."""
     told = read_object(folder / REFERENCE)
     return bool(told.get("name") and told.get("revision"))
 
 
 def _weights(base: Path) -> str | None:
-    """The digest of a base's weights, after checking them against its manifest, if it has one."""
+    """Compute the digest of a base's weights, after checking them against its manifest, if it has one."""
     check_manifest(base)
     return base_of(base).weights_sha256

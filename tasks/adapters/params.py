@@ -22,7 +22,7 @@ def _has_others(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compiles(value: Any) -> Any:
-    """Words are regular expressions, `all` and `all-linear` too."""
+    """Check that words are valid regular expressions; `all` and `all-linear` are, too."""
     for pattern in [value] if isinstance(value, str) else value:
         if pattern != OTHERS:
             try:
@@ -66,7 +66,7 @@ class FullAdapter(Section):
 
 
 class LowRank(Section):
-    """What low-rank updates of weights have in common."""
+    """Fields that low-rank updates of weights have in common."""
 
     rank: Ranks
     """The paper's r; or one for each pattern of module names, such as {others: 8, "layers.0.*q_proj": 16}."""

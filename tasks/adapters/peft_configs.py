@@ -1,4 +1,4 @@
-"""What PEFT makes each adapter of params from."""
+"""PEFT configurations of the adapters of params."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ _NEED_MORE = {
 
 
 def config_of(adapter: AnyAdapter, steps: int = 1, task: str = "CAUSAL_LM") -> PeftConfig:
-    """The configuration of an adapter.
+    """Build the configuration of an adapter.
 
     Args:
         adapter: any but `full`, which is no adapter.
-        steps: how many the training takes; AdaLoRA plans with it.
+        steps: optimizer steps of the training; AdaLoRA plans with them.
         task: what PEFT calls the kind of model.
 
     Raises:
@@ -104,7 +104,7 @@ def _made(kind: type[PeftConfig], fields: Mapping[str, Any]) -> PeftConfig:
 
 
 def _low_rank(adapter: LowRank) -> dict[str, Any]:
-    """The fields of LoRA; of a fused projection all chosen parts are one update of so many times the rank.
+    """Return the fields of LoRA; of a fused projection all chosen parts are one update of so many times the rank.
 
     `fused_projections` keeps the parts apart; alpha grows with the rank so that each part's scale stays what it was.
     """

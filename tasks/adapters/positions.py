@@ -1,4 +1,4 @@
-"""Which layers, and which tokens of a prompt, are changed, as params and adapters say it.
+"""Layers, and tokens of a prompt, that are changed, as params and adapters name them.
 
 Without torch, so that params can be checked.
 """
@@ -14,7 +14,7 @@ LAYERS = r"all|\d+-\d+"
 
 
 class Spans(NamedTuple):
-    """Which tokens of each prompt: so many at its beginning, so many at its end, or all."""
+    """Spans of tokens of each prompt: a number at its beginning, a number at its end, or all."""
 
     first: int
     last: int
@@ -22,12 +22,12 @@ class Spans(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The spans there are, each with an edit of its own unless edits are shared."""
+        """Return the names of the spans, each with a separate edit unless edits are shared."""
         return ("all",) if self.all else tuple(name for name in ("first", "last") if getattr(self, name))
 
 
 def parse_positions(text: str) -> Spans:
-    """Reads `last`, `all`, `fN`, `lN` or `fN+lM`.
+    """Parse `last`, `all`, `fN`, `lN` or `fN+lM`.
 
     Raises:
         ValueError: it is none of these.
@@ -41,7 +41,7 @@ def parse_positions(text: str) -> Spans:
 
 
 def parse_layers(layers: str | Sequence[int], count: int) -> list[int]:
-    """The numbers of the layers that `all`, `FIRST-LAST` or a list of numbers chooses, of so many.
+    """Return the numbers of the layers that `all`, `FIRST-LAST` or a list of numbers chooses, of `count` layers.
 
     Raises:
         ValueError: there is no such layer.

@@ -21,7 +21,7 @@ _HANDLE = "_counts_only_what_is_attended"
 
 
 def virtual_tokens(model: PreTrainedModel | PeftModel) -> int:
-    """How many learnt tokens stand before each prompt; they take up room in the context. None while switched off."""
+    """Count the virtual tokens before each prompt; they take up room in the context. None while switched off."""
     from peft import PeftModel
 
     if not isinstance(model, PeftModel) or not model.active_peft_config.is_prompt_learning or model._adapters_disabled:
@@ -30,14 +30,14 @@ def virtual_tokens(model: PreTrainedModel | PeftModel) -> int:
 
 
 def with_virtual_tokens(model: PreTrainedModel | PeftModel, given: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """Puts a model's learnt prompt before the tokens of a forward pass.
+    """Put a model's virtual tokens before the tokens of a forward pass.
 
     Args:
-        model: with or without a learnt prompt.
+        model: with or without virtual tokens.
         given: what the decoder is called with: input_ids and attention_mask, both (batch, tokens).
 
     Returns:
-        The same with the learnt prompt, and how many positions of the output belong to it.
+        The same with the virtual tokens, and how many positions of the output belong to them.
     """
     count = virtual_tokens(model)
     if not count:
@@ -52,7 +52,7 @@ def with_virtual_tokens(model: PreTrainedModel | PeftModel, given: dict[str, Any
 
 
 def start_from_text(model: PeftModel, ids: list[int]) -> None:
-    """Lets a learnt prompt begin as the embeddings of a text, (virtual tokens, hidden); repeated or cut to its length.
+    """Initialise a soft prompt from a text's embeddings, (virtual tokens, hidden); repeated or cut to its length.
 
     As in section 3.2 of arXiv:2104.08691.
 
@@ -68,9 +68,9 @@ def start_from_text(model: PeftModel, ids: list[int]) -> None:
 
 
 def count_only_what_is_attended(model: PeftModel) -> None:
-    """Gives tokens the positions that they have without padding, in whatever batch they are generated.
+    """Give tokens the positions that they have without padding, in whatever batch they are generated.
 
-    PEFT puts learnt embeddings before the padding and drops the positions that count without it, so that a prompt would
+    PEFT puts soft prompts before the padding and drops the positions that count without it, so that a prompt would
     be the further from them the more padding its batch needs. `count_as_before` ends it.
     """
     base: Any = model.get_base_model()
@@ -91,6 +91,6 @@ def count_only_what_is_attended(model: PeftModel) -> None:
 
 
 def count_as_before(base: PreTrainedModel) -> None:
-    """Lets a base that has lost its learnt prompt count positions as it does without one."""
+    """Let a base whose soft prompt was removed count positions as it does without one."""
     if handle := vars(base).pop(_HANDLE, None):
         handle.remove()

@@ -41,12 +41,12 @@ CHATS = ("chat", "preference", "labelled")
 
 
 def only_texts(clean: Path) -> bool:
-    """Whether no clean row needs a chat template."""
+    """Return whether no clean row needs a chat template."""
     return next(read_records(clean, CHATS), None) is None
 
 
 def tokenizer_for(folder: Path, *, chats: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder; it needs a chat template only where there are chats.
+    """Load the tokenizer of a model folder; it needs a chat template only where there are chats.
 
     Where there is one, texts end with the stop token of its replies, so that the model learns to write that.
 
@@ -58,14 +58,14 @@ def tokenizer_for(folder: Path, *, chats: bool) -> PreTrainedTokenizerBase:
 
 
 def continue_model(params: ContinueBase, folder: Path, checkpoints: Path) -> dict[str, Any]:
-    """Trains the model in a folder further, in place; the folder gets a log and a model card.
+    """Train the model in a folder further, in place; the folder gets a log and a model card.
 
     Returns:
-        What the held-out rows cost it before and after, and the new tokens, for the manifest.
+        The held-out loss before and after, and the new tokens, for the manifest.
 
     Raises:
         BadModel: the model, its tokenizer or its context does not fit what params ask for.
-        BadData: there is nothing to learn.
+        BadData: there is nothing to train on.
     """
     import torch
 
@@ -108,7 +108,7 @@ def continue_model(params: ContinueBase, folder: Path, checkpoints: Path) -> dic
 
 
 def grow(folder: Path, growth: Growth, documents: Sequence[Document]) -> dict[int, list[int]]:
-    """Gives a model folder the new tokens that params ask for: tokenizer, embedding, output head.
+    """Add the new tokens that params list to a model folder: tokenizer, embedding, output head.
 
     Returns:
         The new ids, each with the old tokens that its rows began as; none for the mean of all.
@@ -131,7 +131,7 @@ def grow(folder: Path, growth: Growth, documents: Sequence[Document]) -> dict[in
 
 
 def rewrite(model: PreTrainedModel, folder: Path) -> None:
-    """Puts a model's weights in the place of those of its folder, in the number format that these have."""
+    """Replace the weights of a model's folder by the model's, in the dtype that those in the folder have."""
     import torch
     from transformers import AutoConfig
 
@@ -143,14 +143,14 @@ def rewrite(model: PreTrainedModel, folder: Path) -> None:
 
 
 def trainable(folder: Path, params: ContinueBase, new: Sequence[int]) -> Model:
-    """The model of a folder with what is to be trained in float32: all weights, or LoRA and the rows of new tokens."""
+    """Load a folder's model with what is trained in float32: all weights, or LoRA and the rows of new tokens."""
     if isinstance(params.adapter, AllWeights):
         return load_model(folder, full_precision=True).requires_grad_(True)
     return with_lora(load_model(folder), params.adapter, new)
 
 
 def with_lora(model: PreTrainedModel, adapter: LoraAdapter, new: Sequence[int]) -> PeftModel:
-    """A model with a fresh LoRA and, if there are new tokens, rows of them that are trained beside it."""
+    """Add a fresh LoRA to a model and, if there are new tokens, rows of them that are trained beside it."""
     from peft import get_peft_model
 
     from tasks.adapters.fused_projections import keep_parts_apart
@@ -178,7 +178,7 @@ def with_lora(model: PreTrainedModel, adapter: LoraAdapter, new: Sequence[int]) 
 
 
 def _check_not_shared(adapted: PeftModel) -> None:
-    """Refuses LoRA on one of two layers that share their weight: merged into that, it would change the other too."""
+    """Refuse LoRA on one of two layers that share their weight: merged into that, it would change the other too."""
     from peft.tuners.lora import LoraLayer
 
     layers = {name: module for name, module in adapted.named_modules() if isinstance(module, LoraLayer)}
@@ -207,7 +207,7 @@ def adamw(model: Model, weight_decay: float) -> list[Optimizer]:
 
 
 def publish(model: Model, folder: Path, params: ContinueBase, new: Sequence[int]) -> int:
-    """Writes what was trained into the model's folder; LoRA is merged in float32.
+    """Write what was trained into the model's folder; LoRA is merged in float32.
 
     Returns:
         The number of parameters.

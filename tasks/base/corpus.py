@@ -31,10 +31,10 @@ class Corpus(NamedTuple):
 
 
 def read_corpus(params: Pretraining) -> Corpus:
-    """The clean rows of the kinds that are wanted; a held-out group is on no account learnt.
+    """Read the clean rows of the kinds that params list; a held-out group is never trained on.
 
     Raises:
-        BadData: there are no rows to learn from.
+        BadData: there are no rows to train on.
     """
     if missing := [kind for kind in params.rows if not Path(params.path, f"{kind}.parquet").is_file()]:
         raise BadData(
@@ -61,7 +61,7 @@ def read_corpus(params: Pretraining) -> Corpus:
 
 
 def text_bytes(documents: Iterable[Document]) -> int:
-    """What documents say, in bytes of UTF-8, whatever a tokenizer or a template makes of it."""
+    """Count the bytes of UTF-8 in documents' texts, whatever a tokenizer or a template makes of them."""
     return sum(
         len(text.encode())
         for document in documents
@@ -70,7 +70,7 @@ def text_bytes(documents: Iterable[Document]) -> int:
 
 
 def own_token_ids(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -> Iterator[list[int]]:
-    """Documents as an existing model reads them: with what its tokenizer puts before a text, up to a stop token.
+    """Yield documents as an existing model reads them: with its tokenizer's prefix of a text, up to a stop token.
 
     A chat is rendered as it is for tuning, up to the end of its last reply.
 
@@ -110,7 +110,7 @@ def _chat_ids(tokenizer: PreTrainedTokenizerBase, chats: Sequence[ChatExample]) 
 
 
 def pack_blocks(rows: Iterable[Sequence[int]], context_tokens: int) -> np.ndarray[Any, Any]:
-    """All rows end to end, cut into blocks: (blocks, context_tokens), int32; the rest at the end is dropped.
+    """Pack all rows end to end into blocks: (blocks, context_tokens), int32; the rest at the end is dropped.
 
     Raises:
         BadData: there is not one block's worth of text.

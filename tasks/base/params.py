@@ -72,7 +72,7 @@ class CheckpointBase(Section):
 
 
 class Pretraining(Section):
-    """What every training on whole texts says: which rows, what is kept from them, and the course."""
+    """Settings of every training on whole texts: which rows, what is held out, and the course."""
 
     path: FilePath
     """The clean rows: `data/clean`."""

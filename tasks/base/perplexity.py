@@ -1,4 +1,4 @@
-"""How well a model predicts texts that it has not seen."""
+"""Perplexity of a model on texts that it has not seen."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _LARGEST_LOSS = 700.0
 
 
 class Perplexity(NamedTuple):
-    """What a model makes of some texts.
+    """Perplexity of a model on some texts.
 
     Attributes:
-        rows: texts.
+        rows: the number of texts.
         tokens: tokens that were predicted: all but the first of each text.
         loss: nats per token.
         perplexity: e to that power; models with different vocabularies cannot be compared by it.
@@ -34,7 +34,7 @@ class Perplexity(NamedTuple):
     bits_per_byte: float
 
     def __str__(self) -> str:
-        """The three figures in words."""
+        """Format the three figures in words."""
         return (
             f"{self.loss:.4f} nats per token, perplexity {self.perplexity:.3f}, {self.bits_per_byte:.4f} bits per byte"
         )
@@ -43,7 +43,7 @@ class Perplexity(NamedTuple):
 def perplexity(
     model: Model, rows: Sequence[Sequence[int]], text_bytes: int, *, context_tokens: int, batch_tokens: int
 ) -> Perplexity | None:
-    """Scores every token but the first of each row, given what stands before it.
+    """Score every token but the first of each row, given what stands before it.
 
     A row that is longer than the context is read in windows that overlap by one token, so that each token is predicted
     once.

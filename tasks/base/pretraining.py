@@ -41,7 +41,7 @@ TOKENIZER_DOCUMENTS = 50_000
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer of at most `vocabulary` tokens, with every digit one and ChatML's control tokens."""
+    """Train a byte-level BPE tokenizer of at most `vocabulary` tokens, with single digits and ChatML's tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -68,21 +68,21 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def document(record: Document) -> str:
-    """A row as the text that is trained on: plain text as it is, a chat in the form of the chat template."""
+    """Return a row as the text that is trained on: plain text as it is, a chat in the form of the chat template."""
     if isinstance(record, TextExample):
         return record.text + STOP
     return "".join(f"{TURN}{role}\n{content}{STOP}\n" for role, content, *_ in record.messages)
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -> Iterator[list[int]]:
-    """Documents in the form that a model of ours is pretrained on."""
+    """Yield documents' token ids in the form that a model of ours is pretrained on."""
     for start in range(0, len(documents), AT_ONCE):
         texts = [document(record) for record in documents[start : start + AT_ONCE]]
         yield from tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 def new_model(params: PretrainBase, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """A Llama with random weights, in fp32, with tied embeddings."""
+    """Build a Llama with random weights, in fp32, with tied embeddings."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -125,7 +125,7 @@ def train_on_blocks(
     checkpoints: Path,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Trains what is trainable in place, in bf16 where this machine is fast at it; goes on from the newest checkpoint.
+    """Train what is trainable in place, in bf16 where this machine is fast at it; go on from the newest checkpoint.
 
     Args:
         model: a model on this machine's device; what is trained has fp32 weights.
@@ -170,15 +170,15 @@ def train_on_blocks(
 
 
 def steps_of(params: Pretraining) -> int:
-    """The number of steps that see all the tokens."""
+    """Return the number of steps that see all the tokens."""
     return math.ceil(params.tokens / params.batch_tokens)
 
 
 def make_model(params: PretrainBase, out: Path, checkpoints: Path) -> dict[str, Any]:
-    """Pretrains a model on the clean rows and writes it with its tokenizer, its log and a model card.
+    """Pretrain a model on the clean rows and write it with its tokenizer, its log and a model card.
 
     Returns:
-        What the held-out rows cost it at the end, for the manifest.
+        The held-out loss at the end, for the manifest.
     """
     import torch
 
@@ -208,7 +208,7 @@ def make_model(params: PretrainBase, out: Path, checkpoints: Path) -> dict[str, 
 
 
 def write_log(out: Path, log: Sequence[Mapping[str, Any]], *figures: Mapping[str, Any]) -> None:
-    """Writes log.jsonl: a row for each step, then rows of what was measured before or after."""
+    """Write log.jsonl: a row for each step, then rows of what was measured before or after."""
     (out / "log.jsonl").write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in (*log, *figures) if row))
 
 
@@ -220,7 +220,7 @@ class Shuffle:
         self._epoch, self._order = -1, [0]
 
     def __call__(self, n: int) -> int:
-        """The item at place n, from 0."""
+        """Return the item at place n, from 0."""
         import torch
 
         epoch, place = divmod(n, self.items)
@@ -237,7 +237,7 @@ def model_card(
     corpus_tokens: int,
     held_out: Perplexity | None,
 ) -> str:
-    """What a pretrained model is, in Markdown: its shape, what it saw, and how well it predicts that and other text."""
+    """Describe a pretrained model in Markdown: its shape, its data, and how well it predicts that and other text."""
     heads = f"{params.heads} heads ({params.kv_heads} for keys and values)"
     shape = f"{params.layers} layers, hidden size {params.hidden_size}, MLP {params.mlp_size}, {heads}"
     rows = {"parameters": f"{parameters:,} ({shape}, vocabulary {params.vocabulary}, tied embeddings)"}
@@ -250,7 +250,7 @@ def model_card(
 def course_rows(
     params: Pretraining, log: Sequence[Mapping[str, Any]], corpus_tokens: int, optimizer: str
 ) -> dict[str, str]:
-    """What a model card says of the training."""
+    """Return the rows of a model card about the training."""
     last = log[-100:]
     loss = sum(row["loss"] for row in last) / len(last)
     return {
@@ -263,6 +263,6 @@ def course_rows(
 
 
 def card(title: str, rows: Mapping[str, str]) -> str:
-    """A model card: a title and a table."""
+    """Format a model card: a title and a table."""
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"# {title}\n\n| | |\n|---|---|\n{table}\n\nDigests of all files: `manifest.json`.\n"

@@ -38,14 +38,14 @@ TEMPLATES = "data/templates"
 
 
 def copy_model(source: Path, out: Path) -> None:
-    """Copies what temper uses of a model folder, after checking it; one with a manifest must agree with that."""
+    """Copy what temper uses of a model folder, after checking it; one with a manifest must agree with that."""
     check_manifest(source)
     for file in model_files(source):
         shutil.copyfile(file, out / file.name)
 
 
 def give_template(folder: Path, template: Path) -> list[str]:
-    """Gives a model folder another chat template, and the tokens that its first line names and the model lacks.
+    """Give a model folder another chat template, and the tokens that its first line names and the model lacks.
 
     Their embeddings begin as the mean of all others.
 
@@ -91,7 +91,7 @@ def give_template(folder: Path, template: Path) -> list[str]:
 
 
 def put(params: AnyBase | PinnedBase, folder: Path, checkpoints: Path) -> dict[str, Any]:
-    """Puts the model that params name into an empty folder.
+    """Put the model that params name into an empty folder.
 
     Returns:
         What the manifest says of it beside params.
@@ -117,7 +117,7 @@ def put(params: AnyBase | PinnedBase, folder: Path, checkpoints: Path) -> dict[s
 
 
 def check_pin(folder: Path, params: PinnedBase) -> None:
-    """Checks that a copied model is the one that params pin.
+    """Check that a copied model is the one that params pin.
 
     Raises:
         BadModel: it is another.
@@ -135,7 +135,7 @@ def check_pin(folder: Path, params: PinnedBase) -> None:
 
 
 def check(folder: Path, where: str, *, chats: bool) -> PreTrainedModel:
-    """The model of a finished folder, after checking that it fits its tokenizer and, for chats, can be tuned to them.
+    """Load a finished folder's model, after checking that it fits its tokenizer and, for chats, can be tuned to them.
 
     Raises:
         BadModel: it does not load, has no chat template and needs one, has more tokens than embeddings, or does not say
@@ -159,7 +159,7 @@ def check(folder: Path, where: str, *, chats: bool) -> PreTrainedModel:
 
 
 def main() -> None:
-    """The stage `base`."""
+    """Run the stage `base`."""
     with run_stage(__doc__, "out", may_fetch=True) as stage:
         params = stage.section("base", AnyBase)
         about: dict[str, Any] = {"base": params.model_dump()}

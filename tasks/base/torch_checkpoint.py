@@ -43,7 +43,7 @@ class Sizes(NamedTuple):
 
 
 def import_checkpoint(params: CheckpointBase, out: Path) -> None:
-    """Writes the model folder: config.json, safetensors, tokenizer.
+    """Write the model folder: config.json, safetensors, tokenizer.
 
     Raises:
         BadModel: the checkpoint or the tokenizer cannot be read, does not fit params or each other, or has values that
@@ -74,7 +74,7 @@ def import_checkpoint(params: CheckpointBase, out: Path) -> None:
 
 
 def read_tensors(file: Path) -> Any:
-    """What torch.save wrote, without running what a pickle asks for.
+    """Load what torch.save wrote, without running what a pickle asks for.
 
     Raises:
         BadModel: there is no such file, it is torn, or it holds more than tensors.
@@ -101,7 +101,7 @@ def read_tensors(file: Path) -> Any:
 
 
 def unwrap(content: Any, file: Path) -> dict[str, Tensor]:
-    """The state dict within what was saved, without the prefixes of wrappers.
+    """Return the state dict within what was saved, without the prefixes of wrappers.
 
     Raises:
         BadModel: there is none, or two names become the same.
@@ -138,10 +138,10 @@ def _is_state(content: Any) -> bool:
 
 
 def read_sizes(state: Mapping[str, Tensor], params: CheckpointBase, file: Path) -> Sizes:
-    """The sizes that the tensors tell, after checking that every tensor is there, known, and of its shape.
+    """Infer the sizes from the tensors, after checking that every tensor is there, known, and of its shape.
 
     Raises:
-        BadModel: one is not.
+        BadModel: a tensor is not.
     """
     layers = 1 + max((int(found[1]) for name in state if (found := LAYER.match(name))), default=0)
     if layers > len(state):
@@ -197,7 +197,7 @@ def read_sizes(state: Mapping[str, Tensor], params: CheckpointBase, file: Path) 
 
 
 def _form(tensor: Tensor) -> str:
-    """The number format of a tensor that holds its numbers one by one; of another also how it holds them."""
+    """Describe the dtype of a tensor; of one that is not strided also its layout."""
     import torch
 
     form = str(tensor.dtype).removeprefix("torch.")
@@ -207,7 +207,7 @@ def _form(tensor: Tensor) -> str:
 
 
 def shapes(sizes: Sizes, params: CheckpointBase) -> dict[str, tuple[int, ...]]:
-    """Every tensor's name and shape: (outputs, inputs) for matrices."""
+    """Return every tensor's name and shape: (outputs, inputs) for matrices."""
     hidden, mlp = sizes.hidden, sizes.mlp
     queries, keys = params.heads * sizes.head, params.kv_heads * sizes.head
     layer: dict[str, tuple[int, ...]] = {
@@ -230,7 +230,7 @@ def shapes(sizes: Sizes, params: CheckpointBase) -> dict[str, tuple[int, ...]]:
 
 
 def check_values(state: Mapping[str, Tensor], file: Path) -> None:
-    """Refuses NaN and infinities.
+    """Refuse NaN and infinities.
 
     Raises:
         BadModel: there are some.
@@ -240,7 +240,7 @@ def check_values(state: Mapping[str, Tensor], file: Path) -> None:
 
 
 def read_tokenizers_json(file: Path, stop_token: str, vocabulary: int) -> Tokenizer:
-    """The tokenizer in a file of the library `tokenizers`.
+    """Load the tokenizer in a file of the library `tokenizers`.
 
     Raises:
         BadModel: it does not load, lacks the stop token, or has more tokens than there are embeddings.
@@ -271,7 +271,7 @@ def read_tokenizers_json(file: Path, stop_token: str, vocabulary: int) -> Tokeni
 
 
 def common_dtype(state: Mapping[str, Tensor]) -> Any:
-    """The number format that all tensors share, if a model folder can have it, else float32."""
+    """Return the dtype that all tensors share, if a model folder can have it, else float32."""
     import torch
 
     (first, *others) = {tensor.dtype for tensor in state.values()}
@@ -279,7 +279,7 @@ def common_dtype(state: Mapping[str, Tensor]) -> Any:
 
 
 def config_of(params: CheckpointBase, sizes: Sizes, *, tied: bool, stop_id: int) -> LlamaConfig:
-    """What Hugging Face's Llama is made from."""
+    """Build the configuration of Hugging Face's Llama."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -300,7 +300,7 @@ def config_of(params: CheckpointBase, sizes: Sizes, *, tied: bool, stop_id: int)
 
 
 def renamed(state: Mapping[str, Tensor], params: CheckpointBase, sizes: Sizes) -> Iterator[tuple[str, Tensor]]:
-    """The tensors by Hugging Face's names; what turns neighbours is put in the order that turns halves."""
+    """Yield the tensors by Hugging Face's names; RoPE that turns neighbours is reordered to turn halves."""
     heads = {"q_proj": params.heads, "k_proj": params.kv_heads}
     for name, tensor in state.items():
         projection = name.split(".")[-2]

@@ -41,7 +41,7 @@ class Merge(NamedTuple):
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[int, list[int]]:
-    """Makes each text one token of the tokenizer, wherever it stands.
+    """Add each text as one token to the tokenizer, wherever it stands.
 
     Returns:
         The new ids, each with the tokens that stood for it before.
@@ -67,7 +67,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict
 
 
 def add_merges(folder: Path, texts: Iterable[str], count: int) -> dict[int, list[int]]:
-    """Lets the tokenizer of a model folder learn more merges from some texts.
+    """Add merges to the tokenizer of a model folder, trained on some texts.
 
     Returns:
         The new ids, each with the tokens that stood for it before.
@@ -108,7 +108,7 @@ def add_merges(folder: Path, texts: Iterable[str], count: int) -> dict[int, list
 def learn_merges(
     words: Mapping[tuple[int, ...], int], vocabulary: Mapping[str, int], first_new: int, count: int
 ) -> list[Merge]:
-    """The pairs that byte-pair encoding merges next: the most frequent each time, of equals that with lower ids.
+    """Find the pairs that BPE merges next: the most frequent each time, of equals that with lower ids.
 
     Args:
         words: words as token ids, and how often they occur; pairs are within words.
@@ -144,7 +144,7 @@ def learn_merges(
 
 
 class _Pairs:
-    """How often each two tokens stand side by side, kept up to date while pairs are merged."""
+    """Pair counts: how often each two tokens stand side by side, kept up to date while pairs are merged."""
 
     def __init__(self, words: Mapping[tuple[int, ...], int]) -> None:
         self._words, self._times = [list(word) for word in words], list(words.values())
@@ -156,7 +156,7 @@ class _Pairs:
         heapify(self._heap)
 
     def most_frequent(self) -> Merge | None:
-        """Takes out the pair that occurs most, at least twice; counts that have changed since are put right."""
+        """Take out the pair that occurs most, at least twice; correct counts that have changed since."""
         while self._heap:
             times, pair = heappop(self._heap)
             now = self._counts[pair]
@@ -167,7 +167,7 @@ class _Pairs:
         return None
 
     def merge(self, pair: Merge, new: int) -> None:
-        """Puts the new token in the place of the pair everywhere."""
+        """Replace the pair by the new token everywhere."""
         for number in list(self._where[pair]):
             self._count(number, -1)
             self._words[number] = _merged(self._words[number], pair, new)
@@ -197,7 +197,7 @@ def _merged(word: Sequence[int], pair: Merge, new: int) -> list[int]:
 
 
 def _words(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Counter[tuple[int, ...]]:
-    """The words of some texts as the tokenizer splits them, and how often each occurs; added tokens end words."""
+    """Count the words of some texts as the tokenizer splits them; added tokens end words."""
     words: Counter[tuple[int, ...]] = Counter()
     added, names = set(tokenizer.added_tokens_decoder), {n: token for token, n in tokenizer.get_vocab().items()}
     splits = tokenizer.backend_tokenizer.pre_tokenizer is not None
@@ -220,7 +220,7 @@ def _words(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Counter[
 
 
 def _word_ends(before: str, after: str) -> bool:
-    """Whether a word ends between two tokens of a tokenizer that does not split texts itself.
+    """Return whether a word ends between two tokens of a tokenizer that does not split texts itself.
 
     It does before a space, and between letters or digits and anything else, as SentencePiece's own training has it.
     """
@@ -237,7 +237,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def grow_rows(model: PreTrainedModel, new: Mapping[int, Sequence[int]]) -> None:
-    """Gives new tokens rows in the embedding and in the output head, tied or not.
+    """Add rows for new tokens to the embedding and to the output head, tied or not.
 
     Args:
         model: it is changed in place.

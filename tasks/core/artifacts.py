@@ -26,7 +26,7 @@ _BLOCK_BYTES = 1 << 20
 def whole_folder(
     path: Path, about: dict[str, Any] | None = None, known: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator[Path]:
-    """Yields an empty folder that takes the place of `path` when the block ends without an error.
+    """Yield an empty folder that takes the place of `path` when the block ends without an error.
 
     Args:
         path: where the folder shall stand; what stood there stays until the new one is complete.
@@ -52,14 +52,14 @@ def whole_folder(
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes one file so that a reader sees the old content or the new, never a part."""
+    """Write one file so that a reader sees the old content or the new, never a part."""
     with whole_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """Yields a file to write that takes the place of `path` when the block ends without an error."""
+    """Yield a file to write that takes the place of `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft-{os.getpid()}")
     remove_drafts(path)
@@ -76,14 +76,14 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def remove_drafts(path: Path) -> None:
-    """Removes what an earlier process left behind when it was killed while it wrote `path`."""
+    """Remove what an earlier process left behind when it was killed while it wrote `path`."""
     for draft in path.parent.glob(f".{path.name}.draft-*"):
         if is_abandoned(draft):
             shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
 
 
 def is_abandoned(draft: Path) -> bool:
-    """Whether the process that made a draft is gone; its number stands at the end of the draft's name."""
+    """Return whether the process that made a draft is gone; its number stands at the end of the draft's name."""
     import psutil
 
     writer = int(draft.name.rpartition("-")[2])
@@ -91,7 +91,7 @@ def is_abandoned(draft: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder, after checking every file against it.
+    """Read the manifest of a folder, after checking every file against it.
 
     Raises:
         BadData: the folder or its manifest is missing, or a file is missing, unexpected or altered.
@@ -124,23 +124,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_manifest(folder: Path) -> None:
-    """Checks a folder that may be anybody's: against its manifest, where it has one.
+    """Check a folder of whatever origin: against its manifest, where it has one.
 
     Raises:
-        BadData: it has, and is not what that says.
+        BadData: it has one and differs from it.
     """
     if (folder / MANIFEST).is_file():
         read_manifest(folder)
 
 
 def digests(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
-    """The SHA-256 of every file below a folder but its manifest, by relative path, sorted."""
+    """Compute the SHA-256 of every file below a folder but its manifest, by relative path, sorted."""
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
     return {name: known.get(name) or digest(folder / name) for name in names}
 
 
 def digest(path: Path, algorithm: str = "sha256") -> str:
-    """The hexadecimal digest of one file."""
+    """Compute the hexadecimal digest of one file."""
     state = hashlib.new(algorithm, usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
@@ -154,7 +154,7 @@ def as_json(value: Any) -> str:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a model or an adapter.
+    """Read the JSON object in a file of a model or an adapter.
 
     Raises:
         BadModel: there is none.

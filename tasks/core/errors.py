@@ -27,7 +27,7 @@ EXAMPLES_SHOWN = 5
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """What to add to "unknown" of a name: the nearest known one, if one is near."""
+    """Suggest the nearest known name after "unknown NAME", if one is near."""
     from difflib import get_close_matches
 
     near = get_close_matches(name, list(known), n=1)
@@ -63,11 +63,11 @@ class TemperError(Exception):
         self.examples = tuple(examples)
 
     def line(self) -> str:
-        """The error in one line, as an example among others."""
+        """Format the error in one line, as an example among others."""
         return f"{self.where}: {self.what}" + (f" (got {self.got})" if self.got else "")
 
     def __str__(self) -> str:
-        """One readable block, without a traceback."""
+        """Format the error as one readable block, without a traceback."""
         lines = [f"{self.where}: {self.what}" if self.where else self.what]
         lines += [f"  - {example}" for example in self.examples[:EXAMPLES_SHOWN]]
         if len(self.examples) > EXAMPLES_SHOWN:
@@ -78,7 +78,7 @@ class TemperError(Exception):
 
 
 class BadInput(TemperError):
-    """What the user gave cannot be used; trying again changes nothing."""
+    """Unusable input from the user; trying again changes nothing."""
 
     exit_code = 65
 

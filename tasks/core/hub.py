@@ -10,7 +10,7 @@ from tasks.core.errors import BadInput, Transient
 
 
 def snapshot(name: str, revision: str, patterns: Sequence[str], *, kind: Literal["model", "dataset"]) -> Path:
-    """The folder of a repository at its pinned revision; it is fetched unless HF_HUB_OFFLINE is set.
+    """Return the folder of a repository at its pinned revision; it is fetched unless HF_HUB_OFFLINE is set.
 
     Args:
         name: owner/name.

@@ -22,7 +22,7 @@ JOURNALS = Path("evaluations")
 
 
 def cost_file(state: Path, name: str) -> Path:
-    """Where it keeps what the evaluation of a model cost."""
+    """Return the file that keeps what the evaluation of a model cost."""
     return state / "costs" / f"{name}.json"
 
 

@@ -29,18 +29,18 @@ _LIMITS = (
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an error means that memory ran out."""
+    """Return whether an error means that memory ran out."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_RAN_OUT.search(str(error))))
 
 
 def asked_bytes(error: BaseException) -> int | None:
-    """How much was asked for when memory ran out; None where the error does not say."""
+    """Return how many bytes were requested when memory ran out; None where the error does not state it."""
     found = _ASKED.search(str(error))
     return int(float(found[1]) * _UNITS[found[2] or "bytes"]) if found else None
 
 
 def kills_for_memory(counters: tuple[Path, ...] = _COUNTERS) -> int:
-    """How many processes the kernel has ended here for lack of memory; only its growth means something."""
+    """Count the processes that the kernel has ended here for lack of memory; only its growth means something."""
     for counter in counters:
         if counter.is_file() and (found := re.search(r"^oom_kill (\d+)$", counter.read_text(), re.MULTILINE)):
             return int(found[1])
@@ -48,7 +48,7 @@ def kills_for_memory(counters: tuple[Path, ...] = _COUNTERS) -> int:
 
 
 def free_bytes() -> int:
-    """The host memory that this process could still have: within the machine, its control group and its own limit."""
+    """Return the host memory that this process could still have: within machine, control group and its own limit."""
     import resource
 
     import psutil
@@ -64,7 +64,7 @@ def free_bytes() -> int:
 
 
 def out_of_memory(error: BaseException, *, where: str, fix: str) -> OutOfMemory:
-    """The error that tells of an allocation that failed: what was held and asked for, and what is free."""
+    """Build the error of a failed allocation: what was held and requested, and what is free."""
     import psutil
     import torch
 
@@ -82,16 +82,16 @@ def out_of_memory(error: BaseException, *, where: str, fix: str) -> OutOfMemory:
 
 
 def shown(size: int) -> str:
-    """Bytes as people and programs read them."""
+    """Format bytes for people and programs."""
     return f"{size / GIB:.2f} GiB ({size} bytes)"
 
 
 @contextmanager
 def explained(*, where: str, fix: str) -> Iterator[None]:
-    """Within this block memory that runs out is told as one clear error.
+    """Turn an out-of-memory failure within this block into one clear error.
 
     Raises:
-        OutOfMemory: it did.
+        OutOfMemory: memory ran out.
     """
     try:
         yield

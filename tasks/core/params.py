@@ -1,4 +1,4 @@
-"""What sections of params are made of: the base class, and the types that many keys share."""
+"""Building blocks of params sections: the base class, and the types that many keys share."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from tasks.core.errors import BadParams
 
 
 def read_yaml(path: Path) -> Mapping[str, Any]:
-    """The file's content with line numbers and comments kept (a ruamel round-trip mapping).
+    """Read the file's content with line numbers and comments kept (a ruamel round-trip mapping).
 
     Raises:
         BadParams: the file is missing, too large, or not plain YAML without tags, aliases and repeated keys.
@@ -43,7 +43,7 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
 
 
 def _refuse_tricks(event: Any, path: Path) -> None:
-    """Params are plain values: a tag could ask for code, and a few aliases of aliases for all memory there is."""
+    """Refuse YAML tags and aliases: a tag could run code, and a few aliases of aliases could take all memory."""
     from ruamel.yaml.events import AliasEvent
 
     trick = "alias" if isinstance(event, AliasEvent) else "tag" if getattr(event, "ctag", None) else ""
@@ -151,7 +151,7 @@ def _nearest(key: str, known: Iterable[str]) -> str | None:
 
 
 def _tag(error: ErrorDetails) -> str:
-    """The key that says which alternative of a section is meant, such as `name`."""
+    """Return the key that names the alternative of a section, such as `name`."""
     return str(error["ctx"]["discriminator"]).strip("'")
 
 
@@ -162,7 +162,7 @@ def _expected(error: ErrorDetails) -> list[str]:
 def _names(
     place: tuple[str, ...], key: str, content: Mapping[str, Any], adapter: TypeAdapter[Any], above: tuple[str, ...]
 ) -> list[str]:
-    """What a section may be that does not say it: what is expected in the place of a name that nothing has."""
+    """List the possible kinds of a section that names none: what is expected in the place of an unknown name."""
     asked = plain(content)
     _at(place, asked)[key] = ""
     try:
@@ -174,14 +174,14 @@ def _names(
 
 
 def _at(place: tuple[str, ...], content: Any) -> Any:
-    """What stands at a path through the file."""
+    """Look up what stands at a path through the file."""
     for key in place:
         content = content[int(key)] if isinstance(content, list) else content[key]
     return content
 
 
 def _place(loc: tuple[int | str, ...], content: Mapping[str, Any], *, missing: bool) -> tuple[str, ...]:
-    """The error's path through the file, without the chosen alternative of a union, which pydantic puts in between."""
+    """Return the error's path through the file, without the union's chosen alternative that pydantic adds."""
     place: list[str] = []
     node: Any = content
     for index, key in enumerate(loc):
@@ -195,7 +195,7 @@ def _place(loc: tuple[int | str, ...], content: Mapping[str, Any], *, missing: b
 
 
 def line_of(place: tuple[str, ...], content: Mapping[str, Any]) -> int:
-    """The line of a key, or of the section that should hold it."""
+    """Return the line of a key, or of the section that should hold it."""
     node: Any = content
     line = 1
     for key in place:

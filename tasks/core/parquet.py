@@ -23,7 +23,7 @@ GROUP_ROWS, GROUP_CHARACTERS = 8192, 16 << 20
 
 
 def record_schema(kind: str) -> pa.Schema:
-    """The columns of one kind of row."""
+    """Return the columns of one kind of row."""
     import pyarrow as pa
 
     text = pa.string()
@@ -41,14 +41,14 @@ def record_schema(kind: str) -> pa.Schema:
 
 
 def text_schema(names: Sequence[str]) -> pa.Schema:
-    """Columns of text."""
+    """Build a schema of text columns."""
     import pyarrow as pa
 
     return pa.schema([(name, pa.string()) for name in names])
 
 
 def write_records(folder: Path, records: Iterable[Record]) -> dict[str, int]:
-    """Writes `KIND.parquet` for every kind, in order and also when empty, as the rows come.
+    """Write `KIND.parquet` for every kind, in order and also when empty, as the rows come.
 
     Args:
         folder: a draft of `whole_folder`, which syncs what is written.
@@ -103,7 +103,7 @@ class _Growing:
 
 
 def read_records(folder: Path, kinds: Sequence[str] = tuple(KINDS)) -> Iterator[Record]:
-    """The rows of a folder that `write_records` wrote, some at a time."""
+    """Yield the rows of a folder that `write_records` wrote, some at a time."""
     import pyarrow.parquet as pq
 
     for kind in kinds:
@@ -112,33 +112,33 @@ def read_records(folder: Path, kinds: Sequence[str] = tuple(KINDS)) -> Iterator[
 
 
 def read_table(path: Path) -> pa.Table:
-    """A Parquet file whole, as one table without gaps."""
+    """Read a Parquet file whole, as one table without gaps."""
     import pyarrow.parquet as pq
 
     return pq.read_table(path, partitioning=None)
 
 
 def as_records(kind: str, table: pa.Table) -> Iterator[Record]:
-    """The rows of a table of one kind."""
+    """Yield the rows of a table of one kind."""
     return _records(kind, table.to_batches(max_chunksize=1024))
 
 
 def as_table(kind: str, records: Iterable[Record]) -> pa.Table:
-    """Rows of one kind as a table."""
+    """Build a table of rows of one kind."""
     import pyarrow as pa
 
     return pa.Table.from_pylist([_row(record) for record in records], schema=record_schema(kind))
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
-    """Writes rows as one Parquet file, whole; the same rows give the same bytes."""
+    """Write rows as one Parquet file, whole; the same rows give the same bytes."""
     import pyarrow as pa
 
     write_table(path, pa.Table.from_pylist(list(rows), schema=schema))
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Writes a table as one Parquet file, whole; the same table gives the same bytes."""
+    """Write a table as one Parquet file, whole; the same table gives the same bytes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -148,7 +148,7 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a Parquet file."""
+    """Read the rows of a Parquet file."""
     rows: list[dict[str, Any]] = read_table(path).to_pylist()
     return rows
 

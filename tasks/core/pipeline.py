@@ -37,7 +37,7 @@ class Node:
 
 
 def find_workspace(start: Path) -> Path:
-    """The nearest folder from `start` upward that holds a pipeline, as git finds a repository.
+    """Find the nearest folder from `start` upward that holds a pipeline, as git finds a repository.
 
     Raises:
         BadParams: there is none.
@@ -54,7 +54,7 @@ def find_workspace(start: Path) -> Path:
 
 
 def load(workspace: Path, values: Mapping[str, Any] | None = None) -> dict[str, Node]:
-    """All stages by their DVC name (`train@qlora`), in the order of dvc.yaml.
+    """Load all stages by their DVC name (`train@qlora`), in the order of dvc.yaml.
 
     Args:
         workspace: the folder with dvc.yaml.
@@ -89,7 +89,7 @@ def is_written_by_python(path: Path) -> bool:
 
 
 def check_sources(workspace: Path, nodes: Mapping[str, Node]) -> None:
-    """Checks that everything exists that stages read and no stage writes.
+    """Check that everything exists that stages read and no stage writes.
 
     Raises:
         BadParams: something does not; names the stages that want it.
@@ -108,12 +108,12 @@ def check_sources(workspace: Path, nodes: Mapping[str, Node]) -> None:
 
 
 def content_key(workspace: Path, node: Node) -> str:
-    """The identity of all that a stage reads: command, params, and DVC's hash of every dependency (16 hex digits)."""
+    """Compute the identity of a stage's inputs: command, params, DVC's hash of each dependency (16 hex digits)."""
     return key_of(node.command, {dep: dvc_hash(workspace / dep) for dep in node.deps}, node.params)
 
 
 def recorded_keys(workspace: Path) -> dict[str, str]:
-    """The content key of every stage's last success, from the hashes in dvc.lock."""
+    """Return the content key of every stage's last success, from the hashes in dvc.lock."""
     return {
         name: key_of(
             e["cmd"], {dep["path"]: dep["md5"] for dep in e.get("deps", [])}, e.get("params", {}).get(PARAMS, {})
@@ -123,7 +123,7 @@ def recorded_keys(workspace: Path) -> dict[str, str]:
 
 
 def recorded_files(workspace: Path) -> Iterator[tuple[Path, str]]:
-    """Every file of every recorded output with its MD5; folders are listed in DVC's cache."""
+    """Yield every file of every recorded output with its MD5; folders are listed in DVC's cache."""
     for out in (out for entry in _recorded(workspace).values() for out in entry.get("outs", [])):
         path, md5 = workspace / out["path"], out["md5"]
         listing = workspace / ".dvc" / "cache" / "files" / "md5" / md5[:2] / md5[2:]
@@ -134,7 +134,7 @@ def recorded_files(workspace: Path) -> Iterator[tuple[Path, str]]:
 
 
 def read_lock(workspace: Path) -> str:
-    """The text of dvc.lock; empty when there is none.
+    """Read the text of dvc.lock; empty when there is none.
 
     DVC rewrites the file in place, so a reader beside it may see half of it: it is read while no DVC holds its lock.
     """
@@ -153,19 +153,19 @@ def _recorded(workspace: Path) -> dict[str, Any]:
 
 
 def overlap(one: str, other: str) -> bool:
-    """Whether two paths are the same or one lies within the other."""
+    """Return whether two paths are the same or one lies within the other."""
     a, b = PurePosixPath(one).parts, PurePosixPath(other).parts
     return a[: len(b)] == b or b[: len(a)] == a
 
 
 def key_of(command: str, deps: Mapping[str, str], params: Mapping[str, Any]) -> str:
-    """The key for hashes that are known already, such as those in dvc.lock."""
+    """Compute the key for hashes that are known already, such as those in dvc.lock."""
     read = json.dumps([command, sorted(deps.items()), sorted(params.items())], sort_keys=True)
     return hashlib.sha256(read.encode()).hexdigest()[:16]
 
 
 def dvc_hash(path: Path) -> str:
-    """The hash that DVC records for a file, or for a folder: the MD5 of its sorted listing.
+    """Compute the hash that DVC records for a file, or for a folder: the MD5 of its sorted listing.
 
     Raises:
         BadParams: there is nothing at that path.

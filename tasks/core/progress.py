@@ -1,4 +1,4 @@
-"""How long work shows itself, on stderr: a bar in a terminal, a line every few seconds elsewhere."""
+"""Progress of long work, on stderr: a bar in a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ class Progress:
             self._bar.close()
 
     def go_on_from(self, done: int) -> None:
-        """Counts steps that an earlier attempt did."""
+        """Count steps that an earlier attempt did."""
         self.done = self._first = done
         if self._bar:
             self._bar.update(done)
 
     def step(self, note: str = "", *, by: int = 1) -> None:
-        """Counts `by` steps; `note` is shown beside the count."""
+        """Count `by` steps; `note` is shown beside the count."""
         self.done += by
         if self._bar:
             self._bar.set_postfix_str(note, refresh=False)
@@ -63,7 +63,7 @@ class Progress:
             print(f"{text}, {note}" if note else text, file=sys.stderr, flush=True)
 
     def over(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, one step each."""
+        """Yield the items, one step each."""
         for item in items:
             yield item
             self.step()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class World(NamedTuple):
-    """Where a process stands among those that were launched together.
+    """Rank of a process among those that were launched together.
 
     Attributes:
         rank: its number among all, from 0.
@@ -28,38 +28,38 @@ _world = ALONE
 
 
 def launched() -> World:
-    """What the launcher (torchrun, `accelerate launch`) says in the environment."""
+    """Read what the launcher (torchrun, `accelerate launch`) sets in the environment."""
     rank, size, local_rank = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     return World(rank, size, local_rank) if size > 1 else ALONE
 
 
 def world() -> World:
-    """Where this process stands; alone outside of `group`."""
+    """Return this process's rank and the number of processes; alone outside of `group`."""
     return _world
 
 
 def join_world(found: World) -> None:
-    """Makes this process one of several, or alone again."""
+    """Make this process one of several, or alone again."""
     global _world
     _world = found
 
 
 def shards_weights() -> bool:
-    """Whether weights that are not trained are to be sharded: by FSDP, or as the third stage of ZeRO does."""
+    """Return whether weights that are not trained are to be sharded: by FSDP, or by the third stage of ZeRO."""
     return _world != ALONE and (uses_fsdp() or uses_zero() == ZERO_OF_WEIGHTS)
 
 
 def uses_fsdp() -> bool:
-    """Whether the launcher's configuration says so."""
+    """Return whether the launcher's configuration uses FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
 def uses_zero() -> int:
-    """The stage of ZeRO that the launcher's configuration names; 0 without DeepSpeed."""
+    """Return the stage of ZeRO that the launcher's configuration names; 0 without DeepSpeed."""
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 0)) if deepspeed else 0
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and speaks for all."""
+    """Return whether this process is the one that writes and logs for all."""
     return _world.rank == 0

@@ -27,7 +27,7 @@ class Message(NamedTuple):
 
 
 def conversation(asked: Any) -> list[Message]:
-    """What a request calls its messages: a list of mappings with role and content.
+    """Check the messages of a request: a list of mappings with role and content.
 
     Raises:
         BadData: it is none, or is empty.
@@ -48,7 +48,7 @@ def conversation(asked: Any) -> list[Message]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """What every row has.
+    """Row with the fields that every kind has.
 
     Attributes:
         id: unique within the workspace.
@@ -69,11 +69,11 @@ class Record:
     group: str = ""
 
     def prompt_text(self) -> str:
-        """What the model is asked, as one string."""
+        """Return the prompt for the model, as one string."""
         raise NotImplementedError
 
     def split_group(self) -> str:
-        """The name of the group that stays on one side of the split."""
+        """Return the name of the group that stays on one side of the split."""
         return self.group or normalised(self.prompt_text())
 
 
@@ -87,7 +87,7 @@ class ChatExample(Record):
     tools: tuple[str, ...] = ()
 
     def prompt_text(self) -> str:
-        """The first user turn."""
+        """Return the first user turn."""
         return next((m.content for m in self.messages if m.role == "user"), "")
 
 
@@ -103,7 +103,7 @@ class PreferencePair(Record):
     tools: tuple[str, ...] = ()
 
     def prompt_text(self) -> str:
-        """The first user turn."""
+        """Return the first user turn."""
         return next((m.content for m in self.prompt if m.role == "user"), "")
 
 
@@ -119,7 +119,7 @@ class LabelledReply(Record):
     tools: tuple[str, ...] = ()
 
     def prompt_text(self) -> str:
-        """The first user turn."""
+        """Return the first user turn."""
         return next((m.content for m in self.prompt if m.role == "user"), "")
 
 
@@ -132,7 +132,7 @@ class TextExample(Record):
     text: str
 
     def prompt_text(self) -> str:
-        """The text itself."""
+        """Return the text itself."""
         return self.text
 
 
@@ -146,7 +146,7 @@ class SeqPair(Record):
     target: str
 
     def prompt_text(self) -> str:
-        """The input."""
+        """Return the input."""
         return self.input
 
 
@@ -157,11 +157,11 @@ KINDS: dict[str, type[Record]] = {
 
 
 def normalised(text: str) -> str:
-    """The text without differences of case, width, composition or white space: equal prompts become equal strings."""
+    """Normalise a text's case, width, composition and white space: equal prompts become equal strings."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def held_out(group: str, fraction: float) -> bool:
-    """Whether a group is held out: a fixed function of its name, so that growing data never moves it."""
+    """Return whether a group is held out: a fixed function of its name, so that growing data never moves it."""
     position = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") / 2**64
     return position < fraction

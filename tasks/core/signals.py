@@ -17,7 +17,7 @@ _handlers: list[Handler] = []
 
 @contextmanager
 def on_stop(handle: Handler) -> Iterator[None]:
-    """Within this block SIGTERM and SIGINT do nothing but call `handle`, as `signal.signal` has it."""
+    """Let SIGTERM and SIGINT only call `handle` within this block, as `signal.signal` has it."""
     before = [signal.signal(number, handle) for number in STOPPING]
     _handlers.append(handle)
     try:
@@ -30,7 +30,7 @@ def on_stop(handle: Handler) -> Iterator[None]:
 
 @contextmanager
 def still_on_stop() -> Iterator[None]:
-    """Within this block the handler of the `on_stop` around it is in force again, if there is one.
+    """Put the handler of the surrounding `on_stop` in force again within this block, if there is one.
 
     Prefect puts its own in place of SIGTERM's when a flow begins. That one first tells Prefect's server of the end,
     which a signal to the whole process group has ended by then.
@@ -41,7 +41,7 @@ def still_on_stop() -> Iterator[None]:
 
 @contextmanager
 def limited(seconds: float, what: str) -> Iterator[None]:
-    """Stops the block after so long, where signals can be had: in a process's main thread.
+    """Stop the block after `seconds`, where signals can be had: in a process's main thread.
 
     Raises:
         BadData: `what` takes longer.

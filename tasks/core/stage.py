@@ -1,10 +1,10 @@
-"""What every stage does around its work when it runs as a process of its own.
+"""Process of a stage: what every stage does around its work.
 
 - Exit codes: 0 done, 65 bad input, 71 too little memory, 75 transient, anything else a fault; an error is one
   readable block.
 - It dies with the `dvc` or the flow that started it, so that no orphan goes on writing.
 - It knows the content key of what it reads, and fails when an input is edited while it runs.
-- Of several processes that were launched together, the first tells what befalls all of them.
+- Of several processes that were launched together, the first reports for all of them.
 - The libraries below neither report usage nor look anything up on a network.
 """
 
@@ -80,12 +80,12 @@ class StageContext:
         return validated(kind, read_yaml(file), str(file), tuple(key.split(".")))
 
     def path(self, name: str) -> Path:
-        """A folder or file given on the command line."""
+        """Return a folder or file given on the command line."""
         return Path(getattr(self.arguments, name))
 
     @property
     def item(self) -> str:
-        """The source or method that the stage works on."""
+        """Return the source or method that the stage works on."""
         return str(self.arguments.item)
 
 
@@ -93,12 +93,12 @@ class StageContext:
 def run_stage(
     description: str | None, *paths: str, item: str | None = None, may_fetch: bool = False
 ) -> Iterator[StageContext]:
-    """Runs a stage's work, given as the body of the `with` statement, as a process.
+    """Run a stage's work, given as the body of the `with` statement, as a process.
 
     Args:
         description: the module's docstring, shown by --help.
         paths: names of the folders and files on the command line, as `--name`.
-        item: what the positional argument is called, for stages that run once per source or method.
+        item: the name of the positional argument, for stages that run once per source or method.
         may_fetch: whether the stage may ask the hub for something that params pin.
     """
     quiet_libraries(offline=not may_fetch)
@@ -127,7 +127,7 @@ def run_stage(
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Ends the process with an error's own exit code after printing it as one block; faults keep their traceback."""
+    """End the process with an error's own exit code after printing it as one block; faults keep their traceback."""
     try:
         yield
     except TemperError as error:
@@ -150,9 +150,9 @@ def _end(said: str, exit_code: int) -> NoReturn:
 
 
 def tell_of_storage(error: Exception) -> tuple[str, int] | None:
-    """What to say of a disk that is full or may not be written, and the exit code; None for any other error.
+    """Describe a full or read-only disk, with the exit code; return None for any other error.
 
-    A full disk may be freed, so that is transient. Some libraries (safetensors) tell of it in words alone.
+    A full disk may be freed, so that is transient. Some libraries (safetensors) report it in words alone.
     """
     number = getattr(error, "errno", None)
     if number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
@@ -166,7 +166,7 @@ def tell_of_storage(error: Exception) -> tuple[str, int] | None:
 
 
 def quiet_libraries(*, offline: bool = True) -> None:
-    """Sets the switches of QUIET and OFFLINE that the user has not set; call it before the first heavy import."""
+    """Set the switches of QUIET and OFFLINE that the user has not set; call it before the first heavy import."""
     for name, value in (QUIET | OFFLINE if offline else QUIET).items():
         os.environ.setdefault(name, value)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of a package that would fetch kernels
@@ -174,7 +174,7 @@ def quiet_libraries(*, offline: bool = True) -> None:
 
 
 def die_with_owner() -> None:
-    """Ends this process as soon as one that it works for is gone.
+    """End this process as soon as one that it works for is gone.
 
     DVC leaves its command running when it is killed, and may stand behind a shell: so it is found among the ancestors
     and watched, besides the direct parent and the flow named in the environment.
@@ -197,7 +197,7 @@ def die_with_owner() -> None:
 
 
 def _key_by_hand(workspace: Path, arguments: Mapping[str, str]) -> str:
-    """The identity of what a stage reads, when DVC does not tell: arguments, params, every path but the result's."""
+    """Compute the identity of a stage's inputs without DVC: arguments, params, every path but the result's."""
     paths = [
         pipeline.PARAMS,
         *(value for name, value in arguments.items() if name not in ("item", "out") and Path(value).exists()),
@@ -208,7 +208,7 @@ def _key_by_hand(workspace: Path, arguments: Mapping[str, str]) -> str:
 
 
 def _fingerprint(workspace: Path, node: pipeline.Node) -> object:
-    """Changes whenever a dependency is written to or a param differs; a stat of every file, not a second hash."""
+    """Compute a value that changes with any write to a dependency or param; it stats every file and hashes none."""
     files = []
     for dep in node.deps:
         path = workspace / dep

@@ -1,4 +1,4 @@
-"""Where a training can go on from: whole folders outside the stage's outputs, named by what the stage reads.
+"""Checkpoints of trainings: whole folders outside the stage's outputs, named by what the stage reads.
 
 A checkpoint holds the trained tensors, the optimizers, the random state and the log so far, so that a resumed
 training gives the same bits as one that was never stopped. One that is not whole, or was altered, is never used: the
@@ -32,16 +32,16 @@ class Stepper(Protocol):
     param_groups: list[dict[str, Any]]
 
     def step(self) -> object:
-        """Acts on the gradients there are."""
+        """Act on the current gradients."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the gradients."""
+        """Clear the gradients."""
 
     def state_dict(self) -> dict[str, Any]:
         """`state`: for each number its tensors by name; `param_groups`."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Puts back what `state_dict` gave."""
+        """Restore what `state_dict` gave."""
 
 
 class Checkpoint(NamedTuple):
@@ -53,12 +53,12 @@ class Checkpoint(NamedTuple):
 
 
 def checkpoint_folder(workspace: Path, key: str) -> Path:
-    """Where the checkpoints of a stage with this content key are."""
+    """Return the folder of the checkpoints of a stage with this content key."""
     return workspace / ".temper" / "checkpoints" / key
 
 
 def check_writable(folder: Path) -> None:
-    """Makes the folder of a training's checkpoints, before any work is done that could not be saved.
+    """Make the folder of a training's checkpoints, before any work is done that could not be saved.
 
     Raises:
         BadInput: nothing can be written there.
@@ -76,7 +76,7 @@ def check_writable(folder: Path) -> None:
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Writes a checkpoint whole, then removes all but the newest two."""
+    """Write a checkpoint whole, then remove all but the newest two."""
     from safetensors.torch import save_file
 
     with whole_folder(folder / f"step-{checkpoint.step:08d}") as draft:
@@ -89,7 +89,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def latest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole and unaltered; says so when it has to pass one over.
+    """Load the newest checkpoint that is whole and unaltered; report any that it passes over.
 
     Raises:
         BadData: it was written by another training, of which it bears the key.
@@ -143,7 +143,7 @@ def pack(
 def unpack(
     tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], optimizers: Sequence[Stepper], where: str = ""
 ) -> dict[str, Tensor]:
-    """Puts back what `pack` took; returns the best parameters so far, if there were any.
+    """Restore what `pack` took; return the best parameters so far, if there were any.
 
     Raises:
         BadData: the parameters are not those of the same configuration.
@@ -181,7 +181,7 @@ def _check_same(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor],
 
 
 def random_state() -> dict[str, Tensor]:
-    """The state of the generators that a training draws from."""
+    """Return the state of the generators that a training draws from."""
     import torch
 
     state = {"random/cpu": torch.get_rng_state()}
@@ -189,7 +189,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(tensors: Mapping[str, Tensor]) -> None:
-    """Puts back what `random_state` gave."""
+    """Restore what `random_state` gave."""
     import torch
 
     torch.set_rng_state(tensors["random/cpu"])

@@ -36,7 +36,7 @@ BUCKET_NUMBERS = 2**26
 
 @contextmanager
 def group() -> Iterator[None]:
-    """Within this block the processes that were launched together work as one; all but the first are silent.
+    """Join the processes launched together into one group within this block; all but the first are silent.
 
     Raises:
         BadParams: there are more processes on this machine than GPUs.
@@ -71,7 +71,7 @@ def group() -> Iterator[None]:
 
 
 def dealt(items: Sequence[T], size: int, to: World) -> list[tuple[Sequence[T], bool]]:
-    """The parts of some items that a process works on, each with whether it counts.
+    """Split items into the parts that a process works on, each with whether it counts.
 
     All processes get as many parts, and in the same place parts of as many items, so that they go through a model with
     sharded weights in step. Where items are left over, a process that gets none of them works along on another's, and
@@ -93,7 +93,7 @@ def dealt(items: Sequence[T], size: int, to: World) -> list[tuple[Sequence[T], b
 
 @contextmanager
 def own_draws() -> Iterator[None]:
-    """Within this block each process draws random numbers of its own; after it, all draw the same again."""
+    """Let each process draw its own random numbers within this block; after it, all draw the same again."""
     if world() == ALONE:
         yield
         return
@@ -106,7 +106,7 @@ def own_draws() -> Iterator[None]:
 
 
 def add_up(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, in its place.
+    """Sum a tensor over all processes, in place.
 
     Raises:
         Transient: another process is gone.
@@ -128,7 +128,7 @@ def add_up(tensor: Tensor) -> Tensor:
 
 
 def summed(numbers: Mapping[str, float]) -> dict[str, float]:
-    """The sums over all processes, which name the same numbers."""
+    """Sum numbers over all processes, which give the same names."""
     if world() == ALONE:
         return dict(numbers)
     import torch
@@ -139,12 +139,12 @@ def summed(numbers: Mapping[str, float]) -> dict[str, float]:
 
 
 def anywhere(found: bool) -> bool:
-    """Whether something is so in any process; the same answer in all."""
+    """Return whether something is true in any process; the same answer in all."""
     return summed({"": found})[""] > 0
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """Makes every gradient the sum of what all processes have, none counting as zero; added up in float32.
+    """Sum every gradient over all processes, a missing one counting as zero; added up in float32.
 
     A parameter that has a gradient nowhere is left without one, as an optimizer would find it in a single process.
     """
@@ -165,7 +165,7 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
 
 
 def check_agreed(what: str, found: int, *, fix: str) -> None:
-    """Refuses to go on where processes found different things.
+    """Refuse to go on where processes found different things.
 
     Raises:
         BadInput: they did.
@@ -182,12 +182,12 @@ def check_agreed(what: str, found: int, *, fix: str) -> None:
 
 
 def wait() -> None:
-    """Waits until all processes are here."""
+    """Wait until all processes are here."""
     anywhere(False)
 
 
 def _buckets(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The parameters in their order, as many at once as have BUCKET_NUMBERS; at least one."""
+    """Yield the parameters in their order, as many at once as have BUCKET_NUMBERS; at least one."""
     bucket, numbers = list[Any](), 0
     for parameter in parameters:
         if bucket and numbers + parameter.numel() > BUCKET_NUMBERS:
@@ -200,7 +200,7 @@ def _buckets(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _device() -> torch.device:
-    """This process's GPU, which is the current one, or the CPU."""
+    """Return this process's GPU, which is the current one, or the CPU."""
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""What is looked at in the course of a training, and what follows: when it stops, and which weights are kept.
+"""Monitoring and early stopping of a training: what is measured, when it stops, and which weights are kept.
 
 Everything that follows is a function of the log alone, which is in every checkpoint: so a resumed training stops at
 the same step, and keeps the same weights, as one that was never stopped.
@@ -30,11 +30,11 @@ class Look:
 
 @dataclass(frozen=True)
 class Watch:
-    """What is looked at, and the rules for the held-out loss.
+    """Measurements in the course of a training, and the rules for the held-out loss.
 
     Attributes:
-        looks: in their order; only their own steps see them.
-        patience: the training stops after so many looks without a lower held-out loss; None: never.
+        looks: the measurements in their order, each at its own steps.
+        patience: the training stops after this many looks without a lower held-out loss; None: never.
         keep_best: whether the weights with the lowest held-out loss are kept, instead of the last.
     """
 
@@ -43,14 +43,14 @@ class Watch:
     keep_best: bool = False
 
     def look(self, step: int, steps: int) -> dict[str, Any]:
-        """What there is to see after a step, numbered from 1."""
+        """Measure what is due after a step, numbered from 1."""
         return {each.name: each.compute() for each in self.looks if step % each.every_steps == 0 or step == steps}
 
     def is_over(self, log: Log) -> bool:
-        """Whether the rule for stopping early says so."""
+        """Return whether the rule for early stopping ends the training."""
         return self.patience is not None and looks_since_best(log) >= self.patience
 
     def kept_step(self, log: Log) -> int:
-        """The step, from 1, whose weights are kept."""
+        """Return the step, from 1, whose weights are kept."""
         best = best_step(log) if self.keep_best else None
         return len(log) if best is None else best

@@ -50,10 +50,10 @@ AS_THEY_ARE = RowsAtOnce(1, fit=False)
 
 @dataclass(frozen=True)
 class Course:
-    """What a training does at each step; every field is a fixed function of the step, counted from 0.
+    """Course of a training; every field is a fixed function of the step, counted from 0.
 
     Attributes:
-        steps: how many there are.
+        steps: the number of steps.
         learning_rate: the rate at a step.
         losses: the loss to differentiate at a step, in parts that add up to it, each with its share of what is logged.
         describe: names the rows of a step, for errors.
@@ -74,10 +74,10 @@ class Averaging(Protocol):
     """An optimizer whose result is an average of its steps: what is trained on and what is published differ."""
 
     def train(self) -> None:
-        """Makes the parameters what is trained on."""
+        """Set the parameters to those that are trained on."""
 
     def eval(self) -> None:
-        """Makes them what is published."""
+        """Set the parameters to those that are published."""
 
 
 def run(
@@ -90,9 +90,9 @@ def run(
     watch: Watch = NOTHING,
     rows: RowsAtOnce = AS_THEY_ARE,
 ) -> list[dict[str, Any]]:
-    """Trains `parameters` in place, going on from the newest whole checkpoint, and leaves there what is to be kept.
+    """Train `parameters` in place, going on from the newest whole checkpoint, and leave there what is to be kept.
 
-    It takes every step, unless `watch` says before that it is over.
+    It takes every step, unless `watch` stops it early.
 
     Args:
         course: the steps.
@@ -101,12 +101,12 @@ def run(
         checkpoints: the folder of this training's.
         progress: counts the steps.
         on_row: gets every row of the log as it comes.
-        watch: what is looked at on the way, and what follows from it.
-        rows: what the losses of a step take at once, and may take fewer of.
+        watch: what is measured on the way, and what follows from it.
+        rows: the rows that the losses of a step take at once, which may be reduced.
 
     Returns:
         The log: for every step its number from 1, loss, gradient norm, learning rate, what `course.losses` adds, and
-        what was looked at.
+        what was measured.
 
     Raises:
         BadData: the checkpoint is of another training.
@@ -151,7 +151,7 @@ def _resume(
     checkpoints: Path,
     progress: Progress,
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Puts everything where the newest checkpoint has it; returns the log and the best weights so far."""
+    """Restore everything from the newest checkpoint; return the log and the best weights so far."""
     log, best = list[dict[str, Any]](), dict[str, Any]()
     found = latest(checkpoints)
     check_agreed("the newest checkpoint", found.step if found else 0, fix=f"let all machines see {checkpoints}")
@@ -169,7 +169,7 @@ def _resume(
 def _step(
     course: Course, step: int, parameters: Mapping[str, Tensor], optimizers: Sequence[Stepper], rows: RowsAtOnce
 ) -> dict[str, Any]:
-    """Takes one step and returns its row of the log."""
+    """Take one step and return its row of the log."""
     import torch
 
     rate, random = course.learning_rate(step), random_state()
@@ -203,7 +203,7 @@ def _step(
 
 
 def _differentiate(parts: Iterable[tuple[Tensor, dict[str, float]]]) -> tuple[float, dict[str, float]]:
-    """Adds the gradients of all parts, each before the next is computed; returns the sums of what they say."""
+    """Add the gradients of all parts, each before the next is computed; return the sums of their loss and log."""
     total, extra = 0.0, dict[str, float]()
     for part, logged in parts:
         part.backward()
@@ -214,7 +214,7 @@ def _differentiate(parts: Iterable[tuple[Tensor, dict[str, float]]]) -> tuple[fl
 
 @contextmanager
 def _published(parameters: Mapping[str, Tensor], optimizers: Sequence[Stepper]) -> Iterator[None]:
-    """Within this block the parameters are what would be published; after it, to the bit what they were."""
+    """Make the parameters what would be published within this block; after it, to the bit what they were."""
     import torch
 
     averaging = [optimizer for optimizer in optimizers if isinstance(optimizer, Averaging)]
@@ -230,7 +230,7 @@ def _published(parameters: Mapping[str, Tensor], optimizers: Sequence[Stepper]) 
 
 
 def _leave(parameters: Mapping[str, Tensor], optimizers: Sequence[Stepper], best: Mapping[str, Tensor]) -> None:
-    """Makes the parameters what is to be kept."""
+    """Set the parameters to what is to be kept."""
     import torch
 
     for optimizer in optimizers:
@@ -242,7 +242,7 @@ def _leave(parameters: Mapping[str, Tensor], optimizers: Sequence[Stepper], best
 
 
 def _finite(seen: dict[str, Any], step: int) -> dict[str, Any]:
-    """What was looked at, if the held-out loss is a number."""
+    """Check that the measured held-out loss is a number; return what was measured."""
     if not math.isfinite(seen.get(HELD_OUT_LOSS, 0.0)):
         raise Diverged(
             "the training diverged; nothing was published",
@@ -254,7 +254,7 @@ def _finite(seen: dict[str, Any], step: int) -> dict[str, Any]:
 
 
 def _check_finite(parameters: Mapping[str, torch.Tensor], step: int) -> None:
-    """Refuses weights that the last update made infinite or NaN: the loss would tell only at the next step."""
+    """Refuse weights that the last update made infinite or NaN: the loss would show it only at the next step."""
     broken = [name for name, parameter in parameters.items() if not parameter.isfinite().all()]
     if broken:
         raise Diverged(
@@ -268,20 +268,20 @@ def _check_finite(parameters: Mapping[str, torch.Tensor], step: int) -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """Within this block SIGTERM and SIGINT only set the event, so that a step can end and be saved."""
+    """Let SIGTERM and SIGINT only set the event within this block, so that a step can end and be saved."""
     stopping = threading.Event()
     with on_stop(lambda *_: stopping.set()):
         yield stopping
 
 
 def schedule(step: int, steps: int, *, peak: float, warmup_steps: int, shape: str, decay: float = 1.0) -> float:
-    """The learning rate at a step: a linear warm-up to `peak`, and from there by shape.
+    """Compute the learning rate at a step: a linear warm-up to `peak`, and from there by shape.
 
     Args:
         step: from 0.
         steps: of the whole training.
         peak: the highest rate.
-        warmup_steps: how many the warm-up takes.
+        warmup_steps: the steps of the warm-up.
         shape: `constant`; `linear` or `cosine` to zero; or `wsd`, warm-up, stable, decay: constant and then down by
             1 - sqrt to zero (arXiv:2405.18392, section 3).
         decay: the share of all steps in which `wsd` goes down.

@@ -23,7 +23,7 @@ _OF_MALLOC = {"trim_threshold": -1, "mmap_threshold": -3, "mmap_max": -4}
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep what a step frees for the next one, instead of giving it back and having it zeroed again.
+    """Let glibc keep what a step frees for the next one, instead of giving it back and having it zeroed again.
 
     Tensors above 32 MiB are otherwise mapped anew every time: long rows took a sixth of their time for that
     (bench/LOG.md). What a process holds at most stays the same. Elsewhere than on glibc it does nothing.
@@ -32,7 +32,7 @@ def keep_freed_memory() -> None:
 
 
 def tell_malloc(**settings: int) -> None:
-    """Sets what glibc's malloc goes by, by the names of `mallopt` without their M_; elsewhere it does nothing."""
+    """Set the options of glibc's malloc by the names of `mallopt` without their M_; elsewhere do nothing."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         for name, value in settings.items():
@@ -40,7 +40,7 @@ def tell_malloc(**settings: int) -> None:
 
 
 def recompute_activations(model: PreTrainedModel | PeftModel) -> None:
-    """Lets layers keep their inputs alone and compute the rest again in the backward pass (arXiv:1604.06174).
+    """Let layers keep their inputs alone and recompute the rest in the backward pass (arXiv:1604.06174).
 
     The same bits, for about a third more work. Keys and values that stand before the first token would get lost.
 
@@ -57,19 +57,19 @@ def recompute_activations(model: PreTrainedModel | PeftModel) -> None:
 
 
 class RowsAtOnce:
-    """How many rows a forward pass takes: halved when memory runs out, where that is wished for.
+    """Row count of a forward pass: halved when memory runs out, where params allow it.
 
     Args:
-        rows: how many in the beginning.
+        rows: the row count in the beginning.
         fit: whether they may be halved.
-        file: where the next attempt finds how many there are; without one it begins anew.
+        file: where the next attempt finds the row count; without one it begins anew.
     """
 
     def __init__(self, rows: int, *, fit: bool, file: Path | None = None, recomputing: bool | None = None) -> None:
         self.rows, self._fit, self._file, self._recomputing = rows, fit, file, recomputing
 
     def recomputing(self, must: Callable[[], bool]) -> bool:
-        """Whether activations are computed again: what `must` says at the first attempt, so that bits stay the same."""
+        """Return whether activations are recomputed: as `must` returns at the first attempt, to keep the same bits."""
         if not self._fit:
             return False
         if self._recomputing is None:
@@ -78,7 +78,7 @@ class RowsAtOnce:
         return self._recomputing
 
     def fitted(self, work: Callable[[], T]) -> T:
-        """Does some work, again from its beginning with half the rows each time that memory runs out.
+        """Run some work, again from its beginning with half the rows each time that memory runs out.
 
         That ends: there are at most log2(rows) halves. What failed holds no memory any more when it is tried again.
         """
@@ -91,7 +91,7 @@ class RowsAtOnce:
             _give_back()
 
     def halve(self, why: str) -> bool:
-        """Takes half as many rows and says so; False when they may not be halved, or are one."""
+        """Halve the rows and print so; return False when they may not be halved, or are one."""
         if not self._fit or self.rows == 1:
             return False
         self.rows //= 2
@@ -100,7 +100,7 @@ class RowsAtOnce:
         return True
 
     def note(self, kills: int | None) -> None:
-        """Leaves word for the next attempt; `kills` is None once this one has ended by itself."""
+        """Record the row count for the next attempt; `kills` is None once this one has ended by itself."""
         if self._file:
             attempt = {"micro_batch_rows": self.rows, "recomputing": self._recomputing, "kills_for_memory": kills}
             write_whole(self._file, json.dumps(attempt) + "\n")
@@ -108,9 +108,9 @@ class RowsAtOnce:
 
 @contextmanager
 def rows_at_once(rows: int, *, fit: bool, checkpoints: Path) -> Iterator[RowsAtOnce]:
-    """The rows of a forward pass of one attempt, which learns from the attempts before it.
+    """Yield the row count of a forward pass of one attempt, which learns from the attempts before it.
 
-    If the last one ended without a word, and the kernel has ended a process for its memory since, it was that one.
+    If the last one ended without a record, and the kernel has ended a process for its memory since, it was that one.
 
     Raises:
         OutOfMemory: it was, and it took one row at once already.
@@ -140,7 +140,7 @@ def rows_at_once(rows: int, *, fit: bool, checkpoints: Path) -> Iterator[RowsAtO
 
 
 def _give_back() -> None:
-    """Lets go of what a failed attempt held: cycles of tensors, and the GPU's cache."""
+    """Free what a failed attempt held: cycles of tensors, and the GPU's cache."""
     import gc
 
     import torch

@@ -1,7 +1,7 @@
-"""What a model answered, kept by what it was asked: so an interrupted evaluation goes on, and none is done twice.
+"""Journal of a model's answers, kept by question: so an interrupted evaluation goes on, and none is done twice.
 
 A journal belongs to one identity: the digests of weights, adapter and template, the settings and the code. Its folder's
-name is the digest of that, and each file in it that of what was asked. Work is asked for in parts that depend on
+name is the digest of that, and each file in it that of the question. Work is requested in parts that depend on
 nothing but the work as a whole, so that a part gives the same whether it is done in one go or after a kill.
 """
 
@@ -27,7 +27,7 @@ BATCHES = 8
 
 
 def key_of(value: Any) -> str:
-    """The SHA-256 of a value that JSON can hold."""
+    """Compute the SHA-256 of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(value, ensure_ascii=True, sort_keys=True).encode()).hexdigest()
 
 
@@ -76,7 +76,7 @@ class Journal:
             )  # fmt: skip
 
     def recall(self, asked: Any, work: Callable[[], T]) -> T:
-        """What `work` gives: as it was kept, or done now and kept.
+        """Return what `work` gives: as it was kept, or done now and kept.
 
         Args:
             asked: what the work depends on besides the identity; a value that JSON can hold.

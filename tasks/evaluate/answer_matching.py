@@ -26,7 +26,7 @@ _ARTICLE = re.compile(r"\b(a|an|the)\b")
 
 
 def extracted(text: str, how: Extract) -> str | None:
-    """What of a text is the answer; None where there is none."""
+    """Extract the answer from a text; None where there is none."""
     if isinstance(how, Pattern):
         found = list(re.finditer(how.regex, text))
         return _group(found[-1]) if found else None
@@ -46,7 +46,7 @@ def _group(match: re.Match[str]) -> str:
 
 
 def number_in(text: str) -> Decimal | None:
-    """The number that a text is, whatever its thousands commas, currency, per cent sign or trailing zeros."""
+    """Parse the number that a text is, whatever its thousands commas, currency, per cent sign or trailing zeros."""
     plain = re.sub(r"[\s,$€£¥%]", "", text.strip().rstrip(".")).replace("−", "-")
     try:
         value = Decimal(plain)
@@ -56,7 +56,7 @@ def number_in(text: str) -> Decimal | None:
 
 
 def normalised(text: str) -> str:
-    """Without case, punctuation, articles and needless space, as SQuAD compares answers (arXiv:1606.05250)."""
+    """Normalise a text as SQuAD compares answers (arXiv:1606.05250): no case, punctuation, articles, needless space."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     bare = "".join(" " if c in string.punctuation or unicodedata.category(c).startswith("P") else c for c in folded)
     return " ".join(_ARTICLE.sub(" ", bare).split())
@@ -66,7 +66,7 @@ def normalised(text: str) -> str:
 
 
 def score(prediction: str | None, references: Sequence[str], match: str) -> float:
-    """How well an answer agrees with the best of several references, 0 to 1; 0 where there is no answer."""
+    """Score how well an answer agrees with the best of several references, 0 to 1; 0 where there is no answer."""
     if prediction is None:
         return 0.0
     return max(_MATCHES[match](prediction, reference) for reference in references)
@@ -119,13 +119,13 @@ def corpus_figures(predictions: Sequence[str], references: Sequence[Sequence[str
 
 
 def is_chinese(text: str) -> bool:
-    """Whether a text is mostly written in Chinese characters, which BLEU counts one by one."""
+    """Return whether a text is mostly written in Chinese characters, which BLEU counts one by one."""
     return sum("\u4e00" <= c <= "\u9fff" for c in text) * 2 > len(text)
 
 
 @lru_cache
 def bleu(chinese: bool, *, sentence: bool = False) -> BLEU:
-    """Sacrebleu's BLEU (arXiv:1804.08771); of single sentences only n-grams count that they have."""
+    """Build sacrebleu's BLEU (arXiv:1804.08771); of single sentences only n-grams count that they have."""
     from sacrebleu.metrics.bleu import BLEU
 
     return BLEU(tokenize="zh" if chinese else "13a", effective_order=sentence)
@@ -133,7 +133,7 @@ def bleu(chinese: bool, *, sentence: bool = False) -> BLEU:
 
 @lru_cache
 def chrf() -> CHRF:
-    """Sacrebleu's chrF2 (Popović 2015)."""
+    """Build sacrebleu's chrF2 (Popović 2015)."""
     from sacrebleu.metrics.chrf import CHRF
 
     return CHRF()

@@ -20,7 +20,7 @@ REPEATED_WORDS = 4
 
 
 def answer_statistics(predictions: Sequence[str], tokens: Sequence[int]) -> dict[str, float]:
-    """Figures of a model's answers, each a mean over answers.
+    """Compute figures of a model's answers, each a mean over answers.
 
     Args:
         predictions: the answers' texts, at least one.
@@ -44,7 +44,7 @@ def answer_statistics(predictions: Sequence[str], tokens: Sequence[int]) -> dict
 
 
 def repetition(texts: Sequence[str]) -> list[float]:
-    """Of each text the share of runs of four words that stood in it before: seq-rep-4.
+    """Compute seq-rep-4 of each text: the share of runs of four words that stood in it before.
 
     That is 1 - (different runs / runs), from 0 to 1 (Welleck et al. 2020, arXiv:1908.04319, equation 10). Words are
     those of the leak check: without case and punctuation, and each Chinese or Japanese character is one; so texts
@@ -71,7 +71,7 @@ OTHER = -1
 
 
 def labels_of(targets: Sequence[str]) -> list[str]:
-    """The labels that rows are classified by; empty where their targets are none."""
+    """Return the labels that rows are classified by; empty where their targets are none."""
     labels = sorted(set(targets))
     few = 2 <= len(labels) <= MOST_LABELS and len(targets) >= LEAST_ROWS * len(labels)
     return labels if few else []
@@ -117,7 +117,7 @@ def label_metrics(targets: Sequence[str], answers: Sequence[str], resampling: Re
 
 
 def macro_f1(coded: NDArray[Any], labels: int) -> NDArray[Any]:
-    """The mean over labels of F1 = 2 TP / (2 TP + FP + FN), of each sample.
+    """Compute the mean over labels of F1 = 2 TP / (2 TP + FP + FN), of each sample.
 
     Args:
         coded: the number of each row's label and of its answer, (samples, rows, 2).

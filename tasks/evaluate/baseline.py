@@ -15,7 +15,7 @@ from tasks.evaluate.stage import evaluate_model
 
 
 def main() -> None:
-    """The stage `baseline`."""
+    """Run the stage `baseline`."""
     with run_stage(__doc__, "model", "rendered", "out", may_fetch=True) as stage:
         evaluate_model(
             stage.path("model"),

@@ -1,9 +1,9 @@
-"""What a model makes of endings, given what stands before them: the scores behind multiple choice and perplexity.
+"""Likelihoods of endings after contexts: the scores behind multiple choice and perplexity.
 
 A context is computed once for all its endings, and so is whatever else rows have in common at their beginning; rows
 stand in one sequence without padding, and the vocabulary head runs on the places alone that an ending's tokens follow
 from. An ending's last token is never computed, since nothing follows from it: endings of one token cost nothing but
-their part of the head. Where a model's attention cannot be joined, or a learnt prompt stands before the rows, they are
+their part of the head. Where a model's attention cannot be joined, or a soft prompt stands before the rows, they are
 padded instead, and only rows that are the beginning of others are left out.
 """
 
@@ -33,13 +33,13 @@ class Ending(NamedTuple):
 def score_endings(
     model: Model, endings: Sequence[Ending], *, tokens: int = TOKENS, done: Callable[[int], None] = lambda count: None
 ) -> list[Likelihood]:
-    """The likelihood of each ending, in their order.
+    """Score the likelihood of each ending, in their order.
 
     Args:
         model: a decoder, with or without an adapter. Edits of its prompts (ReFT) take the contexts for prompts.
         endings: what to score.
         tokens: how many a forward pass computes at most.
-        done: is told of each pass how many endings it scored.
+        done: called after each pass with the number of endings that it scored.
     """
     import torch
 
@@ -69,7 +69,7 @@ def score_endings(
 def _score(
     model: Model, hidden: Tensor, places: Sequence[Sequence[int]], endings: Sequence[Sequence[int]]
 ) -> list[Likelihood]:
-    """Of endings whose rows stand at some places of the hidden states, (places, hidden)."""
+    """Score endings whose rows stand at these places of the hidden states, (places, hidden)."""
     import torch
 
     from tasks.inference.lm_head import score_hidden
@@ -115,7 +115,7 @@ def _joined(model: Model, rows: Sequence[Row], whole: bool) -> tuple[Tensor, lis
 
 
 def _by_length(rows: Sequence[Row], tokens: int, *, whole: bool) -> list[list[int]]:
-    """The numbers of the rows in batches of at most so many tokens, padding included; the longest first."""
+    """Group the rows' numbers into batches of at most `tokens` tokens, padding included; the longest first."""
     from tasks.inference.prefix_tree import leaves
 
     under: dict[int, list[int]] = {}
@@ -131,7 +131,7 @@ def _by_length(rows: Sequence[Row], tokens: int, *, whole: bool) -> list[list[in
 
 
 def _padded(model: Model, rows: Sequence[Row], whole: bool) -> tuple[Tensor, list[list[int]]]:
-    """The same as `_joined`, of rows padded on the right, after a learnt prompt."""
+    """Compute what `_joined` does, of rows padded on the right, after a soft prompt."""
     from contextlib import nullcontext
 
     import torch

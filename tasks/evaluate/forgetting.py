@@ -1,4 +1,4 @@
-"""What tuning cost: the loss on a text that has nothing to do with it, before and after."""
+"""Forgetting by tuning: the loss on an unrelated text, before and after."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TextLoss(NamedTuple):
 
 
 def general_loss(examinee: Examinee, text: GeneralText) -> TextLoss:
-    """The loss of a model on the beginning of a general text.
+    """Compute the loss of a model on the beginning of a general text.
 
     Raises:
         BadParams: the model is an encoder-decoder, which has no loss on a text alone.

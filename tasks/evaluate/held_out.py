@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def answer_rows(
     model: Model, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], params: Evaluate
 ) -> list[Item]:
-    """Answers rendered chats and scores them.
+    """Answer rendered chats and score them.
 
     Raises:
         BadData: a prompt leaves the model no room to answer (lm-eval would cut its beginning off).
@@ -64,7 +64,7 @@ def answer_rows(
 def answer_pairs(
     model: Model, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], params: Evaluate
 ) -> list[Item]:
-    """Answers the inputs of rendered pairs and scores their targets.
+    """Answer the inputs of rendered pairs and score their targets.
 
     Raises:
         BadData: an input, or what may be answered, is too long for the model.
@@ -96,7 +96,7 @@ def generate(
     prompts: Sequence[str],
     params: Evaluate,
 ) -> list[str]:
-    """Continuations of rendered prompts, through lm-eval, without white space around them.
+    """Generate continuations of rendered prompts, through lm-eval, without white space around them.
 
     Args:
         model: a decoder.
@@ -139,7 +139,7 @@ def generate(
 
 
 def token_logps(model: Model, rows: Sequence[Mapping[str, Any]], batch_rows: int) -> list[float]:
-    """The log-probability of each row's scored tokens together, in nats."""
+    """Compute the log-probability of each row's scored tokens together, in nats."""
     import torch
 
     logps: list[float] = []
@@ -152,7 +152,7 @@ def token_logps(model: Model, rows: Sequence[Mapping[str, Any]], batch_rows: int
 
 
 def held_out_items(examinee: Examinee, rendered: Path) -> list[Item]:
-    """What a model makes of the held-out rows; what its journal has is not asked again.
+    """Answer and score the held-out rows; answers that the journal has are not computed again.
 
     Raises:
         BadData: there are no such rows, or a prompt leaves no room to answer.

@@ -19,10 +19,10 @@ MOST_CHARACTERS = 1 << 22
 
 
 def rendered(template: str, values: Mapping[str, Any], where: str) -> str:
-    """What a template makes of some values.
+    """Render a template with some values.
 
     Raises:
-        BadData: it is no template, asks for a value that there is not, does not end, or leaves the sandbox.
+        BadData: it is no template, names a value that does not exist, does not end, or leaves the sandbox.
     """
     from jinja2 import TemplateError
 
@@ -36,7 +36,7 @@ def rendered(template: str, values: Mapping[str, Any], where: str) -> str:
 
 @lru_cache
 def environment() -> Environment:
-    """The environment of all such templates, with lm-eval's one filter."""
+    """Return the environment of all such templates, with lm-eval's one filter."""
     import re
 
     from jinja2 import BaseLoader, StrictUndefined

@@ -52,7 +52,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval's class is untyped
         progress: Progress | None,
         tokens: Mapping[str, Sequence[int]],
     ) -> None:
-        """As `harness.language_model` says."""
+        """Wrap a model as `harness.language_model` describes."""
         self._writes = architecture_of(model) is ENCODER_DECODER
         super().__init__(
             pretrained=model,
@@ -68,7 +68,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval's class is untyped
 
     @property
     def max_length(self) -> int:
-        """What is scored at once, in tokens: lm-eval's limit, less what a learnt prompt takes up.
+        """Return the tokens that are scored at once: lm-eval's limit, less what a soft prompt takes up.
 
         It is 2,048 where neither the model nor the tokenizer has one; prompts that are answered are then never cut.
         """
@@ -96,7 +96,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval's class is untyped
         return context_ids, ids
 
     def _encode_ahead(self, texts: Sequence[str]) -> None:
-        """Makes texts into the tokens that `tok_encode` makes of each, all at once."""
+        """Tokenise texts as `tok_encode` does one by one, all at once."""
         self._ahead = {}
         if not self.tokenizer.is_fast:
             return
@@ -114,7 +114,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval's class is untyped
     # --- likelihoods --------------------------------------------------------------------------------------------------
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Of continuations, given contexts."""
+        """Compute the log-probabilities of continuations, given contexts."""
         found: list[tuple[float, bool]] = []
         for start in range(0, len(requests), REQUESTS):
             some = requests[start : start + REQUESTS]
@@ -126,7 +126,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval's class is untyped
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
-        """Of whole texts, read in windows that overlap by one token."""
+        """Compute the log-probabilities of whole texts, read in windows that overlap by one token."""
         windows: list[tuple[None, list[int], list[int]]] = []
         counts = []
         for (text,) in (request.args for request in requests):
@@ -141,7 +141,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval's class is untyped
         return found
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], *_: Any, **__: Any) -> list[tuple[float, bool]]:
-        """Of tokens, cut on the left to what the model reads."""
+        """Compute the log-probabilities of tokens, cut on the left to what the model reads."""
         for names, before, after in requests:
             if not before or not after or len(after) > self.max_length:
                 raise BadData(
@@ -164,7 +164,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval's class is untyped
     # --- answers ------------------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
-        """Answers to contexts; those asked for in the same way together, the longest first."""
+        """Generate answers to contexts; those with the same options together, the longest first."""
         found: dict[int, str] = {}
         alike: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
@@ -182,7 +182,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval's class is untyped
         return [found[n] for n in range(len(requests))]
 
     def _answers(self, contexts: Sequence[Sequence[int]], asked: Mapping[str, Any]) -> list[str]:
-        """Of a batch, each up to the first text that is to end it."""
+        """Generate the answers of a batch, each up to the first of its stop texts."""
         said = normalize_gen_kwargs(dict(asked), self.max_gen_toks)
         until = handle_stop_sequences(said["until"], eos=self.tok_decode(self.eot_token_id, skip_special_tokens=False))
         most, generation = said["max_gen_toks"], asked_generation(self._generation, asked)
@@ -205,10 +205,10 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval's class is untyped
 
 
 def asked_generation(own: Generation, asked: Mapping[str, Any]) -> Generation:
-    """How an answer is generated: as a task's `generation_kwargs` say, and where they say nothing as `own` does.
+    """Return an answer's options: a task's `generation_kwargs`, and `own` where they leave one out.
 
     Raises:
-        BadParams: they ask for something that temper lacks, or a value is wrong.
+        BadParams: they need something that temper lacks, or a value is wrong.
     """
     if unknown := sorted(set(asked) - _KNOWN - _LENGTHS):
         raise BadParams(
@@ -237,13 +237,13 @@ def language_model(
     progress: Progress | None = None,
     tokens: Mapping[str, Sequence[int]] = {},
 ) -> Any:
-    """The model for `lm_eval.simple_evaluate(model=...)`.
+    """Build the model for `lm_eval.simple_evaluate(model=...)`.
 
     Args:
         model: a decoder or an encoder-decoder, with or without an adapter.
         tokenizer: its own.
         batch_rows: answers that are generated at once; what is scored goes by tokens.
-        generation: how answers are generated where a task does not say.
+        generation: how answers are generated where a task does not specify it.
         progress: counts requests that are done.
         tokens: of texts those that training saw: made of a text anew they may be others, as where SentencePiece puts a
             space after a control token. Texts that are not in it are made into tokens as lm-eval does.

@@ -26,7 +26,7 @@ Find = Callable[..., Any]
 
 
 class HarnessRun(NamedTuple):
-    """What is run: a suite's name, tasks as `simple_evaluate` takes them, and how."""
+    """Run of a suite: its name, tasks as `simple_evaluate` takes them, and how."""
 
     suite: str
     tasks: Sequence[str | dict[str, Any]]
@@ -39,11 +39,11 @@ class HarnessRun(NamedTuple):
 
 
 def run(wanted: HarnessRun, examinee: Examinee, find: Find) -> tuple[list[Item], dict[tuple[str, str], Summary]]:
-    """The items of tasks of lm-eval, and how they are summed up.
+    """Evaluate tasks of lm-eval; return their items, and how they are summed up.
 
     Args:
         wanted: the tasks.
-        examinee: who is asked.
+        examinee: the model that answers.
         find: gives the dataset that a task reads, called as `datasets.load_dataset` is.
 
     Raises:
@@ -94,7 +94,7 @@ def run(wanted: HarnessRun, examinee: Examinee, find: Find) -> tuple[list[Item],
 
 @contextmanager
 def confined(find: Find) -> Iterator[None]:
-    """Gives lm-eval the sandbox for its templates, and `find` for its datasets, for the time of the block."""
+    """Give lm-eval the sandbox for its templates, and `find` for its datasets, for the time of the block."""
     import datasets
     from lm_eval import utils
 
@@ -107,7 +107,7 @@ def confined(find: Find) -> Iterator[None]:
 
 
 def dataset_finder(data: HubData | MirrorData) -> Find:
-    """Gives datasets of the hub at the commits that params pin, or from their folders on this disk."""
+    """Build the function that finds datasets, of the hub at the commits in params or in their folders on this disk."""
     from datasets import load_dataset
 
     def find(path: str, name: str | None = None, **options: Any) -> Any:
@@ -148,7 +148,7 @@ def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
 
 
 def _asking(examinee: Examinee, label: str) -> Any:
-    """The examinee as a language model of lm-eval's."""
+    """Wrap the examinee as a language model of lm-eval's."""
     from lm_eval.api.model import LM
 
     class Asking(LM):  # type: ignore[misc]  # lm-eval's class is untyped
@@ -185,7 +185,7 @@ def _asking(examinee: Examinee, label: str) -> Any:
 
 
 def _requests(samples: Sequence[Mapping[str, Any]]) -> list[Request]:
-    """What was asked for some samples."""
+    """Collect the requests that were made for some samples."""
     kinds = {1: "loglikelihood_rolling", 2: "loglikelihood"}
     return [
         Request("generate_until" if isinstance(arguments[-1], Mapping) else kinds[len(arguments)], arguments)

@@ -33,7 +33,7 @@ def metrics_of(
     params: Evaluate,
     suite_summaries: Mapping[tuple[str, str], Summary] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """What is reported of a model.
+    """Compute the metrics that are reported of a model.
 
     Args:
         model: its name.
@@ -43,7 +43,7 @@ def metrics_of(
         suite_summaries: of the further suites' tasks.
 
     Raises:
-        BadData: the base model was asked other questions.
+        BadData: the base model answered other questions.
     """
     summaries = {(HELD_OUT, item.task): Summary("exact_match", {}) for item in items if item.suite == HELD_OUT}
     suites = suite_metrics(items, {**summaries, **suite_summaries}, params.resampling)
@@ -75,10 +75,10 @@ def metrics_of(
 
 
 def _paired(answers: Sequence[Item], base: Sequence[Item]) -> list[Item]:
-    """The base model's items of the same questions, in the same order.
+    """Return the base model's items of the same questions, in the same order.
 
     Raises:
-        BadData: the base was asked others.
+        BadData: the base answered others.
     """
     known = {(item.id, *item.same): item for item in base}
     if others := [item.id for item in answers if (item.id, *item.same) not in known]:
@@ -91,19 +91,19 @@ def _paired(answers: Sequence[Item], base: Sequence[Item]) -> list[Item]:
 
 
 def written_by(examinee: Examinee, answers: Sequence[Item]) -> tuple[list[str], list[int]]:
-    """The texts of answers, and how many tokens each has."""
+    """Return the texts of answers, and how many tokens each has."""
     texts = [item.prediction for item in answers]
     return texts, [len(ids) for ids in examinee.tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
 def cost_of(effort: Effort) -> dict[str, Any]:
-    """What an evaluation cost, which depends on the machine and so is no part of its report."""
+    """Return what an evaluation cost, which depends on the machine and so is no part of its report."""
     speed = effort.tokens / effort.seconds
     return {**effort._asdict(), "tokens_per_s": speed, "device": str(device())}
 
 
 def forgetting(own: TextLoss, base: Path | None) -> dict[str, Any]:
-    """The loss on the general text beside the base model's, whose report stands beside its items.
+    """Compare the loss on the general text with the base model's, whose report stands beside its items.
 
     Raises:
         BadData: the base's report lacks it, or is of another text.

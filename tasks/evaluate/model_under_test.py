@@ -38,7 +38,7 @@ MOST_TOKENS = 256
 
 
 class Effort(NamedTuple):
-    """What was done anew: `seconds` of work, in which so many tokens were read and written."""
+    """Work that was done anew: its `seconds`, and the tokens that were read and written in it."""
 
     seconds: float
     tokens: int
@@ -90,7 +90,7 @@ class Examinee:
             check_base_folder(adapter, self.folder)
 
     def _identity(self, files: Sequence[Path]) -> dict[str, str]:
-        """Everything that an answer depends on besides the question."""
+        """Return everything that an answer depends on besides the question."""
         adapters = [adapter for adapter in (self.folder / PACKAGED, self.adapter) if adapter and adapter.is_dir()]
         settings = {
             "batch_rows": self.params.batch_rows,
@@ -114,7 +114,7 @@ class Examinee:
 
     @cached_property
     def model(self) -> Model:
-        """The model, ready to run.
+        """Load the model, ready to run.
 
         Raises:
             BadModel: it or its adapter cannot be used.
@@ -127,29 +127,29 @@ class Examinee:
 
     @property
     def encodes(self) -> bool:
-        """Whether it is an encoder-decoder."""
+        """Return whether it is an encoder-decoder."""
         return self.architecture is ENCODER_DECODER
 
     # --- prompts ------------------------------------------------------------------------------------------------------
 
     def chat(self, messages: Sequence[Message]) -> str:
-        """A conversation as the model's own chat template has it, up to where the assistant answers."""
+        """Render a conversation by the model's own chat template, up to where the assistant answers."""
         ids = render_prompt(self.tokenizer, messages)
         text = str(self.tokenizer.decode(ids))
         self.tokens[text] = ids
         return text
 
     def counter(self, *, chat: bool) -> Callable[[str, str], int]:
-        """How many tokens a continuation has after a context."""
+        """Build a function that counts the tokens of a continuation after a context."""
         return continuation_tokens(self.tokenizer, apart=chat or self.encodes)
 
     def cut(self, requests: Sequence[Request]) -> int:
-        """How many of some requests are longer than the model can read, so that their beginning is cut off."""
+        """Count the requests that are longer than the model can read, so that their beginning is cut off."""
         return sum(self._length(request) > self.room for request in requests)
 
     @cached_property
     def room(self) -> float:
-        """How many tokens the model can read; infinity for families that set no limit."""
+        """Return how many tokens the model can read; infinity for families that set no limit."""
         from transformers import AutoConfig
 
         return positions_of(AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False))
@@ -166,7 +166,7 @@ class Examinee:
     # --- replies ------------------------------------------------------------------------------------------------------
 
     def replies(self, requests: Sequence[Request], label: str) -> list[Any]:
-        """What the model replies to requests of one kind, in their order; what is in the journal is not asked again.
+        """Return the model's replies to requests of one kind, in order; those in the journal are not computed again.
 
         Raises:
             BadModel: a log-probability is not finite.
@@ -184,7 +184,7 @@ class Examinee:
         return [found[place] for place in range(len(requests))]
 
     def recall(self, asked: Any, work: Callable[[], T], tokens: Callable[[T], int]) -> T:
-        """What `work` gives: out of the journal, or done now; `tokens` tells of its result what the effort was."""
+        """Return what `work` gives: from the journal, or done now; `tokens` counts the effort in its result."""
 
         def timed() -> T:
             _ = self.model  # loading it is no part of the effort

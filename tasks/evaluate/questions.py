@@ -51,7 +51,7 @@ class Task(NamedTuple):
 
 
 def read_tasks(part: RowsPart, limit: int | None, root: Path | None = None) -> list[Task]:
-    """The tasks of row files, by name.
+    """Read the tasks of row files, by name.
 
     Args:
         part: of params, or of a ready suite.
@@ -95,7 +95,7 @@ def _shots(part: RowsPart, star: str, solved: Mapping[str, list[Row]], task: str
 
 
 def check_digest(path: Path, expected: str) -> None:
-    """Refuses a file or folder that is not the one that was pinned.
+    """Refuse a file or folder that is not the one that was pinned.
 
     Raises:
         BadData: it is missing, or its digest is another.
@@ -113,7 +113,7 @@ def check_digest(path: Path, expected: str) -> None:
 
 
 def path_digest(path: Path) -> str:
-    """The SHA-256 of a file; of a folder that of its files' names and digests."""
+    """Compute the SHA-256 of a file; of a folder that of its files' names and digests."""
     import hashlib
 
     if path.is_file():
@@ -123,7 +123,7 @@ def path_digest(path: Path) -> str:
 
 
 def _rows(path: str, files: str, sha256: str, root: Path | None) -> dict[str, list[Row]]:
-    """The rows of the files that match, by what `*` stands for."""
+    """Read the rows of the files that match, by what `*` stands for."""
     place = (root / path) if root else Path(path)
     check_digest(place, sha256)
     pattern = re.compile(re.escape(files).replace(r"\*", "([^/]*)" if files != "*" else "(.*)"))
@@ -140,7 +140,7 @@ def _rows(path: str, files: str, sha256: str, root: Path | None) -> dict[str, li
 
 
 def _named_rows(place: Path, pattern: re.Pattern[str]) -> Iterator[tuple[str, Row]]:
-    """The rows of a file, an archive or a folder, each with its file's path in it."""
+    """Yield the rows of a file, an archive or a folder, each with its file's path in it."""
     if place.is_dir():
         for file in sorted(p for p in place.rglob("*") if p.is_file() and not is_prose(p.name)):
             name = file.relative_to(place).as_posix()
@@ -219,7 +219,7 @@ def _choices(question: Question, metric: Choice, where: str, counted: Counter[st
 
 
 def _place(label: Any, choices: Sequence[str], metric: Choice, where: str) -> int:
-    """Where the choice stands that a label names: by its number from 0, its letter, or its text."""
+    """Return the place of the choice that a label names: by its number from 0, its letter, or its text."""
     text = _text(label).strip()
     letter = LETTERS.find(text.strip("().").upper()) if len(text.strip("().")) == 1 else -1
     by_letter = [letter] if 0 <= letter < len(choices) else []

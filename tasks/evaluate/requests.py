@@ -44,7 +44,7 @@ class Asked(NamedTuple):
 
 
 class Replied(NamedTuple):
-    """What a model's replies to one question are worth; `figures` besides the score."""
+    """Outcome of a model's replies to one question; `figures` besides the score."""
 
     prediction: str
     target: str
@@ -55,7 +55,7 @@ class Replied(NamedTuple):
 
 
 class Prompting(NamedTuple):
-    """How prompts are made.
+    """Rules by which prompts are made.
 
     Attributes:
         chat: puts turns through the chat template, where it is used.
@@ -70,7 +70,7 @@ class Prompting(NamedTuple):
 
 
 def ask(task: Task, part: RowsPart, how: Prompting) -> list[Asked]:
-    """The requests of all questions of a task."""
+    """Build the requests of all questions of a task."""
     solved = [(_prompt(part, shot, task.name), _solution(part, shot)) for shot in task.shots]
     return [_asked(part, question, solved, task.name, how) for question in task.questions]
 
@@ -80,7 +80,7 @@ def _prompt(part: RowsPart, question: Question, task: str) -> str:
 
 
 def _solution(part: RowsPart, question: Question) -> str:
-    """What a solved question shows as its answer."""
+    """Return what a solved question shows as its answer."""
     if isinstance(part.metric, Choice) and part.metric.endings != "contexts":
         return _endings(part.metric, question)[question.right[0]]
     name = "target" if isinstance(part.metric, Choice) else "chosen" if part.metric.name == "preference" else "answer"
@@ -128,13 +128,13 @@ def _asked(part: RowsPart, question: Question, solved: Sequence[tuple[str, str]]
 def items_of(
     suite: str, task: Task, part: RowsPart, asked: Sequence[Asked], replies: Sequence[Sequence[Any]], how: Prompting
 ) -> tuple[list[Item], Summary]:
-    """The items of a task, and how they are summed up.
+    """Build the items of a task, and their summary.
 
     Args:
         suite: its name in params.
         task: as it was read.
         part: of params.
-        asked: what was asked.
+        asked: the questions and their requests.
         replies: to each question's requests, in their order: (logp, greedy), a log-probability, or a text.
         how: prompts were made.
     """
@@ -161,13 +161,13 @@ def items_of(
 
 
 def reply_figures(texts: Sequence[str], tokens_after: Callable[[str, str], int]) -> dict[str, float]:
-    """What generated replies are like, as `answer_statistics` has it, among the figures of a task."""
+    """Compute `answer_statistics` of generated replies, as figures of a task."""
     told = answer_statistics(texts, [tokens_after("", text) for text in texts])
     return {f"reply_{name}": value for name, value in told.items()}
 
 
 def metric_name(part: RowsPart) -> str:
-    """What the score of a part's items is called."""
+    """Return the name of the score of a part's items."""
     metric = part.metric
     if isinstance(metric, Generate):
         return {"exact": "exact_match", "normalised": "normalised_match", "numeric": "numeric_match"}.get(
@@ -236,7 +236,7 @@ def _written(question: Question, text: str, metric: Generate) -> Replied:
 
 
 def continuation_tokens(tokenizer: PreTrainedTokenizerBase, *, apart: bool) -> Callable[[str, str], int]:
-    """Counts the tokens of a continuation as lm-eval scores them.
+    """Build a function that counts the tokens of a continuation as lm-eval scores them.
 
     Args:
         tokenizer: the model's own.

@@ -38,7 +38,7 @@ from tasks.tokenization.chat_template import template_digest
 def evaluate_model(
     model_folder: Path, rendered: Path, out: Path, name: str, base: Path | None, params: Evaluate, state: Path | None
 ) -> None:
-    """Evaluates a model folder and writes its report.
+    """Evaluate a model folder and write its report.
 
     Args:
         model_folder: the model.
@@ -46,7 +46,7 @@ def evaluate_model(
         out: the report's folder.
         name: of the method, or `base`.
         base: the base model's items, for the gain.
-        params: what is asked.
+        params: the settings of the evaluation.
         state: a workspace's own folder, which keeps the journal, and what the evaluation cost; None to keep neither.
 
     Raises:
@@ -73,7 +73,7 @@ def evaluate_model(
 
 
 def main() -> None:
-    """The stage `evaluate@METHOD`."""
+    """Run the stage `evaluate@METHOD`."""
     with run_stage(__doc__, "model", "rendered", "base", "out", item="method", may_fetch=True) as stage:
         evaluate_model(
             stage.path("model"),

@@ -24,15 +24,15 @@ SHIPPED = CLONE / "data" / "suites"
 
 
 def shipped_names() -> list[str]:
-    """The ready suites."""
+    """List the names of the ready suites."""
     return sorted(file.stem for file in SHIPPED.glob("*.yaml"))
 
 
 def shipped_name(name: str) -> str:
-    """The name of a ready suite, if it is one.
+    """Check that a name is that of a ready suite, and return it.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not.
     """
     known = shipped_names()
     if name not in known:
@@ -56,7 +56,7 @@ class Choice(Section):
 
 
 class Likelihood(Section):
-    """How likely the right continuation is, the column `answer`."""
+    """Likelihood of the right continuation, the column `answer`."""
 
     name: Literal["loglikelihood"]
     score: Literal["logp", "greedy"]
@@ -64,7 +64,7 @@ class Likelihood(Section):
 
 
 class Pattern(Section):
-    """What is cut out of a text."""
+    """Pattern that is cut out of a text."""
 
     regex: str
     """The last match in the text; its first group, if it has one."""
@@ -97,7 +97,7 @@ class Generate(Section):
 
 
 class Preference(Section):
-    """Whether the column `chosen` is likelier than `rejected`."""
+    """Preference of the column `chosen`: whether it is likelier than `rejected`."""
 
     name: Literal["preference"]
     normalise: Literal["none", "tokens"]
@@ -105,7 +105,7 @@ class Preference(Section):
 
 
 class Perplexity(Section):
-    """How well the model predicts the column `text`, in nats per token."""
+    """Perplexity of the column `text`, in nats per token."""
 
     name: Literal["perplexity"]
 

@@ -40,7 +40,7 @@ class Results(NamedTuple):
 
 
 def examine(examinee: Examinee, suites: Mapping[str, Suite]) -> Results:
-    """Asks a model all questions of some suites.
+    """Evaluate a model on all questions of some suites.
 
     Raises:
         BadParams: a suite, task or metric is unknown, or a task file is no data.
@@ -119,7 +119,7 @@ def _ready(
 
 
 class Asking(NamedTuple):
-    """How a ready suite is asked: at most so many questions of a task, and whether what is missing is skipped."""
+    """Options of a ready suite's run: at most this many questions of a task, and whether to skip what is missing."""
 
     limit: int | None
     chat: bool
@@ -127,7 +127,7 @@ class Asking(NamedTuple):
 
 
 def examine_parts(examinee: Examinee, suite: str, ready: Ready, root: Path, how: Asking) -> Results:
-    """Asks a model the questions of a ready suite, whose files lie in `root`.
+    """Evaluate a model on the questions of a ready suite, whose files lie in `root`.
 
     Raises:
         BadData: files are missing, and are not to be skipped, or none is there.
@@ -158,7 +158,7 @@ def examine_parts(examinee: Examinee, suite: str, ready: Ready, root: Path, how:
 
 
 def _lacking(part: RowsPart | HarnessPart, root: Path) -> list[str]:
-    """What a part needs that the folder does not hold."""
+    """List what a part needs that the folder does not hold."""
     if isinstance(part, HarnessPart):
         return [f"{name} (hf download {name} --repo-type dataset --local-dir {root / name})"
                 for name in part.datasets if not (root / name).is_dir()]  # fmt: skip
@@ -170,7 +170,7 @@ def _lacking(part: RowsPart | HarnessPart, root: Path) -> list[str]:
 
 
 def shipped(name: str) -> Ready:
-    """A ready suite.
+    """Load a ready suite.
 
     Raises:
         BadParams: there is none of this name.
@@ -183,7 +183,7 @@ def shipped(name: str) -> Ready:
 
 
 def read_ready(path: Path) -> Ready:
-    """A file in the form of data/suites/.
+    """Read a file in the form of data/suites/.
 
     Raises:
         BadParams: it is not in that form; every wrong key is named.
@@ -196,5 +196,5 @@ def read_ready(path: Path) -> Ready:
 
 
 def uses_chat(suites: Sequence[Suite]) -> bool:
-    """Whether any of them goes through the chat template."""
+    """Return whether any of them goes through the chat template."""
     return any(suite.chat_template for suite in suites)

@@ -36,7 +36,7 @@ KEYS = _TEMPLATES | _PLAIN | _READ_HERE
 
 
 def read_task_file(path: Path) -> dict[str, Any]:
-    """A task as `simple_evaluate` takes it.
+    """Read a task as `simple_evaluate` takes it.
 
     Args:
         path: the YAML file. Its `dataset_kwargs.data_files` names, for each split, a file of rows below its folder.
@@ -106,7 +106,7 @@ def _unknown(key: str, name: Any, known: Sequence[str]) -> list[str]:
 
 
 def _splits(content: Mapping[str, Any], path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows of every split."""
+    """Read the rows of every split."""
     kwargs = content["dataset_kwargs"]
     files = kwargs.get("data_files") if isinstance(kwargs, Mapping) else None
     if not isinstance(files, Mapping) or set(kwargs) != {"data_files"}:

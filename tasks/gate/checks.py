@@ -27,7 +27,7 @@ from tasks.reports.statistics import Difference
 
 
 class Evidence(NamedTuple):
-    """What is known of a version.
+    """Evidence on a version for the gate.
 
     Attributes:
         version: its number.
@@ -36,7 +36,7 @@ class Evidence(NamedTuple):
         base: the base model's, by suite.
         templates: the SHA-256 of the chat template in training, in evaluation and in the model.
         mean_kl: of the model that was trained against the model that is served, nats per token.
-        leaked: of each suite the share of items that stand in the rows that were learnt.
+        leaked: of each suite the share of items that stand in the rows that were trained on.
         broken: what is wrong with the model's files or signature; empty when they are as they were registered.
     """
 
@@ -69,7 +69,7 @@ class Finding(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Whether a version may become champion, and what it was held against."""
+    """Verdict on whether a version may become champion, and what it was compared with."""
 
     version: str
     champion: str
@@ -77,7 +77,7 @@ class Verdict(NamedTuple):
     findings: list[Finding]
 
     def as_dict(self) -> dict[str, Any]:
-        """The verdict as JSON has it, where a number that is missing is null."""
+        """Return the verdict as JSON has it, where a number that is missing is null."""
         findings = []
         for finding in self.findings:
             numbers = finding.difference._asdict() if finding.difference else {}
@@ -86,18 +86,18 @@ class Verdict(NamedTuple):
         return {**self._asdict(), "findings": findings}
 
     def digest(self) -> str:
-        """The SHA-256 of the verdict, which the ledger names it by."""
+        """Compute the SHA-256 of the verdict, by which the ledger names it."""
         return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
 
     def summary(self) -> str:
-        """The verdict in a few words."""
+        """Summarise the verdict in a few words."""
         passed = sum(finding.passed for finding in self.findings)
         told = [f.said for f in self.findings if f.check.startswith("against") and f.difference]
         return f"{passed} of {len(self.findings)} checks passed" + "".join(f"; {said}" for said in told[:2])
 
 
 def judge(challenger: Evidence, champion: Evidence | None, params: Promote, max_mean_kl: float) -> Verdict:
-    """Holds a version against the base model and the present champion.
+    """Compare a version with the base model and the present champion.
 
     Args:
         challenger: the version.

@@ -13,7 +13,7 @@ SuiteName = Annotated[str, StringConstraints(min_length=1)]
 
 
 class Promote(Section):
-    """What a challenger must show: figures are of items, paired where two models answered the same."""
+    """Conditions that a challenger must meet: figures are of items, paired where two models answered the same."""
 
     suite: SuiteName
     """The suite that decides: there a version must be better than the base, and not worse than the champion."""

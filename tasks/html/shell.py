@@ -1,4 +1,4 @@
-"""What temper's pages have in common: colours for light and dark, type, tables. They need nothing beside them."""
+"""Common parts of temper's pages: colours for light and dark, type, tables. Each page is self-contained."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ def palette(named: Mapping[str, str], series: Sequence[str]) -> dict[str, str]:
 
 
 def visible(text: str) -> str:
-    """A text whose control characters are shown as their pictures, and marks of direction and the like by number.
+    """Show a text's control characters as their pictures, and marks of direction and the like by number.
 
-    Lines, tabs and what joins letters stay: of anything else a reader could not tell that it is there.
+    Lines, tabs and what joins letters stay: a reader could not see that anything else is there.
     """
     hidden = [c for c in set(text) if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co") and c not in _PLAIN]
     return text.translate({ord(character): _picture(ord(character)) for character in hidden})

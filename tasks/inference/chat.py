@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Reply(NamedTuple):
-    """What a model said; `stopped` tells whether it came to an end by itself."""
+    """Reply of a model; `stopped` is true when it came to an end by itself."""
 
     text: str
     stopped: bool
@@ -33,7 +33,7 @@ def answer(
     max_tokens: int,
     generation: Generation = GREEDY,
 ) -> Reply:
-    """The model's reply to a conversation that ends with a user turn."""
+    """Generate the model's reply to a conversation that ends with a user turn."""
     prompt = render_prompt(tokenizer, messages)
     new = continuation(model, tokenizer, prompt, max_tokens, generation)
     return Reply(decode(tokenizer, new), tokenizer.eos_token_id in new, len(prompt), len(new))
@@ -46,7 +46,7 @@ def continuation(
     max_tokens: int,
     generation: Generation = GREEDY,
 ) -> list[int]:
-    """The tokens that a decoder writes after a prompt's."""
+    """Generate the tokens that a decoder writes after a prompt."""
     from tasks.inference.sampling import continuations
 
     (new,) = continuations(model, tokenizer, [prompt], max_tokens, generation)
@@ -56,7 +56,7 @@ def continuation(
 def answer_text(
     model: Model, tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int, generation: Generation = GREEDY
 ) -> Reply:
-    """What an encoder-decoder model writes for an input."""
+    """Generate what an encoder-decoder model writes for an input."""
     ids = list(tokenizer(text)["input_ids"])
     (new,) = generate_targets(model, tokenizer, [ids], max_tokens, generation)
     return Reply(decode(tokenizer, new), tokenizer.eos_token_id in new, len(ids), len(new))

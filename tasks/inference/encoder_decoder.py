@@ -1,4 +1,4 @@
-"""What is read off an encoder-decoder model (T5, arXiv:1910.10683): scores of targets, and answers to inputs.
+"""Scores of targets and answers to inputs of an encoder-decoder model (T5, arXiv:1910.10683).
 
 Everything goes through the model's own forward pass and its own `generate`, so that families that scale, bias or shift
 in their own way, and adapters that add tokens of theirs, stay right.
@@ -31,12 +31,12 @@ class PairRow(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """How long the row is."""
+        """Return the length of the row in tokens."""
         return len(self.input_ids) + len(self.target_ids)
 
     @property
     def scored_tokens(self) -> int:
-        """How many tokens the loss falls on."""
+        """Count the tokens that the loss falls on."""
         return len(self.target_ids)
 
 
@@ -48,7 +48,7 @@ class Padded(NamedTuple):
 
 
 def padded(rows: Sequence[Sequence[int]], fill: int, device: Any) -> Padded:
-    """Rows of token ids as one tensor; on the right, because some encoders count positions from the first."""
+    """Pad rows of token ids to one tensor; on the right, because some encoders count positions from the first."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -63,10 +63,10 @@ def padded(rows: Sequence[Sequence[int]], fill: int, device: Any) -> Padded:
 def score_pairs(
     model: Model, rows: Sequence[PairRow], *, with_mean: bool = False, with_likeliest: bool = False
 ) -> Scored:
-    """The log-probability of every token of the targets, end token included, given the input and the tokens before it.
+    """Score the log-probability of every target token, end token included, given the input and the tokens before it.
 
     The decoder reads the target shifted right by the model's own start token; its mean is the loss that transformers
-    computes from `labels`. `with_mean` asks for the mean over the vocabulary, `with_likeliest` for what is the arg-max.
+    computes from `labels`. `with_mean` also gives the mean over the vocabulary, `with_likeliest` what is the arg-max.
     """
     from tasks.inference.lm_head import score_logits
 
@@ -85,13 +85,13 @@ def score_pairs(
 def score_pair_rows(
     model: Model, rows: Sequence[PairRow], *, tokens: int, done: Callable[[int], None] = lambda count: None
 ) -> list[Likelihood]:
-    """The likelihood of each row's target, in their order; rows with the same input are scored together.
+    """Score the likelihood of each row's target, in their order; rows with the same input are scored together.
 
     Args:
         model: an encoder-decoder.
         rows: what to score.
         tokens: how many a forward pass computes at most, padding included.
-        done: is told of each pass how many rows it scored.
+        done: called after each pass with the number of rows that it scored.
     """
     import torch
 
@@ -108,9 +108,9 @@ def score_pair_rows(
 
 
 def _encoded(model: Model, inputs: Sequence[tuple[int, ...]]) -> dict[str, Any]:
-    """What a forward pass is given of its inputs: without gradients, those that are the same are encoded once.
+    """Build a forward pass's arguments for its inputs: without gradients, the same inputs are encoded once.
 
-    A learnt prompt and edits of prompts reach the encoder through the whole model's forward pass alone.
+    A soft prompt and edits of prompts reach the encoder through the whole model's forward pass alone.
     """
     import torch
 
@@ -137,7 +137,7 @@ def generate_targets(
     generation: Generation,
     stopping: Any = None,
 ) -> list[list[int]]:
-    """Answers to a batch of inputs: the tokens after the start token, up to the end token if there is one.
+    """Generate answers to a batch of inputs: the tokens after the start token, up to the end token if there is one.
 
     `stopping` is what else ends answers, as transformers takes it.
     """
@@ -160,7 +160,7 @@ def generate_targets(
 
 
 def check_room(model: Model, rows: Sequence[tuple[str, Sequence[int]]], max_new_tokens: int) -> None:
-    """Refuses inputs or answers that are longer than the positions of a model that counts them (BART's; T5 does not).
+    """Refuse inputs or answers beyond the positions of a model that counts them (BART's; T5 does not).
 
     Args:
         model: the model that is to answer.

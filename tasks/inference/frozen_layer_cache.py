@@ -1,4 +1,4 @@
-"""What no adapter can change is the same in every epoch: it is computed once and kept.
+"""Cache of activations that no adapter can change: the same in every epoch, they are computed once.
 
 Layers below the first one that an adapter changes see nothing that is trained. With ReFT, where only tokens at the end
 of the prompt are edited, what stands before those is the same in all layers, so that the layers above need no more of
@@ -26,7 +26,7 @@ from tasks.adapters.reft.tuner import ReftConfig, ReftLayer
 
 
 class Reuse(NamedTuple):
-    """What a forward pass of some rows can leave out.
+    """Part of a forward pass that some rows can leave out.
 
     Attributes:
         start: how many tokens at the beginning of each row need not be given.
@@ -40,7 +40,7 @@ class Reuse(NamedTuple):
 
 
 class State(NamedTuple):
-    """What is kept of a row.
+    """Cached activations of a row.
 
     Attributes:
         hidden: hidden states at the cut, (tokens, hidden).
@@ -55,17 +55,17 @@ class Below:
     """Keeps what lies below the first layer that is changed, and before the first edited token."""
 
     def __init__(self, body: nn.Module, layers: Sequence[nn.Module], cut: int, last: int, prompts: Any) -> None:
-        """Keeps the output of layer number `cut` - 1; `last` tokens of each prompt are edited, 0: more."""
+        """Prepare to keep the output of layer number `cut` - 1; `last` tokens of each prompt are edited, 0: more."""
         self._body, self._layers, self._cut, self._last, self._prompts = body, layers, cut, last, prompts
         self._states: dict[bytes, State] = {}
         self._token_bytes = (0, 0)
 
     @classmethod
     def of(cls, model: Any, rows: Sequence[tuple[int, int]], max_bytes: int) -> Below | None:
-        """For a model with an adapter and rows of so many tokens, of which so many are the prompt's.
+        """Build the cache for a model with an adapter and rows given as (tokens, prompt tokens).
 
         Where keys and values would need more than `max_bytes`, hidden states alone are kept. None where those are too
-        many too, or would be wrong: no layer below the first that is changed, dropout in one, learnt tokens or
+        many too, or would be wrong: no layer below the first that is changed, dropout in one, trained tokens or
         embeddings, an encoder.
         """
         config = getattr(model, "peft_config", {}).get(getattr(model, "active_adapter", ""))
@@ -99,7 +99,7 @@ class Below:
         return None
 
     def kept_bytes(self, rows: Sequence[tuple[int, int]]) -> int:
-        """What is kept of rows of so many tokens, of which so many are the prompt's."""
+        """Count the bytes that are kept of rows given as (tokens, prompt tokens)."""
         token, before = self._token_bytes
         starts = [self._start(prompt) for _, prompt in rows]
         return sum(tokens for tokens, _ in rows) * token + sum(starts) * (before - token)
@@ -142,7 +142,7 @@ class Below:
 
     @torch.no_grad()
     def _one(self, row: Sequence[int], prompt: int) -> State | None:
-        """What a row alone gives, without edits; None if the layers give more than a tensor each."""
+        """Compute what a row alone gives, without edits; None if the layers give more than a tensor each."""
         found: list[Any] = []
         start, ids = self._start(prompt), torch.tensor([list(row)], device=next(self._body.parameters()).device)
 
@@ -171,7 +171,7 @@ class Below:
 
 
 def _first_changed(base: Any, layers: Sequence[nn.Module]) -> int:
-    """The number of the first layer that an adapter changes; 0 where anything else but the head is changed, too."""
+    """Return the number of the first layer that an adapter changes; 0 where anything else but the head changes, too."""
 
     def changes(part: nn.Module) -> bool:
         return isinstance(part, BaseTunerLayer | ReftLayer) or any(p.requires_grad for p in part.parameters(False))
@@ -188,7 +188,7 @@ class _Enough(Exception):  # no error
 
 @contextmanager
 def _instead(forwards: dict[nn.Module, Any]) -> Iterator[None]:
-    """Gives modules other forward passes for a while."""
+    """Replace the forward passes of modules within the block."""
     for module, forward in forwards.items():
         module.forward = forward
     try:
@@ -199,7 +199,7 @@ def _instead(forwards: dict[nn.Module, Any]) -> Iterator[None]:
 
 
 def _drops(base: Any, above: Sequence[nn.Module]) -> bool:
-    """Whether something other than the edits drops out, elsewhere than in the layers `above`."""
+    """Return whether dropout is active anywhere but in the edits and in the layers `above`."""
     edits = [part for part in base.modules() if isinstance(part, ReftLayer)]
     passed_over = {id(part) for each in (*above, *edits) for part in each.modules()}
     parts = (part for part in base.modules() if id(part) not in passed_over)
@@ -209,7 +209,7 @@ def _drops(base: Any, above: Sequence[nn.Module]) -> bool:
 
 
 def _slides(config: Any) -> bool:
-    """Whether a layer attends to a window alone."""
+    """Return whether a layer attends to a sliding window alone."""
     kinds = getattr(config, "layer_types", None) or []
     return bool(getattr(config, "sliding_window", None)) or any(kind != "full_attention" for kind in kinds)
 

@@ -31,13 +31,13 @@ VOCABULARY = 4096
 
 
 class Head(NamedTuple):
-    """What makes logits of hidden states: z = scale (W h + b), then cap tanh(z / cap).
+    """Head that makes logits of hidden states: z = scale (W h + b), then cap tanh(z / cap).
 
     Attributes:
         weight: (vocabulary, hidden).
         bias: (vocabulary,).
-        scale: what Cohere multiplies logits by, and Granite divides them by.
-        cap: what Gemma 2 keeps them below (arXiv:2408.00118, section 2).
+        scale: factor of the logits; Cohere multiplies by it, Granite divides.
+        cap: soft cap of the logits, as in Gemma 2 (arXiv:2408.00118, section 2).
     """
 
     weight: Tensor
@@ -47,12 +47,12 @@ class Head(NamedTuple):
 
 
 class TokenScores(NamedTuple):
-    """Of each token, (tokens,), nats, float32 (float64 for hidden states in float64).
+    """Scores of each token, (tokens,), nats, float32 (float64 for hidden states in float64).
 
     Attributes:
         logp: its log-probability.
-        mean_logp: the mean log-probability of all tokens that could stand in its place; None if it was not asked for.
-        likeliest: whether none is likelier, nor as likely with a smaller id, bool; None if it was not asked for.
+        mean_logp: the mean log-probability of all tokens that could stand in its place; None if it was not computed.
+        likeliest: whether none is likelier, nor as likely with a smaller id, bool; None if it was not computed.
     """
 
     logp: Tensor
@@ -63,14 +63,14 @@ class TokenScores(NamedTuple):
 def score_targets(
     hidden: Tensor, head: Head, targets: Tensor, *, with_mean: bool = False, with_likeliest: bool = False
 ) -> TokenScores:
-    """The log-probability of each target given its hidden state; differentiable once, also to weight and bias.
+    """Score each target's log-probability given its hidden state; differentiable once, also to weight and bias.
 
     Args:
         hidden: (tokens, hidden).
-        head: what makes logits of them.
+        head: the head that makes logits of them.
         targets: token ids, (tokens,) int64.
-        with_mean: asks for the means over the vocabulary, as label smoothing needs them.
-        with_likeliest: asks whether each target is the arg-max.
+        with_mean: whether to compute the means over the vocabulary, as label smoothing needs them.
+        with_likeliest: whether to compute if each target is the arg-max.
     """
     if hidden.is_cuda and not with_mean and not with_likeliest and not _observers and _has_liger(head):
         return TokenScores(_by_liger(hidden, head, targets), None)
@@ -80,7 +80,7 @@ def score_targets(
 
 
 def product_dtype(hidden: Tensor, head: Head) -> torch.dtype:
-    """What is multiplied in: the type of the weights or of autocast, but float32 on CPUs that lack a unit for bf16.
+    """Return the dtype of products: that of the weights or of autocast, but float32 on CPUs without a bf16 unit.
 
     Without AMX a product in bf16 takes twice as long as in float32 (bench/LOG.md); weights are widened tile by tile.
     """
@@ -91,7 +91,7 @@ def product_dtype(hidden: Tensor, head: Head) -> torch.dtype:
 
 
 def _has_liger(head: Head) -> bool:
-    """Whether Liger is installed and knows this form of logits: it scales none. Capped ones stay ours."""
+    """Return whether Liger is installed and knows this form of logits: it scales none. Capped ones stay ours."""
     known = head.cap is None and (head.scale == 1.0 or head.bias is None)
     return known and find_spec("liger_kernel") is not None
 
@@ -112,7 +112,7 @@ _observers: list[Callable[[Tensor], None]] = []
 
 @contextmanager
 def observed(see: Callable[[Tensor], None]) -> Iterator[None]:
-    """Within this block every tile of logits is shown as it is made; a rehearsal counts them so."""
+    """Show every tile of logits to `see` as it is made, within this block; the estimate counts them so."""
     _observers.append(see)
     try:
         yield
@@ -121,7 +121,7 @@ def observed(see: Callable[[Tensor], None]) -> Iterator[None]:
 
 
 class _How(NamedTuple):
-    """What is asked for: the form of the logits, the type of products, what of each token besides its own score."""
+    """Options of scoring: the form of the logits, the dtype of products, what to compute besides each token's score."""
 
     scale: float
     cap: float | None
@@ -132,7 +132,7 @@ class _How(NamedTuple):
 
 
 class _Upstream(NamedTuple):
-    """What the loss makes of the log-probabilities and of the means: its gradients, (tokens, 1)."""
+    """Gradients of the loss to the log-probabilities and to the means, (tokens, 1)."""
 
     logp: Tensor
     mean: Tensor | None
@@ -163,7 +163,7 @@ class _Tile(NamedTuple):
 
 
 def _tiles(hidden: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Iterator[_Tile]:
-    """All tiles; those of the same columns one after another. `hidden` is in the type of products."""
+    """Yield all tiles; those of the same columns one after another. `hidden` is in the dtype of products."""
     scale, cap = how.scale, how.cap
     for start in range(0, len(weight), VOCABULARY):
         columns = slice(start, min(start + VOCABULARY, len(weight)))
@@ -186,12 +186,12 @@ def _tiles(hidden: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> It
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What sums and exponentials are computed in."""
+    """Return the dtype of sums and exponentials."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _add_product(to: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds a product that is computed in the type of its right side."""
+    """Add a product that is computed in the dtype of its right side."""
     if to.dtype == right.dtype:
         to.addmm_(left, right)
     else:
@@ -243,7 +243,7 @@ def _to_head(
     upstream: _Upstream,
     how: _How,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of weight and bias: every tile is made again, and added up over all tokens before it is rounded."""
+    """Compute the gradients of weight and bias: each tile is remade, and all tokens are added up before rounding."""
     given = hidden.to(how.dtype)
     to_weight, to_bias = torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
     of_both = upstream.logp if upstream.mean is None else upstream.logp + upstream.mean
@@ -269,7 +269,7 @@ def _to_head(
 
 
 class _Sums:
-    """What is added up over the vocabulary for each token, all (tokens, 1) or (tokens, hidden)."""
+    """Sums over the vocabulary for each token, all (tokens, 1) or (tokens, hidden)."""
 
     def __init__(self, hidden: Tensor, targets: Tensor, how: _How) -> None:
         def zeros(columns: int) -> Tensor:
@@ -288,7 +288,7 @@ class _Sums:
         self.rows = zeros(width) if how.gradient and how.with_mean else None  # of the slope times the weight's row
 
     def take(self, tile: _Tile) -> None:
-        """Adds a tile, whose logits it uses up."""
+        """Add a tile, whose logits it uses up."""
         now, logits = tile.tokens, tile.logits
         column, inside = tile.place(self.targets)
         found = logits.gather(1, column)
@@ -317,11 +317,11 @@ class _Sums:
             _add_product(self.rows[now], tile.slope, tile.weight)
 
     def log_total(self) -> Tensor:
-        """The logarithm of the sum of all exponentials, (tokens, 1)."""
+        """Compute the logarithm of the sum of all exponentials, (tokens, 1)."""
         return self.most + self.total.log()
 
     def slopes(self, weight: Tensor, scale: float) -> tuple[Tensor | None, Tensor | None]:
-        """The gradient of each log-probability to its hidden state, (tokens, hidden), and that of each mean."""
+        """Compute each log-probability's gradient to its hidden state, (tokens, hidden), and that of each mean."""
         if self.pulled is None:
             return None, None
         expected = self.pulled.div_(self.total)

@@ -1,6 +1,6 @@
-"""How a model makes logits of hidden states, and the log-probabilities of tokens by the shortest way that is right.
+"""Vocabulary heads: how a model makes logits of hidden states, and log-probabilities by the shortest correct way.
 
-Most models multiply hidden states by one matrix, some then scale or cap the logits. What a model does is told from its
+Most models multiply hidden states by one matrix, some then scale or cap the logits. A model's form is found by its
 own forward pass, run once on stand-ins for everything but the part after its layers. Where the head is not one plain
 matrix, or something else is done, that same part of the forward pass makes the logits.
 """
@@ -31,14 +31,14 @@ def score_hidden(
     with_mean: bool = False,
     with_likeliest: bool = False,
 ) -> TokenScores:
-    """The log-probability of each target, as the model gives it for a hidden state of its decoder.
+    """Score each target's log-probability, as the model gives it for a hidden state of its decoder.
 
     Args:
         model: a decoder, with or without an adapter.
-        hidden: what its layers end with, (tokens, hidden).
+        hidden: the output of its layers, (tokens, hidden).
         targets: token ids, (tokens,) int64.
-        with_mean: asks for the means over the vocabulary, as label smoothing needs them.
-        with_likeliest: asks whether each target is the arg-max.
+        with_mean: whether to compute the means over the vocabulary, as label smoothing needs them.
+        with_likeliest: whether to compute if each target is the arg-max.
     """
     asked = {"with_mean": with_mean, "with_likeliest": with_likeliest}
     if head := head_of(model):
@@ -49,7 +49,7 @@ def score_hidden(
 def score_logits(
     logits: Tensor, targets: Tensor, *, with_mean: bool = False, with_likeliest: bool = False
 ) -> TokenScores:
-    """The same of logits that are there already, (tokens, vocabulary)."""
+    """Score each target's log-probability from logits that exist already, (tokens, vocabulary)."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     logp = -F.cross_entropy(logits, targets, reduction="none")
     mean = logits.mean(1) - logits.logsumexp(1) if with_mean else None
@@ -57,7 +57,7 @@ def score_logits(
 
 
 def head_of(model: PreTrainedModel | PeftModel) -> Head | None:
-    """The model's vocabulary head, if it is one plain matrix and what comes of it is at most scaled and capped."""
+    """Return the model's vocabulary head, if it is one plain matrix whose output is at most scaled and capped."""
     base = base_of(model)
     head = base.get_output_embeddings()
     if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head):
@@ -69,7 +69,7 @@ def head_of(model: PreTrainedModel | PeftModel) -> Head | None:
 
 
 def logits_of(model: PreTrainedModel | PeftModel, hidden: Tensor) -> Tensor:
-    """The logits, (tokens, vocabulary), that the model's own forward pass makes of hidden states, (tokens, hidden)."""
+    """Compute the logits, (tokens, vocabulary), by the model's own forward pass, of hidden states, (tokens, hidden)."""
     base = base_of(model)
     with _instead(base, {base.get_decoder(): _Layers(hidden[None])}):
         logits: Tensor = _after_layers(base, len(hidden), hidden.device)
@@ -80,7 +80,7 @@ def logits_of(model: PreTrainedModel | PeftModel, hidden: Tensor) -> Tensor:
 
 
 class _Form(NamedTuple):
-    """What is done with the head's output z: scale z, then cap tanh(z / cap)."""
+    """Form of the logits, made of the head's output z: scale z, then cap tanh(z / cap)."""
 
     scale: float
     cap: float | None
@@ -97,9 +97,9 @@ _PROBES = 32
 
 
 def _form_of(base: Any) -> _Form | None:
-    """How the logits follow from the head's output; None if the model does something else, before the head or after.
+    """Find how logits follow from the head's output; None if the model does something else, before the head or after.
 
-    The head is given hidden states that are told again, and gives numbers of which the model's own code makes logits.
+    The head gets known hidden states to compare, and gives known numbers of which the model's own code makes logits.
     """
     hidden = torch.linspace(-1, 1, base.get_output_embeddings().weight.shape[1], dtype=torch.float64)[None, None]
     output = torch.linspace(-100, 100, _PROBES, dtype=torch.float64)[None, None]
@@ -121,7 +121,7 @@ def _form_of(base: Any) -> _Form | None:
 
 
 def _after_layers(base: Any, tokens: int, device: torch.device) -> Tensor:
-    """The logits of the model's forward pass, whose hooks are those of a whole one and stay out of this."""
+    """Compute the logits of the model's forward pass, whose hooks are those of a whole one and stay out of this."""
     logits: Tensor = base.forward(
         input_ids=torch.zeros(1, tokens, dtype=torch.long, device=device), use_cache=False
     ).logits
@@ -140,7 +140,7 @@ class _Layers(nn.Module):
 
 
 class _Output:
-    """What a stack of layers gives, with hidden states and nothing else."""
+    """Output of a stack of layers, with hidden states and nothing else."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden
@@ -167,7 +167,7 @@ class _Numbers(nn.Module):
 
 @contextmanager
 def _instead(base: nn.Module, others: dict[nn.Module, nn.Module]) -> Iterator[None]:
-    """Puts modules in the places of others for a while."""
+    """Replace modules by others within the block."""
     places = [(module, name) for module in base.modules() for name, child in module._modules.items() if child in others]
     before = [module._modules[name] for module, name in places]
     try:
@@ -180,7 +180,7 @@ def _instead(base: nn.Module, others: dict[nn.Module, nn.Module]) -> Iterator[No
 
 
 def base_of(model: PreTrainedModel | PeftModel) -> Any:
-    """The model without what PEFT put around it; adapters stay within."""
+    """Return the model without what PEFT put around it; adapters stay within."""
     from peft import PeftModel
 
     return model.get_base_model() if isinstance(model, PeftModel) else model

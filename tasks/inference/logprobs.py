@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 def score_tokens(
     model: Model, rows: Sequence[TokenRow], below: Below | None = None, *, with_mean: bool = False
 ) -> Scored:
-    """The log-probability of every scored token of some rows, given what stands before it.
+    """Score the log-probability of every scored token of some rows, given what stands before it.
 
     The vocabulary head runs on scored positions only, and tile by tile: logits never exist as a whole. Rows stand in
     one sequence without padding, and those with the same prompt share it, where the model and its adapter allow that.
-    Nor is anything computed twice that `below` keeps. `with_mean` asks for `mean_logp`, too.
+    Nor is anything computed twice that `below` keeps. `with_mean` also gives `mean_logp`.
     """
     import torch
 
@@ -38,7 +38,7 @@ def score_tokens(
 
 
 def _joined(model: Model, rows: Sequence[TokenRow]) -> Joined | None:
-    """The rows in one sequence, where the model and its adapter allow that and it pays."""
+    """Join the rows in one sequence, where the model and its adapter allow that and it pays; else return None."""
     from tasks.adapters.prompt_tuning import virtual_tokens
     from tasks.inference.lm_head import base_of
     from tasks.inference.prefix_sharing import drops, join, joinable
@@ -53,7 +53,7 @@ def _joined(model: Model, rows: Sequence[TokenRow]) -> Joined | None:
 
 
 def _joined_hidden(model: Model, rows: Sequence[TokenRow], joined: Joined) -> Tensor:
-    """The hidden states that scored tokens follow from, (tokens, hidden), of rows joined in one sequence."""
+    """Compute the hidden states that scored tokens follow from, (tokens, hidden), of rows joined in one sequence."""
     import torch
 
     from tasks.adapters.reft.prompt_positions import prompts_of
@@ -77,7 +77,7 @@ def _joined_hidden(model: Model, rows: Sequence[TokenRow], joined: Joined) -> Te
 
 
 def _padded_hidden(model: Model, rows: Sequence[TokenRow], below: Below | None) -> Tensor:
-    """The same, of rows padded on the right, after a learnt prompt and what `below` keeps."""
+    """Compute the same hidden states of rows padded on the right, after a soft prompt and what `below` keeps."""
     import torch
 
     from tasks.adapters.prompt_tuning import with_virtual_tokens

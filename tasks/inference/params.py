@@ -1,4 +1,4 @@
-"""How text is generated, typed: one section for evaluation, `temper chat` and requests to a registered model."""
+"""Options of text generation, typed: one section for evaluation, `temper chat` and requests to a registered model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LEAST_TEMPERATURE = 0.001
 
 
 class Generation(Section):
-    """How each next token is chosen: the likeliest one (greedy), or one drawn by its probability."""
+    """Options by which each next token is chosen: the most likely one (greedy), or one sampled by its probability."""
 
     temperature: NotNegative
     """What logits are divided by before a token is drawn; 0 is greedy, with `top_k` and `top_p` off."""
@@ -44,11 +44,11 @@ GREEDY = Generation(temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
 
 
 def generation_of(asked: Mapping[str, Any], where: str) -> Generation:
-    """The options of a command line or of a request; what it does not name is as in `GREEDY`.
+    """Build the options of a command line or of a request; what it does not name is as in `GREEDY`.
 
     Args:
         asked: values by their fields' names.
-        where: who asks, for the error.
+        where: the origin of the values, for the error.
 
     Raises:
         BadParams: one or more values are wrong; all of them are named.

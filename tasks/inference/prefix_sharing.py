@@ -58,17 +58,17 @@ class Joined(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """How long the sequence is."""
+        """Return the length of the sequence in tokens."""
         return self.ids.shape[1]
 
     @property
     def pays(self) -> bool:
-        """Whether so many tokens are left out, of padding and of prompts that stand more than once, that it pays."""
+        """Return whether joining pays: whether it leaves out enough padding and repeated prompts."""
         return self.tokens <= _WORTH_IT * len(self.places) * max(map(len, self.places))
 
 
 def join(rows: Sequence[Sequence[int]], prompts: Sequence[int], device: torch.device, *, share: bool = True) -> Joined:
-    """Lays rows out one after another, and if they may share, those with the same prompt as one tree.
+    """Lay rows out one after another, and if they may share, those with the same prompt as one tree.
 
     Args:
         rows: their token ids.
@@ -96,7 +96,7 @@ def join(rows: Sequence[Sequence[int]], prompts: Sequence[int], device: torch.de
 
 
 def joined_hidden(base: Any, joined: Joined | Forest) -> Tensor:
-    """The hidden states that a decoder ends with, (tokens, hidden); of a `Forest` without gradients."""
+    """Compute the hidden states that a decoder ends with, (tokens, hidden); of a `Forest` without gradients."""
     _make_known()
     base.config._attn_implementation = NAME
     nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=joined.ids.device)  # a ready mask, so that none is made
@@ -112,7 +112,7 @@ _apart = ContextVar("rows stay apart", default=False)
 
 @contextmanager
 def rows_apart() -> Iterator[None]:
-    """Within this block rows are padded instead of joined, for what reads them as they are then (NEFTune's noise)."""
+    """Pad rows instead of joining them within this block, for what reads them as they are then (NEFTune's noise)."""
     token = _apart.set(True)
     try:
         yield
@@ -121,7 +121,7 @@ def rows_apart() -> Iterator[None]:
 
 
 def joinable(base: Any, longest: int) -> bool:
-    """Whether rows of up to so many tokens can be joined on this model.
+    """Return whether rows of up to `longest` tokens can be joined on this model.
 
     Its attention must be PyTorch's, over all that stands before, and its positions must be what we say.
     """
@@ -140,7 +140,7 @@ def joinable(base: Any, longest: int) -> bool:
 
 
 def drops(base: nn.Module) -> bool:
-    """Whether something drops out in the model's present mode: then a prompt that stands twice drops out twice."""
+    """Return whether dropout is active in the model's present mode: a prompt that stands twice then differs."""
     if not base.training:
         return False
     values: dict[str, Any] = base.config.get_text_config().to_dict()  # type: ignore[union-attr, operator]
@@ -208,7 +208,7 @@ def joined_attention(
 
 
 def _of_tree(tree: Tree, of_tree: Sequence[Tensor], how: dict[str, Any]) -> list[Tensor]:
-    """Of the trunk with the first branch; then of each other branch, behind the trunk's queries, keys and values.
+    """Attend in the trunk with the first branch; then in each other branch, behind the trunk's tokens.
 
     The trunk's queries run along again, since PyTorch's causal attention wants as many queries as keys; what comes of
     them is dropped.
@@ -224,7 +224,7 @@ def _of_tree(tree: Tree, of_tree: Sequence[Tensor], how: dict[str, Any]) -> list
 
 
 def _of_block(block: Block, query: Tensor, key: Tensor, value: Tensor, how: dict[str, Any]) -> Tensor:
-    """Of neighbouring tokens, behind those that all rows through them begin with."""
+    """Attend in neighbouring tokens, behind those that all rows through them begin with."""
     queries = query[:, :, block.start : block.stop]
     keys, values = (_at(tensor, block.keys) for tensor in (key, value))
     return F.scaled_dot_product_attention(
@@ -233,6 +233,6 @@ def _of_block(block: Block, query: Tensor, key: Tensor, value: Tensor, how: dict
 
 
 def _at(tensor: Tensor, ranges: Sequence[Range]) -> Tensor:
-    """The tokens of some ranges, (batch, heads, tokens, width)."""
+    """Select the tokens of some ranges, (batch, heads, tokens, width)."""
     parts = [tensor[:, :, start:stop] for start, stop in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

@@ -63,12 +63,12 @@ class Forest(NamedTuple):
 
 
 def ordered(rows: Sequence[Row], *, whole: bool) -> list[int]:
-    """The numbers of the rows, those with the same beginning together; `whole` as in `common`."""
+    """Sort the rows' numbers so that rows with the same beginning stand together; `whole` as in `common`."""
     return sorted(range(len(rows)), key=lambda n: (rows[n].ids[: rows[n].prompt if whole else 0], rows[n].ids))
 
 
 def common(one: Row, other: Row, *, whole: bool) -> int:
-    """How many tokens two rows may share at their beginning; if `whole`, none unless they have the same prompt."""
+    """Count the tokens that two rows may share at their start; if `whole`, none unless they have the same prompt."""
     length = min(len(one.ids), len(other.ids))
     if one.ids[:length] == other.ids[:length]:
         same = length
@@ -78,7 +78,7 @@ def common(one: Row, other: Row, *, whole: bool) -> int:
 
 
 def batches(rows: Sequence[Row], tokens: int, *, whole: bool) -> Iterator[list[int]]:
-    """The numbers of the rows in batches of at most so many tokens, shared ones counted once.
+    """Yield the numbers of the rows in batches of at most `tokens` tokens, shared ones counted once.
 
     A row that is longer gets a batch, and with it rows that add up to a quarter: its context's other endings. A batch
     ends in its second half, where the next one has the fewest tokens to repeat for each that this one holds.
@@ -101,7 +101,7 @@ def batches(rows: Sequence[Row], tokens: int, *, whole: bool) -> Iterator[list[i
 
 
 def plant(rows: Sequence[Row], device: torch.device, *, whole: bool) -> Forest:
-    """Lays rows out as one sequence; `whole` as in `common`."""
+    """Lay rows out as one sequence; `whole` as in `common`."""
     ids, positions, last = list[int](), list[int](), list[int]()
     places: list[list[int]] = [[] for _ in rows]
     before: int | None = None
@@ -125,7 +125,7 @@ def plant(rows: Sequence[Row], device: torch.device, *, whole: bool) -> Forest:
 
 
 def leaves(rows: Sequence[Row], *, whole: bool) -> list[int]:
-    """For each row the number of one that it is the beginning of, itself or another: only those must be computed."""
+    """Return for each row the number of one that it is a prefix of, itself or another: only those must be computed."""
     order, found = ordered(rows, whole=whole), list(range(len(rows)))
     for number, following in reversed(list(pairwise(order))):
         if common(rows[number], rows[following], whole=whole) == len(rows[number].ids):
@@ -134,7 +134,7 @@ def leaves(rows: Sequence[Row], *, whole: bool) -> list[int]:
 
 
 def _blocks(last: Sequence[int], start: int, stop: int, before: tuple[Range, ...]) -> Iterator[Block]:
-    """Of neighbouring subtrees that all follow `before`; `last` says of each token where its descendants end."""
+    """Yield blocks of neighbouring subtrees that follow `before`; `last` gives where each token's descendants end."""
     while start < stop:
         end = last[start]
         while end < stop and last[end] - start <= TOGETHER:

@@ -23,7 +23,7 @@ Row: TypeAlias = "TokenRow | PairRow"
 
 
 def row_of(rendered: Mapping[str, Any]) -> Row:
-    """A row of chat.parquet or pair.parquet, told by its columns, as what a model is scored on."""
+    """Build the row that a model is scored on from one of chat.parquet or pair.parquet, detected by its columns."""
     if "target_ids" in rendered:
         return PairRow(rendered["input_ids"], rendered["target_ids"])
     return TokenRow(rendered["ids"], rendered["mask"], rendered["prompt_tokens"])
@@ -58,9 +58,9 @@ def read_questions(rendered: Path, architecture: Architecture) -> list[dict[str,
 
 
 def score(model: Model, rows: Sequence[Row], below: Below | None = None, *, with_mean: bool = False) -> Scored:
-    """The log-probability of every scored token of some rows, which are all of one kind.
+    """Score the log-probability of every scored token of some rows, which are all of one kind.
 
-    `below` keeps what a decoder's adapter cannot change; `with_mean` asks for the mean over the vocabulary, too.
+    `below` keeps what a decoder's adapter cannot change; `with_mean` also gives the mean over the vocabulary.
     """
     if pairs := [row for row in rows if isinstance(row, PairRow)]:
         return score_pairs(model, pairs, with_mean=with_mean)
@@ -68,7 +68,7 @@ def score(model: Model, rows: Sequence[Row], below: Below | None = None, *, with
 
 
 def last_turn(row: Mapping[str, Any]) -> int:
-    """Where the last scored turn of a rendered chat begins: what stands before is the prompt that is answered."""
+    """Return where the last scored turn of a rendered chat begins: what stands before is the prompt."""
     mask: list[bool] = row["mask"]
     start = len(mask) - 1 - mask[::-1].index(True)
     while start > 0 and mask[start - 1]:

@@ -22,17 +22,17 @@ class TokenRow(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """How long the row is."""
+        """Return the length of the row in tokens."""
         return len(self.ids)
 
     @property
     def scored_tokens(self) -> int:
-        """How many tokens the loss falls on; nothing stands before the first."""
+        """Count the tokens that the loss falls on; nothing stands before the first."""
         return sum(self.mask[1:])
 
 
 class Likelihood(NamedTuple):
-    """Of a row's scored tokens: their log-probability in nats, and whether greedy decoding would write them."""
+    """Likelihood of a row's scored tokens: their log-probability in nats, and whether greedy decoding gives them."""
 
     logp: float
     greedy: bool
@@ -52,22 +52,22 @@ class Scored(NamedTuple):
     likeliest: Tensor | None = None
 
     def row_sums(self) -> Tensor:
-        """The log-probability of each row's scored tokens together, (rows,)."""
+        """Sum the log-probabilities of each row's scored tokens, (rows,)."""
         return self.logp.new_zeros(self.rows).index_add(0, self.row, self.logp)
 
     def row_means(self) -> Tensor:
-        """The same per token, (rows,)."""
+        """Average the log-probabilities of each row's scored tokens, (rows,)."""
         return self.row_sums() / self.row_tokens()
 
     def row_tokens(self) -> Tensor:
-        """How many tokens of each row are scored, (rows,)."""
+        """Count the scored tokens of each row, (rows,)."""
         return self.row.bincount(minlength=self.rows)
 
     def likelihoods(self) -> list[Likelihood]:
-        """Of each row.
+        """Return the likelihood of each row.
 
         Raises:
-            ValueError: `likeliest` was not asked for.
+            ValueError: `likeliest` was not computed.
         """
         if self.likeliest is None:
             raise ValueError("scored without with_likeliest")

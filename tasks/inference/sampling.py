@@ -1,8 +1,8 @@
-"""How the next token is chosen, as transformers' `generate` takes it: the one place that turns options into processors.
+"""Sampling of the next token, as transformers' `generate` takes it: the one place that maps options to processors.
 
 Tokens are drawn by the Gumbel-max trick: the arg-max of logits with independent Gumbel noise on them is a sample from
 their softmax (Gumbel 1954; arXiv:1411.0030, section 2). So `generate` only ever takes the arg-max, and the noise comes
-from a generator of each row's own. transformers' own sampling takes all rows' draws from one global generator, and what
+from one generator per row. transformers' own sampling takes all rows' draws from one global generator, and what
 a row gets then depends on the rows beside it.
 """
 
@@ -28,7 +28,7 @@ def continuations(
     generation: Generation,
     stopping: Any = None,
 ) -> list[list[int]]:
-    """The tokens that a decoder writes after each of a batch of prompts, up to the end token if there is one.
+    """Generate the tokens that a decoder writes after each of a batch of prompts, up to the end token if any.
 
     `stopping` is what else ends them, as transformers takes it.
     """
@@ -55,7 +55,7 @@ def continuations(
 
 
 def until(ids: list[int], end: int | None) -> list[int]:
-    """What stands up to and including the first end token; after it there is only padding."""
+    """Cut a sequence after its first end token, which is kept; after it there is only padding."""
     return ids[: ids.index(end) + 1] if end in ids else ids
 
 
@@ -78,13 +78,13 @@ class StopTexts:
         self._start: int | None = None
 
     def criteria(self) -> Any:
-        """This, as `generate` takes it."""
+        """Return this as `generate` takes it."""
         from transformers import StoppingCriteriaList
 
         return StoppingCriteriaList([self])
 
     def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        """Which answers are at their end, (rows,) bool, after one token more of each: `ids` (rows, tokens)."""
+        """Return which answers are at their end, (rows,) bool, after one token more of each: `ids` (rows, tokens)."""
         import torch
 
         if self._start is None:
@@ -101,13 +101,13 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_toke
 
 
 def decoding(model: Model, generation: Generation, ids: Tensor, attended: Tensor) -> dict[str, Any]:
-    """What `model.generate` is given besides the prompts, their mask and the length.
+    """Build what `model.generate` is given besides the prompts, their mask and the length.
 
     What a row's draws are is a function of the seed and the row's prompt alone: not of the batch, its padding or its
     size. Rows with the same prompt get the same text; another seed gives another. What remains is the rounding of the
     model's own logits, which may differ between batches; noise that stays the same seldom lets it change a token.
 
-    From now on the model has of its own generation_config.json the ids of special tokens alone: whatever `generate` is
+    From then on the model keeps only the ids of special tokens of its generation_config.json: whatever `generate` is
     not given, it takes from there.
 
     Args:
@@ -144,7 +144,7 @@ def _forget_defaults(model: Model) -> None:
 
 
 def row_generator(seed: int, prompt: Sequence[int], device: torch.device) -> torch.Generator:
-    """The source of one row's draws."""
+    """Create the random generator of one row's draws."""
     import hashlib
 
     import torch

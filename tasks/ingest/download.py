@@ -23,7 +23,7 @@ _TIMEOUT_S = 30.0
 
 
 class Pinned(NamedTuple):
-    """What is fetched: its address, its digest in hexadecimal, and how large it may be."""
+    """Pinned file: its address, its digest in hexadecimal, and how large it may be."""
 
     url: str
     sha256: str
@@ -31,7 +31,7 @@ class Pinned(NamedTuple):
 
 
 def public_address(host: str, port: int) -> str:
-    """One address of a host, all of whose addresses are public.
+    """Return one address of a host, after checking that all of its addresses are public.
 
     Raises:
         BadData: one of them is private, or of this machine: a file of rows has no business there.
@@ -54,12 +54,12 @@ def fetch(
     resolve: Callable[[str, int], str] = public_address,
     client: Callable[[], Any] | None = None,
 ) -> Path:
-    """The file, from the folder if it was fetched before.
+    """Fetch the file, or take it from the folder if it was fetched before.
 
     Args:
         wanted: an https:// address, or one of an object store (s3://, gs://, az://, abfs://).
         folder: where fetched files are kept, under their digest.
-        resolve: tells the address of a host; the connection is made to that very address.
+        resolve: gives the address of a host; the connection is made to that very address.
         client: makes the HTTP client.
 
     Raises:
@@ -118,7 +118,7 @@ def _fetch_https(wanted: Pinned, part: Path, resolve: Callable[[str, int], str],
 
 @contextmanager
 def _answer(http: Any, url: str, have: int, resolve: Callable[[str, int], str]) -> Iterator[Any]:
-    """Asks for the rest of a file, at the very address that was looked at."""
+    """Request the rest of a file, at the very address that was checked."""
     parts = urlsplit(url)
     host, port = str(parts.hostname), parts.port or 443
     address = resolve(host, port)
@@ -163,7 +163,7 @@ def _write(blocks: Iterator[bytes], wanted: Pinned, part: Path, *, append: bool)
 
 
 def _fetch_object(wanted: Pinned, part: Path) -> None:
-    """From an object store, by the library of fsspec that knows it; its own environment variables say who asks."""
+    """Fetch a file from an object store, by fsspec's library for it; environment variables hold the credentials."""
     import fsspec
 
     try:

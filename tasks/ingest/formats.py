@@ -32,7 +32,7 @@ from tasks.ingest.turns import (
 
 
 def parse(row: Any, form: str | Mapping[str, str], origin: Origin) -> Sequence[Record]:
-    """What one row of a file says.
+    """Parse one row of a file into records.
 
     Args:
         row: what the file holds there.
@@ -55,7 +55,7 @@ def parse(row: Any, form: str | Mapping[str, str], origin: Origin) -> Sequence[R
 
 
 def detect(row: Any, place: str) -> str:
-    """The format of a row, by its keys.
+    """Detect the format of a row by its keys.
 
     Raises:
         BadData: no format has such keys.
@@ -84,7 +84,7 @@ def _check_object(row: Any, place: str) -> None:
 
 
 def parse_labelled(row: Row, origin: Origin) -> Sequence[Record]:
-    """A conversation or a prompt with one reply, and `label` or `kto_tag`: whether the reply is good."""
+    """Parse a conversation or a prompt with one reply, and `label` or `kto_tag`: whether the reply is good."""
     place = origin.place
     label = _truth(row["kto_tag"] if "kto_tag" in row else row.get("label"), place)
     plain = {k: v for k, v in row.items() if k not in ("label", "kto_tag")}
@@ -101,7 +101,7 @@ def parse_labelled(row: Row, origin: Origin) -> Sequence[Record]:
 
 
 def _truth(label: Any, place: str) -> bool:
-    """A label as people write it: true or false, 1 or 0, also as text, for tables have nothing else."""
+    """Parse a label as people write it: true or false, 1 or 0, also as text, for tables have nothing else."""
     known = {"true": True, "1": True, "false": False, "0": False}
     if isinstance(label, (bool, int, str)) and str(label).strip().lower() in known:
         return known[str(label).strip().lower()]
@@ -123,7 +123,7 @@ FORMATS: Mapping[str, Callable[[Row, Origin], Sequence[Record]]] = {
 
 
 def _has_label(row: Row) -> bool:
-    """Whether a reply is labelled good or bad; a `label` of other tables, such as a class, stands without a reply."""
+    """Return whether a reply is labelled good or bad; other tables' `label`, such as a class, has no reply."""
     if "kto_tag" in row or isinstance(row.get("label"), bool):
         return True
     replies = ("completion", "reply", "response")
@@ -156,7 +156,7 @@ _SIGNS: Mapping[str, Callable[[Row], bool]] = {
 
 
 def _renamed(row: Row, columns: Mapping[str, str], place: str) -> tuple[Row, str]:
-    """The row under our names, and the format that has those."""
+    """Rename the row's columns to our names; return it and the format that has those."""
     renamed = {}
     for field, column in columns.items():
         if column not in row:

@@ -10,7 +10,7 @@ from tasks.core.params import Commit, Count, FilePath, HubName, Name, Section, S
 
 
 class AnySource(SourceFacts):
-    """What every source says of itself."""
+    """Settings that every source has."""
 
     path: FilePath
     """What DVC watches: a file or folder, relative to the workspace or absolute."""
@@ -63,7 +63,7 @@ class Shuffled(Section):
 
 
 class RowsOfFiles(AnySource):
-    """How files of rows are read."""
+    """Settings of how files of rows are read."""
 
     format: Format | Annotated[dict[Field_, str], Field(min_length=1)]
     """How rows are written; `auto` looks at the first of each file; or which column is what: {prompt: Q, reply: A}."""
@@ -121,6 +121,6 @@ Source = Annotated[GeneratorSource | FileSource | FolderSource | RemoteSource | 
 
 
 class Ingest(Section):
-    """Where the rows come from; one DVC stage `ingest@NAME` for each source."""
+    """Sources of the rows; one DVC stage `ingest@NAME` for each."""
 
     sources: Annotated[dict[Name, Source], Field(min_length=1)]

@@ -26,7 +26,7 @@ from tasks.ingest.turns import (
 
 
 class Origin(NamedTuple):
-    """Where a row came from: its id, the key of `ingest.sources`, the file, and the number there."""
+    """Origin of a row: its id, the key of `ingest.sources`, the file, and the number there."""
 
     id: str
     source: str
@@ -69,7 +69,7 @@ def parse_conversations(row: Row, origin: Origin) -> Sequence[Record]:
 
 
 def parse_prompt_reply(row: Row, origin: Origin) -> Sequence[Record]:
-    """One question and its answer, under one of the pairs of names in `PROMPT_REPLY`; perhaps `system`, `history`."""
+    """Parse a question and its answer, under one of the name pairs in `PROMPT_REPLY`; perhaps `system`, `history`."""
     place = origin.place
     asked, answered = next((pair for pair in PROMPT_REPLY if pair[0] in row and pair[1] in row), ("prompt", "reply"))
     before = [*system_of(row, place), *history_of(row, place)]
@@ -108,7 +108,7 @@ PROMPT_REPLY = (
 
 
 def parse_choices(row: Row, origin: Origin) -> Sequence[Record]:
-    """A multiple-choice question: `question` or `query`, `choices`, `options` or columns A, B, ..., and which is right.
+    """Parse a multiple-choice question: `question` or `query`, `choices`, `options` or columns A, B, ..., the answer.
 
     A question of a test without answers becomes a chat without a reply, which is good to look for leaks with.
     """
@@ -131,7 +131,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def _choice(answer: Any, options: int, place: str) -> str:
-    """Which choice is right, as its letter; for a question without choices, the answer itself."""
+    """Return which choice is right, as its letter; for a question without choices, the answer itself."""
     if isinstance(answer, bool) or not isinstance(answer, (int, str, list)):
         raise BadData("does not say which choice is right", where=place, got=repr(answer), expected="a letter or index")
     if isinstance(answer, int):
@@ -178,7 +178,7 @@ def parse_preference(row: Row, origin: Origin) -> Sequence[Record]:
 
 
 def _shared(stated: list[Message], before: list[Message], chosen: list[Message], place: str) -> list[Message]:
-    """The prompt, which may stand beside the replies, before them, or in both places."""
+    """Return the prompt, which may stand beside the replies, before them, or in both places."""
     if stated == chosen:  # the whole conversation with the better reply, as UltraFeedback has it
         return before
     if not before or stated[len(stated) - len(before) :] == before:
@@ -189,7 +189,7 @@ def _shared(stated: list[Message], before: list[Message], chosen: list[Message],
 
 
 def parse_ranked(row: Row, origin: Origin) -> Sequence[Record]:
-    """Replies in order, best first (`output` or `responses` as a list), or with `scores` or `ranks`: all pairs."""
+    """Parse replies in order, best first (`output` or `responses` a list), or with `scores` or `ranks`: all pairs."""
     place = origin.place
     key = next(k for k in ("responses", "answers", "outputs", "output") if isinstance(row.get(k), list))
     replies = [item if isinstance(item, str) else mapping_of(item, place) for item in row[key]]
@@ -211,7 +211,7 @@ def parse_ranked(row: Row, origin: Origin) -> Sequence[Record]:
 
 
 def _scores(row: Row, replies: Sequence[Any], place: str) -> list[float]:
-    """How good each reply is: higher is better."""
+    """Return how good each reply is: higher is better."""
     given: list[Any] = [r.get("score", r.get("rank")) if isinstance(r, Mapping) else None for r in replies]
     lower_is_better = any(isinstance(r, Mapping) and "rank" in r for r in replies)
     for key in ("scores", "ranks", "rank"):
@@ -233,7 +233,7 @@ def parse_text(row: Row, origin: Origin) -> Sequence[Record]:
 
 
 def parse_pair(row: Row, origin: Origin) -> Sequence[Record]:
-    """An input and its target, under one of the pairs of names in `INPUT_TARGET`."""
+    """Parse an input and its target, under one of the pairs of names in `INPUT_TARGET`."""
     given, wanted = next((pair for pair in INPUT_TARGET if pair[0] in row and pair[1] in row), INPUT_TARGET[0])
     place = origin.place
     return [SeqPair(**origin._asdict(), input=text_of(row, given, place), target=text_of(row, wanted, place))]
@@ -254,7 +254,7 @@ def _preference(origin: Origin, prompt: Sequence[Message], chosen: str, rejected
 
 
 def language_of(row: Row) -> str:
-    """The prefix of the columns of a file with every row in several languages: the one that is not English."""
+    """Return the column prefix of a file with every row in several languages: the one that is not English."""
     if "instruction" in row:
         return ""
     prefixes = [str(key)[: -len("instruction")] for key in row if str(key).endswith("_instruction")]

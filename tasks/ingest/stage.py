@@ -58,7 +58,7 @@ class Reading:
     formats: dict[str, str] = field(default_factory=dict)
 
     def records(self) -> Iterator[Record]:
-        """The rows of the source, in its own order.
+        """Yield the rows of the source, in its own order.
 
         Raises:
             BadData: the source is missing, empty, damaged, or more than its max_refused of it is malformed.
@@ -80,7 +80,7 @@ class Reading:
         return shuffled(list(records), source.take) if isinstance(source.take, Shuffled) else records
 
     def _files(self, source: FileSource | FolderSource | RemoteSource | HubSource) -> list[tuple[Path, str]]:
-        """The files of a source, each with what it is called in rows and errors."""
+        """List the files of a source, each with its name in rows and errors."""
         if isinstance(source, RemoteSource):
             return [(fetch(Pinned(source.url, source.sha256, source.max_bytes), self.downloads), source.url)]
         if isinstance(source, HubSource):
@@ -113,7 +113,7 @@ class Reading:
                     self._check_refused(source.max_refused)
 
     def _form(self, source: RowsOfFiles, row: Any, origin: Origin) -> str | dict[str, str]:
-        """How a row is read: by the columns that are named, else by the format that its keys tell."""
+        """Return the format of a row: the columns that params name, else the format that its keys show."""
         if not isinstance(source.format, str):
             return {str(ours): name for ours, name in source.format.items()}
         return detect(row, origin.place) if source.format == "auto" else source.format
@@ -133,11 +133,11 @@ class Reading:
 
     @property
     def holds_nothing(self) -> bool:
-        """Whether every row that was read was refused, and all for the same: then the file is no such data at all."""
+        """Return whether every row was refused for the same reason: then the file is no such data at all."""
         return 0 < len(self.refused) == self.read and len({error.what for error in self.refused}) == 1
 
     def refusals(self) -> list[dict[str, Any]]:
-        """The rows that were refused, as refused.parquet has them."""
+        """Return the rows that were refused, as refused.parquet has them."""
         return [
             {"place": error.where, "reason": error.line(), "excerpt": excerpt}
             for error, excerpt in zip(self.refused, self.excerpts, strict=True)
@@ -145,7 +145,7 @@ class Reading:
 
 
 def shuffled(records: Sequence[Record], take: Shuffled) -> Iterator[Record]:
-    """The first records of a random order, the one in which `datasets` has them after `shuffle(seed=...)`."""
+    """Yield the first records of a random order, the one that `datasets` gives after `shuffle(seed=...)`."""
     import numpy as np
 
     order = np.random.default_rng(take.seed).permutation(len(records))
@@ -153,14 +153,14 @@ def shuffled(records: Sequence[Record], take: Shuffled) -> Iterator[Record]:
 
 
 def origin_of(source: AnySource) -> str:
-    """Where a source's rows come from, in one line."""
+    """Describe where a source's rows come from, in one line."""
     if isinstance(source, RemoteSource):
         return source.url
     return f"hf://{source.id}@{source.revision}" if isinstance(source, HubSource) else source.path
 
 
 def files_below(folder: Path, glob: str, *, within: Path) -> list[Path]:
-    """The files of a folder that match, in the order of their names.
+    """List the files of a folder that match, in the order of their names.
 
     Raises:
         BadData: the folder is missing, nothing in it matches, or a link leads out of `within`.
@@ -179,7 +179,7 @@ def files_below(folder: Path, glob: str, *, within: Path) -> list[Path]:
 
 
 def main() -> None:
-    """The stage `ingest@SOURCE`."""
+    """Run the stage `ingest@SOURCE`."""
     with run_stage(__doc__, "out", item="source", may_fetch=True) as stage:
         source = stage.section(f"ingest.sources.{stage.item}", Source)
         reading = Reading(stage.item, source)

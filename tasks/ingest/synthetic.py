@@ -155,7 +155,7 @@ SMALL_TALK = (_greeting, _liking, _whereabouts, _plan, _choice, _note, _thanks)
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to generate: `rows` is one of ROWS; the share `withheld` of all facts (0 to 1) is left out."""
+    """Recipe of generated rows: `rows` is one of ROWS; the share `withheld` of all facts (0 to 1) is left out."""
 
     source: str
     rows: str
@@ -165,7 +165,7 @@ class Recipe:
 
 
 def generate(recipe: Recipe, lexicon: Lexicon) -> Iterator[Record]:
-    """The recipe's rows, in order."""
+    """Yield the recipe's rows, in order."""
     make = ROWS[recipe.rows]
     for index in range(recipe.count):
         random = Random(f"{recipe.seed}/{recipe.rows}/{index}")
@@ -174,7 +174,7 @@ def generate(recipe: Recipe, lexicon: Lexicon) -> Iterator[Record]:
 
 
 def _ask(recipe: Recipe, lexicon: Lexicon, voice: Voice) -> Question:
-    """A question whose fact is not withheld."""
+    """Draw a question whose fact is not withheld."""
     while True:
         question = voice.random.choice(list(FAMILIES.values()))(voice.random, lexicon, voice)
         if not held_out(question.group, recipe.withheld):
@@ -182,7 +182,7 @@ def _ask(recipe: Recipe, lexicon: Lexicon, voice: Voice) -> Question:
 
 
 def _chat(row_id: str, recipe: Recipe, lexicon: Lexicon, voice: Voice) -> ChatExample:
-    """A question and its answer as a chat."""
+    """Build a question and its answer as a chat."""
     question = _ask(recipe, lexicon, voice)
     return ChatExample(
         id=row_id,
@@ -194,7 +194,7 @@ def _chat(row_id: str, recipe: Recipe, lexicon: Lexicon, voice: Voice) -> ChatEx
 
 
 def _preference(row_id: str, recipe: Recipe, lexicon: Lexicon, voice: Voice) -> PreferencePair:
-    """The right answer and a typical mistake."""
+    """Build a pair of the right answer and a typical mistake."""
     question = _ask(recipe, lexicon, voice)
     return PreferencePair(
         id=row_id,
@@ -208,7 +208,7 @@ def _preference(row_id: str, recipe: Recipe, lexicon: Lexicon, voice: Voice) -> 
 
 
 def _text(row_id: str, recipe: Recipe, lexicon: Lexicon, voice: Voice) -> TextExample:
-    """One to four questions with their answers, as a document."""
+    """Build a document of one to four questions with their answers."""
     form = voice.random.choice(DOCUMENT_FORMS[voice.language])
     asked = [_ask(recipe, lexicon, voice) for _ in range(voice.random.randint(1, 4))]
     return TextExample(
@@ -217,7 +217,7 @@ def _text(row_id: str, recipe: Recipe, lexicon: Lexicon, voice: Voice) -> TextEx
 
 
 def _talk(row_id: str, recipe: Recipe, lexicon: Lexicon, voice: Voice) -> ChatExample:
-    """One to three exchanges of small talk."""
+    """Build a chat of one to three exchanges of small talk."""
     messages: list[Message] = []
     for exchange in voice.random.choices(SMALL_TALK, k=voice.random.randint(1, 3)):
         user, assistant = exchange(voice.random, lexicon, voice)
@@ -239,7 +239,7 @@ ROWS: Mapping[str, Callable[[str, Recipe, Lexicon, Voice], Record]] = {
 
 
 def read_lexicon(path: Path) -> Lexicon:
-    """Reads the word lists.
+    """Read the word lists.
 
     Raises:
         BadData: the file is not a mapping of the lists that `Lexicon` names to `english: chinese` pairs.

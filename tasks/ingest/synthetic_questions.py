@@ -39,7 +39,7 @@ class Voice(NamedTuple):
     random: Random
 
     def of(self, value: object) -> str:
-        """A word, a list of words or anything else as this language writes it."""
+        """Format a word, a list of words or anything else as this language writes it."""
         if isinstance(value, Word):
             return value.en if self.language == "en" else value.zh
         if isinstance(value, Sequence) and not isinstance(value, str):
@@ -47,7 +47,7 @@ class Voice(NamedTuple):
         return str(value)
 
     def say(self, en: Sequence[str], zh: Sequence[str], **values: object) -> str:
-        """One of this language's phrases with its `{names}` filled in."""
+        """Build one of this language's phrases with its `{names}` filled in."""
         phrase = self.random.choice(en if self.language == "en" else zh)
         return phrase.format(**{name: self.of(value) for name, value in values.items()})
 
@@ -63,7 +63,7 @@ class Question(NamedTuple):
 
     @property
     def group(self) -> str:
-        """The fact's name among all families."""
+        """Return the fact's name among all families."""
         return f"{self.family}/{self.fact}"
 
 
@@ -128,7 +128,7 @@ def ordering(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
 
 
 def extremes(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
-    """The largest or smallest of some numbers; the slip takes the opposite end."""
+    """Ask for the largest or smallest of some numbers; the slip takes the opposite end."""
     numbers = random.sample(range(100), random.randint(3, 5))
     which, right, wrong = random.choice(
         ((Word("largest", "最大"), max, min), (Word("smallest", "最小"), min, max)),
@@ -143,7 +143,7 @@ def extremes(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
 
 
 def dates(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
-    """Days or months by their place in the week or year: first, last, or all in order; the slip takes the wrong end."""
+    """Ask for days or months by place in the week or year: first, last, all in order; the slip takes the wrong end."""
     calendar, span = random.choice(((lexicon.days, Word("week", "一周")), (lexicon.months, Word("year", "一年"))))
     items = random.sample(calendar, random.randint(2, 4))
     in_order = sorted(items, key=calendar.index)
@@ -167,7 +167,7 @@ def dates(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
 
 
 def counting(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
-    """How many animals stand in a list; the slip is one too many."""
+    """Ask how many animals stand in a list; the slip is one too many."""
     animals = random.sample(lexicon.animals, random.randint(1, 4))
     items = animals + random.sample(lexicon.things, random.randint(1, 3))
     random.shuffle(items)
@@ -180,7 +180,7 @@ def counting(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
 
 
 def odd_one(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
-    """The only word of a list that is of another kind; the slip names one of the others."""
+    """Ask for the only word of a list that is of another kind; the slip names one of the others."""
     many, few, kind = random.choice(
         (
             (lexicon.animals, lexicon.things, Word("an animal", "动物")),
@@ -200,7 +200,7 @@ def odd_one(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
 
 
 def words(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
-    """A word picked by its place, or the list turned round; the slip takes the wrong place or leaves the order."""
+    """Ask for a word by its place, or the list reversed; the slip takes the wrong place or leaves the order."""
     items = random.sample(lexicon.animals + lexicon.things + lexicon.colours, random.randint(3, 5))
     if random.random() < 0.3:
         text = voice.say(
@@ -228,7 +228,7 @@ def words(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
 
 
 def sequences(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
-    """The next number of an arithmetic progression; the slip is one off."""
+    """Ask for the next number of an arithmetic progression; the slip is one off."""
     start, step = random.randint(1, 40), random.randint(1, 10)
     terms = [start + step * i for i in range(5)]
     if random.random() < 0.3:
@@ -242,7 +242,7 @@ def sequences(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
 
 
 def reading(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
-    """Who has what and in which colour, out of two or three sentences; the slip mixes up two people."""
+    """Ask who has what and in which colour, out of two or three sentences; the slip mixes up two people."""
     n = random.randint(2, 3)
     people, things, colours = (random.sample(pool, n) for pool in (lexicon.names, lexicon.things, lexicon.colours))
     rows = list(zip(people, colours, things, strict=True))
@@ -257,7 +257,7 @@ def reading(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
 
 
 def translation(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
-    """A colour and a noun into the other language; the slip leaves out the colour."""
+    """Ask for a colour and a noun in the other language; the slip leaves out the colour."""
     colour, noun = random.choice(lexicon.colours), random.choice(lexicon.animals + lexicon.things)
     text = voice.say(
         ("Write in Chinese: {c} {n}", "Translate into Chinese: {c} {n}"),

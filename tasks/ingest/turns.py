@@ -37,7 +37,7 @@ _THOUGHT = "<think>\n{}\n</think>\n\n"
 
 
 def system_of(row: Row, place: str) -> list[Message]:
-    """The system turn, if the row has one apart from its turns."""
+    """Parse the system turn, if the row has one apart from its turns."""
     key = "system" if "system" in row else "system_prompt"
     return [Message("system", text_of(row, key, place))] if row.get(key) else []
 
@@ -54,7 +54,7 @@ def history_of(row: Row, place: str) -> list[Message]:
 
 
 def stated_prompt_of(row: Row, place: str) -> list[Message]:
-    """The prompt that stands beside the replies."""
+    """Parse the prompt that stands beside the replies."""
     for key in ("prompt", "question", "query"):
         if key in row:
             return prompt_of(row, key, place)
@@ -69,7 +69,7 @@ def stated_prompt_of(row: Row, place: str) -> list[Message]:
 
 
 def prompt_of(row: Row, key: str, place: str) -> list[Message]:
-    """A prompt as text, as a transcript, or as a list of messages."""
+    """Parse a prompt given as text, as a transcript, or as a list of messages."""
     if isinstance(row.get(key), list):
         return turns_of(row, key, place)
     text = text_of(row, key, place)
@@ -79,7 +79,7 @@ def prompt_of(row: Row, key: str, place: str) -> list[Message]:
 
 
 def reply_of(row: Row, key: str, place: str) -> list[Message]:
-    """A reply as messages: the last one is the reply itself, those before it are its prompt."""
+    """Parse a reply as messages: the last one is the reply itself, those before it are its prompt."""
     value = row[key]
     if isinstance(value, str):
         return (
@@ -91,7 +91,7 @@ def reply_of(row: Row, key: str, place: str) -> list[Message]:
 
 
 def _transcript(text: str) -> list[Message]:
-    """Paragraphs that begin with `Human:` and `Assistant:` as messages (the form of hh-rlhf, arXiv:2204.05862)."""
+    """Parse paragraphs that begin with `Human:` and `Assistant:` (the form of hh-rlhf, arXiv:2204.05862)."""
     parts = re.split(r"\n\n(Human|Assistant):", text)[1:]
     return [
         Message("user" if speaker == "Human" else "assistant", said.strip())
@@ -100,12 +100,12 @@ def _transcript(text: str) -> list[Message]:
 
 
 def turns_of(row: Row, key: str, place: str) -> list[Message]:
-    """The messages of a field that lists them."""
+    """Parse the messages of a field that lists them."""
     return [_turn(turn, f"{place} {key}[{number}]") for number, turn in enumerate(list_of(row, key, place))]
 
 
 def _turn(turn: Any, where: str) -> Message:
-    """One turn, {from, value} or {role, content}, perhaps with tool_calls, weight or loss_weight."""
+    """Parse one turn, {from, value} or {role, content}, perhaps with tool_calls, weight or loss_weight."""
     if not isinstance(turn, Mapping):
         got = "null" if turn is None else repr(turn)[:60]
         raise BadData("is not a turn", where=where, got=got, expected="{from, value} or {role, content}")
@@ -190,7 +190,7 @@ def tools_of(row: Row, place: str) -> tuple[str, ...]:
 
 
 def check_tools(messages: Sequence[Message], place: str) -> None:
-    """A tool's result must follow the call that asked for it."""
+    """Check that a tool's result follows the call that requested it."""
     called = False
     for number, message in enumerate(messages):
         if message.role == "tool" and not called:
@@ -210,7 +210,7 @@ def _json(text: str, where: str, what: str) -> Any:
 
 
 def list_of(row: Row, key: str, place: str) -> list[Any]:
-    """A field that must list something."""
+    """Return a field after checking that it lists something."""
     value = row.get(key)
     if not isinstance(value, list) or not value:
         raise BadData(
@@ -220,14 +220,14 @@ def list_of(row: Row, key: str, place: str) -> list[Any]:
 
 
 def mapping_of(value: Any, where: str) -> Row:
-    """A value that must be an object."""
+    """Return a value after checking that it is an object."""
     if not isinstance(value, Mapping):
         raise BadData("is not an object", where=where, got=repr(value)[:60], expected="an object with named fields")
     return value
 
 
 def text_of(row: Row, field: str, place: str) -> str:
-    """A field that must be text which can be written in UTF-8."""
+    """Return a field after checking that it is text which can be written in UTF-8."""
     value = row.get(field)
     if not isinstance(value, str):
         got = "nothing" if field not in row else "null" if value is None else type(value).__name__

@@ -25,7 +25,7 @@ METHODS: tuple[str, ...] = get_args(Method)
 
 
 class Combination(NamedTuple):
-    """How updates become one.
+    """Combination of several updates into one.
 
     Attributes:
         method: `linear` adds them up; `svd` keeps the best approximation of that sum of a rank; `ties` keeps each
@@ -44,10 +44,10 @@ class Combination(NamedTuple):
     seed: int
 
     def check(self, adapters: int) -> None:
-        """Refuses what means nothing for so many adapters.
+        """Refuse combinations that mean nothing for this number of adapters.
 
         Raises:
-            BadParams: it does.
+            BadParams: the combination is one.
         """
         if len(self.weights) != adapters:
             raise BadParams(
@@ -62,7 +62,7 @@ class Combination(NamedTuple):
 
 
 def combined(adapters: Sequence[Path], how: Combination, base: Mapping[str, Stored], family: str) -> dict[str, Change]:
-    """What several adapters together do to the weights of a base.
+    """Combine the changes that several adapters make to the weights of a base.
 
     Raises:
         BadModel: one does not fit, or gives a weight another shape.
@@ -96,7 +96,7 @@ def _sum(name: str, base: Source, changed: Sequence[tuple[Source, float]], how: 
 
 
 def combine(updates: Sequence[Tensor], weights: Tensor, how: Combination) -> Tensor:
-    """One update, (rows, columns) float32, of several of that shape; DARE draws from torch's global generator."""
+    """Combine several updates into one, (rows, columns) float32; DARE draws from torch's global generator."""
     import torch
     from peft.utils import merge_utils
 

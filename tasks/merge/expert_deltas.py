@@ -41,7 +41,7 @@ class Fused(NamedTuple):
     family: str
 
     def changes(self, base: Mapping[str, Stored], settings: Settings) -> list[tuple[str, Source]]:
-        """The weights of the base that it changes, with what takes their place.
+        """Return the weights of the base that it changes, with what takes their place.
 
         Raises:
             BadModel: its shapes or its rank fit none of the module's weights, or more than one.
@@ -71,7 +71,7 @@ class Fused(NamedTuple):
         return list(self._apart(parameter, base, experts, scale, wanted))
 
     def _turned(self, shape: tuple[int, ...]) -> bool:
-        """Whether an expert's matrix is (in, out)."""
+        """Return whether an expert's matrix is (in, out)."""
         if self.family in _OUT_BY_IN | _IN_BY_OUT or len(shape) != 3:
             return self.family in _IN_BY_OUT
         if shape[-1] == shape[-2]:
@@ -100,7 +100,7 @@ class Fused(NamedTuple):
 
 
 def fused_weights(base: Mapping[str, Stored], settings: Settings) -> set[str]:
-    """The weights of a base that the configuration wants changed by their own names."""
+    """Return the weights of a base that the configuration wants changed by their own names."""
     found = set()
     for target in settings.target_parameters or ():
         module, _, parameter = target.rpartition(".")
@@ -116,7 +116,7 @@ def _holds(module: str, target: str) -> bool:
 
 
 def _places(module: str) -> tuple[str, str]:
-    """A module's name in memory, and the one that files may know it by (Mixtral)."""
+    """Return a module's name in memory, and the one that files may know it by (Mixtral)."""
     return module, re.sub(r"(^|\.)mlp(\.|$)", r"\1block_sparse_moe\2", module)
 
 

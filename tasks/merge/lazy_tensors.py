@@ -37,13 +37,13 @@ class Made:
         self._make, self.shape = make, shape
 
     def floats(self, start: int, stop: int) -> NDArray[Any]:
-        """Some of its rows."""
+        """Return some of its rows."""
         rows: NDArray[Any] = self._numbers().reshape(-1, self.shape[-1])[start:stop]
         return rows
 
     @staticmethod
     def forget() -> None:
-        """Lets go of the last tensor, and of what it was made from."""
+        """Release the last tensor, and what it was made from."""
         with Made._lock:
             Made._last = (None, None)
 
@@ -67,13 +67,13 @@ class Factor:
     """Factors of the rows as they are stored."""
 
     def rows(self, start: int, stop: int) -> NDArray[Any]:
-        """Some of its rows."""
+        """Return some of its rows."""
         if self.turned or self.by_row:
             return self.whole()[start:stop]
         return self.stored.floats(start, stop) * self.scale
 
     def whole(self) -> NDArray[Any]:
-        """All of it."""
+        """Return all of its rows."""
         numbers = self.stored.floats()
         if self.by_row:
             numbers = numbers * self.by_row.floats().reshape(-1, 1)
@@ -83,7 +83,7 @@ class Factor:
 
 @dataclass(frozen=True)
 class OfShape:
-    """What keeps the shape of the source that it changes."""
+    """Base class of sources that keep the shape of the source that they change."""
 
     base: Source
 
@@ -101,7 +101,7 @@ class Added(OfShape):
     right: Factor
 
     def floats(self, start: int, stop: int) -> NDArray[Any]:
-        """Some of its rows."""
+        """Return some of its rows."""
         total: NDArray[Any] = self.left.rows(start, stop) @ self.right.whole()
         total += self.base.floats(start, stop)
         return total
@@ -131,7 +131,7 @@ class AddedExperts(OfShape):
     rows_from: int = 0
 
     def floats(self, start: int, stop: int) -> NDArray[Any]:
-        """Some of its rows."""
+        """Return some of its rows."""
         total = self.base.floats(start, stop)
         height = self.shape[-2]
         for expert in range(start // height, (stop - 1) // height + 1):
@@ -159,7 +159,7 @@ class Normed(OfShape):
     turned: bool
 
     def floats(self, start: int, stop: int) -> NDArray[Any]:
-        """Some of its rows."""
+        """Return some of its rows."""
         import numpy as np
 
         rows = self.base.floats(start, stop)
@@ -173,7 +173,7 @@ class Normed(OfShape):
 
     @cached_property
     def _lengths(self) -> NDArray[Any]:
-        """Of the columns, (columns,)."""
+        """Compute the lengths (L2 norms) of the columns, (columns,)."""
         import numpy as np
 
         squares = np.zeros(self.shape[-1])
@@ -191,7 +191,7 @@ class Scaled(OfShape):
     by_row: bool
 
     def floats(self, start: int, stop: int) -> NDArray[Any]:
-        """Some of its rows."""
+        """Return some of its rows."""
         factors, rows = self.factors.floats().reshape(-1), self.base.floats(start, stop)
         if len(self.shape) > 1:
             factors = factors[start:stop, None] if self.by_row else factors[None]
@@ -207,7 +207,7 @@ class Plus(OfShape):
     scale: float
 
     def floats(self, start: int, stop: int) -> NDArray[Any]:
-        """Some of its rows."""
+        """Return some of its rows."""
         total: NDArray[Any] = self.base.floats(start, stop) + self.scale * self.more.floats(start, stop)
         return total
 
@@ -225,7 +225,7 @@ class Longer:
         return (self.base.shape[0] + self.more.shape[0], *self.base.shape[1:])
 
     def floats(self, start: int, stop: int) -> NDArray[Any]:
-        """Some of its rows."""
+        """Return some of its rows."""
         import numpy as np
 
         first = self.base.shape[0]
@@ -245,7 +245,7 @@ class Rows(OfShape):
     learnt: Stored
 
     def floats(self, start: int, stop: int) -> NDArray[Any]:
-        """Some of its rows."""
+        """Return some of its rows."""
         rows = self.base.floats(start, stop)
         for number, place in enumerate(self.places):
             if start <= place < stop:

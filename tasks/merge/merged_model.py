@@ -44,7 +44,7 @@ class Merged(NamedTuple):
 def merge(
     base: Path, adapter: Path, dtype: str = "own", replaced: Mapping[str, Source] = MappingProxyType({})
 ) -> Merged:
-    """What a base becomes with an adapter.
+    """Build the merged tensors of a base and an adapter.
 
     Args:
         base: a model folder.
@@ -63,7 +63,7 @@ def merge(
 def merge_changes(
     base: Path, changes: Callable[[Mapping[str, Stored], str], Mapping[str, Change]], dtype: str
 ) -> Merged:
-    """What a base becomes with changes that are worked out for its tensors and its model_type."""
+    """Build the merged tensors of a base with changes that are computed for its tensors and its model_type."""
     config, stored = _base(base)
     found = changes(with_head(stored, config), str(config.get("model_type")))
     return _merged(config, stored, found, dtype, {}, True)
@@ -72,7 +72,7 @@ def merge_changes(
 def write_merged(
     base: Path, adapter: Path, wanted: Mapping[Path, Merged], most_bytes: int
 ) -> dict[Path, dict[str, str]]:
-    """Writes merged models into existing folders, in one pass over the base; returns the digests of their files.
+    """Write merged models into existing folders, in one pass over the base; return the digests of their files.
 
     The tokenizer and the chat template are the adapter's, where its folder has a tokenizer; all else is the base's.
     """
@@ -96,18 +96,18 @@ def write_merged(
 
 
 def brings_tokenizer(adapter: Path) -> bool:
-    """Whether an adapter's folder has a tokenizer of its own."""
+    """Return whether an adapter's folder has its own tokenizer."""
     return any((adapter / name).is_file() for name in _BRINGS)
 
 
 def _has_template(folder: Path) -> bool:
-    """Whether a tokenizer's configuration holds its chat template, as older ones do."""
+    """Return whether a tokenizer's configuration holds its chat template, as older ones do."""
     path = folder / "tokenizer_config.json"
     return path.is_file() and bool(read_object(path).get("chat_template"))
 
 
 def with_head(stored: Mapping[str, Stored], config: Mapping[str, Any]) -> dict[str, Stored]:
-    """The tensors of a base; a head that is the embedding stands for it, whether it is stored or not."""
+    """Return a base's tensors; a head tied to the embedding is listed with its tensor, whether it is stored or not."""
     embedding, head = embedding_and_head(stored)
     return {**stored, head: stored[embedding]} if _is_tied(stored, config) else dict(stored)
 

@@ -1,4 +1,4 @@
-"""What is read of an adapter's configuration to merge it, with PEFT's own defaults, and how PEFT reads names in it."""
+"""Settings of an adapter that its merge reads, with PEFT's own defaults, and how PEFT reads names in them."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ class Settings(BaseModel):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     def rank(self, module: str) -> int:
-        """Of the update of a module."""
+        """Return the rank of a module's update."""
         return own(self.rank_pattern, module, self.r)
 
     def scale(self, module: str) -> float:
-        """Of the update of a module: alpha / rank, or alpha / sqrt(rank) (rank-stabilised, arXiv:2312.03732)."""
+        """Return the scale of a module's update: alpha / rank, or alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732)."""
         alpha, rank = own(self.alpha_pattern, module, self.lora_alpha), self.rank(module)
         return float(alpha / (rank**0.5 if self.use_rslora else rank))
 
     def targets(self, module: str) -> bool:
-        """Whether a module is to be changed, as PEFT's `check_target_module_exists` has it."""
+        """Return whether a module is to be changed, as PEFT's `check_target_module_exists` has it."""
         wanted, layers = self.target_modules, self.layers_to_transform
         if not _named(module, wanted) or _named(module, self.exclude_modules):
             return False
@@ -75,10 +75,10 @@ class Settings(BaseModel):
 
 
 def settings_of(adapter: Path) -> Settings:
-    """The configuration of a published adapter that is to be merged.
+    """Read the configuration of a published adapter that is to be merged.
 
     Raises:
-        BadModel: there is none, it is unsafe, has values that mean nothing, or asks for what no sum of weights is.
+        BadModel: there is none, it is unsafe, has invalid values, or asks for what is no sum of weights.
     """
     config = read_config(adapter)
     try:
@@ -100,7 +100,7 @@ def settings_of(adapter: Path) -> Settings:
 
 
 def own(patterns: Mapping[str, T], module: str, otherwise: T) -> T:
-    """The value for a module: of the first pattern that its name ends with, as PEFT has it, or of all others."""
+    """Return a module's value: that of the first pattern its name ends with, as PEFT has it, or of all others."""
     found = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
     return next(found, otherwise)
 

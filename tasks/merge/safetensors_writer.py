@@ -40,19 +40,19 @@ class Planned(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Its size in the file."""
+        """Return the tensor's size in the file, in bytes."""
         if isinstance(self.source, Stored) and self.is_copy:
             return self.source.nbytes
         return math.prod(self.source.shape) * BYTES[self.dtype]
 
     @property
     def is_copy(self) -> bool:
-        """Whether its bytes are those of a file."""
+        """Return whether the tensor's bytes are those of a file."""
         return isinstance(self.source, Stored) and self.source.dtype == self.dtype
 
 
 def split(planned: Mapping[str, Planned], most_bytes: int) -> list[dict[str, Planned]]:
-    """The tensors in shards of at most so many bytes, in their order; a larger tensor has a shard of its own."""
+    """Split the tensors in order into shards of at most `most_bytes`; a larger tensor has a separate shard."""
     shards: list[dict[str, Planned]] = []
     filling, room = dict[str, Planned](), most_bytes
     for name, tensor in planned.items():
@@ -70,15 +70,15 @@ def split(planned: Mapping[str, Planned], most_bytes: int) -> list[dict[str, Pla
 def write_shards(
     wanted: Mapping[Path, Mapping[str, Planned]], most_bytes: int, step: Callable[[], None] = lambda: None
 ) -> dict[Path, dict[str, str]]:
-    """Writes tensors as the weights of one or several model folders, in one pass, with an index for several files.
+    """Write tensors as the weights of one or several model folders, in one pass, with an index for several files.
 
     Args:
-        wanted: of each existing folder the tensors by name; all have the same names, shapes and formats.
-        most_bytes: of a shard.
-        step: is called for every tensor that was written.
+        wanted: for each existing folder the tensors by name; all have the same names, shapes and formats.
+        most_bytes: the largest size of a shard.
+        step: called for every tensor that was written.
 
     Returns:
-        Of each folder the SHA-256 of every file that was written, by its name.
+        For each folder the SHA-256 of every file that was written, by its name.
 
     Raises:
         BadModel: a number is not finite in its format.
@@ -107,7 +107,7 @@ def write_shards(
 def write_files(
     wanted: Mapping[Path, Mapping[str, Planned]], step: Callable[[], None] = lambda: None
 ) -> dict[Path, str]:
-    """Writes safetensors files of the same layout, tensor by tensor in all of them; returns their SHA-256."""
+    """Write safetensors files of the same layout, tensor by tensor in all of them; return their SHA-256."""
     from threadpoolctl import threadpool_limits
 
     first = next(iter(wanted.values()))
@@ -153,7 +153,7 @@ def _told_of(name: str) -> Iterator[None]:
 
 
 def _writing(file: _Written, name: str, tensor: Planned, workers: Executor) -> Iterator[Callable[[], None]]:
-    """The steps of writing a tensor, to be taken in their order; blocks are being made from when they are asked for."""
+    """Yield the steps of writing a tensor, to be taken in order; blocks are computed once they are requested."""
     if isinstance(tensor.source, Stored) and tensor.is_copy:
         yield partial(file.copy, tensor.source)
         return
@@ -191,13 +191,13 @@ class _Written:
         self._file.close()
 
     def write(self, block: memoryview) -> None:
-        """Writes bytes, which must not be changed any more."""
+        """Write bytes, which must not be changed any more."""
         self._blocks.put(block)
         while len(block):
             block = block[os.write(self._file.fileno(), block) :]
 
     def copy(self, source: Stored) -> None:
-        """Copies a tensor's bytes within the kernel, where the file systems can, and reads them for the digest."""
+        """Copy a tensor's bytes within the kernel, where the file systems can, and read them for the digest."""
         with source.file.open("rb", buffering=0) as file:
             for offset in range(source.start, source.start + source.nbytes, _COPY_BYTES):
                 block = memoryview(bytearray(min(_COPY_BYTES, source.start + source.nbytes - offset)))
@@ -209,10 +209,10 @@ class _Written:
                     self.write(block[done:])
 
     def digest(self) -> str:
-        """The digest of all that was written; nothing can be written any more.
+        """Return the digest of all that was written; nothing can be written any more.
 
         Raises:
-            OSError: the disk could not write it. The kernel says so once: a later sync would find nothing wrong.
+            OSError: the disk could not write it. The kernel reports it once: a later sync would find nothing wrong.
         """
         self._end()
         self._synced.result()
@@ -225,7 +225,7 @@ class _Written:
             self._thread.join()
 
     def _sync(self) -> None:
-        """Has the disk write what is there already, so that the sync at the end has little left to wait for."""
+        """Have the disk write what is there already, so that the sync at the end has little left to wait for."""
         while not self._ended.wait(_SYNC_SECONDS):
             os.fdatasync(self._file.fileno())
 
@@ -235,7 +235,7 @@ class _Written:
 
 
 def _copy_range(source: int, target: int, offset: int, length: int) -> int:
-    """Copies bytes from file to file without passing them through this process; returns how many it could."""
+    """Copy bytes from file to file without passing them through this process; return how many it could."""
     done = 0
     while done < length:
         try:

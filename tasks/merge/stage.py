@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class Difference(NamedTuple):
-    """How far two models are apart: KL(first || second) per token, in nats, and the largest difference of any logit."""
+    """Divergence of two models: KL(first || second) per token, in nats, and the largest difference of any logit."""
 
     mean_kl: float
     max_logit_difference: float
@@ -54,7 +54,7 @@ PROBES: Mapping[str, Mapping[str, str]] = {
 
 
 def logits_on(model: Model, probe: Mapping[str, Sequence[int]]) -> Tensor:
-    """The logits at every token that a model writes or reads on of a probe, (tokens, vocabulary), float32."""
+    """Compute the logits at every token that a model writes or reads on of a probe, (tokens, vocabulary), float32."""
     import torch
 
     written = len(probe.get("labels", probe["input_ids"]))  # a learnt prompt's own positions come before these
@@ -65,7 +65,7 @@ def logits_on(model: Model, probe: Mapping[str, Sequence[int]]) -> Tensor:
 
 
 def difference(first: Model, second: Model, probes: Sequence[Mapping[str, Sequence[int]]]) -> Difference:
-    """Compares the next-token distributions of two models on some probes.
+    """Compare the next-token distributions of two models on some probes.
 
     The vocabulary of the second may be longer; what it has more is left out.
     """
@@ -81,7 +81,7 @@ def difference(first: Model, second: Model, probes: Sequence[Mapping[str, Sequen
 
 
 def stand_ins(model: Model, base: Path, onto: str) -> dict[str, Mapping[str, Source]]:
-    """The weights that an update may be added to, by what they are called; of each, what stands in for the base's own.
+    """Build the weights that an update may be added to, by name; of each, what stands in for the base's own.
 
     Args:
         model: the adapter model in the form in which it was trained.
@@ -108,12 +108,12 @@ def merge_closest(
     most_bytes: int,
     dtype: str = "own",
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Writes a merged model into an empty folder: of those that may be made the closest to what was trained.
+    """Write a merged model into an empty folder: of the possible ones the closest to what was trained.
 
     All are written in one pass over the base and compared with the adapter model on the probes.
 
     Returns:
-        What is said of it in equivalence.json, and the digests of its files.
+        The content of its equivalence.json, and the digests of its files.
     """
     made = {
         folder / name: merge(base, trained, dtype, weights) for name, weights in stand_ins(model, base, onto).items()
@@ -132,7 +132,7 @@ def merge_closest(
 
 
 def check_equivalent(told: Mapping[str, Any], max_mean_kl: float, where: str) -> None:
-    """Refuses a model that is too far from the one that was trained.
+    """Refuse a model that is too far from the one that was trained.
 
     Raises:
         NotEquivalent: the mean KL is above the bound, or not a number.
@@ -148,7 +148,7 @@ def check_equivalent(told: Mapping[str, Any], max_mean_kl: float, where: str) ->
 
 
 def main() -> None:
-    """The stage `merge@METHOD`."""
+    """Run the stage `merge@METHOD`."""
     with run_stage(__doc__, "base", "adapter", "rendered", "out", "exports", item="method", may_fetch=True) as stage:
         params = stage.section("merge", Merge)
         adapter = stage.section(f"train.{stage.item}.adapter", AnyAdapter)

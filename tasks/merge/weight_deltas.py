@@ -44,12 +44,12 @@ Found: TypeAlias = "tuple[str | None, Change, tuple[str, ...]]"
 
 
 def changes_of(adapter: Path, base: Mapping[str, Stored], family: str = "") -> dict[str, Change]:
-    """What the adapter in a folder, or the model that is there instead, does to each weight of a base.
+    """Build the changes that an adapter, or the whole model in its folder, makes to each weight of a base.
 
     Args:
         adapter: a published adapter, or a folder of weights that were trained whole.
         base: the base's tensors by name.
-        family: its model_type; by it weights are known that lie the other way round.
+        family: its model_type; it identifies weights that are transposed.
 
     Raises:
         BadModel: the adapter is torn, not finite, of a method that does not change weights, at odds with its own
@@ -69,7 +69,7 @@ def changes_of(adapter: Path, base: Mapping[str, Stored], family: str = "") -> d
 
 
 def adapter_tensors(adapter: Path) -> dict[str, Stored]:
-    """The tensors of a published adapter, by the names of the modules that they belong to.
+    """Find the tensors of a published adapter, by the names of the modules that they belong to.
 
     Raises:
         BadModel: there are none, they are pickled, or the file is torn.
@@ -78,10 +78,10 @@ def adapter_tensors(adapter: Path) -> dict[str, Stored]:
 
 
 def check_finite(tensors: Mapping[str, Stored], where: Path) -> None:
-    """Refuses tensors with a number that is not finite.
+    """Refuse tensors with a number that is not finite.
 
     Raises:
-        BadModel: one has.
+        BadModel: a tensor has one.
     """
     import numpy as np
 
@@ -98,7 +98,7 @@ def check_finite(tensors: Mapping[str, Stored], where: Path) -> None:
 
 
 def embedding_and_head(names: Mapping[str, Any]) -> tuple[str, str]:
-    """The names of the embedding's weight and of the head's; empty where the embedding has none of the usual names."""
+    """Return the names of the embedding's and the head's weight; empty where the embedding has no usual name."""
     for ending, head in _HEADS.items():
         if found := next((name for name in names if f".{name}".endswith(f".{ending}")), None):
             return found, head
@@ -106,7 +106,7 @@ def embedding_and_head(names: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def name_in(base: Mapping[str, Any], name: str) -> str | None:
-    """The name of a model's weight in its base's files, which may lack the part before the first dot."""
+    """Find a model weight's name in its base's files, which may lack the part before the first dot."""
     return next((each for each in (name, name.partition(".")[2]) if each in base), None)
 
 
@@ -120,20 +120,20 @@ class _Adapter(NamedTuple):
     family: str
 
     def weight(self, module: str, suffix: str = ".weight") -> str | None:
-        """The name in the base of a module's weight."""
+        """Find the name in the base of a module's weight."""
         return name_in(self.base, f"{module}{suffix}")
 
     def turned(self, module: str) -> bool:
-        """Whether a module's weight is (in, out)."""
+        """Return whether a module's weight is (in, out)."""
         return self.family in _CONV1D and module.rpartition(".")[2] in _CONV1D_MODULES
 
     def unfit(self, *examples: str) -> BadModel:
-        """An error about an adapter and a base that are not made for each other."""
+        """Build the error for an adapter and a base that do not fit each other."""
         fix = "use the base that it was trained on"
         return BadModel("does not fit this base", where=str(self.folder), examples=examples, fix=fix)
 
     def check_shapes(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
-        """Refuses tensors of other shapes than a weight needs, or that are missing.
+        """Refuse tensors of other shapes than a weight needs, or that are missing.
 
         Raises:
             BadModel: one is.
@@ -143,7 +143,7 @@ class _Adapter(NamedTuple):
             raise self.unfit(*(f"{name}: shape {got[name]}, expected {wanted[name]}" for name in wrong))
 
     def matrix(self, weight: str | None, turned: bool) -> tuple[int, int] | None:
-        """Outputs and inputs of a weight; None for one that the base does not have.
+        """Return the outputs and inputs of a weight; None for one that the base does not have.
 
         Raises:
             BadModel: it is no matrix.
@@ -164,7 +164,7 @@ Method: TypeAlias = "Callable[[_Adapter, Mapping[str, Stored]], Iterator[Found]]
 
 
 def _collected(adapter: _Adapter, of_method: Method) -> dict[str, Change]:
-    """All changes of an adapter; its tensors and the places that it names must be all there."""
+    """Collect all changes of an adapter; its tensors and the places that it names must be all there."""
     changes: dict[str, Change] = {}
     wrong: list[str] = []
     left = dict(adapter.tensors)
@@ -191,7 +191,7 @@ def _collected(adapter: _Adapter, of_method: Method) -> dict[str, Change]:
 
 
 def _expected(adapter: _Adapter) -> set[str]:
-    """The weights of the base that the configuration wants changed; single experts are not told by modules' names."""
+    """Return the weights that the configuration changes in the base; modules' names do not name single experts."""
     settings = adapter.settings
     if settings.layers_pattern or settings.target_modules == "all-linear":
         return fused_weights(adapter.base, settings)
@@ -201,7 +201,7 @@ def _expected(adapter: _Adapter) -> set[str]:
 
 
 def _weights(adapter: _Adapter, left: Mapping[str, Stored]) -> Iterator[Found]:
-    """Tensors that stand for one of the base's: an embedding, a bias, a module that was trained."""
+    """Yield tensors that replace one of the base's: an embedding, a bias, a module that was trained."""
     for name in left:
         if not re.search(r"\.lora_|\.ia3_l$|trainable_tokens_delta$", name):
             weight = name_in(adapter.base, re.sub(r"\.(token_adapter|base_layer|modules_to_save)\b", "", name))
@@ -209,7 +209,7 @@ def _weights(adapter: _Adapter, left: Mapping[str, Stored]) -> Iterator[Found]:
 
 
 def _instead(adapter: _Adapter, name: str, weight: str | None) -> Change:
-    """A tensor that takes a weight's place, or rows of added tokens that follow those of the base."""
+    """Build the change by a tensor that replaces a weight, or by rows of added tokens that follow the base's."""
     learnt = adapter.tensors[name]
     shape = adapter.base[weight].shape if weight else learnt.shape
     if learnt.shape == shape:
@@ -224,13 +224,13 @@ def _instead(adapter: _Adapter, name: str, weight: str | None) -> Change:
 
 
 def added_tokens(folder: Path) -> list[int]:
-    """The ids of the tokens that the tokenizer of a folder was given beside its own."""
+    """Return the ids of the tokens that were added to the tokenizer of a folder."""
     path = folder / "added_tokens.json"
     return [int(number) for number in read_object(path).values()] if path.is_file() else []
 
 
 def _whole(folder: Path, base: Mapping[str, Stored]) -> dict[str, Change]:
-    """Weights that were trained whole: all of the base's, in its shapes; a head that is the embedding may lack."""
+    """Build the changes of weights that were trained whole: all of the base's, in its shapes; a tied head may lack."""
     trained = stored_in(folder)
     check_finite(trained, folder)
     _, head = embedding_and_head(base)
@@ -269,13 +269,13 @@ def _lora(adapter: _Adapter, left: Mapping[str, Stored]) -> Iterator[Found]:
 
 
 def _place(adapter: _Adapter, module: str) -> str:
-    """A module's name as files have it, which may lack the part before the first dot."""
+    """Return a module's name as files have it, which may lack the part before the first dot."""
     short = module.partition(".")[2]
     return short if any(name.startswith(f"{short}.") for name in adapter.base) else module
 
 
 def _low_rank(adapter: _Adapter, module: str, a: str, b: str, *, turned: bool) -> Found:
-    """One module's update, after holding its shapes against the weight's and its rank against the configuration's."""
+    """Build one module's update, after checking its shapes by the weight's and its rank by the configuration's."""
     weight, settings = adapter.weight(module), adapter.settings
     first = adapter.tensors[a]
     rank, scale = settings.rank(module), settings.scale(module)

@@ -1,4 +1,4 @@
-"""Which device and number format this machine computes with."""
+"""Device and dtype that this machine computes with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Not `avx512_bf16` alone: with it they take twice as long as in fp32 on the CPUs 
 
 
 def device() -> torch.device:
-    """The first GPU, or the CPU; of several processes on a machine each has a GPU of its own."""
+    """Return the first GPU, or the CPU; of several processes on a machine each has its own GPU."""
     import torch
 
     if torch.cuda.is_available() and world() != ALONE:
@@ -35,14 +35,14 @@ def compute_dtype() -> torch.dtype:
 
 
 def has_fast_bf16() -> bool:
-    """Whether this CPU multiplies bf16 faster than fp32."""
+    """Return whether this CPU multiplies bf16 faster than fp32."""
     import torch
 
     return bool(torch.cpu.get_capabilities().get(FAST_BF16))
 
 
 def settle(seed: int) -> None:
-    """Seeds every generator and asks for kernels that give the same answer twice."""
+    """Seed every generator and select deterministic kernels."""
     import torch
 
     torch.manual_seed(seed)

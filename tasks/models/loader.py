@@ -44,10 +44,10 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files of a Hugging Face model folder that temper uses, after checking that it is safe and whole.
+    """List the files of a Hugging Face model folder that temper uses, after checking that it is safe and whole.
 
     Raises:
-        BadModel: it is no model folder, has only pickle weights, wants to run its own code, or a shard is missing.
+        BadModel: it is no model folder, has only pickle weights, needs to run its own code, or a shard is missing.
     """
     config = folder / "config.json"
     if not config.is_file():
@@ -82,7 +82,7 @@ _WRITTEN_HERE = {"baichuan"}
 
 
 def refuse_code(path: Path) -> None:
-    """Refuses a config.json or tokenizer_config.json that names code of its own to run.
+    """Refuse a config.json or tokenizer_config.json that names custom code to run.
 
     Raises:
         BadModel: it does, or it is not valid JSON.
@@ -102,7 +102,7 @@ def refuse_code(path: Path) -> None:
 def load_model(
     folder: Path, quantization: Quantization | None = None, *, full_precision: bool = False
 ) -> PreTrainedModel:
-    """A language model from a folder, of whichever kind it is, in this machine's compute dtype, ready to run.
+    """Load a language model of whichever kind from a folder, in this machine's compute dtype, ready to run.
 
     Args:
         folder: a Hugging Face model folder.

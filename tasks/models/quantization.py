@@ -56,7 +56,7 @@ def loading_config(quantization: Quantization, usual: torch.dtype) -> Any:
 
 
 def prepare(model: PreTrainedModel, quantization: Quantization) -> None:
-    """Makes a quantized base fit to train on.
+    """Prepare a quantized base for training.
 
     Raises:
         BadModel: this machine reads its weights back wrongly.
@@ -67,7 +67,7 @@ def prepare(model: PreTrainedModel, quantization: Quantization) -> None:
 
 
 def dequantized(model: PreTrainedModel | PeftModel) -> dict[str, Callable[[], Tensor]]:
-    """What the quantized weights of a model stand for, float32, by their name in the base; made when it is called."""
+    """Return functions that dequantize the weights of a model to float32 when called, by their names in the base."""
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     return {
@@ -92,9 +92,9 @@ def _stands_for(module: Linear4bit | Linear8bitLt) -> Tensor:
 
 
 def _keep_trainable(model: PreTrainedModel) -> None:
-    """Stops bitsandbytes from repacking 4-bit weights at the first forward pass in eval mode.
+    """Stop bitsandbytes from repacking 4-bit weights at the first forward pass in eval mode.
 
-    On CPUs with AVX512-BF16 it does so for good, and the packed product has no gradient: a training that looks at its
+    On CPUs with AVX512-BF16 it does so for good, and the packed product has no gradient: a training that evaluates its
     held-out loss first would then learn next to nothing, with no more than a warning (bench/LOG.md).
     """
     from bitsandbytes.nn import Linear4bit
@@ -105,7 +105,7 @@ def _keep_trainable(model: PreTrainedModel) -> None:
 
 
 def _check_four_bit(model: PreTrainedModel, quantization: Quantization) -> None:
-    """Refuses widths whose 4-bit weights bitsandbytes reads back wrongly.
+    """Refuse widths whose 4-bit weights bitsandbytes reads back wrongly.
 
     On CPUs with AVX-512, version 0.50.2 does so, silently, for widths that are multiples of 16 but not of 64 (688, say;
     bench/LOG.md). What is read back of random numbers is compared with the widest gap between 4-bit levels.

@@ -53,16 +53,16 @@ class Stored(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """All axes but the last together."""
+        """Return the product of all axes but the last."""
         return math.prod(self.shape[:-1])
 
     @property
     def columns(self) -> int:
-        """The last axis; 1 for a single number."""
+        """Return the length of the last axis; 1 for a single number."""
         return self.shape[-1] if self.shape else 1
 
     def floats(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """Some of the rows, (rows, columns), float32.
+        """Read some of the rows, (rows, columns), float32.
 
         Raises:
             BadModel: these are no floating-point numbers, or the file ends before them.
@@ -82,18 +82,18 @@ class Stored(NamedTuple):
 
 
 class Source(Protocol):
-    """Where the numbers of a tensor come from that is written."""
+    """Source of the numbers of a tensor that is written."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the tensor."""
+        """Return the shape of the tensor."""
 
     def floats(self, start: int, stop: int) -> NDArray[Any]:
-        """Some of its rows, (rows, columns), float32."""
+        """Return some of its rows, (rows, columns), float32."""
 
 
 def blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """The rows of a tensor in runs that are worked on at a time."""
+    """Yield the rows of a tensor in runs that are worked on at a time."""
     rows, columns = math.prod(shape[:-1]), shape[-1] if shape else 1
     step = max(1, _BLOCK_NUMBERS // max(1, columns))
     for start in range(0, rows, step):
@@ -104,7 +104,7 @@ def blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def stored_in(folder: Path) -> dict[str, Stored]:
-    """All tensors of a model folder by name, in the order in which they lie in its files.
+    """Find all tensors of a model folder by name, in the order in which they lie in its files.
 
     Raises:
         BadModel: there are none, a file is cut or no safetensors file, one that the index names is missing or does not
@@ -131,10 +131,10 @@ def stored_in(folder: Path) -> dict[str, Stored]:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Which file of a folder holds each tensor, as its index says.
+    """Read which file of a folder holds each tensor from its index.
 
     Raises:
-        BadModel: it does not say so, or names files elsewhere.
+        BadModel: it does not list that, or names files elsewhere.
     """
     found = read_object(index).get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(n, str) and n == Path(n).name for n in found.values()):
@@ -143,10 +143,10 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """The tensors of one safetensors file by name, in the order of their bytes.
+    """Read the header of one safetensors file: its tensors by name, in the order of their bytes.
 
     Raises:
-        BadModel: the header is longer than the file, not what the format says, or tells of bytes that are not there.
+        BadModel: the header is longer than the file, not in the format, or lists bytes that are not there.
     """
     size = file.stat().st_size
     with file.open("rb") as opened:
@@ -176,7 +176,7 @@ def read_header(file: Path) -> dict[str, Stored]:
 
 
 def _check_layout(file: Path, tensors: Mapping[str, Stored], size: int, first: int) -> None:
-    """Refuses tensors that overlap, leave gaps, have another size than their shape, or end beyond the file."""
+    """Refuse tensors that overlap, leave gaps, have another size than their shape, or end beyond the file."""
     place = first
     for name, tensor in tensors.items():
         count = math.prod(tensor.shape) * BYTES.get(tensor.dtype, 0)
@@ -194,7 +194,7 @@ def _check_layout(file: Path, tensors: Mapping[str, Stored], size: int, first: i
 
 
 def read_into(descriptor: int, target: memoryview, offset: int, file: Path) -> None:
-    """Fills a buffer with the bytes of an open file from an offset on.
+    """Fill a buffer with the bytes of an open file from an offset on.
 
     Raises:
         BadModel: the file ends before that.
@@ -210,7 +210,7 @@ def read_into(descriptor: int, target: memoryview, offset: int, file: Path) -> N
 
 
 def widened(raw: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """Bytes of a number format as float32, exactly (but for float64, which is rounded)."""
+    """Widen bytes of a dtype to float32, exactly (but for float64, which is rounded)."""
     import numpy as np
 
     if dtype == "BF16":

@@ -60,20 +60,20 @@ class Session:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def pass_over(self, stage: str) -> Outcome | None:
-        """The outcome of a stage that need not run; None for one that must be left to DVC."""
+        """Return the outcome of a stage that need not run; None for one that must be left to DVC."""
         return self._finish(Outcome(stage, "unchanged", 0.0, self.keys[stage])) if self.is_current(stage) else None
 
     def run(self, stage: str, timeout_s: float, log: Callable[[str], None]) -> Outcome:
-        """Has DVC bring one stage up to date and returns what became of it.
+        """Run one stage by DVC, to bring it up to date, and return its outcome.
 
         Args:
             stage: its DVC name.
-            timeout_s: after so long the stage is killed.
+            timeout_s: seconds after which the stage is killed.
             log: gets every line of its output.
 
         Raises:
             BadInput: the stage exited with 65.
-            OutOfMemory: it exited with 71, or was ended by the kernel for its memory; then `advise` is asked.
+            OutOfMemory: it exited with 71, or was ended by the kernel for its memory; then `advise` is called.
             Transient: it exited with 75, took too long, or DVC was held up by another process.
             TemperError: it failed in any other way.
         """
@@ -91,9 +91,9 @@ class Session:
         return self._finish(outcome)
 
     def check(self) -> None:
-        """Raises what went wrong, if anything did, all of it in one error.
+        """Raise what went wrong, if anything did, all of it in one error.
 
-        A stage that neither came through nor says why (its task failed around it) is a failure too: what follows would
+        A stage that neither passed nor gave a reason (its task failed around it) is a failure too: what follows would
         promote on stale reports.
         """
         kinds = [type(error) for error in self.errors.values()]
@@ -112,14 +112,14 @@ class Session:
         return outcome
 
     def is_current(self, stage: str) -> bool:
-        """Whether the stage was up to date when the session began and reads nothing that was written since."""
+        """Return whether the stage was up to date when the session began and reads nothing that was written since."""
         if stage in self.changed:
             return False
         written = [out for o in self.outcomes.values() if o.state != "unchanged" for out in self.nodes[o.stage].outs]
         return not any(pipeline.overlap(dep, out) for dep in self.nodes[stage].deps for out in written)
 
     def stop(self) -> None:
-        """Asks every running stage to end after its present step; kills what is left after STOP_S seconds."""
+        """Terminate every running stage after its present step; kill what is left after STOP_S seconds."""
         self.stopping = True
         children = list(self._children)
         for child in children:
@@ -137,7 +137,7 @@ class Session:
         return item if name == "train" else None
 
     def _killed_for_memory(self, stage: str) -> TemperError:
-        """What to raise for a stage that the kernel ended: a training that fits itself to its memory may try again."""
+        """Build the error of a stage that the kernel killed for memory: a training that fits itself may try again."""
         method = self._method(stage)
         if method and self.params.train[method].fit_memory:
             return Transient(
@@ -147,7 +147,7 @@ class Session:
         return OutOfMemory("the kernel ended it: the machine's memory ran out", where=stage, fix=fix)
 
     def _with_advice(self, stage: str, error: TemperError) -> TemperError:
-        """Adds to an error of a training that ran out of memory what it needs and what would fit."""
+        """Add to an error of a training that ran out of memory what it needs and what would fit."""
         method = self._method(stage)
         advice = self.advise(method) if method and type(error) is OutOfMemory else ""
         return OutOfMemory(f"{error}\n{advice}") if advice else error
@@ -216,7 +216,7 @@ _UNCHANGED, _RESTORED = "didn't change, skipping", "is cached - skipping run"
 
 
 def stage_exit_code(lines: list[str], dvc_code: int) -> int:
-    """The stage's own exit code, which DVC (255 for any) tells in its output; 75 when DVC was held up itself."""
+    """Return the stage's exit code, which DVC (255 for any) prints in its output; 75 when DVC was held up itself."""
     for line in reversed(lines):
         if match := _EXITED.search(line):
             return int(match[1])
@@ -224,7 +224,7 @@ def stage_exit_code(lines: list[str], dvc_code: int) -> int:
 
 
 def stage_error(stage: str, code: int, lines: list[str]) -> TemperError:
-    """The error that a stage's exit code stands for, with what the stage said of it."""
+    """Build the error that a stage's exit code stands for, with the stage's message."""
     start = next((i for i in range(len(lines) - 1, -1, -1) if lines[i].startswith("error: ")), None)
     said = [line for line in lines[start:] if not line.startswith("ERROR: ")] if start is not None else lines
     kinds = {kind.exit_code: kind for kind in (BadInput, OutOfMemory, Transient)}
@@ -234,7 +234,7 @@ def stage_error(stage: str, code: int, lines: list[str]) -> TemperError:
 
 
 def child_environment() -> dict[str, str]:
-    """The environment of a stage: this Python first on the path, and this process as the one it must not outlive."""
+    """Build a stage's environment: this Python first on the path, and this process as the one it must not outlive."""
     binaries = str(Path(sys.executable).parent)
     return {
         **os.environ,
@@ -251,7 +251,7 @@ def _kill_group(child: subprocess.Popen[str]) -> None:
 
 
 def _stage_processes(child: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The stage that a `dvc repro` runs: the process below it that is `python -m tasks....`."""
+    """Find the stage that a `dvc repro` runs: the process below it that is `python -m tasks....`."""
     import psutil
 
     with suppress(psutil.NoSuchProcess):
@@ -261,7 +261,7 @@ def _stage_processes(child: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def changed_stages(workspace: Path) -> frozenset[str]:
-    """The stages that DVC finds changed, or that have never run.
+    """Return the stages that DVC finds changed, or that have never run.
 
     Raises:
         TemperError: `dvc status` fails.
@@ -280,7 +280,7 @@ _open: list[Session] = []
 
 
 def current_session() -> Session:
-    """The session that the running flow opened."""
+    """Return the session that the running flow opened."""
     return _current.get()
 
 
@@ -288,7 +288,7 @@ def current_session() -> Session:
 def opened(
     workspace: Path, params: Params, watch: Callable[[Event], None], advise: Callable[[str], str]
 ) -> Iterator[Session]:
-    """Begins a session and makes it the current one."""
+    """Begin a session and make it the current one."""
     keys, changed = pipeline.recorded_keys(workspace), changed_stages(workspace)
     session = Session(workspace, params, pipeline.load(workspace), keys, changed, watch, advise)
     token = _current.set(session)
@@ -304,6 +304,6 @@ def opened(
 
 
 def stop_all() -> None:
-    """Stops every open session; safe to call from a signal handler."""
+    """Stop every open session; safe to call from a signal handler."""
     for session in _open:
         session.stop()

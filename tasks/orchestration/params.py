@@ -51,7 +51,7 @@ class Params(Section):
     promote: Promote
 
     def unasked_suites(self) -> list[tuple[str, ...]]:
-        """Where `promote` names a suite that no model is asked, as paths of keys; the last is the name."""
+        """List where `promote` names a suite that no model is evaluated on, as paths of keys; the last is the name."""
         asked = {HELD_OUT, *self.evaluate.suites}
         named = [("promote", "suite", self.promote.suite)]
         named += [("promote", "floors", suite) for suite in self.promote.floors]
@@ -60,7 +60,7 @@ class Params(Section):
 
 
 def load(path: Path) -> Params:
-    """Reads and checks a params file.
+    """Read and check a params file.
 
     Raises:
         BadParams: the file is missing or not YAML, or one or more keys are wrong; all of them are named.
@@ -69,7 +69,7 @@ def load(path: Path) -> Params:
 
 
 def check(content: Mapping[str, Any], where: str) -> Params:
-    """The typed form of a file's content; `where` names the file in errors.
+    """Check a file's content and return its typed form; `where` names the file in errors.
 
     Raises:
         BadParams: one or more keys are wrong; all of them are named, each with its line.

@@ -27,7 +27,7 @@ MINUTE, HOUR = 60, 3600
 
 
 class Policy(NamedTuple):
-    """How a stage is retried: the waits before each retry, how long one attempt may take, and its concurrency tags."""
+    """Policy of a stage's retries: the waits before each, how long one attempt may take, and its concurrency tags."""
 
     delays_s: tuple[int, ...]
     timeout_s: int

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 
 class Outcome(NamedTuple):
-    """What became of a stage: `state` is completed (it ran), restored (from DVC's cache) or unchanged."""
+    """Outcome of a stage: `state` is completed (it ran), restored (from DVC's cache) or unchanged."""
 
     stage: str
     state: str
@@ -19,7 +19,7 @@ class Outcome(NamedTuple):
 
 
 class Event(NamedTuple):
-    """What a stage is doing: `state` is running, completed, restored, unchanged or failed; `line` its latest output."""
+    """Event of a stage: `state` is running, completed, restored, unchanged or failed; `line` its latest output."""
 
     stage: str
     state: str
@@ -27,29 +27,29 @@ class Event(NamedTuple):
 
 
 def journal_file(workspace: Path) -> Path:
-    """Where outcomes are written down, one JSON object per line."""
+    """Return the path of the journal of outcomes, one JSON object per line."""
     return workspace / ".temper" / "journal.jsonl"
 
 
 def record(workspace: Path, outcome: Outcome) -> None:
-    """Adds an outcome to the journal."""
+    """Append an outcome to the journal."""
     line = json.dumps({**outcome._asdict(), "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
     with journal_file(workspace).open("a") as file:
         file.write(line + "\n")
 
 
 def last_seconds(workspace: Path) -> dict[str, float]:
-    """How long each stage took when it last really ran."""
+    """Return how long each stage took when it last really ran."""
     return {entry["stage"]: entry["seconds"] for entry in _completed(workspace)}
 
 
 def seconds_by_key(workspace: Path) -> dict[str, float]:
-    """How long what has each content key took to make, where it was made here; of several times the last."""
+    """Return how long the outputs of each content key took to make, where made here; of several times the last."""
     return {entry["key"]: entry["seconds"] for entry in _completed(workspace)}
 
 
 def _completed(workspace: Path) -> Iterator[dict[str, Any]]:
-    """What the journal tells of stages that really ran."""
+    """Yield the journal's entries of stages that really ran."""
     path = journal_file(workspace)
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

@@ -28,14 +28,14 @@ LOGIN = "run `hf auth login`, or set HF_TOKEN to a token that may write there"
 
 
 class Pushed(NamedTuple):
-    """Where a push ended: the commit that the repository is at, and whether this push made it."""
+    """Commit of the repository after a push, and whether this push made it."""
 
     commit: str
     changed: bool
 
 
 def push(folder: Path, name: str, *, private: bool, message: str) -> Pushed:
-    """Uploads a folder; one that is there already changes nothing.
+    """Upload a folder; one that is there already changes nothing.
 
     What an earlier push left and this one does not write goes in the same commit: it would be read with this one.
 
@@ -74,7 +74,7 @@ def push(folder: Path, name: str, *, private: bool, message: str) -> Pushed:
 
 
 def pushable(folder: Path) -> dict[str, Path]:
-    """The files of an adapter or model folder that are published, by their names in the repository, after checks.
+    """List the files of an adapter or model folder to publish, by their names in the repository, after checks.
 
     Raises:
         BadData: a file is not what the folder's manifest says.
@@ -98,7 +98,7 @@ def pushable(folder: Path) -> dict[str, Path]:
 
 
 def left_over(there: Iterable[str], files: Iterable[str]) -> list[str]:
-    """The files of a repository that pushes write and this one does not; what else its owner put there is kept.
+    """List a repository's files that pushes write and this one does not; what else its owner put there is kept.
 
     A card is always written anew, and a licence may be the owner's.
     """
@@ -121,7 +121,7 @@ def _adapter(folder: Path) -> dict[str, Path]:
 
 
 def _check_finite(path: Path) -> None:
-    """Reads one tensor after the other; a whole shard may be larger than memory."""
+    """Check one tensor after the other for numbers that are not finite; a whole shard may be larger than memory."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -139,7 +139,7 @@ def _check_finite(path: Path) -> None:
 
 @contextmanager
 def _told(name: str) -> Iterator[None]:
-    """Turns what the hub's client raises into one error that says what to do."""
+    """Turn what the hub's client raises into one error that explains what to do."""
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError
 

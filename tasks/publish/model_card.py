@@ -16,7 +16,7 @@ SUMMARY = "summary.json"
 
 
 def card(folder: Path) -> str:
-    """A model card made of what the folder says of itself: base, method, figures, params."""
+    """Build a model card from what the folder records: base, method, figures, params."""
     if not (folder / CONFIG).is_file():
         return _model_card(folder)
     config, base = read_config(folder), said_base(folder)
@@ -65,7 +65,7 @@ def _page(
 
 
 def version_card(lineage: Mapping[str, Any]) -> str:
-    """The card of a registered version, made of its lineage.
+    """Write the card of a registered version, made of its lineage.
 
     Args:
         lineage: as `tasks.register.lineage.lineage_of` gives it.

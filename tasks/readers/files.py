@@ -36,7 +36,7 @@ _PROSE = re.compile(
 
 
 def read_rows_of(path: Path, encoding: str = "utf-8", place: str = "") -> Iterator[Row]:
-    """The rows of one file, in its order.
+    """Yield the rows of one file, in its order.
 
     Args:
         path: the file.
@@ -61,12 +61,12 @@ def read_rows_of(path: Path, encoding: str = "utf-8", place: str = "") -> Iterat
 
 
 def is_prose(name: str) -> bool:
-    """Whether a file's name says that it lies beside the data and is none: README, LICENSE, SOURCE.txt and the like."""
+    """Return whether a file's name marks it as text beside the data: README, LICENSE, SOURCE.txt and the like."""
     return _PROSE.search(name) is not None
 
 
 def _read(source: Named, encoding: str, inside: Sequence[str] = ()) -> Iterator[Row]:
-    """The rows of a stream, behind whatever packing; `inside` are the packings that were opened before."""
+    """Yield the rows of a stream, behind whatever packing; `inside` are the packings that were opened before."""
     head = source.stream.read(4096)
     source.stream.seek(0)
     _refuse_what_is_no_data(source, head)
@@ -122,7 +122,7 @@ _NO_DATA = {
 
 
 def _read_packed(source: Named, encoding: str, inside: Sequence[str]) -> Iterator[Row]:
-    """The rows of a gz or zst file."""
+    """Yield the rows of a gz or zst file."""
     inner = re.sub(r"\.(gz|gzip|zst|zstd)$", "", source.name, flags=re.IGNORECASE)
     with _unpacked(source, inside[-1]) as stream:
         yield from _read(Named(stream, source.place, inner), encoding, inside)
@@ -130,7 +130,7 @@ def _read_packed(source: Named, encoding: str, inside: Sequence[str]) -> Iterato
 
 @contextmanager
 def _unpacked(source: Named, packing: str) -> Iterator[IO[bytes]]:
-    """The unpacked bytes in a temporary file, because tables are read from their end and packings are not."""
+    """Unpack the bytes into a temporary file, because tables are read from their end and packings are not."""
     import pyarrow as pa
 
     packed_bytes = source.stream.seek(0, io.SEEK_END)
@@ -156,13 +156,13 @@ def _unpacked(source: Named, packing: str) -> Iterator[IO[bytes]]:
 
 
 def _raise_if_storage(error: Exception) -> None:
-    """Lets a full or broken disk be told as what it is."""
+    """Re-raise an error of a full or broken disk, so that it is reported as such."""
     if isinstance(error, OSError) and error.errno is not None:
         raise error
 
 
 def _most_bytes(packed_bytes: int) -> int:
-    """What so many packed bytes may expand to."""
+    """Return the most bytes that packed bytes may expand to."""
     return min(MAX_EXPANDED_BYTES, max(_BLOCK << 4, packed_bytes * MAX_EXPANSION))
 
 
@@ -181,7 +181,7 @@ def _copy(stream: Any, file: IO[bytes], place: str, packed_bytes: int) -> None:
 
 
 def _read_zip(source: Named, encoding: str, inside: Sequence[str]) -> Iterator[Row]:
-    """The rows of every data file in a zip archive, by name."""
+    """Yield the rows of every data file in a zip archive, by name."""
     try:
         with zipfile.ZipFile(source.stream) as archive:
             members = [m for m in sorted(archive.infolist(), key=lambda m: m.filename) if not m.is_dir()]
@@ -207,7 +207,7 @@ def _read_zip(source: Named, encoding: str, inside: Sequence[str]) -> Iterator[R
 
 
 def _of_the_packer(member: zipfile.ZipInfo) -> bool:
-    """What a Mac puts into archives beside the files."""
+    """Return whether a member is one of the files that a Mac adds to archives."""
     path = PurePosixPath(member.filename)
     return path.parts[0] == "__MACOSX" or path.name.startswith(".")
 

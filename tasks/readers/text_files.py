@@ -49,7 +49,7 @@ class Named(NamedTuple):
 
 
 def read_text(source: Named, head: bytes, encoding: str) -> Iterator[Row]:
-    """The rows of a text, told by its first bytes `head` and, where those say nothing, by its name."""
+    """Yield the rows of a text, whose kind its first bytes `head` show and, where they do not, its name."""
     ending = PurePosixPath(source.name).suffix.lower()
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and encoding == "utf-8":
         raise BadData("is not UTF-8 but UTF-16", where=f"{source.place}:1", fix="convert it with iconv")
@@ -76,7 +76,7 @@ def read_text(source: Named, head: bytes, encoding: str) -> Iterator[Row]:
 
 
 def _lines(source: Named, encoding: str) -> Iterator[tuple[int, str]]:
-    """The lines of a text with their numbers, without line ends and byte order mark."""
+    """Yield the lines of a text with their numbers, without line ends and byte order mark."""
     for number, raw in enumerate(_raw_lines(source), start=1):
         yield number, _decode(raw, source.place, number, encoding).rstrip("\r\n")
 
@@ -108,7 +108,7 @@ def _other_encoding(encoding: str, where: str, got: str) -> BadData:
 
 
 def _read_lines(source: Named, encoding: str) -> Iterator[Row]:
-    """One JSON value per line."""
+    """Read one JSON value per line."""
     first = True
     for number, line in _lines(source, encoding):
         if not line.strip():
@@ -124,7 +124,7 @@ def _read_lines(source: Named, encoding: str) -> Iterator[Row]:
 
 
 def _refuse_one_object(source: Named, encoding: str, error: BadData) -> None:
-    """A file that is one object over many lines is told as that."""
+    """Refuse a file that is one object over many lines, with an error for just that."""
     source.stream.seek(0)
     text = source.stream.read(MAX_VALUE_CHARACTERS).decode(encoding, "replace").removeprefix("\ufeff")
     try:
@@ -148,7 +148,7 @@ def _refuse_one_object(source: Named, encoding: str, error: BadData) -> None:
 
 
 def _read_array(source: Named, encoding: str) -> Iterator[Row]:
-    """The elements of a JSON array, decoded one by one while the file is read."""
+    """Yield the elements of a JSON array, decoded one by one while the file is read."""
     rest, number = _Rest(source, encoding), 0
     rest.skip()
     rest.drop()  # the bracket
@@ -177,7 +177,7 @@ def _read_array(source: Named, encoding: str) -> Iterator[Row]:
 
 
 class _Rest:
-    """What of a file was read and not yet used, and the line that it begins in."""
+    """Rest of a file that was read and not yet used, and the line that it begins in."""
 
     def __init__(self, source: Named, encoding: str) -> None:
         self._text, self._at, self._line, self._more = "", 0, 1, True
@@ -189,20 +189,20 @@ class _Rest:
         return f"{self._place}:{self._line}"
 
     def peek(self, characters: int) -> str:
-        """The next characters, as far as they were read."""
+        """Return the next characters, as far as they were read."""
         return self._text[self._at : self._at + characters]
 
     def use(self, stop: int) -> None:
-        """Counts what was read up to `stop` as used; it is only cut off with the next block."""
+        """Count what was read up to `stop` as used; it is only cut off with the next block."""
         self._line += self._text.count("\n", self._at, stop)
         self._at = stop
 
     def drop(self) -> None:
-        """Counts one character as used."""
+        """Count one character as used."""
         self.use(self._at + 1)
 
     def skip(self) -> str:
-        """Drops white space; returns the next character, or nothing."""
+        """Drop white space; return the next character, or nothing."""
         while True:
             self.use(_WHITE.match(self._text, self._at).end())  # type: ignore[union-attr]  # it matches nothing, too
             if self._at < len(self._text) or not self._more:
@@ -210,7 +210,7 @@ class _Rest:
             self._fill()
 
     def decode(self) -> Any:
-        """The JSON value that comes next."""
+        """Decode the JSON value that comes next."""
         while True:
             try:
                 value, stop = _DECODER.raw_decode(self._text, self._at)
@@ -315,7 +315,7 @@ def _check_depth(value: Any, where: str) -> None:
 
 
 def _read_table(source: Named, encoding: str, delimiter: str) -> Iterator[Row]:
-    """The rows of a delimited table with a header; a column without a name is left out."""
+    """Yield the rows of a delimited table with a header; a column without a name is left out."""
     csv.field_size_limit(MAX_VALUE_CHARACTERS)
     reader = csv.reader((line + "\n" for _, line in _lines(source, encoding)), delimiter=delimiter, strict=True)
     header: list[str] = []
@@ -364,7 +364,7 @@ def _check_header(fields: list[str], place: str, delimiter: str) -> list[str]:
 
 
 def _read_documents(source: Named, encoding: str) -> Iterator[Row]:
-    """The texts of a file: between its <|endoftext|> marks where it has any near its beginning, else its paragraphs."""
+    """Yield a file's texts: between its <|endoftext|> marks where it has any near its start, else its paragraphs."""
     place = source.stream.tell()
     marked = _DOCUMENT_END.encode() in source.stream.read(_BLOCK)
     source.stream.seek(place)

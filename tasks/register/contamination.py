@@ -22,14 +22,14 @@ _AT_ONCE = 4096
 def leaked_shares(
     items: Sequence[Item], rendered: Path, tokenizer: PreTrainedTokenizerBase, run_words: int
 ) -> dict[str, float]:
-    """Of each suite, the share of items whose prompt stands in the rows to learn from.
+    """Compute each suite's contamination: the share of items whose prompt stands in the rows to train on.
 
     A prompt stands there when a row's prompt has the same words, or a row has a run of `run_words` words of it that is
     in no more than ten prompts. The held-out rows are only looked for whole: rows of one source share phrases, and what
     else they share `validate` has looked for.
 
     Args:
-        items: of all suites.
+        items: items of all suites.
         rendered: the output of `render`.
         tokenizer: which rendered it.
         run_words: `validate.leak_words`.
@@ -63,7 +63,7 @@ def _words(texts: Sequence[str]) -> Words:
 
 
 def _learnt(rendered: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[str], list[str]]]:
-    """The prompts and the whole texts of the rows to learn from, some at a time."""
+    """Yield the prompts and the whole texts of the rows to train on, some at a time."""
     for file in sorted((rendered / "train").glob("*.parquet")):
         table = read_table(file)
         for start in range(0, len(table), _AT_ONCE):
@@ -72,7 +72,7 @@ def _learnt(rendered: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[tupl
 
 
 def _tokens(rows: Sequence[Mapping[str, Any]]) -> tuple[list[list[int]], list[list[int]]]:
-    """The token ids of what rows of one kind ask, and of all that they say."""
+    """Return the token ids of the prompts of rows of one kind, and of their whole texts."""
     if "ids" in rows[0]:
         asked = [row["ids"][:count] for row in rows for count in {row["prompt_tokens"], last_turn(row)}]
         return asked, [row["ids"] for row in rows]

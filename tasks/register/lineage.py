@@ -1,4 +1,4 @@
-"""Where a model comes from: base, rows, params, code, and what was measured on the way, in one object."""
+"""Lineage of a model: base, rows, params, code, and what was measured on the way, in one object."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tasks.tokenization.chat_template import load_tokenizer, template_digest
 
 
 class Outputs(NamedTuple):
-    """What the stages made that belong to one version: folders, and the file of the base model's items."""
+    """Outputs of the stages that belong to one version: folders, and the file of the base model's items."""
 
     model: Path
     reports: Path
@@ -84,7 +84,7 @@ def lineage_of(
 
 
 def _evaluation(made: Outputs, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model and its base scored, and the digests of the files that say so."""
+    """Return the scores of the model and its base, and the digests of the files that hold them."""
     base = by_suite(read_items(made.baseline))
     return {
         "suites": metrics["suites"],
@@ -98,7 +98,7 @@ def _evaluation(made: Outputs, metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def git_commit(workspace: Path) -> str:
-    """The commit that the workspace is at, with a `+` when files differ from it; empty outside git."""
+    """Return the commit that the workspace is at, with a `+` when files differ from it; empty outside git."""
     try:
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=workspace, capture_output=True, text=True, check=True

@@ -42,7 +42,7 @@ DESCRIPTION_CHARACTERS = 5000
 
 
 def tags_of(lineage: Mapping[str, Any], place: str, *, signed: bool) -> dict[str, str]:
-    """What a version says of itself: its identity, its scores, where it comes from, and what the gate asks for.
+    """Build the tags of a version: its identity, its scores, where it comes from, and what the gate reads.
 
     Args:
         lineage: all that is known of it.
@@ -72,7 +72,7 @@ def tags_of(lineage: Mapping[str, Any], place: str, *, signed: bool) -> dict[str
 
 
 def describe(lineage: Mapping[str, Any], model: Path, folder: Path) -> Path:
-    """Writes what goes with a model: its card, lineage, bill of materials and, where there is a key, signature."""
+    """Write what goes with a model: its card, lineage, SBOM and, where there is a key, signature."""
     folder.mkdir()
     (folder / CARD).write_text(version_card(lineage), encoding="utf-8")
     (folder / LINEAGE).write_text(as_json(lineage), encoding="utf-8")
@@ -83,7 +83,7 @@ def describe(lineage: Mapping[str, Any], model: Path, folder: Path) -> Path:
 
 
 def complete_run(client: MlflowClient, run: Run, log: Path, summary: Mapping[str, Any]) -> None:
-    """Sends to the run what the training could not, or what DVC's cache gave: params, digests of the data, the log."""
+    """Send to the run what the training could not, or what DVC's cache gave: params, digests of the data, the log."""
     log_params(client, run, flat(summary["params"]))
     log_data(client, run, summary["data"])
     rows = [json.loads(line) for line in log.read_text().splitlines()]
@@ -95,14 +95,14 @@ def complete_run(client: MlflowClient, run: Run, log: Path, summary: Mapping[str
 
 
 def log_adapter(client: MlflowClient, run: Run, adapter: Path) -> None:
-    """Keeps the adapter itself with the run; methods that tune the model whole have none."""
+    """Log the adapter itself to the run; methods that tune the model whole have none."""
     if (adapter / CONFIG).is_file():
         for name in (*PUBLISHED, "summary.json"):
             client.log_artifact(run.info.run_id, str(adapter / name), ADAPTER)
 
 
 def log_figures(client: MlflowClient, run: Run, lineage: Mapping[str, Any], cost: Path) -> None:
-    """Writes the scores on all suites as metrics, and what they cost, where that was measured."""
+    """Log the scores on all suites as metrics, and what they cost, where that was measured."""
     figures = {f"score.{suite}": found["score"]["mean"] for suite, found in lineage["evaluation"]["suites"].items()}
     if cost.is_file():
         told = json.loads(cost.read_text())
@@ -113,7 +113,7 @@ def log_figures(client: MlflowClient, run: Run, lineage: Mapping[str, Any], cost
 
 
 def log_report(client: MlflowClient, run: Run, made: Outputs, about: Path, key: str) -> str:
-    """Keeps the report and the description with the run, in a folder of this content's own; returns its place.
+    """Log the report and the description to the run, in a separate folder for this content; return its place.
 
     A training that is evaluated again has another version, whose report must not take the place of this one's.
     """
@@ -126,7 +126,7 @@ def log_report(client: MlflowClient, run: Run, made: Outputs, about: Path, key: 
 
 
 def log_model(client: MlflowClient, run: Run, model: Path, about: Path | None, key: str) -> tuple[str, str]:
-    """The model's artifacts in MLflow, logged once for this content; returns their id and their URI.
+    """Log the model's artifacts to MLflow, once for this content; return their id and their URI.
 
     Args:
         client: of the tracking server.

@@ -18,7 +18,7 @@ BILL = "sbom.cdx.json"
 
 
 def bill_of_materials(installed: Iterable[Distribution] | None = None) -> dict[str, Any]:
-    """The packages of this environment, and which needs which.
+    """Build the SBOM of this environment: its packages, and which needs which.
 
     Args:
         installed: packages; by default all of this environment, the first of each name.
@@ -42,12 +42,12 @@ def bill_of_materials(installed: Iterable[Distribution] | None = None) -> dict[s
 
 
 def _installed() -> Iterable[Distribution]:
-    """What pip lists; on sys.path there may be more, such as what setuptools brings along for itself."""
+    """Yield what pip lists; on sys.path there may be more, such as what setuptools brings along for itself."""
     return distributions(path=list(dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))))
 
 
 def normalised(name: str) -> str:
-    """A package's name as indexes compare it (PEP 503)."""
+    """Normalise a package's name as indexes compare it (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -74,7 +74,7 @@ def _component(name: str, package: Distribution) -> dict[str, Any]:
 
 
 def _needed(package: Distribution, packages: dict[str, Distribution]) -> list[str]:
-    """The packages that this one asks for here, without its extras."""
+    """List the packages that this one requires here, without its extras."""
     from packaging.requirements import Requirement
 
     asked = [Requirement(line) for line in package.requires or []]

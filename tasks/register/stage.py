@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 def register(
     workspace: Path, method: str, made: Outputs, key: str, model: str, sources: Mapping[str, Mapping[str, str]]
 ) -> ModelVersion:
-    """The version of this content: found, or made with everything that belongs to it.
+    """Find the version of this content, or register it with everything that belongs to it.
 
     Every step looks first whether an earlier attempt did it, and the version itself is made last, with its tags, in one
     request: a kill anywhere leaves either no version or a whole one. Of two who make it at once the one with the higher
@@ -86,7 +86,7 @@ def register(
 
 
 def main() -> None:
-    """The stage `register@METHOD`."""
+    """Run the stage `register@METHOD`."""
     with run_stage(__doc__, *Outputs._fields, "out", item="method") as stage:
         model, made = stage.section("register", Register).model, Outputs(*map(stage.path, Outputs._fields))
         sources = {name: each.model_dump() for name, each in stage.section("ingest.sources", dict[str, Source]).items()}

@@ -1,4 +1,4 @@
-"""Where an adapter comes from, as one text: a folder, a repository of the hub, or a version of the registry."""
+"""Sources of adapters, each as one text: a folder, a repository of the hub, or a version of the registry."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _HUB, _REGISTRY = "hub:", "models:/"
 
 
 def is_folder(reference: str) -> bool:
-    """Whether a reference is a path; it is then seen from where the user stands."""
+    """Return whether a reference is a path; it is then seen from where the user stands."""
     return not reference.startswith((_HUB, _REGISTRY))
 
 
 def find(reference: str, workspace: Path) -> Path:
-    """The local folder of an adapter.
+    """Find the local folder of an adapter.
 
     Args:
         reference: in one of FORMS.

@@ -60,7 +60,7 @@ class Move(NamedTuple):
 
 
 def moves(client: MlflowClient, model: str) -> list[Move]:
-    """The ledger of a model, oldest move first.
+    """Read the ledger of a model, oldest move first.
 
     Raises:
         BadInput: the ledger was deleted, or lacks an entry.
@@ -70,12 +70,12 @@ def moves(client: MlflowClient, model: str) -> list[Move]:
 
 
 def champions(ledger: Sequence[Move]) -> list[str]:
-    """The stack of champions after these moves: the last is the present one, a rollback returns to one below."""
+    """Return the stack of champions after these moves: the last is the present one, a rollback returns to one below."""
     return _replayed(ledger)[0]
 
 
 def withdrawn(ledger: Sequence[Move]) -> set[str]:
-    """The versions that a rollback took off and that have not been made champion again since."""
+    """Return the versions that a rollback withdrew and that have not been made champion again since."""
     return _replayed(ledger)[1]
 
 
@@ -94,7 +94,7 @@ def _replayed(ledger: Sequence[Move]) -> tuple[list[str], set[str]]:
 
 
 def champion_of(client: MlflowClient, model: str) -> str | None:
-    """The version that the ledger says is champion."""
+    """Return the champion's version according to the ledger."""
     stack = champions(moves(client, model))
     return stack[-1] if stack else None
 
@@ -110,7 +110,7 @@ def move_champion(
     verdict: str = "",
     summary: str = "",
 ) -> Move:
-    """Writes the next entry of the ledger, then makes the alias agree with it.
+    """Write the next entry of the ledger, then make the alias agree with it.
 
     Args:
         client: of the registry.
@@ -150,7 +150,7 @@ def move_champion(
 
 
 def settle_champion(client: MlflowClient, model: str) -> str | None:
-    """Makes the champion alias agree with the ledger, which a kill may have kept apart; returns the version.
+    """Make the champion alias agree with the ledger, which a kill may have kept apart; return the version.
 
     Of writers that settle at once the last to set the alias reads the ledger again after that, and it agrees.
 
@@ -177,7 +177,7 @@ def settle_champion(client: MlflowClient, model: str) -> str | None:
 
 
 def plain(text: str) -> str:
-    """A text in one line without control characters."""
+    """Return a text in one line without control characters."""
     return " ".join("".join(each if each.isprintable() else " " for each in text).split())
 
 
@@ -196,7 +196,7 @@ def _moved(model: str, before: str, written: Sequence[Move]) -> AliasMoved:
 
 
 def ledger_name(model: str) -> str:
-    """The experiment that holds a model's ledger."""
+    """Return the name of the experiment that holds a model's ledger."""
     return f"{model} ledger"
 
 
@@ -228,7 +228,7 @@ def _entries(run: Run, model: str) -> list[Move]:
 
 
 def _begin(client: MlflowClient, model: str) -> Run:
-    """Makes the ledger, with the moves of an older one; where two make it at once, one of them."""
+    """Create the ledger, with the moves of an older one; where two create it at once, one of them wins."""
     from mlflow.exceptions import MlflowException
 
     about = f"Every move of the alias `{CHAMPION}` of {model}, an entry each; MLflow never changes a param."
@@ -250,7 +250,7 @@ def _begin(client: MlflowClient, model: str) -> Run:
 
 
 def _tagged(client: MlflowClient, model: str) -> list[Move]:
-    """The moves that earlier versions of temper kept as tags of the registered model."""
+    """Read the moves that earlier versions of temper kept as tags of the registered model."""
     from mlflow.exceptions import MlflowException
     from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 

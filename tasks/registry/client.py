@@ -38,12 +38,12 @@ _BATCH_METRICS = 1000
 
 
 def tracking_uri(workspace: Path) -> str:
-    """The MLflow server that MLFLOW_TRACKING_URI names, or a SQLite file in the workspace."""
+    """Return the MLflow server that MLFLOW_TRACKING_URI names, or a SQLite file in the workspace."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workspace.resolve() / '.temper' / 'mlflow.db'}"
 
 
 def connect(workspace: Path) -> MlflowClient:
-    """A client of the workspace's MLflow.
+    """Connect to the workspace's MLflow; return a client.
 
     Raises:
         BadParams: it is a folder of files, as MLflow kept runs before it had databases.
@@ -88,7 +88,7 @@ def _one_at_a_time(workspace: Path) -> Iterator[None]:
 
 
 def run_of(client: MlflowClient, workspace: Path, key: str, name: str, tags: Mapping[str, str]) -> Run:
-    """The run with this content key; made when there is none."""
+    """Find the run with this content key; create it when there is none."""
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment:
         experiment_id = experiment.experiment_id
@@ -104,7 +104,7 @@ def run_of(client: MlflowClient, workspace: Path, key: str, name: str, tags: Map
 
 
 def log_rows(client: MlflowClient, run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows of a training log as metrics; every number but `step` becomes one.
+    """Log rows of a training log as metrics; every number but `step` becomes one.
 
     The numbers of a row go in one request: a step that has a loss in MLflow has everything.
     """
@@ -125,7 +125,7 @@ def log_rows(client: MlflowClient, run: Run, rows: Sequence[Mapping[str, Any]]) 
 
 
 def log_samples(client: MlflowClient, run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes the samples of each row of a training log as an artifact of its own, if the run has it not yet."""
+    """Log the samples of each row of a training log as a separate artifact, if the run does not have it yet."""
     with_samples = [row for row in rows if row.get(SAMPLES)]
     there = {file.path for file in client.list_artifacts(run.info.run_id, SAMPLES)} if with_samples else set()
     for row in with_samples:
@@ -135,9 +135,9 @@ def log_samples(client: MlflowClient, run: Run, rows: Sequence[Mapping[str, Any]
 
 
 def log_data(client: MlflowClient, run: Run, data: Mapping[str, str]) -> None:
-    """Notes what a training read: the SHA-256 of each file by its path below data/rendered.
+    """Log what a training read: the SHA-256 of each file by its path below data/rendered.
 
-    The path begins with the split. MLflow has room for 36 characters of a digest; to note the same again does nothing.
+    The path begins with the split. MLflow has room for 36 characters of a digest; to log the same again does nothing.
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -159,7 +159,7 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def log_params(client: MlflowClient, run: Run, params: Mapping[str, Any]) -> None:
-    """Writes the params that the run does not have yet; MLflow refuses to change one.
+    """Log the params that the run does not have yet; MLflow refuses to change one.
 
     One that is too long for MLflow, which would cut it, becomes an artifact that the param names.
     """
@@ -173,13 +173,13 @@ def log_params(client: MlflowClient, run: Run, params: Mapping[str, Any]) -> Non
 
 
 def logged_steps(client: MlflowClient, run: Run) -> set[int]:
-    """The steps of the training log that the run has."""
+    """Return the steps of the training log that the run has."""
     return {metric.step for metric in client.get_metric_history(run.info.run_id, "loss")}
 
 
 @contextmanager
 def answering(workspace: Path) -> Iterator[None]:
-    """Turns MLflow's failures to answer, within the block, into one error that says so.
+    """Turn MLflow's failures to answer, within the block, into one error that names the cause.
 
     Raises:
         RegistryUnreachable: the server did not answer, or answered that it is in trouble itself.

@@ -18,7 +18,7 @@ _VERSION = re.compile(r"v\d+")
 
 
 def registry_name(name: str) -> str:
-    """The name of a registered model, if it is one.
+    """Check that a text is a valid name of a registered model, and return it.
 
     MLflow itself lets through names that look alike (Cyrillic letters) or that no address can hold.
 
@@ -31,9 +31,9 @@ def registry_name(name: str) -> str:
 
 
 def method_alias(alias: str) -> str:
-    """The alias of a method's latest version, if a method may be called so.
+    """Check that a method may have this name, which becomes the alias of its latest version; return it.
 
-    A method called like an alias that means something else would move that alias past the gate.
+    A method with the name of an alias that means something else would move that alias past the gate.
 
     Raises:
         ValueError: MLflow or temper gives the alias another meaning, or it has other characters.
@@ -79,10 +79,10 @@ SIGNED = "temper.signed"
 
 
 def digest_of(file: str) -> str:
-    """The tag with the SHA-256 of a file of the report."""
+    """Return the tag with the SHA-256 of a file of the report."""
     return f"temper.{file}_sha256"
 
 
 def score_of(suite: str) -> str:
-    """The tag with the mean score on a suite."""
+    """Return the tag with the mean score on a suite."""
     return f"temper.score.{suite}"

@@ -18,7 +18,7 @@ SIGNING_KEY, VERIFYING_KEY, PASSWORD = "TEMPER_SIGNING_KEY", "TEMPER_VERIFYING_K
 
 
 def signing_key() -> Path | None:
-    """The file of the key to sign with, if one is named.
+    """Return the file of the key to sign with, if one is named.
 
     Raises:
         BadInput: there is no such file.
@@ -27,7 +27,7 @@ def signing_key() -> Path | None:
 
 
 def sign(folder: Path, signature: Path, key: Path) -> None:
-    """Signs every file of a model folder.
+    """Sign every file of a model folder.
 
     Args:
         folder: what is signed.
@@ -54,10 +54,10 @@ def sign(folder: Path, signature: Path, key: Path) -> None:
 
 
 def verify_model(folder: Path, about: Path) -> None:
-    """Verifies the signature of a registered model's folder, if TEMPER_VERIFYING_KEY is set.
+    """Verify the signature of a registered model's folder, if TEMPER_VERIFYING_KEY is set.
 
     Args:
-        folder: the model's.
+        folder: the model folder.
         about: the folder with its description, where the signature is.
 
     Raises:
@@ -69,7 +69,7 @@ def verify_model(folder: Path, about: Path) -> None:
 
 
 def verify(folder: Path, signature: Path, key: Path) -> None:
-    """Verifies that every file of a folder is what was signed.
+    """Verify that every file of a folder is what was signed.
 
     Raises:
         BadModel: it is not signed, by another key, or was changed since.

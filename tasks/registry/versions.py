@@ -27,12 +27,12 @@ _ADDRESS = re.compile(r"models:/([^/@]+)(?:/(\d+)|@([^/@]+))")
 
 
 def find_version(client: MlflowClient, model: str, key: str) -> ModelVersion | None:
-    """The version of a model that was registered from this content, if there is one."""
+    """Find the version of a model that was registered from this content, if there is one."""
     return next((v for v in versions(client, model) if v.tags.get(KEY_TAG) == key), None)
 
 
 def remove_doubles(client: MlflowClient, model: str, key: str) -> ModelVersion:
-    """The first version of this content, after deleting others of it that nothing refers to.
+    """Delete this content's duplicate versions that nothing refers to; return its first version.
 
     MLflow has no way to make a version only if there is none, so two processes, or one that was killed in between, may
     make it twice.
@@ -47,7 +47,7 @@ def remove_doubles(client: MlflowClient, model: str, key: str) -> ModelVersion:
 
 
 def versions(client: MlflowClient, model: str) -> list[ModelVersion]:
-    """All versions of a model, oldest first; none when the model does not exist."""
+    """List all versions of a model, oldest first; none when the model does not exist."""
     found: list[ModelVersion] = []
     page: str | None = None
     while page is None or page:
@@ -58,7 +58,7 @@ def versions(client: MlflowClient, model: str) -> list[ModelVersion]:
 
 
 def version_of(client: MlflowClient, model: str, number: str) -> ModelVersion:
-    """A version by its number.
+    """Look up a version by its number.
 
     Raises:
         BadParams: there is none.
@@ -76,7 +76,7 @@ def version_of(client: MlflowClient, model: str, number: str) -> ModelVersion:
 
 
 def version_at(client: MlflowClient, address: str) -> ModelVersion:
-    """The version at `models:/NAME/VERSION` or `models:/NAME@ALIAS`.
+    """Look up the version at `models:/NAME/VERSION` or `models:/NAME@ALIAS`.
 
     Raises:
         BadParams: the address has another form, or the registry has no such version.
@@ -106,7 +106,7 @@ def version_at(client: MlflowClient, address: str) -> ModelVersion:
 
 
 def fetch_model(client: MlflowClient, version: ModelVersion) -> Path:
-    """The model folder that a version holds: where MLflow keeps it, if that is on this disk, else downloaded.
+    """Return the model folder that a version holds: where MLflow keeps it, if that is on this disk, else downloaded.
 
     Raises:
         BadModel: it cannot be had.
@@ -130,7 +130,7 @@ def fetch_model(client: MlflowClient, version: ModelVersion) -> Path:
 
 
 def fetch_adapter(workspace: Path, address: str) -> Path:
-    """The adapter of a registered version, in a local folder; it is fetched once.
+    """Return the adapter of a registered version, in a local folder; it is fetched once.
 
     Raises:
         BadParams: the registry has no such version.

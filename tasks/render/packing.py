@@ -41,5 +41,5 @@ def pack(lengths: Sequence[int], block: int) -> list[list[int]]:
 
 
 def efficiency(lengths: Sequence[int], block: int) -> float:
-    """The share of all packed blocks that is filled; 1 for no rows."""
+    """Compute the share of all packed blocks that is filled; 1 for no rows."""
     return sum(lengths) / (block * len(pack(lengths, block))) if lengths else 1.0

@@ -51,7 +51,7 @@ AT_ONCE = 1024
 
 
 def rendered_schema(kind: str) -> pa.Schema:
-    """The columns of rendered rows: token ids as int32, the loss mask as booleans of the same length."""
+    """Return the columns of rendered rows: token ids as int32, the loss mask as booleans of the same length."""
     import pyarrow as pa
 
     ids = pa.list_(pa.int32())
@@ -71,13 +71,13 @@ class TooLong(Exception):
 def render_rows(
     records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, params: Render
 ) -> tuple[dict[tuple[str, str], list[dict[str, Any]]], dict[str, int]]:
-    """Renders rows and puts each on its side of the split.
+    """Render rows and put each on its side of the split.
 
     Returns:
         The rendered rows by (split, kind), and the counts: rows truncated and rows dropped for their length.
 
     Raises:
-        BadData: rows that have nothing to learn or that the template does not fit; all of them are named.
+        BadData: rows without target tokens or that the template does not fit; all of them are named.
     """
     rendered: dict[tuple[str, str], list[dict[str, Any]]] = {(s, k): [] for s in SPLITS for k in RENDERED}
     counts = {"truncated": 0, "dropped": 0}
@@ -108,7 +108,7 @@ def render_rows(
 def _tokens_of(
     records: Iterator[Record], tokenizer: PreTrainedTokenizerBase, params: Render
 ) -> Iterator[tuple[Record, Any]]:
-    """Every row with its tokens, or with the reason that it has none.
+    """Yield every row with its tokens, or with the reason that it has none.
 
     Many are tokenised at once, in a thread of its own, while the template makes the next ones' texts.
     """
@@ -138,7 +138,7 @@ def _tokenised(
 
 
 class Halves(NamedTuple):
-    """How rows of a kind become tokens: what the template does, and what the tokenizer."""
+    """Two steps from rows of a kind to tokens: the template's, and the tokenizer's."""
 
     texts: Callable[[PreTrainedTokenizerBase, Sequence[Any], Render], Any]
     tokens: Callable[[PreTrainedTokenizerBase, Any], Iterable[Any]]
@@ -158,7 +158,7 @@ def _labelled(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], params: R
 
 
 def tokens_of_pairs(tokenizer: PreTrainedTokenizerBase, rows: Sequence[SeqPair]) -> Iterable[Any]:
-    """For encoder-decoder models: both sides as the tokenizer itself ends them, without a chat template."""
+    """Tokenise pairs for encoder-decoders: both sides as the tokenizer itself ends them, without a chat template."""
     if not rows:
         return ()
     inputs = tokenizer([row.input for row in rows])["input_ids"]
@@ -174,7 +174,7 @@ _HALVES = {
 
 
 def _fit(record: Record, tokens: Any, params: Render) -> tuple[dict[str, Any], bool]:
-    """The row that is written, cut where it must be, and whether it was."""
+    """Build the row that is written, cut where it must be, and return whether it was."""
     limit = params.max_tokens
     if isinstance(record, ChatExample):
         ids, mask, prompt_tokens = tokens
@@ -221,9 +221,9 @@ def _check_length(tokens: int, params: Render) -> None:
 
 
 def check_kinds(records: Iterable[Record], base: Architecture) -> None:
-    """Refuses rows that a kind of base cannot learn, before any is rendered.
+    """Refuse rows that a kind of base cannot be trained on, before any is rendered.
 
-    A decoder's pairs may lie beside what it does learn, but not alone.
+    A decoder's pairs may lie beside rows that it is trained on, but not alone.
 
     Raises:
         BadData: chats, preferences or labelled replies for an encoder-decoder; nothing but pairs for a decoder.
@@ -245,7 +245,7 @@ def check_kinds(records: Iterable[Record], base: Architecture) -> None:
 
 
 def report(rows: Sequence[Mapping[str, Any]], kind: str, max_tokens: int) -> dict[str, Any]:
-    """How long the rows of one kind are: tokens per epoch, and how full blocks of `max_tokens` would be, packed."""
+    """Report the lengths of one kind's rows: tokens per epoch, and how full packed blocks of `max_tokens` would be."""
     columns = [name for name in rendered_schema(kind).names if name == "ids" or name.endswith("_ids")]
     lengths = sorted(sum(len(row[name]) for name in columns) for row in rows)
     if not lengths:
@@ -259,7 +259,7 @@ def report(rows: Sequence[Mapping[str, Any]], kind: str, max_tokens: int) -> dic
 
 
 def main() -> None:
-    """The stage `render`."""
+    """Run the stage `render`."""
     with run_stage(__doc__, "clean", "base", "out") as stage:
         clean = read_manifest(stage.path("clean"))
         params = stage.section("render", Render)

@@ -45,28 +45,28 @@ class Item(NamedTuple):
 
     @property
     def same(self) -> tuple[str, str, str, str]:
-        """What agrees when two models were asked the same."""
+        """Return the key that agrees when two models answered the same question."""
         return self.suite, self.task, self.prompt_sha256, self.target
 
 
 class Summary(NamedTuple):
-    """How a task's items are summed up: `metric` names the score; `figures` are further numbers of the task."""
+    """Summary of a task's items: `metric` names the score; `figures` are further numbers of the task."""
 
     metric: str
     figures: Mapping[str, float]
 
     def counting(self, name: str, count: int) -> Summary:
-        """The same with one more figure, if it is not zero."""
+        """Return the summary with one more figure, if it is not zero."""
         return self._replace(figures={**self.figures, name: float(count)}) if count else self
 
 
 def digest_of(text: str) -> str:
-    """The SHA-256 of a text in UTF-8."""
+    """Compute the SHA-256 of a text in UTF-8."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def items_schema() -> pa.Schema:
-    """The columns of examples.parquet: the fields of `Item`."""
+    """Return the columns of examples.parquet: the fields of `Item`."""
     import pyarrow as pa
 
     types = {str: pa.string(), float: pa.float64(), int: pa.int32()}
@@ -74,7 +74,7 @@ def items_schema() -> pa.Schema:
 
 
 def read_items(path: Path) -> list[Item]:
-    """The items of a report.
+    """Read the items of a report.
 
     Raises:
         BadData: the file is no report of this version.
@@ -92,12 +92,12 @@ def read_items(path: Path) -> list[Item]:
 
 
 def write_items(path: Path, items: Sequence[Item]) -> None:
-    """Writes a report's items; the same items give the same bytes."""
+    """Write a report's items; the same items give the same bytes."""
     write_rows(path, [item._asdict() for item in items], items_schema())
 
 
 def check_finite(items: Sequence[Item]) -> None:
-    """Refuses scores that are not numbers, as a model with broken weights gives them.
+    """Refuse scores that are not numbers, as a model with broken weights gives them.
 
     Raises:
         BadModel: an item's score is not finite, or its log-probability is infinite, or NaN over some tokens.
@@ -116,7 +116,7 @@ def check_finite(items: Sequence[Item]) -> None:
 
 
 def mean_loss(items: Sequence[Item]) -> float:
-    """The loss per token over all items that have one, in nats."""
+    """Compute the loss per token over all items that have one, in nats."""
     scored = [item for item in items if item.tokens]
     return -sum(item.logp for item in scored) / sum(item.tokens for item in scored)
 
@@ -124,7 +124,7 @@ def mean_loss(items: Sequence[Item]) -> float:
 def suite_metrics(
     items: Sequence[Item], summaries: Mapping[tuple[str, str], Summary], resampling: Resampling
 ) -> dict[str, Any]:
-    """What is reported of each suite and its tasks, with bootstrap intervals over rows.
+    """Compute what is reported of each suite and its tasks, with bootstrap intervals over rows.
 
     Args:
         items: of one or more suites.
@@ -168,7 +168,7 @@ Items: TypeAlias = Mapping[tuple[str, str, str, str], Item]
 
 
 def by_suite(items: Iterable[Item]) -> Mapping[str, Items]:
-    """The results of a report, by suite."""
+    """Group the results of a report by suite."""
     found: dict[str, dict[tuple[str, str, str, str], Item]] = {}
     for item in items:
         found.setdefault(item.suite, {})[item.same] = item

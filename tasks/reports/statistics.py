@@ -34,7 +34,7 @@ class Interval(NamedTuple):
 
 
 def means(drawn: NDArray[Any]) -> NDArray[Any]:
-    """The mean of each sample, (samples, rows) to (samples,)."""
+    """Compute the mean of each sample, (samples, rows) to (samples,)."""
     found: NDArray[Any] = drawn.mean(axis=1)
     return found
 
@@ -42,7 +42,7 @@ def means(drawn: NDArray[Any]) -> NDArray[Any]:
 def bootstrap(
     sample: Sequence[Any], resampling: Resampling, figure: Callable[[NDArray[Any]], NDArray[Any]] = means
 ) -> Interval:
-    """A figure of some rows with its percentile bootstrap interval (Efron 1979).
+    """Compute a figure of some rows with its percentile bootstrap interval (Efron 1979).
 
     Args:
         sample: a number for each row, or several: (rows,) or (rows, numbers).
@@ -63,7 +63,7 @@ _AT_ONCE = 1 << 21
 
 
 class Difference(NamedTuple):
-    """How two models differ on their common items; a gain is positive where the first is better.
+    """Difference of two models on their common items; a gain is positive where the first is better.
 
     Attributes:
         items: how many they have in common.
@@ -85,7 +85,7 @@ class Difference(NamedTuple):
 
     @property
     def counted(self) -> float:
-        """The gain if it counts, else 0; NaN when there is none."""
+        """Return the gain if it counts, else 0; NaN when there is none."""
         if math.isnan(self.gain) or math.isnan(self.noise):
             return math.nan
         beyond = abs(self.gain) > self.noise * (1 + 1e-9) and not self.low <= 0 <= self.high
@@ -127,7 +127,7 @@ def paired_difference(
 def _resampled(
     values: NDArray[np.float64], weights: NDArray[np.float64], resampling: Resampling
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The gain in items drawn with replacement, and with results swapped at random: (samples,) each.
+    """Compute the gain in items drawn with replacement, and with results swapped at random: (samples,) each.
 
     Args:
         values: (2, items) of the two models.

@@ -14,17 +14,17 @@ Log = Sequence[Mapping[str, Any]]
 
 
 def best_step(log: Log) -> int | None:
-    """The step with the lowest held-out loss, the first of equals; None where there is none."""
+    """Return the step with the lowest held-out loss, the first of equals; None where there is none."""
     seen = [row for row in log if HELD_OUT_LOSS in row]
     return min(seen, key=lambda row: row[HELD_OUT_LOSS])["step"] if seen else None
 
 
 def looks_since_best(log: Log) -> int:
-    """How many held-out losses came after the lowest."""
+    """Count the held-out losses after the lowest."""
     best = best_step(log)
     return sum(HELD_OUT_LOSS in row and row["step"] > best for row in log) if best is not None else 0
 
 
 def numbers_of(row: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a row of a training log, without its step."""
+    """Return the numbers of a row of a training log, without its step."""
     return {name: value for name, value in row.items() if name != "step" and isinstance(value, int | float)}

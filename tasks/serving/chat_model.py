@@ -32,7 +32,7 @@ class ChatModel(PythonModel):
     """Answers conversations with the model folder that the version holds."""
 
     def load_context(self, context: Any) -> None:
-        """Loads the folder after checking it against its manifest and, where a key is given, its signature."""
+        """Load the folder after checking it against its manifest and, where a key is given, its signature."""
         from tasks.adapters.attach import load_packaged
         from tasks.core.artifacts import read_manifest
         from tasks.registry.signing import verify_model
@@ -47,10 +47,10 @@ class ChatModel(PythonModel):
     def predict(
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> list[dict[str, Any]]:
-        """Answers each conversation of the input; one chat completion for each.
+        """Answer each conversation of the input; one chat completion for each.
 
         Raises:
-            MlflowException: a request cannot be answered; a server says so with status 400.
+            MlflowException: a request cannot be answered; a server answers with status 400.
         """
         from tasks.core.errors import BadInput
 
@@ -78,7 +78,7 @@ class ChatModel(PythonModel):
 
 
 def options(row: Mapping[Any, Any]) -> tuple[int, Generation]:
-    """How long a reply to a request may be, and how it is generated.
+    """Return how long a reply to a request may be, and how it is generated.
 
     Raises:
         BadParams: an option is out of range.

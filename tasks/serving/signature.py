@@ -1,4 +1,4 @@
-"""How registered models are served: the code that MLflow runs, what it needs, and the form of a request and a reply."""
+"""Serving of registered models: the code that MLflow runs, what it needs, and the form of a request and a reply."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _NEEDED_TO_VERIFY = ("model-signing", "pyopenssl")
 
 
 def requirements(*, signed: bool) -> list[str]:
-    """The packages that a registered model needs, at the versions that are installed here."""
+    """List the packages that a registered model needs, at the versions that are installed here."""
     names = (*_NEEDED, *(_NEEDED_TO_VERIFY if signed else ()))
     return [f"{name}=={version(name).partition('+')[0]}" for name in names]
 
 
 def chat_signature() -> ModelSignature:
-    """The request and the reply of llm/v1/chat, as far as a small model has them, and how a reply is generated."""
+    """Build the signature of llm/v1/chat's request and reply, as far as small models have them, with its options."""
     from mlflow.models import ModelSignature
     from mlflow.types.schema import Array, ColSpec, DataType, Object, Property, Schema
 
@@ -55,7 +55,7 @@ def chat_signature() -> ModelSignature:
 
 
 def text_signature() -> ModelSignature:
-    """An input and what is written for it, of an encoder-decoder model."""
+    """Build the signature of an input and what is written for it, of an encoder-decoder model."""
     from mlflow.models import ModelSignature
     from mlflow.types.schema import ColSpec, DataType, Object, Property, Schema
 
@@ -67,7 +67,7 @@ def text_signature() -> ModelSignature:
 
 
 def _options() -> list[ColSpec]:
-    """The columns of how a reply is generated.
+    """Return the columns of how a reply is generated.
 
     Their values the model itself checks: MLflow would refuse a temperature of 2, being no 2.0, and nulls.
     """
@@ -78,7 +78,7 @@ def _options() -> list[ColSpec]:
 
 
 class Serving(NamedTuple):
-    """How models of a kind are served: the file that MLflow runs, its signature, and a request as an example."""
+    """Serving of models of a kind: the file that MLflow runs, its signature, and a request as an example."""
 
     code: Path
     signature: ModelSignature
@@ -86,7 +86,7 @@ class Serving(NamedTuple):
 
 
 def serving_of(models: Path) -> Serving:
-    """How the model of a folder is served."""
+    """Return how the model of a folder is served."""
     from tasks.serving import chat_model, text_model
 
     asked = "What is 17 plus 25?"

@@ -21,7 +21,7 @@ _TABLE_BITS = 22
 
 
 class Hits(NamedTuple):
-    """Where questions were found, (hits,) each: in which text, which question, by which run of words (0: the whole)."""
+    """Hits of questions in texts, (hits,) each: which text, which question, which run of words (0: the whole)."""
 
     text: NDArray[np.int64]
     question: NDArray[np.int64]
@@ -29,7 +29,7 @@ class Hits(NamedTuple):
 
 
 def without_common(hits: Hits) -> Hits:
-    """The hits but those by a run of words that was found in more than `COMMON` texts."""
+    """Return the hits without those by a run of words that was found in more than `COMMON` texts."""
     import numpy as np
 
     runs_found, texts = np.unique(_distinct(hits.run, hits.text)[0], return_counts=True)
@@ -39,7 +39,7 @@ def without_common(hits: Hits) -> Hits:
 
 
 def _distinct(hashes: NDArray[np.uint64], numbers: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """Every pair of a hash and a number once, in order."""
+    """Return every pair of a hash and a number once, in order."""
     import numpy as np
 
     order = np.lexsort((numbers, hashes))
@@ -53,7 +53,7 @@ class Index:
     """The questions of one benchmark, to look for in any number of texts."""
 
     def __init__(self, words: Words, questions: int, run_words: int | None) -> None:
-        """Indexes questions.
+        """Index questions.
 
         Args:
             words: of the questions; `words.text` is the question.
@@ -72,7 +72,7 @@ class Index:
         self._runs = _Table(hashes[kept], numbers[kept])
 
     def search(self, whole: Words, found: Words) -> Hits:
-        """Which questions stand in texts, and in which.
+        """Find which questions stand in texts, and in which.
 
         Args:
             whole: the hash of each whole text, as `whole_hash` makes it, and the number of the text.

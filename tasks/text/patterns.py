@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Pattern(NamedTuple):
-    """What is counted in texts: a regular expression (RE2), and a plain text without which it cannot match."""
+    """Pattern counted in texts: a regular expression (RE2), and a plain text without which it cannot match."""
 
     regex: str
     needs: str = ""
@@ -56,7 +56,7 @@ PATTERNS: Mapping[str, tuple[Pattern, ...]] = {
 
 
 def matches(texts: pa.Array, pattern: Pattern, *, count: bool = False) -> NDArray[np.int64]:
-    """How often a pattern matches each text, or only whether it does."""
+    """Count the matches of a pattern in each text, or only whether it matches."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc

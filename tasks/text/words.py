@@ -29,12 +29,12 @@ class Words(NamedTuple):
 
 
 def normal_form(texts: pa.Array) -> pa.Array:
-    """Texts as words with spaces between them: without case, width, punctuation; Chinese characters apart."""
+    """Normalise texts to words with spaces between them: without case, width, punctuation; Chinese characters apart."""
     return _form(texts, r"[^\p{L}\p{M}\p{N}]+", str.isalnum, apart=True)
 
 
 def spaced_form(texts: pa.Array) -> pa.Array:
-    """Texts without differences of case, width and white space; symbols and punctuation stay."""
+    """Normalise texts by case, width and white space; symbols and punctuation stay."""
     return _form(texts, r"[\s\p{Z}]+", lambda character: not character.isspace(), apart=False)
 
 
@@ -56,7 +56,7 @@ def _form(texts: pa.Array, between: str, keeps: Callable[[str], bool], *, apart:
 
 
 def _plain_form(texts: pa.Array, keeps: Callable[[str], bool]) -> pa.Array:
-    """The same for ASCII: a table says what becomes of each byte."""
+    """Normalise ASCII texts to words with spaces between them: a table says what becomes of each byte."""
     import numpy as np
     import pyarrow as pa
 
@@ -71,7 +71,7 @@ def _plain_form(texts: pa.Array, keeps: Callable[[str], bool]) -> pa.Array:
 
 
 def _compact(texts: pa.Array) -> pa.Array:
-    """The array as one piece that begins at its buffers' beginning and has no nulls."""
+    """Return the array as one piece that begins at its buffers' beginning and has no nulls."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -81,7 +81,7 @@ def _compact(texts: pa.Array) -> pa.Array:
 
 
 def content_of(texts: pa.Array) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """The bytes of all texts one after another, and where each begins; one more offset marks the end."""
+    """Return the bytes of all texts one after another, and where each begins; one more offset marks the end."""
     import numpy as np
 
     texts = _compact(texts)
@@ -92,7 +92,7 @@ def content_of(texts: pa.Array) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def words_of(texts: pa.Array) -> Words:
-    """The words of texts in one of the two forms above."""
+    """Split texts in one of the two forms above into words."""
     import numpy as np
 
     content, offsets = content_of(texts)
@@ -135,7 +135,7 @@ def _words_of_block(content: NDArray[np.uint8], offsets: NDArray[np.int64]) -> W
 
 @lru_cache(maxsize=4)
 def _powers(count: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """The first powers of the base and of its inverse, modulo 2^64."""
+    """Compute the first powers of the base and of its inverse, modulo 2^64."""
     import numpy as np
 
     tables = []
@@ -147,7 +147,7 @@ def _powers(count: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
 
 
 def mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Values spread over all 64 bits (the finisher of SplitMix64)."""
+    """Spread values over all 64 bits (the finisher of SplitMix64)."""
     import numpy as np
 
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -156,7 +156,7 @@ def mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def runs(words: Words, size: int) -> Words:
-    """Every run of `size` words that stands in one text, by the hash of the whole run."""
+    """Hash every run of `size` words (n-gram) that stands in one text."""
     import numpy as np
 
     count = len(words.hash) - size + 1
@@ -170,7 +170,7 @@ def runs(words: Words, size: int) -> Words:
 
 
 def whole_hash(words: Words, texts: int) -> NDArray[np.uint64]:
-    """One hash for each text, (texts,) uint64: equal for equal words in equal order, and 0 for no words."""
+    """Hash each text whole, (texts,) uint64: equal for equal words in equal order, and 0 for no words."""
     import numpy as np
 
     starts = np.searchsorted(words.text, np.arange(texts))

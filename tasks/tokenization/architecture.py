@@ -38,13 +38,13 @@ ENCODER_DECODER = Architecture("encoder-decoder", "AutoModelForSeq2SeqLM", "SEQ_
 
 
 def positions_of(config: PreTrainedConfig) -> float:
-    """How many tokens a model can take in; infinity for families that set no limit."""
+    """Return how many tokens a model can take in; infinity for families that set no limit."""
     longest: float | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return math.inf if longest is None else longest
 
 
 def architecture_in(folder: Path) -> Architecture:
-    """What the model of a folder is; a decoder where there is a tokenizer only.
+    """Read the architecture of a folder's model; a decoder where there is a tokenizer only.
 
     Raises:
         BadModel: its configuration cannot be read, or is of no known architecture.
@@ -66,5 +66,5 @@ def architecture_in(folder: Path) -> Architecture:
 
 
 def architecture_of(model: PreTrainedModel | PeftModel) -> Architecture:
-    """What a model is that was loaded."""
+    """Return the architecture of a loaded model."""
     return ENCODER_DECODER if model.config.is_encoder_decoder else DECODER

@@ -82,6 +82,6 @@ class BaichuanForCausalLM(LlamaForCausalLM):
 
 
 def make_known() -> None:
-    """Lets transformers' Auto classes find it."""
+    """Register Baichuan with transformers' Auto classes."""
     AutoConfig.register(KIND, BaichuanConfig, exist_ok=True)
     AutoModelForCausalLM.register(BaichuanConfig, BaichuanForCausalLM, exist_ok=True)

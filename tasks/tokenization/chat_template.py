@@ -33,7 +33,7 @@ TEMPLATE_SECONDS = 2.0
 
 
 class Chat(NamedTuple):
-    """What a template is given: the turns, and JSON schemas of tools as text."""
+    """Chat as a template's input: the turns, and JSON schemas of tools as text."""
 
     messages: Sequence[Message]
     tools: Sequence[str] = ()
@@ -48,7 +48,7 @@ class Rendered(NamedTuple):
 
 
 class Text(NamedTuple):
-    """What a template made of a chat; `marks` are its `{% generation %}` parts, None for a template that has none."""
+    """Text that a template made of a chat; `marks` are its `{% generation %}` parts, None for a template without."""
 
     text: str
     marks: Sequence[tuple[int, int]] | None = None
@@ -62,7 +62,7 @@ class Answered(NamedTuple):
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, with a stop token that is not the padding, and a decoder's chat template.
+    """Load a model folder's tokenizer, with a stop token that is not the padding, and a decoder's chat template.
 
     Where the template ends replies with another token than `eos_token`, as Phi's and Gemma's do, that one is the stop
     token here, in training and in serving.
@@ -91,9 +91,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _find_stop_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Makes the added token that the template writes first after a reply the stop token, unless its own stands there.
+    """Make the added token that the template writes first after a reply the stop token, unless its own stands there.
 
-    Phi's own stands only at the end of a conversation, so that a model which learnt it would not stop before.
+    Phi's own stands only at the end of a conversation, so that a model trained on it would not stop before.
     """
     asked, answered, again = (Message(role, f"qxzv{n}") for n, role in enumerate(("user", "assistant", "user")))
     (text,) = _texts(tokenizer, [Chat([asked, answered, again])], answering=False)
@@ -106,24 +106,24 @@ def _find_stop_token(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The SHA-256 of the chat template, by which two models are known to be prompted alike; empty without one."""
+    """Compute the SHA-256 of the chat template, equal for models that are prompted alike; empty without one."""
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest() if tokenizer.chat_template else ""
 
 
 def render_prompt(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[str] = ()
 ) -> list[int]:
-    """The token ids of a conversation up to where the assistant begins to answer.
+    """Render a conversation up to where the assistant begins to answer, as token ids.
 
     Raises:
-        BadData: the template refuses it, or drops what somebody said.
+        BadData: the template refuses it, or drops a turn.
     """
     (text,) = _texts(tokenizer, [Chat(messages, tools)], answering=True)
     return encode(tokenizer, [_whole(text).text])[0]
 
 
 def render_reply(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], reply: str) -> list[int]:
-    """The token ids of a reply to `prompt`, up to and including the stop token.
+    """Render a reply to `prompt` as token ids, up to and including the stop token.
 
     Raises:
         BadData: the template rewrites what came before the reply, drops the reply, or does not end it with the stop
@@ -137,14 +137,14 @@ def render_reply(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], 
 def render_replies(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Chat], replies: Sequence[Sequence[str]]
 ) -> list[Answered | BadData]:
-    """Prompts with one or more replies each, as tokens; for a row that cannot be rendered, the reason."""
+    """Render prompts with one or more replies each as tokens; a row that cannot be rendered gets the reason."""
     return tokens_of_replies(tokenizer, texts_of_replies(tokenizer, prompts, replies))
 
 
 def texts_of_replies(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Chat], replies: Sequence[Sequence[str]]
 ) -> list[list[str] | BadData]:
-    """The template's half of `render_replies`: of each row the text of its prompt, then those of its replies."""
+    """Run the template's half of `render_replies`: of each row the text of its prompt, then those of its replies."""
     asked = _texts(tokenizer, prompts, answering=True)
     each = [(place, Message("assistant", text)) for place, texts in enumerate(replies) for text in texts]
     given = _texts(
@@ -163,17 +163,17 @@ def texts_of_replies(
 def tokens_of_replies(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[list[str] | BadData]
 ) -> list[Answered | BadData]:
-    """The tokenizer's half of `render_replies`; it may run in another thread than the template's."""
+    """Run the tokenizer's half of `render_replies`; it may run in another thread than the template's."""
     return encode_rows(tokenizer, texts, encode_answers, lambda ids: Answered(ids[0], ids[1:]))
 
 
 def render_chat(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[str] = (), loss_on: str = "all"
 ) -> Rendered:
-    """A chat as tokens, with the loss on the assistant's turns and their stop tokens; see `render_chats`.
+    """Render a chat as tokens, with the loss on the assistant's turns and their stop tokens; see `render_chats`.
 
     Raises:
-        BadData: there is nothing to learn, or the tokens of a turn change once a later one is added.
+        BadData: there are no target tokens, or the tokens of a turn change once a later one is added.
     """
     rendered: Rendered = _whole(render_chats(tokenizer, [Chat(messages, tools)], loss_on)[0])
     return rendered
@@ -182,16 +182,16 @@ def render_chat(
 def render_chats(
     tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], loss_on: str = "all"
 ) -> list[Rendered | BadData]:
-    """Chats as tokens; for one that cannot be rendered, the reason.
+    """Render chats as tokens; one that cannot be rendered gets the reason.
 
     Args:
         tokenizer: with its template.
         chats: any number of them; they are rendered and tokenised together.
-        loss_on: `all` of the assistant's turns, or the `last` one. Turns with `learn` false are never learnt.
+        loss_on: `all` of the assistant's turns, or the `last` one. Turns with `learn` false are never trained on.
 
-    Where a template marks by `{% generation %}` what the assistant says, the loss falls on what is marked, else on all
+    Where a template marks by `{% generation %}` the assistant's text, the loss falls on what is marked, else on all
     that it adds for the turn to the prompt for answering; never on what follows the stop token. What stands after the
-    last turn that is learnt is left out: nothing is learnt from it.
+    last turn that is trained on is left out: no loss falls on it.
     """
     return tokens_of_chats(tokenizer, texts_of_chats(tokenizer, chats, loss_on))
 
@@ -199,7 +199,7 @@ def render_chats(
 def texts_of_chats(
     tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], loss_on: str = "all"
 ) -> list[list[str] | BadData]:
-    """The template's half of `render_chats`: each chat in parts that are in turn read and learnt."""
+    """Run the template's half of `render_chats`: each chat in parts, by turns context and target."""
     learnt = [_learnt(chat, loss_on) for chat in chats]
     turns = [(place, index) for place, places in enumerate(learnt) for index in places]
     asked = _texts(tokenizer, [Chat(chats[p].messages[:i], chats[p].tools) for p, i in turns], answering=True)
@@ -231,12 +231,12 @@ def texts_of_chats(
 def tokens_of_chats(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[list[str] | BadData]
 ) -> list[Rendered | BadData]:
-    """The tokenizer's half of `render_chats`; it may run in another thread than the template's."""
+    """Run the tokenizer's half of `render_chats`; it may run in another thread than the template's."""
     return encode_rows(tokenizer, texts, encode_pieces, _joined)
 
 
 def _joined(pieces: Sequence[Sequence[int]]) -> Rendered:
-    """Pieces that are in turn read and learnt."""
+    """Join pieces that are by turns context and target into one row with its loss mask."""
     ids, mask = list[int](), list[bool]()
     for place, piece in enumerate(pieces):
         ids += piece
@@ -263,7 +263,7 @@ def _whole(value: Any) -> Any:
 def _reply_text(
     tokenizer: PreTrainedTokenizerBase, before: Text | BadData, after: Text | BadData, reply: Message
 ) -> str | BadData:
-    """What the template adds for a reply, up to and including the stop token."""
+    """Return what the template adds for a reply, up to and including the stop token."""
     for text in (before, after):
         if isinstance(text, BadData):
             return text
@@ -292,7 +292,7 @@ def _reply_text(
 
 
 def _marked(reply: str, start: int, marks: Sequence[tuple[int, int]] | None) -> list[str] | BadData:
-    """The reply in parts that are in turn read, even if empty, and learnt; `start` is its place in what is marked."""
+    """Split the reply by its marks into parts, by turns context, even if empty, and target; `start` is its place."""
     if marks is None:
         return ["", reply]
     parts, place = [], 0
@@ -311,7 +311,7 @@ def _marked(reply: str, start: int, marks: Sequence[tuple[int, int]] | None) -> 
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], *, answering: bool) -> list[Text | BadData]:
-    """What the template makes of each conversation; `answering` adds what comes before an answer."""
+    """Render each conversation by the template; `answering` adds what comes before an answer."""
     result: list[Any] = [None] * len(chats)
     by_tools: dict[tuple[str, ...], list[int]] = {}
     for place, chat in enumerate(chats):
@@ -339,7 +339,7 @@ def _apply_alone(tokenizer: PreTrainedTokenizerBase, one: Any, schemas: Any, ans
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, plain: list[Any], schemas: Any, answering: bool) -> list[Text]:
-    """As the tokenizer's `apply_chat_template` does, by its own sandbox, without its copies of every message."""
+    """Apply the template as the tokenizer's `apply_chat_template` does, without its copies of every message."""
     from jinja2 import TemplateError
     from transformers.utils import chat_template_utils as sandbox
 
@@ -368,7 +368,7 @@ _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def _plain(message: Message) -> Mapping[str, Any]:
-    """A message as templates expect it."""
+    """Convert a message to the form that templates expect."""
     plain: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.calls:
         plain["tool_calls"] = [{"type": "function", "function": call} for call in json.loads(message.calls)]
@@ -376,7 +376,7 @@ def _plain(message: Message) -> Mapping[str, Any]:
 
 
 def _dropped(text: str, chat: Chat) -> BadData | None:
-    """Notices that a template leaves out what the system or the user said."""
+    """Check that a template leaves out nothing of the system's or the user's turns; return the problem, if any."""
     for tool in chat.tools:
         schema = json.loads(tool)
         name = schema.get("function", schema).get("name") if isinstance(schema, dict) else None

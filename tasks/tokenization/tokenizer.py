@@ -16,7 +16,7 @@ Row = TypeVar("Row")
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, with or without a chat template.
+    """Load the tokenizer of a model folder, with or without a chat template.
 
     Raises:
         BadModel: it does not load.
@@ -36,7 +36,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of token ids, without control tokens and white space around it."""
+    """Decode token ids into text, without control tokens and white space around it."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
@@ -57,14 +57,14 @@ def encode_rows(
     encode: Callable[[PreTrainedTokenizerBase, Sequence[Sequence[str]]], list[list[list[int]] | BadData]],
     made_of: Callable[[list[list[int]]], Row],
 ) -> list[Row | BadData]:
-    """What is made of the tokens of each row's texts; a row that has a reason instead keeps it."""
+    """Build something of the tokens of each row's texts; a row that has a reason instead keeps it."""
     tokens = iter(encode(tokenizer, [row for row in texts if not isinstance(row, BadData)]))
     found = [row if isinstance(row, BadData) else next(tokens) for row in texts]
     return [row if isinstance(row, BadData) else made_of(row) for row in found]
 
 
 def encode_pieces(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[str]]) -> list[list[list[int]] | BadData]:
-    """The tokens of each piece of each row, such that a row's tokens are those that serving sees piece by piece."""
+    """Encode each piece of each row, such that a row's tokens are those that serving sees piece by piece."""
     if _may_be_cut(tokenizer):
         flat = iter(encode(tokenizer, [piece for row in rows for piece in row]))
         return [[next(flat) for _ in row] for row in rows]
@@ -75,7 +75,7 @@ def encode_pieces(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[st
 def encode_answers(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[str]]
 ) -> list[list[list[int]] | BadData]:
-    """The tokens of rows of a prompt and several replies to it: each as they are when they stand alone together."""
+    """Encode rows of a prompt and several replies: each reply as it is when it alone stands with the prompt."""
     if _may_be_cut(tokenizer):
         return encode_pieces(tokenizer, rows)
     alone = [[row[0], reply] for row in rows for reply in row[1:]]
@@ -90,7 +90,7 @@ def encode_answers(
 
 
 def _differences(prefixes: list[list[int]]) -> list[list[int]] | BadData:
-    """What each prefix adds to the one before."""
+    """Return what each prefix adds to the one before."""
     pieces, before = [], list[int]()
     for ids in prefixes:
         if ids[: len(before)] != before:
@@ -101,7 +101,7 @@ def _differences(prefixes: list[list[int]]) -> list[list[int]] | BadData:
 
 
 def _may_be_cut(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether tokens of pieces are tokens of the whole: not where the beginning of each text gets a mark of its own."""
+    """Return whether pieces' tokens are the whole's: not where the beginning of each text gets a separate mark."""
     known: bool | None = getattr(tokenizer, "_temper_may_be_cut", None)
     if known is None:
         first, second = encode(tokenizer, ["x", "y"])

@@ -20,7 +20,7 @@ from tasks.train.params import KtoObjective, Method, SftObjective
 
 
 def kind_of_rows(method: Method, architecture: Architecture) -> str:
-    """The kind of rows that a method learns from: for SFT what the base answers, else pairs or labelled replies.
+    """Return the kind of rows that a method trains on: for SFT what the base answers, else pairs or labelled replies.
 
     Raises:
         BadParams: the objective is not for this kind of model.
@@ -38,10 +38,10 @@ def kind_of_rows(method: Method, architecture: Architecture) -> str:
 
 
 def read_examples(rendered: Path, split: str, method: Method, architecture: Architecture) -> list[Example]:
-    """The rows that a method learns from, on a base of this kind.
+    """Read the rows that a method trains on, for a base of this kind.
 
     Raises:
-        BadData: there is none, or KTO has nothing to tell apart.
+        BadData: there is none, or KTO lacks good or bad replies.
         BadParams: the objective is not for this kind of model.
     """
     kind = kind_of_rows(method, architecture)
@@ -72,7 +72,7 @@ def read_examples(rendered: Path, split: str, method: Method, architecture: Arch
 
 
 def data_digests(rendered: Path, kind: str) -> dict[str, str]:
-    """The SHA-256 of the files that a training reads, by their paths, after checking all of the folder."""
+    """Return the SHA-256 of the files that a training reads, by their paths, after checking all of the folder."""
     files = read_manifest(rendered)["files"]
     names = [f"{split}/{kind}.parquet" for split in ("train", "held_out")]
     return {name: files[name]["sha256"] for name in names if name in files}
@@ -83,24 +83,24 @@ def _joined(prompt: list[int], reply: list[int], *, desirable: bool = True) -> T
 
 
 def lengths_of(examples: Sequence[Example]) -> list[int]:
-    """Tokens of each example, over all its sequences."""
+    """Count the tokens of each example, over all its sequences."""
     return [sum(sequence.tokens for sequence in example) for example in examples]
 
 
 def shapes_of(examples: Sequence[Example]) -> list[tuple[int, int]]:
-    """Tokens of each sequence that a decoder reads, and how many of them are the prompt's."""
+    """Return the tokens of each sequence that a decoder reads, and how many of them are the prompt's."""
     sequences = [sequence for example in examples for sequence in example if isinstance(sequence, TokenRow)]
     return [(sequence.tokens, sequence.prompt_tokens) for sequence in sequences]
 
 
 def all_batches(lengths: Sequence[int], method: Method) -> list[list[int]]:
-    """The rows of every step: fixed by the method, so that a resumed training sees what it would have seen."""
+    """Return the rows of every step: fixed by the method, so that a resumed training sees what it would have seen."""
     epochs = (batches_of(epoch, lengths, method.batch_rows, method.seed) for epoch in range(method.epochs))
     return [rows for epoch in epochs for rows in epoch]
 
 
 def batches_of(epoch: int, lengths: Sequence[int], batch_rows: int, seed: int) -> list[list[int]]:
-    """The rows of an epoch's steps.
+    """Return the rows of an epoch's steps.
 
     Every epoch is a new shuffle; within runs of sixteen batches rows are grouped by length, so that little is padding.
     """
@@ -119,5 +119,5 @@ def batches_of(epoch: int, lengths: Sequence[int], batch_rows: int, seed: int) -
 
 
 def steps_per_epoch(rows: int, batch_rows: int) -> int:
-    """The number of batches that cover all rows once."""
+    """Return the number of batches that cover all rows once."""
     return math.ceil(rows / batch_rows)

@@ -1,4 +1,4 @@
-"""What rows of data give an objective to learn from: sequences, and which of their tokens count."""
+"""Training examples of an objective, made of rows: sequences, and which of their tokens count."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Example = tuple[Row, ...]
 
 
 def parts_of(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
-    """The examples in their order, so many at once."""
+    """Split the examples in their order into parts of `size`."""
     return [examples[start : start + size] for start in range(0, len(examples), size)]
 
 
 def learnt_tokens(examples: Sequence[Example], method: Method) -> int:
-    """How many tokens the likelihood is of that is a part of the loss, or is logged beside it."""
+    """Count the tokens of the likelihood that is a part of the loss, or is logged beside it."""
     return sum(row.scored_tokens for row in likely(examples, method))
 
 
 def likely(examples: Sequence[Example], method: Method) -> list[Row]:
-    """The sequences that are to become likely, scored where the likelihood is: of KTO's replies the good ones."""
+    """Return the sequences to become likely, scored where the likelihood is: of KTO's replies the good ones."""
     first = [example[0] for example in examples]
     if isinstance(method.objective, KtoObjective):
         return [row for row in first if isinstance(row, TokenRow) and row.desirable]
@@ -34,7 +34,7 @@ def likely(examples: Sequence[Example], method: Method) -> list[Row]:
 
 
 def learns_prompts(method: Method) -> bool:
-    """Whether the likelihood is also of prompts."""
+    """Return whether the likelihood is also of prompts."""
     return isinstance(method.objective, OrpoObjective) and method.objective.likelihood == "prompt_and_reply"
 
 
@@ -43,13 +43,13 @@ def _with_prompt(row: Row) -> Row:
 
 
 def replies_of(examples: Sequence[Example]) -> list[TokenRow]:
-    """The sequences of examples that a decoder reads: of pairs all chosen ones, then all rejected ones."""
+    """Return the sequences of examples that a decoder reads: of pairs all chosen ones, then all rejected ones."""
     by_place = zip(*examples, strict=True)
     return [row for rows in by_place for row in rows if isinstance(row, TokenRow)]
 
 
 def mismatched(rows: Sequence[TokenRow]) -> list[TokenRow]:
-    """Every prompt of a step with the reply of another row of it (section 4.1 of arXiv:2402.01306).
+    """Pair every prompt of a step with the reply of another row of it (section 4.1 of arXiv:2402.01306).
 
     Replies move on by one, as in TRL, in an order that depends on the rows' contents alone. None is made longer than
     the longest of the rows, so that a model can read it in the memory that there is. One row alone gives none.
@@ -65,7 +65,7 @@ def mismatched(rows: Sequence[TokenRow]) -> list[TokenRow]:
 
 
 def referred(steps: Sequence[Sequence[Example]], method: Method) -> list[TokenRow]:
-    """All rows that a reference is asked for over these steps."""
+    """Collect all rows that the reference model scores over these steps."""
     rows = [row for step in steps for row in replies_of(step)]
     if isinstance(method.objective, KtoObjective):
         rows += [row for step in steps for row in mismatched(replies_of(step))]

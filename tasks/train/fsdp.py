@@ -34,10 +34,10 @@ _UNHEARD = {
 
 
 def check(adapter: AnyAdapter) -> None:
-    """Refuses what the launcher's configuration asks for and this training does not do.
+    """Refuse launcher configurations that this training does not support.
 
     Raises:
-        BadParams: weights cannot be sharded that are trained, or held in 8 bits; or it asks for something else.
+        BadParams: weights that are trained, or held in 8 bits, cannot be sharded; or it needs something else.
     """
     if world() == ALONE:
         return
@@ -67,7 +67,7 @@ def check(adapter: AnyAdapter) -> None:
 
 
 def shard(model: Model) -> None:
-    """Leaves each process its share of the frozen weights of all layers; `model` has its adapter on it.
+    """Shard the frozen weights of all layers over the processes; `model` has its adapter on it.
 
     Raises:
         BadModel: it is not known what its layers are.
@@ -88,7 +88,7 @@ def shard(model: Model) -> None:
 
 
 def layers_of(model: Model) -> list[nn.Module]:
-    """The layers of a model's base, which transformers knows as what is never split."""
+    """Return the layers of a model's base, which transformers knows as what is never split."""
     base: Any = base_of(model)
     names = set(base._no_split_modules or ())
     found = [module for module in base.modules() if type(module).__name__ in names]
@@ -102,7 +102,7 @@ def layers_of(model: Model) -> list[nn.Module]:
 
 
 def _kept_whole(layer: nn.Module) -> set[nn.Parameter]:
-    """What is trained in a layer, and whatever else belongs to an adapter, which may read it at any time."""
+    """Return what is trained in a layer, and whatever else belongs to an adapter, which may read it at any time."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapters = [module for module in layer.modules() if isinstance(module, BaseTunerLayer)]
@@ -111,7 +111,7 @@ def _kept_whole(layer: nn.Module) -> set[nn.Parameter]:
 
 
 def _keep_scales(model: Model) -> None:
-    """Gives 4-bit modules the scales of their weights, which the weights lose once they are sharded."""
+    """Give 4-bit modules the scales of their weights, which the weights lose once they are sharded."""
     from bitsandbytes.nn import Linear4bit
     from torch import nn
 

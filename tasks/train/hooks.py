@@ -27,7 +27,7 @@ FILE = "samples.jsonl"
 def replies(
     model: Model, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_new_tokens: int
 ) -> list[dict[str, str]]:
-    """The `prompt` and the model's greedy `reply` for each row; draws no random number of the training's."""
+    """Generate the `prompt` and the model's greedy `reply` for each row; draw no random number of the training's."""
     model.eval()
     found = []
     for row in rows:
@@ -43,7 +43,7 @@ def replies(
 
 
 def lines_of(log: Iterable[Mapping[str, Any]]) -> str:
-    """The samples of a training log as JSON lines of `step`, `prompt` and `reply`."""
+    """Format the samples of a training log as JSON lines of `step`, `prompt` and `reply`."""
     return "".join(
         json.dumps({"step": row["step"], **sample}, sort_keys=True, ensure_ascii=False) + "\n"
         for row in log
@@ -58,7 +58,7 @@ def watch_for(
     method: Method,
     loss: Callable[[], float],
 ) -> Watch:
-    """What params ask to look at in the course of the training; `loss` is that of the held-out rows."""
+    """Build what params measure in the course of the training; `loss` is that of the held-out rows."""
     looks, patience, keep_best = list[Look](), None, False
     if isinstance(method.evaluation, Evaluation):
         asked = method.evaluation

@@ -31,7 +31,7 @@ _SIGNALLED = 128
 
 
 def launch_if_asked(module: str) -> None:
-    """Ends this process with what came of several that run the same command, where TEMPER_LAUNCH asks for them."""
+    """End this process with the exit code of several that run the same command, where TEMPER_LAUNCH asks for them."""
     config = os.environ.pop(LAUNCH, "")  # those that are launched are not to launch others
     if not config or launched() != ALONE:
         return
@@ -42,7 +42,7 @@ def launch_if_asked(module: str) -> None:
 
 
 def launch(config: Path, module: str, words: list[str]) -> int:
-    """Runs a module with some arguments in the processes of a configuration; returns the exit code of them all.
+    """Run a module with some arguments in the processes of a configuration; return their common exit code.
 
     Raises:
         BadParams: accelerate does not take the configuration.
@@ -72,7 +72,7 @@ def launch(config: Path, module: str, words: list[str]) -> int:
 
 
 def code_of(codes: Iterable[int]) -> int:
-    """The exit code of processes that failed together: of the one that knows why, rather than of those it dragged down.
+    """Return the exit code of processes that failed together: of the one with the cause, not of those it dragged down.
 
     A process that was ended by a signal has minus its number for a code; what is returned is as in a shell.
     """
@@ -85,7 +85,7 @@ def code_of(codes: Iterable[int]) -> int:
 
 @contextmanager
 def _passing_signals_on() -> Iterator[None]:
-    """Within this block SIGTERM and SIGINT go to the child processes, and end this one only through them."""
+    """Pass SIGTERM and SIGINT on to the child processes within this block; they end this one only through them."""
     import psutil
 
     def pass_on(number: int, frame: object) -> None:

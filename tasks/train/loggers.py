@@ -1,6 +1,6 @@
-"""Where a training log goes besides MLflow, as `report_to` asks: TensorBoard, Weights & Biases.
+"""Reporting of a training log beside MLflow, as `report_to` names it: TensorBoard, Weights & Biases.
 
-Neither package is one of temper's: who asks for one installs it. The training log, an output of the stage, has every
+Neither package is one of temper's: users install them. The training log, an output of the stage, has every
 row anyway. Where several processes train, only the first reports.
 """
 
@@ -21,23 +21,23 @@ class Report(Protocol):
     """One place where rows of a training log go."""
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Takes one row: its `step`, numbers by name, and samples, if there are any."""
+        """Log one row: its `step`, numbers by name, and samples, if there are any."""
 
     def close(self) -> None:
-        """Sends what is left."""
+        """Send what is left."""
 
 
 @contextmanager
 def reports(
     names: Sequence[str], workspace: Path, key: str, title: str, params: Mapping[str, Any]
 ) -> Iterator[list[Report]]:
-    """Opens what is reported to; a training that is begun again goes on in the same place.
+    """Open what is reported to; a resumed training goes on in the same place.
 
     Args:
         names: `tensorboard` or `wandb`, each called like its package.
         workspace: TensorBoard's files are in its .temper/tensorboard.
         key: the content key of the training.
-        title: what the run is called.
+        title: the name of the run.
         params: shown beside it.
 
     Raises:
@@ -54,7 +54,7 @@ def reports(
 
 
 def check_installed(names: Sequence[str]) -> None:
-    """Refuses names whose packages are not there.
+    """Refuse names whose packages are not there.
 
     Raises:
         BadParams: one or more are missing.
@@ -76,7 +76,7 @@ class TensorBoard:
         self._writer: Any = None
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Writes the numbers as scalars and the samples as text."""
+        """Write the numbers as scalars and the samples as text."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -88,7 +88,7 @@ class TensorBoard:
             self._writer.add_text(f"{SAMPLES}/{place}", f"{sample['prompt']}\n\n{sample['reply']}", row["step"])
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Write what is left."""
         if self._writer:
             self._writer.close()
 
@@ -114,9 +114,9 @@ class WeightsAndBiases:
             ) from error
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Sends the numbers; steps that the run has already are passed over."""
+        """Send the numbers; skip steps that the run has already."""
         self._run.log(numbers_of(row), step=row["step"])
 
     def close(self) -> None:
-        """Sends what is left."""
+        """Send what is left."""
         self._run.finish()

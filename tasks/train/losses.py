@@ -42,13 +42,13 @@ Part = tuple["Tensor", dict[str, float]]
 
 
 class Whole(NamedTuple):
-    """What a part needs to know of its step.
+    """Totals of a step that each of its parts needs.
 
     Attributes:
-        rows: how many rows of data it has.
-        tokens: how many tokens its likelihood is of.
-        desirable: how many of its rows are not labelled bad.
-        baseline: KTO's, in nats, a scalar.
+        rows: rows of data.
+        tokens: tokens of its likelihood.
+        desirable: rows that are not labelled bad.
+        baseline: KTO's z_0, in nats, a scalar.
     """
 
     rows: int
@@ -69,12 +69,12 @@ class Given(NamedTuple):
 
     @property
     def row_share(self) -> float:
-        """Which share of the step's rows they are."""
+        """Return these rows' share of the step's rows."""
         return len(self.examples) / self.whole.rows
 
     @property
     def token_share(self) -> float:
-        """Which share of the tokens that the step's likelihood is of they have."""
+        """Return the share of these rows in the tokens of the step's likelihood."""
         return learnt_tokens(self.examples, self.method) / self.whole.tokens
 
 
@@ -85,7 +85,7 @@ def losses_of(
     below: Below | None = None,
     reference: Reference | None = None,
 ) -> Iterator[Part]:
-    """The objective on the examples of a step, in parts of `micro_batch_rows` that add up to it over all processes.
+    """Compute the objective on a step's examples, in parts of `micro_batch_rows` that add up over all processes.
 
     Args:
         model: in training or in evaluation.
@@ -111,7 +111,7 @@ def loss_of(
     below: Below | None = None,
     reference: Reference | None = None,
 ) -> Part:
-    """The objective alone on all examples of a step at once."""
+    """Compute the objective alone on all examples of a step at once."""
     together = method.model_copy(update={"micro_batch_rows": len(examples)})
     loss, logged, _ = next(_objective(model, examples, together, below, reference))
     return loss, logged
@@ -120,7 +120,7 @@ def loss_of(
 def held_out_loss(
     model: Model, examples: Sequence[Example], method: Method, reference: Reference | None = None
 ) -> float:
-    """The objective's mean over held-out examples, without dropout: each step of them weighs as many rows as it has.
+    """Compute the objective's mean over held-out examples, without dropout: a step weighs as many rows as it has.
 
     The same in all processes, of which each computes some parts.
     """
@@ -139,7 +139,7 @@ def held_out_loss(
 def _objective(
     model: Model, examples: Sequence[Example], method: Method, below: Below | None, reference: Reference | None
 ) -> Iterator[tuple[Tensor, dict[str, float], float]]:
-    """The parts of a step that this process has, each with its share of the rows: 0 where it does not count."""
+    """Yield the parts of a step that this process has, each with its share of the rows: 0 where it does not count."""
     reference = reference or adapter_off(model, method.micro_batch_rows)
     whole = None
     for some, counts in dealt(examples, method.micro_batch_rows, world()):
@@ -162,7 +162,7 @@ def _whole(model: Model, examples: Sequence[Example], method: Method, reference:
 
 
 def _baseline(model: Model, others: Sequence[TokenRow], method: Method, reference: Reference) -> Tensor:
-    """KTO's for a step with these mismatched rows; 0 where there is none."""
+    """Compute KTO's baseline for a step with these mismatched rows; 0 where there is none."""
     import torch
 
     from tasks.train.objectives import kl_baseline
@@ -178,7 +178,7 @@ def _baseline(model: Model, others: Sequence[TokenRow], method: Method, referenc
 
 
 def fast_products(method: Method) -> AbstractContextManager[object]:
-    """Multiplies float32 weights in the machine's fast format where all of them are trained."""
+    """Multiply float32 weights in the machine's fast format where all of them are trained."""
     import torch
 
     if not isinstance(method.adapter, FullAdapter):
@@ -187,7 +187,7 @@ def fast_products(method: Method) -> AbstractContextManager[object]:
 
 
 def below_for(model: Model, examples: Sequence[Example], method: Method) -> Below | None:
-    """What keeps the hidden states that no adapter changes, where there are such and they are needed again."""
+    """Build the cache of hidden states that no adapter changes, where there are such and they are needed again."""
     if shards_weights() or model.is_activation_checkpointing:
         return None  # what is needed again differs from process to process; or keys and values would get lost
     objective = method.objective
@@ -261,7 +261,7 @@ def _simpo(given: Given, objective: SimpoObjective) -> Part:
 
 
 def _pairs(given: Given) -> tuple[Scored, Tensor]:
-    """The replies of pairs, all chosen ones and then all rejected ones, and what their likelihood is of, (tokens,)."""
+    """Score replies of pairs, all chosen ones and then all rejected ones; return the likelihood's terms, (tokens,)."""
     import torch
 
     rows, pairs = replies_of(given.examples), len(given.examples)
@@ -276,7 +276,7 @@ def _pairs(given: Given) -> tuple[Scored, Tensor]:
 
 
 def _logged(given: Given, scored: Scored, likelihood: Tensor, scores: Tensor, scale: float) -> dict[str, float]:
-    """What is logged of pairs: `scores` (2 x pairs,) times `scale` are the rewards that the objective gives replies."""
+    """Compute the log of pairs: `scores` (2 x pairs,) times `scale` are the rewards that the objective assigns."""
     from tasks.train.objectives import log_odds_ratio
 
     means, (chosen, rejected) = scored.row_means().detach(), scores.detach().chunk(2)
@@ -317,7 +317,7 @@ def _kto(given: Given, objective: KtoObjective) -> Part:
 
 
 def _rewards(whole: Whole, scored: Scored, rewards: Tensor, good: Tensor) -> dict[str, float]:
-    """What is logged of labelled replies by their label, as far as the step has such; `rewards` and `good` (rows,)."""
+    """Compute what is logged of labelled replies by label, if the step has any; `rewards` and `good` (rows,)."""
     logged, bad = {}, whole.rows - whole.desirable
     if whole.desirable:
         logged["nll"] = -scored.logp[good[scored.row]].sum().item() / whole.tokens

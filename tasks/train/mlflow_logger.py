@@ -67,12 +67,12 @@ class Tracker:
             self._thread.join(timeout=60)
 
     def log(self, row: dict[str, Any]) -> None:
-        """Queues one row; it has a `step`, numbers, and samples now and then."""
+        """Queue one row; it has a `step`, numbers, and samples now and then."""
         if self._tracks:
             self._rows.put(row)
 
     def _work(self) -> None:
-        """Follows the training; while MLflow does not answer it waits, and then sends what has gathered."""
+        """Follow the training; while MLflow does not answer, wait, and then send what has gathered."""
         from mlflow.exceptions import MlflowException
 
         told = False

@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 @contextmanager
 def noisy_embeddings(model: Model, tokens: Sequence[int], alpha: float) -> Iterator[None]:
-    """Within this block the next forward pass reads its rows with noise, if the model is being trained.
+    """Add noise to the rows of the next forward pass within this block, if the model is being trained (NEFTune).
 
     The noise of a row depends on how many rows came before it since the generators were seeded, and neither on padding
-    nor on which rows share its pass. A learnt prompt gets none; nor does what a decoder reads after an encoder.
+    nor on which rows share its pass. A soft prompt gets none; nor does what a decoder reads after an encoder.
 
     Args:
         model: the model.
         tokens: how long each row is, without padding, which is on the right.
-        alpha: how strong the noise is; 0 is none.
+        alpha: the strength of the noise; 0 is none.
     """
     if not alpha or not model.training:
         yield

@@ -92,7 +92,7 @@ def _log_one_minus_exp(logp: Tensor) -> Tensor:
 
 
 def sigmoid_loss(margin: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
-    """The loss of Rafailov et al. 2023 (arXiv:2305.18290, equation 7), of replies as wholes.
+    """Compute the loss of Rafailov et al. 2023 (arXiv:2305.18290, equation 7), of replies as wholes.
 
     Args:
         margin: summed over each reply's tokens.
@@ -115,7 +115,7 @@ def ipo_loss(margin: Tensor, *, beta: float) -> Tensor:
 
 
 def hinge_loss(margin: Tensor, *, beta: float) -> Tensor:
-    """The hinge of SLiC (arXiv:2305.10425, equation 1) on differences of rewards, with a margin of 1.
+    """Compute the hinge of SLiC (arXiv:2305.10425, equation 1) on differences of rewards, with a margin of 1.
 
     Args:
         margin: summed over each reply's tokens. SLiC itself has no reference; with one it is that of arXiv:2309.06657.
@@ -125,12 +125,12 @@ def hinge_loss(margin: Tensor, *, beta: float) -> Tensor:
 
 
 def simpo_loss(chosen_logp: Tensor, rejected_logp: Tensor, *, beta: float, gamma: float) -> Tensor:
-    """The chosen reply's reward is to exceed the rejected one's by a margin (equation 6).
+    """Compute the loss by which chosen replies' rewards are to exceed rejected ones' by a margin (equation 6).
 
     Args:
         chosen_logp: length-averaged log-probability of each chosen reply, nats, (pairs,), float32, <= 0.
         rejected_logp: the same for the rejected replies.
-        beta: what these are multiplied by to be rewards (equation 4).
+        beta: the factor that makes rewards of these (equation 4).
         gamma: the margin, in units of the reward; TRL calls it simpo_gamma.
 
     Returns:
@@ -140,7 +140,7 @@ def simpo_loss(chosen_logp: Tensor, rejected_logp: Tensor, *, beta: float, gamma
 
 
 def kl_baseline(ratio: Tensor) -> Tensor:
-    """How far the policy has moved from the reference (section 4.1, z_0): gains are counted from there.
+    """Compute how far the policy has moved from the reference (section 4.1, z_0): gains are counted from there.
 
     Args:
         ratio: log-ratio of policy and reference of replies that belong to other prompts, nats, (rows,), float32.
@@ -160,7 +160,7 @@ def kto_loss(
     desirable_weight: float,
     undesirable_weight: float,
 ) -> Tensor:
-    """What is lost of the value of each reply (equations 7 and 8, without the constant lambda_y).
+    """Compute what is lost of the value of each reply (equations 7 and 8, without the constant lambda_y).
 
     Args:
         ratio: log-ratio of policy and reference of each reply, summed over its tokens, nats, (rows,), float32.

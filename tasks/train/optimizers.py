@@ -23,12 +23,12 @@ _OF_BITSANDBYTES = {
 
 
 def optimizer_for(model: nn.Module, method: Method) -> Optimizer:
-    """The optimizer of all that is trainable."""
+    """Build the optimizer of all that is trainable."""
     return optimizer_of(method.optimizer, groups_of(model, method))
 
 
 def groups_of(model: nn.Module, method: Method) -> list[dict[str, Any]]:
-    """What is trainable, by its weight decay."""
+    """Group the trainable parameters by their weight decay."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     # angles say how far a rotation is from where it began: decayed, it would be drawn back there
     angles = [p for name, p in parameters.items() if name.endswith(".angles")]
@@ -37,7 +37,7 @@ def groups_of(model: nn.Module, method: Method) -> list[dict[str, Any]]:
 
 
 def optimizer_of(name: OptimizerName, groups: Sequence[dict[str, Any]]) -> Optimizer:
-    """An optimizer over groups of parameters, each with its `weight_decay`; the loop sets the learning rate.
+    """Build an optimizer over groups of parameters, each with its `weight_decay`; the loop sets the learning rate.
 
     AdamW is arXiv:1711.05101, its form with states in 8 bits arXiv:2110.02861, paged states are those of
     arXiv:2305.14314 (section 3), Lion is arXiv:2302.06675. Paged states move to the host when a GPU's memory is full;

@@ -11,7 +11,7 @@ from tasks.core.params import Count, NotNegative, Positive, Section, Seed
 
 
 class ReferringObjective(Section):
-    """What compares a policy with its reference, the untuned base."""
+    """Objective that compares a policy with its reference, the untuned base."""
 
     reference: Literal["adapter_off", "precomputed"]
     """Computed by switching the adapter off at every step, or once for all rows before the first."""
@@ -28,7 +28,7 @@ class SftObjective(Section):
 
 
 class PairObjective(Section):
-    """What learns from a chosen and a rejected reply to the same prompt."""
+    """Objective on a chosen and a rejected reply to the same prompt."""
 
 
 class OrpoObjective(PairObjective):
@@ -110,7 +110,7 @@ class Evaluation(Section):
 
 
 class Samples(Section):
-    """What the model replies to held-out prompts in the course of a training, greedily."""
+    """Samples of the model's replies to held-out prompts in the course of a training, decoded greedily."""
 
     every_steps: Count
     """How often it is asked; and after the last step."""

@@ -31,7 +31,7 @@ _FILE, _DIGEST_BYTES = "reference.safetensors", 16
 
 
 def sums_of(model: Model, rows: Sequence[TokenRow], rows_at_once: int) -> Tensor:
-    """The log-probability of each row's scored tokens together, (rows,), without dropout and gradients."""
+    """Compute the log-probability of each row's scored tokens together, (rows,), without dropout and gradients."""
     import torch
 
     training = model.training
@@ -45,7 +45,7 @@ def sums_of(model: Model, rows: Sequence[TokenRow], rows_at_once: int) -> Tensor
 
 
 def sums_by_all(of: Reference, rows: Sequence[TokenRow], rows_at_once: int) -> Tensor:
-    """What `of` gives some rows, so many at once, (rows,); where several processes train, each asks it for some."""
+    """Compute what `of` gives some rows, in forward passes of `rows_at_once`, (rows,); processes share the rows."""
     places = dealt(range(len(rows)), rows_at_once, world())
     own = [of([rows[place] for place in part]) for part, _ in places]
     found = own[0].new_zeros(len(rows))
@@ -56,7 +56,7 @@ def sums_by_all(of: Reference, rows: Sequence[TokenRow], rows_at_once: int) -> T
 
 
 def adapter_off(model: Any, rows_at_once: int) -> Reference:
-    """The base under an adapter, computed whenever it is asked for; `model` is a PeftModel."""
+    """Build the reference that is the base under an adapter, computed on each call; `model` is a PeftModel."""
 
     def reference(rows: Sequence[TokenRow]) -> Tensor:
         with switched_off(model):
@@ -67,7 +67,7 @@ def adapter_off(model: Any, rows_at_once: int) -> Reference:
 
 @contextmanager
 def switched_off(model: Any) -> Iterator[None]:
-    """Within this block a PeftModel is its base."""
+    """Switch a PeftModel's adapter off within this block, so that it is its base."""
     trained = {p: p.requires_grad for p in model.parameters()}
     with model.disable_adapter():
         yield
@@ -76,11 +76,11 @@ def switched_off(model: Any) -> Iterator[None]:
 
 
 def precomputed(model: Model, rows: Sequence[TokenRow], rows_at_once: int, kept: Path) -> Reference:
-    """What the base gives these rows: each is computed once, over all epochs and retries.
+    """Precompute the base's log-probabilities of these rows: each once, over all epochs and retries.
 
     Args:
         model: the model before its first step: without an adapter it is the reference itself.
-        rows: all that will be asked for; those that are the same are computed once.
+        rows: all rows that will be needed; those that are the same are computed once.
         rows_at_once: rows in a forward pass.
         kept: the folder where the numbers are kept; if it is there already and whole, they are read.
     """

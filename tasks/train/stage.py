@@ -55,10 +55,10 @@ HELD_OUT_ROWS = 128
 
 
 def check_launched(name: str, method: Method) -> None:
-    """Refuses what several processes cannot do.
+    """Refuse what several processes cannot do.
 
     Raises:
-        BadParams: a forward pass is to make do with fewer rows in one of them alone, or weights cannot be sharded.
+        BadParams: a forward pass may take fewer rows in one of them alone, or weights cannot be sharded.
     """
     if ranks.world() != ranks.ALONE and method.fit_memory:
         raise BadParams(
@@ -72,7 +72,7 @@ def check_launched(name: str, method: Method) -> None:
 
 
 def check_outcome(initial: Mapping[str, torch.Tensor], model: Model, before: float, after: float) -> None:
-    """Refuses to publish what is no result.
+    """Refuse to publish a training without a result.
 
     Raises:
         BadInput: the training changed nothing.
@@ -91,7 +91,7 @@ def check_outcome(initial: Mapping[str, torch.Tensor], model: Model, before: flo
 
 
 def say_what_was_kept(name: str, log: Log, watch: Watch, steps: int, before: float, after: float) -> None:
-    """Prints how a training ended."""
+    """Print how a training ended."""
     if len(log) < steps:
         print(f"train {name}: stopped early: no lower held-out loss in {watch.patience} evaluations", flush=True)
     kept = f"; kept the weights of step {watch.kept_step(log)}, the best" if watch.keep_best else ""
@@ -99,7 +99,7 @@ def say_what_was_kept(name: str, log: Log, watch: Watch, steps: int, before: flo
 
 
 def main() -> None:
-    """The stage `train@METHOD`, in one process or in several that were launched together."""
+    """Run the stage `train@METHOD`, in one process or in several that were launched together."""
     launcher.launch_if_asked("tasks.train.trainer")
     with run_stage(__doc__, "base", "rendered", "out", item="method") as stage, collectives.group():
         fits = f"what `temper estimate --method {stage.item}` says would fit"
@@ -121,7 +121,7 @@ def main() -> None:
 
 
 def _train_stage(stage: StageContext, method: Method, checkpoints: Path, rows: RowsAtOnce) -> None:
-    """The stage's work, once it is known what it may take."""
+    """Run the stage's work, once it is known how much memory it may take."""
     base, rendered, title = stage.path("base"), stage.path("rendered"), f"train {stage.item}"
     architecture = architecture_in(base)
     data = data_digests(rendered, kind_of_rows(method, architecture))

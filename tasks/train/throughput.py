@@ -1,4 +1,4 @@
-"""What a training takes of the machine. It differs from run to run: it is told beside the log and is no part of it."""
+"""Measurements of a training's use of the machine. They differ from run to run, so they are not in the log."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Meter:
 
 
 def memory_peak_bytes() -> int:
-    """The most that PyTorch held on the GPU, or without one what the process had resident, until now."""
+    """Return the most that PyTorch held on the GPU, or without one what the process had resident, until now."""
     import torch
 
     if torch.cuda.is_available():

@@ -26,7 +26,7 @@ from tasks.train.throughput import Meter
 def reference_for(
     model: Model, examples: Sequence[Example], held_out: Sequence[Example], method: Method, checkpoints: Path
 ) -> Reference | None:
-    """The reference of an untrained model for all that a training will ask, where it is to be computed ahead."""
+    """Precompute an untrained model's reference for all that a training needs, where it is to be computed ahead."""
     if not isinstance(method.objective, ReferringObjective) or method.objective.reference != "precomputed":
         return None
     steps = [[examples[i] for i in chosen] for chosen in all_batches(lengths_of(examples), method)]
@@ -46,9 +46,9 @@ def train(
     watch: Watch = NOTHING,
     rows: RowsAtOnce | None = None,
 ) -> list[dict[str, Any]]:
-    """Trains the model's adapter in place; goes on from the newest checkpoint. Returns the log of the loop.
+    """Train the model's adapter in place; go on from the newest checkpoint. Return the log of the loop.
 
-    `on_row` is also told what differs from run to run: speed and memory. `reference` is made here where it is missing.
+    `on_row` also gets what differs from run to run: speed and memory. `reference` is made here where it is missing.
 
     Raises:
         BadModel: there is nothing to train.
@@ -88,18 +88,18 @@ def train(
 
 
 def tokens_of(examples: Sequence[Example], method: Method, steps: int) -> int:
-    """How many tokens a training goes through in its first so many steps, over all epochs."""
+    """Count the tokens that a training goes through in its first `steps` steps, over all epochs."""
     lengths = lengths_of(examples)
     return sum(lengths[i] for chosen in all_batches(lengths, method)[:steps] for i in chosen)
 
 
 def learning_rate(step: int, steps: int, method: Method) -> float:
-    """The rate at a step, from 0, by the method's schedule."""
+    """Compute the learning rate at a step, from 0, by the method's schedule."""
     asked = method.schedule
     shape, decay = ("wsd", asked.wsd) if isinstance(asked, WarmupStableDecay) else (asked, 1.0)
     return schedule(step, steps, peak=method.learning_rate, warmup_steps=method.warmup_steps, shape=shape, decay=decay)
 
 
 def taking(method: Method, rows: RowsAtOnce) -> Method:
-    """The method with as many rows in a forward pass as there is memory for."""
+    """Return the method with as many rows in a forward pass as there is memory for."""
     return method.model_copy(update={"micro_batch_rows": rows.rows})

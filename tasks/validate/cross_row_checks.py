@@ -1,4 +1,4 @@
-"""What only many rows together show: duplicates, contradictions, and questions that models are evaluated with."""
+"""Checks across rows: duplicates, contradictions, and contamination by questions that models are evaluated with."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BLOCK_ROWS, _THREADS = 8192, 2
 
 
 class Found(NamedTuple):
-    """How much of a benchmark stands in the rows to learn from.
+    """Contamination of the training rows by one benchmark.
 
     Attributes:
         questions: how many it has.
@@ -42,13 +42,13 @@ class Found(NamedTuple):
 
 
 class Marks(NamedTuple):
-    """What was found, by the number of a row through all kinds.
+    """Findings of the comparison, by the number of a row through all kinds.
 
     Attributes:
-        contradiction: (rows,) 1 where another row says the opposite.
+        contradiction: (rows,) 1 where another row contradicts this one.
         leaks: (rows,) in how many benchmarks' questions the row was found.
-        exact: rows that say the same as one before.
-        near: rows that say nearly the same as one before, without the exact ones.
+        exact: rows with the same content as one before.
+        near: rows with nearly the same content as one before, without the exact ones.
         benchmarks: what was found of each.
         leaked_from: the benchmarks that each leaking row was found in.
     """
@@ -64,7 +64,7 @@ class Marks(NamedTuple):
 def compare(
     tables: Mapping[str, pa.Table], benchmarks: Mapping[str, list[str]], held_out_share: float, params: Validate
 ) -> Marks:
-    """Compares every row with every other of its kind, and all of them with the questions of benchmarks.
+    """Compare every row with every other of its kind, and all of them with the questions of benchmarks.
 
     Args:
         tables: the rows of each kind.
@@ -128,12 +128,12 @@ class _Seen(NamedTuple):
     hashes: NDArray[np.uint64]
 
     def words_by_row(self) -> Words:
-        """The words, with the row that each stands in."""
+        """Return the words, with the row that each stands in."""
         return _by_row(self.words, self.turns)
 
 
 def _look(table: pa.Table, kind: str) -> Iterator[tuple[int, _Seen]]:
-    """The blocks of a table in order, a few at a time, so that no more than those are in memory."""
+    """Yield the blocks of a table in order, a few at a time, so that no more than those are in memory."""
 
     def see(start: int) -> tuple[int, _Seen]:
         block = table.slice(start, _BLOCK_ROWS)
@@ -173,7 +173,7 @@ def _by_row(words: Words, turns: Turns) -> Words:
 
 
 def _row_hashes(block: pa.Table, kind: str, turns: Turns, whole: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Hashes of all that a row says, of its prompt, and of its replies: (rows, 4) uint64; 0 for what it lacks."""
+    """Hash each row whole, its prompt, and its replies: (rows, 4) uint64; 0 for what it lacks."""
     import numpy as np
 
     result = np.zeros((len(block), 4), np.uint64)
@@ -191,7 +191,7 @@ def _row_hashes(block: pa.Table, kind: str, turns: Turns, whole: NDArray[np.uint
 
 
 def _said(block: pa.Table, kind: str, turns: Turns) -> NDArray[np.uint64]:
-    """One hash for each row: equal when the same roles say the same and call the same tools, symbol by symbol."""
+    """Hash each row: equal when the same roles have the same texts and call the same tools, symbol by symbol."""
     import numpy as np
     import pyarrow.compute as pc
 
@@ -238,14 +238,14 @@ def _lengths(table: pa.Table, kind: str) -> NDArray[np.int64]:
 
 
 def questions_of(tables: Mapping[str, pa.Table]) -> list[str]:
-    """What a benchmark asks: the first user turn of its rows of whatever kind, or the whole of a plain text."""
+    """List a benchmark's questions: the first user turn of its rows of whatever kind, or the whole of a plain text."""
     asked = [text for kind, table in tables.items() for text in _prompts(table, kind)]
     texts = tables["text"]["text"].to_pylist() if "text" in tables else []
     return [text for text in [*asked, *texts] if text]
 
 
 def _prompts(table: pa.Table, kind: str) -> list[str]:
-    """The first user turn of each row; nothing for plain texts."""
+    """Return the first user turn of each row; nothing for plain texts."""
     import numpy as np
     import pyarrow as pa
 
@@ -259,7 +259,7 @@ def _prompts(table: pa.Table, kind: str) -> list[str]:
 
 
 def _withheld(table: pa.Table, prompts: list[str], share: float) -> NDArray[np.bool_]:
-    """Which rows `render` will hold out: the same function of the same names."""
+    """Tell which rows `render` will hold out: the same function of the same names."""
     import numpy as np
 
     groups = table["group"].to_pylist()
@@ -273,7 +273,7 @@ def _questions(
     prompts: Mapping[str, list[str]],
     withheld: Mapping[str, NDArray[np.bool_]],
 ) -> dict[str, list[str]]:
-    """The questions of each benchmark, and of the rows that are held out."""
+    """Collect the questions of each benchmark, and of the rows that are held out."""
     held: dict[str, set[str]] = {HELD_OUT: set(), HELD_OUT_GROUPS: set()}
     for kind, table in tables.items():
         for group, text, out in zip(table["group"].to_pylist(), prompts[kind], withheld[kind], strict=True):
@@ -283,7 +283,7 @@ def _questions(
 
 
 def _learning(words: Words, row: NDArray[np.int64], withheld: NDArray[np.bool_]) -> Words:
-    """What stands in rows that are not held out."""
+    """Keep the words of rows that are not held out."""
     kept = ~withheld[row[words.text]]
     return Words(words.hash[kept], words.text[kept])
 
@@ -307,7 +307,7 @@ class _Search:
         }
 
     def through(self, seen: _Seen, first: int, withheld: NDArray[np.bool_]) -> None:
-        """Looks through a block whose first row has this number; nothing is learnt from rows that are held out."""
+        """Search a block whose first row has this number; held-out questions are searched in the other rows alone."""
         import numpy as np
 
         row = seen.turns.row
@@ -321,7 +321,7 @@ class _Search:
             self._hits[name].append(hits._replace(text=first + row[hits.text]))
 
     def found(self) -> tuple[dict[str, Found], dict[int, list[str]]]:
-        """What was found of each benchmark, and the benchmarks that each leaking row holds a question of."""
+        """Return the hits of each benchmark, and the benchmarks that each leaking row holds a question of."""
         import numpy as np
 
         benchmarks: dict[str, Found] = {}

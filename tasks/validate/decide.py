@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of every row.
+    """Verdict on every row.
 
     Attributes:
         facts: one line per row, in the order of the kinds' tables, with its marks.
@@ -33,7 +33,7 @@ class Verdict:
         merged: rows that repeat another that is kept.
         repaired: every text that was changed.
         marks: duplicates and leaks, as they were found.
-        outcomes: what came of each check.
+        outcomes: the outcome of each check.
         result: Great Expectations' own result.
     """
 
@@ -54,7 +54,7 @@ def judge(
     docs: Path,
     memory: Memory,
 ) -> Verdict:
-    """Checks all rows together.
+    """Check all rows together.
 
     Args:
         tables: the rows of each kind; rows that are repaired are changed in here.
@@ -62,7 +62,7 @@ def judge(
         held_out: the share of groups that is kept for evaluation.
         params: what is looked for, and what is done about it.
         docs: where Data Docs go.
-        memory: facts of rows that were looked at before.
+        memory: facts of rows that were checked before.
 
     Raises:
         BadData: there are no rows.
@@ -105,7 +105,7 @@ def judge(
 
 
 def _repair(kind: str, tables: dict[str, pa.Table], facts: dict[str, pd.DataFrame], params: Validate) -> list[Repair]:
-    """Repairs the rows of one kind in which a check with `action: repair` finds something, and looks at them again."""
+    """Repair the rows of one kind in which a check with `action: repair` finds something, and check them again."""
     import numpy as np
     import pyarrow as pa
 
@@ -144,7 +144,7 @@ def _outliers(table: pd.DataFrame, deviations: float) -> NDArray[np.int64]:
 
 
 def _merge(marks: Marks, reasons: Mapping[int, object], params: Validate) -> list[Duplicate]:
-    """The duplicates that are merged into a row that stays; rows in quarantine neither merge nor are merged into."""
+    """Return the duplicates merged into a row that stays; rows in quarantine neither merge nor are merged into."""
     chosen = params.duplicates
     found = [*(marks.exact if chosen.exact == "merge" else []), *(marks.near if chosen.near == "merge" else [])]
     merged: dict[int, Duplicate] = {}
@@ -159,7 +159,7 @@ def _merge(marks: Marks, reasons: Mapping[int, object], params: Validate) -> lis
 
 
 def _kept(row: int, merged: Mapping[int, Duplicate]) -> int:
-    """The row that stays, at the end of a chain of duplicates; kept rows come before theirs, so chains end."""
+    """Return the row that stays, at the end of a chain of duplicates; kept rows come before theirs, so chains end."""
     while row in merged:
         row = merged[row].kept
     return row

@@ -26,10 +26,10 @@ class Duplicate(NamedTuple):
 
 
 def exact_duplicates(hashes: NDArray[np.uint64], order: Sequence[int]) -> list[Duplicate]:
-    """Rows that say the same.
+    """Find rows with the same content.
 
     Args:
-        hashes: of all that each row says; 0 for a row that says nothing, which is nobody's duplicate.
+        hashes: of all text of each row; 0 for a row without text, which is nobody's duplicate.
         order: the rows, the one to keep of any two first.
 
     Returns:
@@ -49,7 +49,7 @@ class NearIndex:
     """Finds the rows that may be near duplicates of any other, from sketches of a few hundred bytes a row."""
 
     def __init__(self, similarity: float, permutations: int, bands: int) -> None:
-        """Begins empty.
+        """Create an empty index.
 
         Args:
             similarity: the least Jaccard index of two duplicates, over 0 and at most 1.
@@ -65,7 +65,7 @@ class NearIndex:
         self._rows = 0
 
     def add(self, words: Words, rows: int) -> None:
-        """Adds the next rows; `words.text` counts them from 0."""
+        """Add the next rows; `words.text` counts them from 0."""
         shingles = runs(words, SHINGLE_WORDS)
         sketches = self._sketch(shingles.hash, _offsets(shingles, rows))
         self._index.insert_matrix(sketches, self._rows)
@@ -73,14 +73,14 @@ class NearIndex:
         self._rows += rows
 
     def suspects(self) -> NDArray[np.int64]:
-        """The rows that share a band with another row."""
+        """Return the rows that share a band with another row."""
         import numpy as np
 
         flags = [self._index.query_duplicate_flags_matrix(sketches) for sketches in self._sketches]
         return np.flatnonzero(np.concatenate([np.asarray(each, bool) for each in flags])) if flags else np.empty(0, int)
 
     def duplicates(self, suspects: Sequence[int], words: Words) -> list[Duplicate]:
-        """The suspects that are near duplicates of one that is kept.
+        """Find the suspects that are near duplicates of one that is kept.
 
         Args:
             suspects: rows, the one to keep of any two first.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Outcome(NamedTuple):
-    """What came of one check: the rows in which it found something, whether enough passed, and how many there were."""
+    """Outcome of one check: the rows in which it found something, whether enough passed, and how many there were."""
 
     rows: list[int]
     found: int
@@ -56,7 +56,7 @@ REASONS: Mapping[str, tuple[str, str]] = {
 
 
 def expectation(check: str, mostly: float, params: Validate) -> Expectation:
-    """What Great Expectations is asked for one check."""
+    """Build the expectation of Great Expectations for one check."""
     import great_expectations.expectations as gxe
 
     column, reason = REASONS[check]
@@ -76,12 +76,12 @@ _NO_TIME = datetime(1970, 1, 1, tzinfo=UTC)
 def run_suites(
     table: pd.DataFrame, suites: Mapping[str, list[Expectation]], docs: Path
 ) -> tuple[dict[str, Outcome], dict[str, Any]]:
-    """Runs named suites over the flattened rows and writes Data Docs of all of them.
+    """Run named suites over the flattened rows and write Data Docs of all of them.
 
     Args:
         table: one line of facts per row.
-        suites: expectations by the suite's name; of `notices` no row numbers are asked, since nothing is done to rows.
-        docs: where the pages go.
+        suites: expectations by the suite's name; of `notices` no row numbers are kept, since nothing is done to rows.
+        docs: the folder for the pages.
 
     Returns:
         The outcome by check, and Great Expectations' own result by suite.
@@ -132,7 +132,7 @@ def run_suites(
 
 
 def _settled(page: str) -> str:
-    """A page of Data Docs without what differs every time: random ids, times, and a picture that counts views."""
+    """Remove from a page of Data Docs what differs every time: random ids, times, and a picture that counts views."""
     numbers: dict[str, str] = {}
     page = re.sub(r'src="https://[^"]*\?d=[^"]*"', 'src=""', page)
     page = re.sub(r"\d{8}T\d{6}\.\d{6}Z", f"{_NO_TIME:%Y%m%dT%H%M%S.%fZ}", page)

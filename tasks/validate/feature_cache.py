@@ -28,14 +28,14 @@ class Memory:
     """A folder of facts by the content of the rows that they are of."""
 
     def __init__(self, folder: Path | None) -> None:
-        """Opens the memory; with None nothing is remembered."""
+        """Open the cache of facts; with None nothing is cached."""
         self._folder = folder
         self._rules = _digest_of_code() if folder else ""
         self._used: set[str] = set()
         self.known_rows = 0
 
     def facts_of(self, table: pa.Table, kind: str) -> pd.DataFrame:
-        """The facts of rows of one kind, as `checks.facts.facts_of` finds them."""
+        """Compute the facts of rows of one kind, as `checks.facts.facts_of` does, or take them from the cache."""
         import pandas as pd
 
         if self._folder is None or not len(table):
@@ -44,7 +44,7 @@ class Memory:
         return pd.concat(blocks, ignore_index=True)
 
     def forget_others(self) -> None:
-        """Removes what this run had no use for."""
+        """Remove what this run did not use."""
         if self._folder and self._folder.is_dir():
             for path in self._folder.glob("*.parquet"):
                 if path.name not in self._used:
@@ -67,7 +67,7 @@ class Memory:
 
 
 def _blocks(table: pa.Table, kind: str) -> list[pa.Table]:
-    """Blocks that begin anew with each source, and within it where the rows themselves say so.
+    """Split a table into blocks that begin anew with each source, and within it where the rows themselves decide.
 
     So a row that is added, changed or taken away alters the block that it stands in, and leaves all others alone.
     """
@@ -87,7 +87,7 @@ def _blocks(table: pa.Table, kind: str) -> list[pa.Table]:
 
 
 def _row_endings(table: pa.Table, kind: str) -> NDArray[np.uint64]:
-    """A number for each row, (rows,), of the length and the last bytes of the last text in it."""
+    """Compute a number for each row, (rows,), of the length and the last bytes of the last text in it."""
     import numpy as np
 
     turns = row_features.turns_of(table, kind)
@@ -103,7 +103,7 @@ def _row_endings(table: pa.Table, kind: str) -> NDArray[np.uint64]:
 
 
 def _content_key(block: pa.Table, kind: str, rules: str) -> str:
-    """The digest of all that facts depend on: the rows' own columns, not where the rows came from."""
+    """Compute the digest of all that facts depend on: the rows' own columns, not where the rows came from."""
     import pyarrow as pa
 
     content = block.drop_columns(["id", "source", "file", "row", "family", "group"]).combine_chunks()

@@ -10,7 +10,7 @@ from tasks.core.params import Count, Positive, Section, Share
 
 
 class Check(Section):
-    """What becomes of rows in which a check finds something."""
+    """Action on rows in which a check finds something."""
 
     action: Literal["reject", "warn", "ignore"]
     """To quarantine; counted in the report; or not looked at in the report either."""
@@ -19,7 +19,7 @@ class Check(Section):
 
 
 class RepairableCheck(Section):
-    """What becomes of rows in which a check finds something that can be repaired."""
+    """Action on rows in which a check finds something that can be repaired."""
 
     action: Literal["reject", "repair", "warn", "ignore"]
     """To quarantine; repaired, with a record of each change; counted in the report; or not looked at."""
@@ -102,7 +102,7 @@ class Duplicates(Section):
 
 
 class Validate(Section):
-    """What a row must be, and how many may fail."""
+    """Rules that a row must meet, and how many may fail."""
 
     max_quarantined: Share
     """The stage fails when a larger share of all rows goes to quarantine."""

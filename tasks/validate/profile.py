@@ -1,4 +1,4 @@
-"""What the data of a run is like: its numbers, how far they drifted from another run's, and a page to look at."""
+"""Profile of a run's data: its numbers, how far they drifted from another run's, and a page to look at."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def measure(
     places: Sequence[str],
     refused: Sequence[Mapping[str, str]],
 ) -> dict[str, Any]:
-    """The numbers of one run, as profile.json has them.
+    """Compute the numbers of one run, as profile.json has them.
 
     Args:
         verdict: what became of every row.
@@ -98,7 +98,7 @@ def _action(check: str, params: Validate) -> str:
 
 
 def histogram(values: pd.Series[int], edges: Sequence[int]) -> list[int]:
-    """How many values lie from each edge to the next; the last bin is open."""
+    """Count the values from each edge to the next; the last bin is open."""
     import numpy as np
 
     places = np.searchsorted(np.asarray(edges), values.to_numpy(), side="right") - 1
@@ -106,7 +106,7 @@ def histogram(values: pd.Series[int], edges: Sequence[int]) -> list[int]:
 
 
 def stability(now: Sequence[int], before: Sequence[int]) -> float:
-    """The population stability index of two histograms over the same bins: sum of (p - q) ln(p / q).
+    """Compute the population stability index of two histograms over the same bins: sum of (p - q) ln(p / q).
 
     Below 0.1 nothing moved; above 0.25 the two are different populations, by the usual reading.
     """
@@ -117,7 +117,7 @@ def stability(now: Sequence[int], before: Sequence[int]) -> float:
 
 
 def drift(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, float]:
-    """The stability index of every column that both profiles have."""
+    """Compute the stability index of every column that both profiles have."""
     columns = {name: stability(now["histograms"][name], before["histograms"][name]) for name in EDGES}
     for name in ("scripts", "kinds", "sources"):
         one, other = _counts(now, name), _counts(before, name)

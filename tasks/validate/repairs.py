@@ -24,22 +24,22 @@ class Repair(NamedTuple):
 
 
 def remove_control_characters(text: str) -> str:
-    """Takes out what a terminal obeys and nobody reads; tabs and line ends stay."""
+    """Remove control characters, which a terminal obeys and nobody reads; tabs and line ends stay."""
     return _CONTROL.sub("", text)
 
 
 def compose(text: str) -> str:
-    """Unicode's composed form, NFC: the same letters, in the form that tokenizers are trained on."""
+    """Compose a text into Unicode's NFC: the same letters, in the form that tokenizers are trained on."""
     return normalize("NFC", text)
 
 
 def strip(text: str) -> str:
-    """Without white space at both ends."""
+    """Strip white space at both ends."""
     return text.strip()
 
 
 def decode_again(text: str) -> str:
-    """Undoes a wrong decoding where it can be told for certain, by ftfy."""
+    """Undo a wrong decoding where that is certain, by ftfy."""
     import ftfy
 
     return ftfy.fix_encoding(text)
@@ -69,7 +69,7 @@ REPAIRS: Mapping[str, Callable[[str], str]] = {
 
 
 def repair(record: Record, checks: Sequence[str]) -> tuple[Record, list[Repair]]:
-    """Repairs every text of a row.
+    """Repair every text of a row.
 
     Args:
         record: the row.

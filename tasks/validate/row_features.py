@@ -44,7 +44,7 @@ class Turns(NamedTuple):
 
 
 def turns_of(table: pa.Table, kind: str) -> Turns:
-    """The texts of rows of one kind, with who says each."""
+    """Return the texts of rows of one kind, with the role of each."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -78,7 +78,7 @@ _TEXTS = {
 
 
 def calls_of(table: pa.Table, kind: str) -> pa.LargeStringArray | None:
-    """The tools that each turn of a table of chats calls, as JSON text; None for kinds whose turns call none."""
+    """Return each chat turn's tool calls, as JSON text; None for kinds whose turns call none."""
     import pyarrow as pa
 
     return (
@@ -95,7 +95,7 @@ def _letters(roles: pa.Array) -> NDArray[np.uint8]:
 
 
 def facts_of(table: pa.Table, kind: str) -> pd.DataFrame:
-    """The facts of rows of one kind, (rows, facts): all numbers but `roles`, `script`.
+    """Compute the facts of rows of one kind, (rows, facts): all numbers but `roles`, `script`.
 
     A fact that a kind of row cannot have is 0.
     """
@@ -180,7 +180,7 @@ _ASCII_LETTERS, _DIGITS, _CONTROL, _LEAD, _FOLLOWS, _SPACE = range(len(SCRIPTS),
 
 
 def _byte_classes() -> NDArray[np.uint8]:
-    """What the first byte of a character tells of it, in UTF-8."""
+    """Return the class of a character by its first byte in UTF-8."""
     import numpy as np
 
     table = np.full(256, _LEAD, np.uint8)
@@ -246,7 +246,7 @@ def _by_row(values: NDArray[np.int64], row: NDArray[np.int64], rows: int) -> NDA
 
 
 def _script(counts: NDArray[np.int64]) -> NDArray[np.object_]:
-    """The script that most words of each row are in; `none` for fewer than four words."""
+    """Return the script that most words of each row are in; `none` for fewer than four words."""
     import numpy as np
 
     weighed = counts.astype(float)
@@ -260,7 +260,7 @@ def _script(counts: NDArray[np.int64]) -> NDArray[np.object_]:
 
 
 def _roles(turns: Turns, rows: int) -> NDArray[np.object_]:
-    """The letters of each row's turns as one text; the two replies of a pair are one turn."""
+    """Join the letters of each row's turns into one text; the two replies of a pair are one turn."""
     import numpy as np
     import pyarrow as pa
 
@@ -297,7 +297,7 @@ def _unnormalised(texts: pa.Array) -> NDArray[np.int64]:
 
 
 def _same(table: pa.Table, kind: str, rows: int) -> dict[str, NDArray[np.int64]]:
-    """Whether the two replies of a pair are the same, and whether one is a beginning of the other."""
+    """Compute whether the two replies of a pair are the same, and whether one is a beginning of the other."""
     import numpy as np
     import pyarrow.compute as pc
 

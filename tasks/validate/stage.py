@@ -34,7 +34,7 @@ REASONS_FILE, DUPLICATES_FILE, REPAIRS_FILE = "reasons.parquet", "duplicates.par
 
 
 def check_share(verdict: Verdict, places: Sequence[str], params: Validate) -> None:
-    """Refuses data of which too much fails.
+    """Refuse data of which too much fails.
 
     Raises:
         BadData: a check passes for fewer rows than its mostly, or more than validate.max_quarantined fail in all.
@@ -64,7 +64,7 @@ def check_share(verdict: Verdict, places: Sequence[str], params: Validate) -> No
 
 
 def places_of(tables: Mapping[str, pa.Table]) -> list[str]:
-    """Where each row stands: `file:row`, or its id if it was generated."""
+    """Return where each row stands: `file:row`, or its id if it was generated."""
     return [
         f"{file}:{row}" if file else row_id
         for table in tables.values()
@@ -73,10 +73,10 @@ def places_of(tables: Mapping[str, pa.Table]) -> list[str]:
 
 
 def read_raw(raw: Path, sources: Iterable[str]) -> tuple[dict[str, pa.Table], dict[str, list[str]], dict[str, Any]]:
-    """The rows to learn from by kind, the questions of each benchmark, and the manifests of all sources.
+    """Read the rows to train on by kind, the questions of each benchmark, and the manifests of all sources.
 
     Raises:
-        BadData: a source was not read, or was changed since; a benchmark asks nothing.
+        BadData: a source was not read, or was changed since; a benchmark has no questions.
     """
     import pyarrow as pa
 
@@ -99,7 +99,7 @@ def read_raw(raw: Path, sources: Iterable[str]) -> tuple[dict[str, pa.Table], di
 
 
 def split(tables: Mapping[str, pa.Table], rows: Sequence[int]) -> tuple[dict[str, pa.Table], dict[str, pa.Table]]:
-    """The tables with and without the rows of these numbers, which count through all kinds."""
+    """Split the tables into those with and those without the rows of these numbers, which count through all kinds."""
     import numpy as np
     import pyarrow as pa
 
@@ -112,7 +112,7 @@ def split(tables: Mapping[str, pa.Table], rows: Sequence[int]) -> tuple[dict[str
 
 
 def main() -> None:
-    """The stage `validate`."""
+    """Run the stage `validate`."""
     with run_stage(__doc__, "raw", "clean", "quarantine", "validation") as stage:
         params, sources = stage.section("validate", Validate), stage.section("ingest.sources", dict[str, Any])
         held_out = stage.section("render.held_out", Share)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 
 class Kind(NamedTuple):
-    """What tells interventions apart.
+    """Kind of an intervention.
 
     Attributes:
         orthonormal: whether the rows of P are kept orthonormal.
@@ -83,14 +83,14 @@ class Rotation(nn.Module):
 
     @torch.no_grad()
     def complete(self, columns: Tensor) -> None:
-        """Says what B is: orthonormal columns, (hidden, rank) to (hidden, hidden), of which the first make up R."""
+        """Set B: orthonormal columns, (hidden, rank) to (hidden, hidden), of which the first make up R."""
         self.reflectors, self.scales = torch.geqrf(_wide(columns))
         self.signs = torch.ones(len(columns), dtype=self.reflectors.dtype, device=columns.device)
         self.signs[: columns.shape[1]] = self.reflectors.diagonal().sgn()
 
     @torch.no_grad()
     def set(self, weight: Tensor, columns: Tensor | None = None) -> None:
-        """Makes `weight`, (rank, hidden), the matrix that training begins from; `columns` says what B is."""
+        """Make `weight`, (rank, hidden), the matrix that training begins from; `columns` give B."""
         self.weight = weight.detach().clone()
         self.angles = nn.Parameter(torch.zeros_like(self.weight.mT), requires_grad=self.angles.requires_grad)
         self._at_rest, self.reflectors = self.angles._version, torch.empty(0)
@@ -135,7 +135,7 @@ class Edit(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Edits hidden states of shape (n, hidden); the result has their dtype."""
+        """Edit hidden states of shape (n, hidden); the result has their dtype."""
         with torch.autocast(hidden.device.type, enabled=False):
             h = _wide(hidden)
             if isinstance(self.directions, Rotation):

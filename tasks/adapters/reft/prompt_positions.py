@@ -1,6 +1,6 @@
-"""Where the prompts of a batch are: what edits of prompt tokens need to know, found without the caller's help.
+"""Positions of the prompts of a batch, which edits of prompt tokens need, found without the caller's help.
 
-In training the labels tell: a prompt ends where the first learnt token stands. While a model generates, the prompt is
+In training labels show it: a prompt ends where the first target token stands. While a model generates, the prompt is
 what the first forward pass sees, and nothing is a prompt once there is a cache. Padding on either side is no part of
 it, and rows packed one after another, which begin where `position_ids` are 0, have a prompt each.
 """
@@ -37,7 +37,7 @@ Places = tuple[Tensor, Tensor]
 
 
 def places(prompts: Segments, spans: Spans) -> dict[str, Places]:
-    """The tokens of each span.
+    """Compute the tokens of each span.
 
     Where a prompt of p tokens is short, pyreft's rule holds: at most floor(p / 2) of its tokens are first ones, at most
     ceil(p / 2) last ones, so that the two never meet.
@@ -54,7 +54,7 @@ def places(prompts: Segments, spans: Spans) -> dict[str, Places]:
 
 
 def _from(prompts: Segments, start: Tensor, count: Tensor) -> Places:
-    """So many tokens from `start` on, prompt after prompt."""
+    """Take the `count` tokens from `start` on, prompt after prompt."""
     which = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
     before = count.cumsum(0) - count
     offset = torch.arange(len(which), device=count.device) - before[which]
@@ -65,7 +65,7 @@ class Prompts:
     """Follows a model's forward passes, and knows where the prompts of the present one are."""
 
     def __init__(self) -> None:
-        """Knows of no forward pass yet."""
+        """Begin without a forward pass."""
         self.now: Segments | None = None
         self._found: dict[Spans, dict[str, Places]] = {}
         self._labels: Tensor | None = None
@@ -74,7 +74,7 @@ class Prompts:
         self._seen: Any = WeakIdKeyDictionary()
 
     def follow(self, model: nn.Module, body: nn.Module) -> None:
-        """Watches a model, and the part of it whose layers are edited."""
+        """Watch a model, and the part of it whose layers are edited."""
         self._handles = [
             model.register_forward_pre_hook(self._take_labels, with_kwargs=True),
             model.register_forward_hook(self._drop_labels, always_call=True),
@@ -82,10 +82,10 @@ class Prompts:
         ]
 
     def recall_within(self, layer: nn.Module) -> None:
-        """Sees to it that a checkpointed layer has its prompts again when the backward pass runs it a second time.
+        """Give a checkpointed layer its prompts again when the backward pass runs it a second time.
 
         Its own hooks stay outside that second run; those of what it is made of do not. Which run of the layer it
-        repeats is told by its input, which is the same tensor.
+        repeats is identified by its input, which is the same tensor.
         """
         self._handles.append(layer.register_forward_pre_hook(self._remember))
         for part in layer.modules():
@@ -93,13 +93,13 @@ class Prompts:
                 self._handles.append(part.register_forward_pre_hook(self._recall, with_kwargs=True))
 
     def leave(self) -> None:
-        """Watches it no longer."""
+        """Stop watching the model."""
         for handle in self._handles:
             handle.remove()
 
     @contextmanager
     def given(self, lengths: Tensor, start: Tensor | None = None) -> Iterator[None]:
-        """Within this block row i's prompt is its first `lengths[i]` tokens, (rows,) int64.
+        """Make row i's prompt its first `lengths[i]` tokens within this block, (rows,) int64.
 
         The first `start[i]` of these may be left out of what the model is given, and its own cache stand for them.
         """
@@ -109,7 +109,7 @@ class Prompts:
 
     @contextmanager
     def at(self, row: Tensor, start: Tensor, length: Tensor) -> Iterator[None]:
-        """Within this block these are the prompts, as in `Segments`; a row may hold several."""
+        """Set the prompts for this block, as in `Segments`; a row may hold several."""
         self._given = Segments(row, start, length)
         try:
             yield
@@ -118,7 +118,7 @@ class Prompts:
 
     @contextmanager
     def nowhere(self) -> Iterator[None]:
-        """Within this block there are no prompts, so that nothing is edited."""
+        """Declare that there are no prompts within this block, so that nothing is edited."""
         before, self._given = self._given, _NONE
         try:
             yield
@@ -126,7 +126,7 @@ class Prompts:
             self._given = before
 
     def places(self, spans: Spans) -> dict[str, Places]:
-        """The tokens to edit in the present forward pass; empty while it goes on from a cache."""
+        """Return the tokens to edit in the present forward pass; empty while it goes on from a cache."""
         if self.now is None:
             return {}
         if spans not in self._found:
@@ -176,7 +176,7 @@ def _packed(kwargs: Mapping[str, Any]) -> Tensor | None:
 
 
 def _valid(tokens: Tensor, mask: Any) -> Tensor:
-    """Which tokens are no padding, (rows, columns); a mask of four dimensions tells by what the last one attends to."""
+    """Find the tokens that are no padding, (rows, columns); of a mask of four dimensions its last row decides."""
     rows, columns = tokens.shape[:2]
     if isinstance(mask, Mapping):
         mask = mask.get("full_attention")
@@ -190,11 +190,11 @@ def _valid(tokens: Tensor, mask: Any) -> Tensor:
 
 
 def find(valid: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None) -> Segments:
-    """The prompts of a batch, all tensors (rows, columns).
+    """Find the prompts of a batch, all tensors (rows, columns).
 
     Args:
         valid: which tokens are no padding.
-        labels: what is learnt; all else is `IGNORED`. A row without learnt tokens is all prompt.
+        labels: target tokens; all else is `IGNORED`. A row without target tokens is all prompt.
         position_ids: for packed rows, which begin where they are 0.
     """
     columns = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
@@ -211,6 +211,6 @@ def find(valid: Tensor, labels: Tensor | None = None, position_ids: Tensor | Non
 
 
 def prompts_of(model: nn.Module) -> Prompts | None:
-    """What follows the prompts of a model with edits; None for one without."""
+    """Return the tracker of the prompts of a model with edits; None for one without."""
     found = next((vars(module)["reft_prompts"] for module in model.modules() if "reft_prompts" in vars(module)), None)
     return found if isinstance(found, Prompts) else None

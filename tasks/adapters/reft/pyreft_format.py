@@ -44,7 +44,7 @@ class Stored(NamedTuple):
 def from_pyreft(
     base_model: nn.Module, folder: str | Path, *, positions: str | None = None, seed: int | None = None
 ) -> PeftModel:
-    """A model with the edits of a pyreft checkpoint.
+    """Load the edits of a pyreft checkpoint into a model.
 
     Args:
         base_model: the model that they were trained on.
@@ -56,7 +56,7 @@ def from_pyreft(
             takes the seed that the rotations themselves were drawn under, where one below a hundred is it, else 0.
 
     Raises:
-        BadModel: it is no such checkpoint, does not fit the model, or does not tell the positions.
+        BadModel: it is no such checkpoint, does not fit the model, or does not state the positions.
     """
     folder = Path(folder)
     kind, component, stored = _read(folder)
@@ -100,7 +100,7 @@ def from_pyreft(
 
 
 def to_pyreft(model: PeftModel, folder: str | Path) -> None:
-    """Writes a model's edits as pyreft does.
+    """Write a model's edits as pyreft does.
 
     Raises:
         BadModel: the adapter is no ReFT, edits all of the prompt's tokens, or has no bias: pyreft knows none of these.
@@ -138,7 +138,7 @@ def to_pyreft(model: PeftModel, folder: str | Path) -> None:
 
 
 def _read(folder: Path) -> tuple[str, str, list[Stored]]:
-    """The kind, the component, and the interventions in the order in which they were made."""
+    """Read the kind, the component, and the interventions in the order in which they were made."""
     try:
         about = json.loads((folder / "config.json").read_text())
         keys, types = list(about["sorted_keys"]), {str(each) for each in about["intervention_types"]}
@@ -173,7 +173,7 @@ def _args(folder: Path) -> Mapping[str, Any]:
 
 
 def edits_of(model: PeftModel) -> Iterator[tuple[int, int, Any]]:
-    """Every edit of the active adapter with the layer it is in and its number there: 0 first or only, 1 last."""
+    """Yield every edit of the active adapter with its layer and its number there: 0 first or only, 1 last."""
     base = model.get_base_model()
     for number, layer in enumerate(layers_of(base).values()):
         for module in layer.modules():
@@ -189,7 +189,7 @@ def _source(state: Mapping[str, Any]) -> Tensor:
 
 
 def _drawn(hidden_size: int, rank: int) -> tuple[Tensor, Tensor]:
-    """A new rotation and its completion, drawn from the random state in pyreft's order, and W and b after them."""
+    """Draw a new rotation and its completion from the random state in pyreft's order, and W and b after them."""
     rotation = nn.init.orthogonal_(torch.empty(hidden_size, rank))
     completion = torch.randn(hidden_size, hidden_size - rank)
     nn.Linear(hidden_size, rank)
@@ -232,7 +232,7 @@ def _fill(edit: Edit, state: Mapping[str, Any]) -> None:
 
 @torch.no_grad()
 def _state(edit: Edit, kind: str) -> OrderedDict[str, Any]:
-    """The tensors of an edit under pyreft's names. The bias that nodireft has there and never uses is written as 0."""
+    """Return an edit's tensors under pyreft's names. The bias that nodireft has there unused is written as 0."""
     own: OrderedDict[str, Any] = OrderedDict()
     if isinstance(edit.source, nn.Linear):
         prefix = "" if kind == "loreft" else "learned_source."

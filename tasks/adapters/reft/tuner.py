@@ -29,10 +29,10 @@ from tasks.adapters.reft.prompt_positions import Prompts, prompts_of
 
 @dataclass
 class ReftConfig(PeftConfig):  # type: ignore[misc]
-    """What is edited, where and how.
+    """Settings of ReFT: what is edited, where and how.
 
     Raises:
-        ValueError: a value that there is not.
+        ValueError: a field has no such value.
     """
 
     intervention: str = field(default="loreft", metadata={"help": "One of " + ", ".join(KINDS)})
@@ -77,7 +77,7 @@ class ReftLayer(HookedLayer):
         self._prompts = prompts
 
     def changed(self, hidden: Tensor, adapter_name: str) -> Tensor:
-        """Edits the tokens of the present prompts, and no others."""
+        """Edit the tokens of the present prompts, and no others."""
         found = self._prompts.places(self.reft_spans[adapter_name])
         edits: Any = self.reft_edits[adapter_name]
         if found and "shared" in edits:
@@ -98,7 +98,7 @@ class ReftModel(HookedTuner):
     unmergeable = "ReFT edits prompt tokens alone, which no weights can say"
 
     def targets(self, config: ReftConfig) -> list[str]:
-        """The names of the modules whose outputs are edited.
+        """Return the names of the modules whose outputs are edited.
 
         Raises:
             ValueError: the model has no such layer or component, or fewer dimensions than the rank.
@@ -110,7 +110,7 @@ class ReftModel(HookedTuner):
         return [component_of(layer, name, config.component) for name, layer in layers.items()]
 
     def new_layer(self, module: nn.Module, name: str, config: ReftConfig) -> ReftLayer:
-        """A layer that follows the model's prompts."""
+        """Build a layer that follows the model's prompts."""
         prompts = prompts_of(self.model)
         if prompts is None:
             prompts = self.model.reft_prompts = Prompts()
@@ -121,7 +121,7 @@ class ReftModel(HookedTuner):
         return ReftLayer(module, prompts)
 
     def new_part(self, layer: ReftLayer, adapter_name: str, config: ReftConfig) -> nn.Module:
-        """An edit for each span."""
+        """Build an edit for each span."""
         spans = layer.reft_spans[adapter_name] = parse_positions(config.positions)
         names = ("shared",) if config.share_weights and len(spans.names) > 1 else spans.names
         width = config_of(self.model).hidden_size

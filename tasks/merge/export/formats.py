@@ -19,7 +19,7 @@ GGUF, MODELFILE, PUSHED = "model.gguf", "Modelfile", "hub.json"
 
 
 def export(model: Path, wanted: Export, folder: Path) -> str:
-    """Writes one form of a model folder into a new folder; returns in words what it is.
+    """Write one form of a model folder into a new folder; return a description of it.
 
     Raises:
         BadModel: the model cannot have this form.

@@ -50,7 +50,7 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)
 
 
 def write_gguf(model: Path, path: Path, dtype: str) -> None:
-    """Writes a model folder as a GGUF file.
+    """Write a model folder as a GGUF file.
 
     Args:
         model: a folder with a Llama-shaped model.
@@ -95,7 +95,7 @@ def write_gguf(model: Path, path: Path, dtype: str) -> None:
 
 
 class _Tensor(NamedTuple):
-    """What is written of a tensor: its numbers, and their format as GGUF calls it."""
+    """Tensor as it is written: its numbers, and their format as GGUF calls it."""
 
     source: Source
     dtype: str
@@ -225,16 +225,16 @@ def _say_shape(writer: GGUFWriter, config: Mapping[str, Any], dtype: str) -> Non
 
 
 def context_of(config: Mapping[str, Any]) -> int:
-    """How many tokens the model reads: a window that slides is the limit, as llama.cpp's Llama has none."""
+    """Return how many tokens the model reads: a sliding window is the limit, as llama.cpp's Llama has none."""
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     return int(min(filter(None, (config["max_position_embeddings"], window))))
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """How positions are turned into angles, in the one form of all versions of transformers.
+    """Return how positions are turned into angles, in the one form of all versions of transformers.
 
     Raises:
-        BadModel: in a way that is not written here.
+        BadModel: the form is not supported here.
     """
     told = {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {})}
     told |= config.get("rope_parameters") or {}
@@ -245,7 +245,7 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope_factors(config: Mapping[str, Any]) -> NDArray[Any] | None:
-    """What Llama 3.1 divides the frequencies by, (width / 2,): 1 for high ones, `factor` for low ones, between between.
+    """Compute the divisors of Llama 3.1's frequencies, (width / 2,): 1 for high, `factor` for low, between for others.
 
     Source: transformers' `_compute_llama3_parameters`, whose result these factors give again.
     """
@@ -288,7 +288,7 @@ class Vocabulary(NamedTuple):
 
 
 def vocabulary_of(model: Path, size: int) -> Vocabulary:
-    """The tokenizer of a model folder, with as many tokens as the model has.
+    """Read the tokenizer of a model folder, with as many tokens as the model has.
 
     Raises:
         BadModel: it is none that llama.cpp has.

@@ -21,7 +21,7 @@ _SYSTEM, _ASKED, _ANSWERED, _AGAIN = "qzsystem", "qzasked", "qzanswered", "qzaga
 
 
 class Pieces(NamedTuple):
-    """What a chat template writes around what is said.
+    """Pieces of text that a chat template writes around the turns.
 
     Attributes:
         start: before the first user turn, where there is no system message.
@@ -38,7 +38,7 @@ class Pieces(NamedTuple):
     answer: str
 
     def text(self, messages: Sequence[Message]) -> str:
-        """The conversation as the Go template writes it."""
+        """Render the conversation as the Go template writes it."""
         before, turns = self.start, list(messages)
         if self.system and turns[0].role == "system":
             before = self.system[0] + turns.pop(0).content + self.system[1]
@@ -49,7 +49,7 @@ class Pieces(NamedTuple):
 
 
 def modelfile(tokenizer: PreTrainedTokenizerBase, weights: str, longest: int) -> str:
-    """The Modelfile of a model.
+    """Build the Modelfile of a model.
 
     Args:
         tokenizer: the model's own, with its chat template.
@@ -72,7 +72,7 @@ def modelfile(tokenizer: PreTrainedTokenizerBase, weights: str, longest: int) ->
 
 
 def pieces_of(tokenizer: PreTrainedTokenizerBase) -> Pieces:
-    """What the tokenizer's chat template writes around turns.
+    """Find what the tokenizer's chat template writes around turns.
 
     Raises:
         BadModel: it writes something else as conversations go on.
@@ -115,7 +115,7 @@ _TRIED = [
 
 
 def go_template(pieces: Pieces, bos: str) -> str:
-    """The pieces in Ollama's language; the token that begins a text is left to Ollama, which writes it itself."""
+    """Write the pieces in Ollama's language; the token that begins a text is left to Ollama, which writes it itself."""
     start = _literal(pieces.start.removeprefix(bos))
     if pieces.system:
         before, after = pieces.system
@@ -128,7 +128,7 @@ def go_template(pieces: Pieces, bos: str) -> str:
 
 
 def begins_with(tokenizer: PreTrainedTokenizerBase, token: str | None) -> bool:
-    """Whether the chat template begins conversations with a token."""
+    """Return whether the chat template begins conversations with a token."""
     return bool(token) and _text(tokenizer, [Message("user", _ASKED)]).startswith(str(token))
 
 
@@ -139,7 +139,7 @@ def _literal(text: str) -> str:
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
-    """A conversation up to where the model answers.
+    """Render a conversation up to where the model answers.
 
     Raises:
         BadData: the template refuses it.
@@ -151,6 +151,6 @@ def _text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> st
 
 
 def _cut(text: str, mark: str) -> tuple[str, str]:
-    """What stands before a mark and after it."""
+    """Split a text into what stands before a mark and after it."""
     before, _, after = text.partition(mark)
     return before, after

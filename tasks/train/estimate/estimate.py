@@ -1,6 +1,6 @@
-"""What a training would need, before it is run: memory and time of each method, what fits, and what would.
+"""Estimates of a training before it is run: memory and time of each method, what fits, and what would.
 
-Memory is that of the largest step, rehearsed on tensors without numbers. Time is rough: work by the rates that this
+Memory is that of the largest step, measured on the meta device. Time is rough: work by the rates that this
 machine reaches in a moment.
 """
 
@@ -49,12 +49,12 @@ _RATED_NUMBERS = 16 << 20
 
 
 class Machine(NamedTuple):
-    """What is trained on.
+    """Machine that a training would run on.
 
     Attributes:
         device: where tensors are, `cpu` or `cuda`.
-        free_bytes: what a training could have.
-        process_bytes: what it takes there before there is a tensor: Python and its libraries.
+        free_bytes: memory that a training could have.
+        process_bytes: memory of a process before there is a tensor: Python and its libraries.
     """
 
     device: str
@@ -63,12 +63,12 @@ class Machine(NamedTuple):
 
     @property
     def room_bytes(self) -> int:
-        """What is left for tensors."""
+        """Return the bytes that are left for tensors."""
         return self.free_bytes - self.process_bytes
 
 
 class Rates(NamedTuple):
-    """How fast a machine is: matrix products, and memory."""
+    """Speed of a machine: matrix products, and memory."""
 
     flops_per_s: float
     bytes_per_s: float
@@ -82,7 +82,7 @@ class Work(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """What a method needs.
+    """Needs of a method.
 
     Attributes:
         parameters: trained, and all.
@@ -97,12 +97,12 @@ class Estimate(NamedTuple):
     steps: int
 
     def step_s(self, rates: Rates) -> float:
-        """The mean step's time, roughly: as if arithmetic and memory waited for each other."""
+        """Estimate the mean step's time, roughly: as if arithmetic and memory waited for each other."""
         return self.step.flops / rates.flops_per_s + self.step.moved_bytes / rates.bytes_per_s
 
 
 class Suggestion(NamedTuple):
-    """What would fit: a change of params, or a machine, and the memory that the training then takes at most."""
+    """Change of params, or a machine, with which training would fit, and its peak memory then."""
 
     change: str
     total_bytes: int
@@ -121,10 +121,10 @@ def estimate(
     all_rows: bool = True,
     recomputing: bool = False,
 ) -> Estimate:
-    """What training a model of this shape by a method on these rows needs.
+    """Estimate what training a model of this shape by a method on these rows needs.
 
     Args:
-        config: what the model is like.
+        config: the model's configuration.
         method: as it is in params.
         examples: the rows.
         dtype: what the weights are loaded in.
@@ -133,7 +133,7 @@ def estimate(
         recomputing: whether activations are computed again in the backward pass.
 
     Raises:
-        BadModel: the method does not fit the model, or cannot be rehearsed.
+        BadModel: the method does not fit the model, or its step cannot be run on the meta device.
     """
     batches = [[examples[i] for i in chosen] for chosen in all_batches(lengths_of(examples), method)]
     steps = len(batches) if all_rows else max(len(batches), _least_steps(method.adapter))
@@ -149,12 +149,12 @@ def estimate(
 
 
 def _least_steps(adapter: AnyAdapter) -> int:
-    """How many steps a method needs: AdaLoRA at least one in which ranks are moved."""
+    """Return the least steps that a method needs: AdaLoRA at least one in which ranks are moved."""
     return adapter.warmup_steps + adapter.final_steps + 1 if isinstance(adapter, AdaloraAdapter) else 1
 
 
 def full_rows(method: Method, max_tokens: int, *, pairs: bool = False) -> list[Example]:
-    """One step's rows at their longest and all of them learnt, for when no rows have been rendered yet."""
+    """Build one step's rows at their longest, all target tokens, for when no rows have been rendered yet."""
     if pairs:
         return [(PairRow([0] * max_tokens, [0] * max_tokens),)] * method.batch_rows
     row = TokenRow([0] * max_tokens, [False] + [True] * (max_tokens - 1), 1)
@@ -163,12 +163,12 @@ def full_rows(method: Method, max_tokens: int, *, pairs: bool = False) -> list[E
 
 
 def cut(examples: Sequence[Example], max_tokens: int) -> list[Example]:
-    """The rows without what is beyond so many tokens of each sequence."""
+    """Truncate each sequence of the rows to `max_tokens` tokens."""
     return [tuple(_cut(sequence, max_tokens) for sequence in example) for example in examples]
 
 
 def longest_of(examples: Sequence[Example]) -> int:
-    """Tokens of the longest sequence, or of the longest side of a pair."""
+    """Return the tokens of the longest sequence, or of the longest side of a pair."""
     sequences = [sequence for example in examples for sequence in example]
     return max(max(len(s.input_ids), len(s.target_ids)) if isinstance(s, PairRow) else s.tokens for s in sequences)
 
@@ -245,7 +245,7 @@ def _rehearsed(
 
 
 def _as_many_numbers(rows: Sequence[TokenRow]) -> Tensor:
-    """Stands for a reference that was computed before."""
+    """Build a placeholder for a reference's log-probabilities, (rows,)."""
     import torch
 
     return torch.zeros(len(rows))
@@ -255,7 +255,7 @@ def _as_many_numbers(rows: Sequence[TokenRow]) -> Tensor:
 
 
 def this_machine(device: torch.device) -> Machine:
-    """What is free here now; this process has loaded what a training loads."""
+    """Measure what is free here now; this process has loaded what a training loads."""
     import psutil
     import torch
 
@@ -266,7 +266,7 @@ def this_machine(device: torch.device) -> Machine:
 
 
 def rates(dtype: torch.dtype, device: torch.device) -> Rates:
-    """What this machine reaches in a tenth of a second each: a square matrix product, and a copy."""
+    """Measure what this machine reaches in a tenth of a second each: a square matrix product, and a copy."""
     import torch
 
     square = torch.ones(_RATED_WIDTH, _RATED_WIDTH, dtype=dtype, device=device)
@@ -278,7 +278,7 @@ def rates(dtype: torch.dtype, device: torch.device) -> Rates:
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """How long it takes once, after a first time that is not counted."""
+    """Measure the seconds of one run of some work, after a warm-up that is not counted."""
     import time
 
     import torch
@@ -298,9 +298,9 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def must_recompute(config: PreTrainedConfig, method: Method, examples: Sequence[Example]) -> bool:
-    """Whether a training fits here only if activations are computed again in the backward pass; says so.
+    """Return whether training fits here only if activations are recomputed in the backward pass; log it if so.
 
-    Not where learnt keys and values stand before the first token, which recomputing would lose; nor where an estimate
+    Not where trained keys and values stand before the first token, which recomputing would lose; nor where an estimate
     cannot be made.
     """
     from tasks.models.device import compute_dtype, device
@@ -331,10 +331,10 @@ def must_recompute(config: PreTrainedConfig, method: Method, examples: Sequence[
 def suggest(
     total: Callable[[Method, int | None], int], name: str, method: Method, longest: int, machine: Machine
 ) -> Iterator[Suggestion]:
-    """What would let a method fit that does not: each was estimated as well.
+    """List changes that would let a method fit that does not: each was estimated as well.
 
     Args:
-        total: the memory of a method in bytes, with rows cut to so many tokens.
+        total: the memory of a method in bytes, with rows cut to a number of tokens.
         name: the method's.
         method: as it is in params.
         longest: tokens of its longest sequence.
@@ -366,7 +366,7 @@ def suggest(
 def largest(
     needed: Callable[[int], int], now: int, needed_now: int, room: int, least: int = 1
 ) -> tuple[int, int] | None:
-    """The number below `now` for which as much as there is room for is needed, and how much that is.
+    """Find a number below `now`, as large as possible, that needs no more than `room`, and how much it needs.
 
     What is needed grows with the number at least as a straight line does, so that the line between the ends says
     a number that fits.
@@ -382,7 +382,7 @@ def largest(
 
 
 def _lighter(adapter: AnyAdapter) -> list[AnyAdapter]:
-    """Adapters that may take less memory than this one, the most alike first."""
+    """List adapters that may take less memory than this one, the most alike first."""
     if isinstance(adapter, QloraAdapter):
         return []
     shape: dict[str, Any] = {"rank": 16, "alpha": 32.0, "dropout": 0.0, "targets": "all-linear"}

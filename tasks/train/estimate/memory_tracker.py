@@ -44,7 +44,7 @@ class Memory(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What a step takes: memory, arithmetic of its matrix products, and bytes that its operations read and write."""
+    """Cost of a step: memory, arithmetic of its matrix products, and bytes that its operations read and write."""
 
     memory: Memory
     flops: int
@@ -63,7 +63,7 @@ class States(Optimizer):
         self._states, self._bits = states, bits
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # there is never a closure
-        """Makes the states, the first time."""
+        """Create the optimizer states, the first time."""
         for group in self.param_groups:
             for p in group["params"]:
                 if self.state[p]:
@@ -79,7 +79,7 @@ class States(Optimizer):
 def rehearse(
     model: Model, losses: Callable[[], Iterable[tuple[Tensor, Any]]], optimizer: Optimizer, max_grad_norm: float
 ) -> Cost:
-    """What a step takes once optimizer states, and what is kept from epoch to epoch, are there.
+    """Measure what a step takes once optimizer states, and what is kept from epoch to epoch, are there.
 
     Args:
         model: a model whose tensors `meta_model.pretend` has made.
@@ -130,17 +130,17 @@ class Ledger(TorchDispatchMode):
         self.begin()
 
     def begin(self) -> None:
-        """Counts anew; what is held stays booked."""
+        """Reset the counts; what is held stays booked."""
         self.most, self.most_together = dict(self._now), sum(self._now.values())
         self.flops = self.moved_bytes = 0
 
     def see_logits(self, logits: Tensor) -> None:
-        """Takes note of how many logits there are at once; as many numbers make a tensor of the loss."""
+        """Record how many logits there are at once; a tensor of as many numbers belongs to the loss."""
         self._logits = logits.numel()
         self.book(logits, "logits")
 
     def book(self, tensor: Any, kind: str | None = None) -> None:
-        """Books a tensor's storage, once; one that is booked already may turn out to be of another kind."""
+        """Book a tensor's storage, once; one that is booked already may turn out to be of another kind."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._held:
@@ -178,7 +178,7 @@ class Ledger(TorchDispatchMode):
 
 
 def _places(indices: list[Tensor | None]) -> list[Tensor | None]:
-    """Masks as the places that they choose, whose number depends on what is in them."""
+    """Replace masks by the places that they choose, whose number depends on what is in them."""
     places: list[Tensor | None] = []
     for index in indices:
         places += index.nonzero().unbind(1) if index is not None and index.dtype == torch.bool else [index]
@@ -188,7 +188,7 @@ def _places(indices: list[Tensor | None]) -> list[Tensor | None]:
 def _gemm_4bit(
     given: Tensor, packed: Tensor, shape: list[int], *_: Any, bias: Tensor | None = None, **__: Any
 ) -> Tensor:
-    """What bitsandbytes does with more than a few rows: it reads the weight back, for the time of the product."""
+    """Compute what bitsandbytes does with more than a few rows: dequantize the weight for the time of the product."""
     product = torch.mm(given.reshape(-1, shape[1]), given.new_empty(shape).t())
     return (product if bias is None else product.add_(bias)).reshape(*given.shape[:-1], shape[0])
 

@@ -24,20 +24,20 @@ UNUSABLE = (ValueError, KeyError, TypeError, AttributeError, RuntimeError, Impor
 
 
 class Parameters(NamedTuple):
-    """How many numbers a model has, whatever they are stored in, and how many of them are trained."""
+    """Parameter counts of a model, whatever its numbers are stored in: all, and those that are trained."""
 
     trained: int
     all: int
 
 
 def read_config(path: Path) -> PreTrainedConfig:
-    """The shape of a model.
+    """Read the configuration of a model.
 
     Args:
         path: a model folder, or a config.json by whatever name.
 
     Raises:
-        BadModel: there is none, it is damaged, wants to run its own code, is of an unknown architecture, or has no
+        BadModel: there is none, it is damaged, needs to run its own code, is of an unknown architecture, or has no
             layers.
     """
     from huggingface_hub.errors import StrictDataclassError
@@ -65,13 +65,13 @@ def read_config(path: Path) -> PreTrainedConfig:
 
 
 def hollow(config: PreTrainedConfig, adapter: AnyAdapter | None, dtype: torch.dtype, steps: int = 1) -> Model:
-    """A model of that shape on the meta device, as training would load it, with a new adapter.
+    """Build a model of that shape on the meta device, as training would load it, with a new adapter.
 
     Args:
-        config: what the model is like.
+        config: the model's configuration.
         adapter: what is put on it; without one, every parameter is trainable.
         dtype: what the weights are loaded in; all of them are trained in float32.
-        steps: how many the training takes.
+        steps: optimizer steps of the training.
 
     Raises:
         BadModel: the config has no model that writes text, contradicts itself, or the adapter does not fit it or needs
@@ -110,7 +110,7 @@ def _named(adapter: AnyAdapter) -> str:
 
 
 def _quantize(model: PreTrainedModel, adapter: QloraAdapter | Int8Adapter, dtype: torch.dtype) -> None:
-    """Puts 4-bit or 8-bit layers in place of those that transformers would quantize when it loads the model."""
+    """Put 4-bit or 8-bit layers in place of those that transformers would quantize when it loads the model."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
     quantizer = AutoHfQuantizer.from_config(loading_config(adapter.base_quantization, dtype), pre_quantized=False)
@@ -120,13 +120,13 @@ def _quantize(model: PreTrainedModel, adapter: QloraAdapter | Int8Adapter, dtype
 
 
 def count(model: nn.Module) -> Parameters:
-    """The parameters of a model on the meta device; a quantized weight counts its numbers, not its bytes."""
+    """Count the parameters of a model on the meta device; a quantized weight counts its numbers, not its bytes."""
     parameters = list(model.parameters())
     return Parameters(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
 
 
 def pretend(model: nn.Module, device: torch.device) -> None:
-    """Lets the tensors of a model on the meta device pass for tensors on another.
+    """Let the tensors of a model on the meta device pass for tensors on another.
 
     On the meta device itself PyTorch chooses other kernels, of attention above all, than training will. 4-bit weights
     are packed, with constants for their blocks; 8-bit ones get a constant for each row, and no input of theirs has
@@ -175,7 +175,7 @@ def pretend(model: nn.Module, device: torch.device) -> None:
 
 
 def tensors_of(model: nn.Module) -> Iterator[Tensor]:
-    """Everything that a model holds: parameters, buffers, and the constants of quantized weights."""
+    """Yield every tensor that a model holds: parameters, buffers, and the constants of quantized weights."""
     yield from model.buffers()
     for parameter in model.parameters():
         yield parameter
