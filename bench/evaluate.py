@@ -26,7 +26,7 @@ from bench.limits import SHAPES, write_base
 from bench.operations import matrices, peak_flops
 from bench.steps import side_by_side, spin_while_waiting
 from tasks.core.stage import quiet_libraries
-from tasks.engine.memory import keep_freed_memory
+from tasks.engine.memory import keep_freed_blocks
 from tasks.evaluate.lm_eval_backend import language_model
 from tasks.inference.params import GREEDY
 
@@ -208,7 +208,7 @@ def main() -> None:
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     torch.set_flush_denormal(True)
-    keep_freed_memory()  # for both sides: they share a process
+    keep_freed_blocks()  # for both sides: they share a process
     print(f"{machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as folder:
         write_base(Path(folder), SHAPES[given.shape], torch.float32)

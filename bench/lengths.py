@@ -24,7 +24,7 @@ from bench.limits import SHAPES, peak_bytes, write_base
 from bench.operations import Needed, operations_of, peak_flops
 from bench.steps import Ours, exactly, spin_while_waiting, token_row
 from tasks.core.stage import quiet_libraries
-from tasks.engine.memory import keep_freed_memory
+from tasks.engine.memory import keep_freed_blocks
 
 SHORTEST = 1024
 VOCABULARIES = (8192, 32_768, 131_072)
@@ -95,7 +95,7 @@ def main() -> None:
     import torch
 
     torch.set_flush_denormal(True)
-    keep_freed_memory()
+    keep_freed_blocks()
     print(f"{machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     dtype = getattr(torch, given.dtype)
     with tempfile.TemporaryDirectory() as name:

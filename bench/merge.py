@@ -183,7 +183,7 @@ def quality() -> None:
     from flows.files.merge import PROBES
     from tasks.adapters.attach import load_adapted
     from tasks.adapters.params import QloraAdapter
-    from tasks.merge.stage import difference, merge_closest
+    from tasks.merge.stage import kl_divergence, merge_closest
     from tasks.orchestration.params import load
     from tasks.tokenization.tokenizer import read_tokenizer
 
@@ -198,7 +198,7 @@ def quality() -> None:
     model = load_adapted(base, trained, adapter)
     again = load_adapted(base, trained, adapter)
     assert isinstance(again, PeftModel)
-    theirs = difference(model, again.merge_and_unload(), probes)
+    theirs = kl_divergence(model, again.merge_and_unload(), probes)
     with tempfile.TemporaryDirectory() as place:
         told, _ = merge_closest(base, trained, model, probes, Path(place), onto="closest", most_bytes=1 << 40)
     print("\n| merge of the quickstart's QLoRA | mean KL to the adapter model, nats/token | largest logit difference |")

@@ -70,9 +70,9 @@ def ours(setting: dict[str, Any], epochs: int) -> tuple[list[float], float]:
     """Run what the stage `train` does at each step, with the same batches as theirs."""
     import torch
 
-    from tasks.adapters.attach import fresh
+    from tasks.adapters.attach import init_adapter
     from tasks.adapters.params import ReftAdapter
-    from tasks.inference.frozen_layer_cache import Below
+    from tasks.inference.frozen_layer_cache import FrozenLayerCache
     from tasks.inference.logprobs import score_tokens
     from tasks.inference.rows import TokenRow
     from tasks.train.objectives import sft_loss
@@ -89,13 +89,13 @@ def ours(setting: dict[str, Any], epochs: int) -> tuple[list[float], float]:
         dropout=0.0,
         cache_mib=1024,
     )
-    model = fresh(Path(setting["base"]), adapter).float().train()
+    model = init_adapter(Path(setting["base"]), adapter).float().train()
     _draw_as_they_do(model, setting)
     rows = [TokenRow(ids, [n >= prompt for n in range(len(ids))], prompt) for ids, prompt in setting["rows"]]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
     losses, started = [], time.perf_counter()
     shapes = [(len(row.ids), row.prompt_tokens) for row in rows]
-    below = Below.of(model, shapes, adapter.cache_mib << 20) if epochs > 1 else None
+    below = FrozenLayerCache.of(model, shapes, adapter.cache_mib << 20) if epochs > 1 else None
     for epoch in range(epochs):
         for batch in setting["batches"][epoch]:
             loss = sft_loss(score_tokens(model, [rows[n] for n in batch], below).logp)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.clock import ROOT
-from tasks.register.lineage import Outputs
+from tasks.register.lineage import StagePaths
 
 
-def made(folder: Path, base: Path, right: int, *, of: int = 200, method: str = "qlora") -> Outputs:
+def made(folder: Path, base: Path, right: int, *, of: int = 200, method: str = "qlora") -> StagePaths:
     """Write what the stages would have made of a base model that was trained to answer `right` of the held-out rows.
 
     Args:
@@ -20,27 +20,27 @@ def made(folder: Path, base: Path, right: int, *, of: int = 200, method: str = "
         of: how many there are.
         method: which trained it.
     """
-    from tasks.core.artifacts import as_json, whole_folder
+    from tasks.core.artifacts import as_json, atomic_folder
     from tasks.core.layout import EQUIVALENCE, EXAMPLES, METRICS
     from tasks.core.parquet import write_rows
     from tasks.models.loader import model_files
     from tasks.orchestration.params import load
     from tasks.render.stage import rendered_schema
-    from tasks.reports.items import HELD_OUT, Item, Summary, digest_of, suite_metrics, write_items
+    from tasks.reports.items import HELD_OUT, Item, Summary, prompt_digest, suite_metrics, write_items
     from tasks.tokenization.chat_template import load_tokenizer, template_digest
 
     params = load(ROOT / "recipes" / "quickstart.yaml")
-    places = Outputs(*(folder / name for name in Outputs._fields))._replace(baseline=folder / "baseline.parquet")
+    places = StagePaths(*(folder / name for name in StagePaths._fields))._replace(baseline=folder / "baseline.parquet")
     tokenizer = load_tokenizer(base)
     template, ids = template_digest(tokenizer), list(tokenizer("What is learnt?")["input_ids"])
     for place in (places.model, places.base):
-        with whole_folder(place, {"kind": "local"}) as draft:
+        with atomic_folder(place, {"kind": "local"}) as draft:
             for file in model_files(base):
                 shutil.copyfile(file, draft / file.name)
             if place == places.model:
                 (draft / EQUIVALENCE).write_text(as_json({"form": "merged", "mean_kl": 1e-4, "answers": right}))
     about: dict[str, Any] = {"template_sha256": template, "train": {}, "held_out": {}}
-    with whole_folder(places.rendered, about) as draft:
+    with atomic_folder(places.rendered, about) as draft:
         (draft / "train").mkdir()
         row = {"id": "1", "family": "", "ids": ids, "mask": [False] * (len(ids) - 1) + [True]}
         write_rows(draft / "train" / "chat.parquet", [row | {"prompt_tokens": len(ids) - 1}], rendered_schema("chat"))
@@ -48,7 +48,7 @@ def made(folder: Path, base: Path, right: int, *, of: int = 200, method: str = "
     items = []
     for number in range(of):
         prompt = f"What comes after {number}, in words?"
-        items.append(Item(HELD_OUT, "t", str(number), prompt, digest_of(prompt), "x", "y", 0.0, -2.0, 1))
+        items.append(Item(HELD_OUT, "t", str(number), prompt, prompt_digest(prompt), "x", "y", 0.0, -2.0, 1))
     write_items(places.baseline, items)
     answers = [item._replace(score=float(n < right), logp=-1.0) for n, item in enumerate(items)]
     places.reports.mkdir()
@@ -57,7 +57,7 @@ def made(folder: Path, base: Path, right: int, *, of: int = 200, method: str = "
     (places.reports / METRICS).write_text(as_json({"suites": suites, "template_sha256": template}))
     summary = {"key": f"train-{right}", "steps": 1, "kept_step": 1, "rows": 1, "held_out_loss_after": 1.0}
     summary |= {"params": params.train[method].model_dump(), "data": {"train/chat.parquet": "0" * 64}}
-    with whole_folder(places.adapter) as draft:
+    with atomic_folder(places.adapter) as draft:
         (draft / "summary.json").write_text(as_json(summary))
         (draft / "log.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     return places

@@ -35,7 +35,7 @@ from bench.clock import ROOT, machine
 from bench.registered import made, model_and_sources, workspace_at
 from tasks.core.errors import TemperError
 from tasks.core.stage import quiet_libraries
-from tasks.register.lineage import Outputs
+from tasks.register.lineage import StagePaths
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -212,7 +212,7 @@ class Kills(NamedTuple):
     seconds: float
 
 
-def registration(workspace: Path, outputs: Outputs, number: int) -> Callable[[], str]:
+def registration(workspace: Path, outputs: StagePaths, number: int) -> Callable[[], str]:
     """Build a function that registers a content and returns the version."""
     from tasks.register.stage import register
 
@@ -232,7 +232,7 @@ def registrations(folder: Path, base: Path, kills: int, seed: int = 1, per_conte
         in_child(registration(workspace, outputs[number], number))
         return time.monotonic() - start
 
-    outputs: list[Outputs] = []
+    outputs: list[StagePaths] = []
     timed(0)  # the first makes the database
     whole_s, done, contents = timed(1), 0, 2
     while done < kills:

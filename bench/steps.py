@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from bench.clock import Ratio, machine
 from bench.limits import SHAPES, peak_bytes, write_base
 from bench.operations import Needed, operations_of, peak_flops
-from tasks.engine.memory import keep_freed_memory, tell_malloc
+from tasks.engine.memory import keep_freed_blocks, set_malloc_option
 from tasks.inference.rows import TokenRow
 
 RANK = 8
@@ -34,13 +34,13 @@ def adapted(folder: Path, dtype: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from tasks.adapters.attach import trainable
+    from tasks.adapters.attach import make_trainable
     from tasks.adapters.params import LoraAdapter
 
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).requires_grad_(False)
     torch.manual_seed(1)
     adapter = LoraAdapter(name="lora", rank=RANK, alpha=2.0 * RANK, dropout=0.0, targets="all-linear")
-    model = trainable(base, adapter).train()
+    model = make_trainable(base, adapter).train()
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = torch.randn_like(parameter) * 0.02
@@ -79,7 +79,7 @@ class Side:
 
 def give_back_freed_memory() -> None:
     """Set the memory limits that glibc comes to by itself: map above 32 MiB, give back above 64 MiB."""
-    tell_malloc(mmap_max=65_536, mmap_threshold=32 << 20, trim_threshold=64 << 20)
+    set_malloc_option(mmap_max=65_536, mmap_threshold=32 << 20, trim_threshold=64 << 20)
 
 
 class Ours(Side):
@@ -98,7 +98,7 @@ class Ours(Side):
         import torch
 
         self.again()
-        keep_freed_memory()  # as the stage does
+        keep_freed_blocks()  # as the stage does
         optimizer = self.optimizer()
         started = time.perf_counter()
         for batch in self.batches:
@@ -120,7 +120,7 @@ class Theirs(Side):
         folder: Path,
         dtype: Any,
         make: Callable[..., Any],
-        allocator: Callable[[], None] = keep_freed_memory,
+        allocator: Callable[[], None] = keep_freed_blocks,
         **arguments: Any,
     ) -> None:
         super().__init__(folder, dtype)

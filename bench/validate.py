@@ -50,8 +50,8 @@ def seconds(table: Any, *, near: bool) -> tuple[float, int]:
     from tasks.core.records import KINDS
     from tasks.orchestration.params import load
     from tasks.validate.cross_row_checks import questions_of
-    from tasks.validate.decide import judge
-    from tasks.validate.feature_cache import Memory
+    from tasks.validate.decide import apply_checks
+    from tasks.validate.feature_cache import FeatureCache
     from tasks.validate.profile import measure, profile_page
     from tasks.validate.stage import places_of, split
 
@@ -63,7 +63,7 @@ def seconds(table: Any, *, near: bool) -> tuple[float, int]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         started = time.perf_counter()
-        verdict = judge(tables, {"exam": benchmark}, 0.1, params, folder / "docs", Memory(None))
+        verdict = apply_checks(tables, {"exam": benchmark}, 0.1, params, folder / "docs", FeatureCache(None))
         profile_page(measure(verdict, params, {}, places_of(tables), []))
         _, clean = split(tables, [*verdict.reasons, *(each.row for each in verdict.merged)])
         write_table(folder / "chat.parquet", clean["chat"])

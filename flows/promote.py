@@ -14,7 +14,7 @@ from flows.registry.approval import await_approval, keep_verdict, show_verdict
 from flows.registry.evidence import broken, evidence
 from tasks.core import pipeline
 from tasks.core.errors import BadModel, BadParams, GateRefused
-from tasks.gate.checks import Evidence, Verdict, judge
+from tasks.gate.checks import GateDecision, VersionRecord, decide
 from tasks.gate.params import Promote
 from tasks.orchestration.params import Params, load
 from tasks.registry import names as tag
@@ -45,7 +45,7 @@ class Promotion(NamedTuple):
     moved: bool
     passed: bool
     findings: list[str]
-    verdict: Verdict | None = None
+    verdict: GateDecision | None = None
 
 
 # Prefect could not check these parameters: the names in postponed annotations mean nothing to it.
@@ -78,7 +78,7 @@ def _promote(workspace: Path, version: str | None, reason: str) -> Promotion:
     if present == chosen.version:
         return Promotion(model, present, method, False, True, ["it is champion already"])
     challenger = version_of(client, model, chosen.version)
-    verdict = judge(
+    verdict = decide(
         chosen._replace(broken=broken(client, challenger)), champion, params.promote, params.merge.max_mean_kl
     )
     keep_verdict(client, challenger, verdict)
@@ -155,7 +155,7 @@ def _why_not(version: str, stack: Sequence[str], seen: Sequence[Move]) -> str:
 
 def _chosen(
     client: MlflowClient, workspace: Path, params: Params, version: str | None, rolled_back: set[str]
-) -> Evidence | None:
+) -> VersionRecord | None:
     """Choose the version that is named, or the best of what the workspace's methods registered last."""
     model = params.register_.model
     if version is not None:
@@ -169,7 +169,7 @@ def _chosen(
     return max(candidates, key=lambda each: figure(each, params.promote), default=None)
 
 
-def figure(version: Evidence, params: Promote) -> float:
+def figure(version: VersionRecord, params: Promote) -> float:
     """Return the figure versions are ranked by: the mean deciding metric, higher is better; -infinity without one."""
     items = version.suites.get(params.suite, {}).values()
     tokens = sum(item.tokens for item in items)

@@ -14,19 +14,19 @@ from prefect.futures import wait
 from flows.promote import Promotion, promote
 from flows.run.session import begin, show_comparison, show_results
 from tasks.orchestration.prefect_tasks import base, baseline, evaluate, ingest, merge, register, render, train, validate
-from tasks.orchestration.run_journal import Outcome
+from tasks.orchestration.run_journal import StageResult
 
 
-class Report(NamedTuple):
+class RunReport(NamedTuple):
     """Outcome of every stage, and of the best method; `comparison` is the page that compares all models."""
 
-    outcomes: list[Outcome]
+    outcomes: list[StageResult]
     promotion: Promotion | None
     comparison: Path
 
 
 @flow(name="retrain")
-def retrain(workspace: Path, promoting: bool = True) -> Report:
+def retrain(workspace: Path, promoting: bool = True) -> RunReport:
     """Bring every stage of a workspace up to date, then promote the best method if it passes the gate."""
     with begin(workspace) as session:
         sources = [ingest.submit(source) for source in session.params.ingest.sources]
@@ -47,4 +47,4 @@ def retrain(workspace: Path, promoting: bool = True) -> Report:
         promotion = promote(workspace) if promoting else None
         show_results(workspace)
         comparison = show_comparison(workspace)
-        return Report(list(session.outcomes.values()), promotion, comparison)
+        return RunReport(list(session.outcomes.values()), promotion, comparison)

@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tasks.adapters.attach import Adapter, folder_base, put_on, read_adapter
+from tasks.adapters.attach import Adapter, add_adapter, base_identity, read_adapter
 from tasks.adapters.files import check_base
 from tasks.core.errors import BadModel, BadParams
 from tasks.models.loader import Model
@@ -35,7 +35,7 @@ class _Held(NamedTuple):
     """What PEFT knows it as; a name from outside may hold what PEFT cannot have in one, such as a dot."""
 
 
-class Resident:
+class AdapterPool:
     """A base and its adapters, of which at most one is in use.
 
     Args:
@@ -78,7 +78,7 @@ class Resident:
         if name in self._held:
             raise BadParams("there is an adapter of this name already", got=name, expected="another name")
         if not any_base:
-            check_base(folder, folder_base(self._base))
+            check_base(folder, base_identity(self._base))
         adapter = read_adapter(folder)
         active, merged = self.active, self.merged
         self.unmerge()
@@ -170,7 +170,7 @@ class Resident:
             return self._tuned
         if self._tuned is not None and not _lie_beside([*self._tuned.peft_config.values(), adapter.config]):
             self.release()
-        self._tuned = put_on(self._base if self._tuned is None else self._tuned, adapter, inside)
+        self._tuned = add_adapter(self._base if self._tuned is None else self._tuned, adapter, inside)
         return self._tuned
 
     def _check_leaves_base(self, adapter: Adapter) -> None:

@@ -119,15 +119,15 @@ def ask_adapters(
         BadParams, BadModel: a reference, an adapter or the base cannot be used.
         Transient: the hub or MLflow does not answer.
     """
-    from flows.chat.adapter_pool import Resident
+    from flows.chat.adapter_pool import AdapterPool
     from tasks.models.loader import load_model
-    from tasks.registry.adapter_refs import find
+    from tasks.registry.adapter_refs import fetch_adapter_ref
     from tasks.tokenization.chat_template import load_tokenizer
 
-    folders = {reference: find(reference, workspace) for reference in references}
+    folders = {reference: fetch_adapter_ref(reference, workspace) for reference in references}
     if not base.is_dir():
         raise BadModel("there is no such folder", where=str(base), expected="the model folder that adapters go on")
-    resident, tokenizer = Resident(load_model(base)), load_tokenizer(base)
+    resident, tokenizer = AdapterPool(load_model(base)), load_tokenizer(base)
     for reference, folder in folders.items():
         resident.load(reference, folder, any_base=any_base)
     for reference in folders:

@@ -15,8 +15,8 @@ from flows.cli.format import local_time, size, table
 
 if TYPE_CHECKING:
     from flows.files.show_tokens import Shown
-    from flows.retrain import Report
-    from flows.run.doctor import Finding
+    from flows.retrain import RunReport
+    from flows.run.doctor import Diagnosis
     from flows.run.schedule import Scheduled
 
 
@@ -91,7 +91,7 @@ def rendering(rows: Sequence[Shown], counts: Mapping[str, int], refused: Mapping
         typer.echo(f"  refused: {count} x {what}")
 
 
-def summary(workspace: Path, report: Report) -> None:
+def summary(workspace: Path, report: RunReport) -> None:
     """Print the end of a run: figures, champion, a reply of it, times, and where to look."""
     from flows.chat.ask import ask, champion_uri, sample
     from flows.cli.registry_console import promotion
@@ -173,7 +173,7 @@ def schedules(found: Sequence[Scheduled]) -> None:
     )
 
 
-def examination(findings: Sequence[Finding]) -> None:
+def examination(findings: Sequence[Diagnosis]) -> None:
     """Print what `temper doctor` found; exit with 1 when something is wrong."""
     marks = {True: "ok", False: "BAD", None: ""}
     table([{"": marks[finding.good], "subject": finding.subject, "found": finding.found} for finding in findings])

@@ -64,7 +64,7 @@ def run(
             console.difference(difference)
         prefect_server.end_old_server(root)
         terminal = sys.stderr.isatty()
-        prefect_server.prepare(root, terminal=terminal)
+        prefect_server.prepare_servers(root, terminal=terminal)
         from flows.retrain import retrain
 
         if not _debugging:
@@ -83,7 +83,7 @@ def status(
     from flows.run.status import overview
 
     root = enter(workspace)
-    prefect_server.prepare(root, terminal=True)
+    prefect_server.prepare_servers(root, terminal=True)
     found = overview(root)
     typer.echo(json.dumps(found, indent=2, ensure_ascii=False)) if as_json else console.overview(found)
 
@@ -166,11 +166,11 @@ def push(
     The token is the hub client's own: HF_TOKEN, or what `hf auth login` stored.
     """
     from tasks.publish.hub_upload import push as upload
-    from tasks.registry.adapter_refs import find
+    from tasks.registry.adapter_refs import fetch_adapter_ref
 
     reference = seen_from_here(reference)
     root = ready(workspace)
-    done = upload(find(reference, root), name, private=private, message=message)
+    done = upload(fetch_adapter_ref(reference, root), name, private=private, message=message)
     typer.echo(f"hub:{name}@{done.commit}" + ("" if done.changed else "\nnothing changed: this is what was there"))
 
 
@@ -230,10 +230,10 @@ def estimate(
 @app.command()
 def doctor(workspace: Workspace = None) -> None:
     """Tell what is installed, what this machine can do, and which servers answer."""
-    from flows.run.doctor import examine
+    from flows.run.doctor import diagnose
 
     root = ready(workspace)
-    console.examination(examine(root))
+    console.examination(diagnose(root))
 
 
 # --- around the commands ----------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ class Gain(NamedTuple):
         return "better" if self.interval.low > 0 else "worse" if self.interval.high < 0 else "unclear"
 
 
-class Difference(NamedTuple):
+class Disagreement(NamedTuple):
     """What each model made of one item, by the model's name."""
 
     answers: Mapping[str, Item]
@@ -64,7 +64,7 @@ def gains(model: Answers, base: Answers, params: Evaluate) -> dict[str, Gain]:
     }
 
 
-def disagreements(models: Mapping[str, Answers], base: str, most: int = MOST_SHOWN) -> list[Difference]:
+def disagreements(models: Mapping[str, Answers], base: str, most: int = MOST_SHOWN) -> list[Disagreement]:
     """List items that every model answered and that they score differently on, those that differ most first.
 
     The measure is the variance of the methods' scores, then that of all models' with the base; the prompt's digest
@@ -80,7 +80,7 @@ def disagreements(models: Mapping[str, Answers], base: str, most: int = MOST_SHO
 
     ranked = sorted((-_spread(key, methods), -_spread(key, list(models.values())), key[2], key) for key in common)
     chosen = [key for *_, key in _in_turn([entry for entry in ranked if math.fsum(entry[:2]) < 0])]
-    return [Difference({name: answers[key] for name, answers in models.items()}) for key in chosen[:most]]
+    return [Disagreement({name: answers[key] for name, answers in models.items()}) for key in chosen[:most]]
 
 
 def _spread(key: Key, among: Sequence[Answers]) -> float:

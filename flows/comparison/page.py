@@ -10,7 +10,7 @@ from flows.cli.format import duration, size
 from flows.comparison import charts
 from flows.comparison.collect import BASE, Found, Model, gather
 from flows.comparison.disagreements import MOST_SHOWN, Gain, disagreements, gains
-from tasks.core.artifacts import digest, write_whole
+from tasks.core.artifacts import atomic_write, digest
 from tasks.html.shell import LIGHT_SERIES, html_page
 from tasks.registry.client import run_of
 from tasks.reports.statistics import Interval
@@ -32,7 +32,7 @@ _ALL_TASKS = 16
 def write(workspace: Path) -> Path:
     """Write the page of what a workspace has now; return its path."""
     path = workspace / PAGE
-    write_whole(path, comparison_page(gather(workspace)))
+    atomic_write(path, comparison_page(gather(workspace)))
     return path
 
 

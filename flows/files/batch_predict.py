@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tasks.core.artifacts import whole_file
+from tasks.core.artifacts import atomic_file
 from tasks.core.errors import BadData
 from tasks.core.progress import Progress
 from tasks.core.records import Message, conversation
 from tasks.inference.encoder_decoder import PairRow, generate_targets
 from tasks.inference.params import GREEDY, Generation
-from tasks.inference.rendered_rows import Row, score
+from tasks.inference.rendered_rows import Row, score_rows
 from tasks.inference.rows import TokenRow
 from tasks.inference.sampling import continuations
 from tasks.models.loader import Model
@@ -37,7 +37,7 @@ _WINDOW = 16
 """So many batches are read at once, and put into batches by length."""
 
 
-class Scored(NamedTuple):
+class PredictionSummary(NamedTuple):
     """Results for one row; `target_logp` in nats, the sum over `target_tokens`."""
 
     reply: str
@@ -84,7 +84,7 @@ def score_file(
         column = _asked(file.schema_arrow.names, model, source)
         schema = _schema(file.schema_arrow)
         row = 0
-        with whole_file(target) as out, pq.ParquetWriter(out, schema, compression="zstd") as writer:
+        with atomic_file(target) as out, pq.ParquetWriter(out, schema, compression="zstd") as writer:
             for block in file.iter_batches(batch_size=_WINDOW * batch_rows):
                 rows = block.to_pylist()
                 prepared = [
@@ -160,16 +160,16 @@ def _answered(
     batch_rows: int,
     generation: Generation,
     progress: Progress,
-) -> list[Scored]:
+) -> list[PredictionSummary]:
     """Generate the replies to some rows, in their order; rows of like length are answered together."""
     write = generate_targets if architecture_of(model) is ENCODER_DECODER else continuations
-    found: dict[int, Scored] = {}
+    found: dict[int, PredictionSummary] = {}
     for places in _batches(rows, batch_rows):
         replies = write(model, tokenizer, [rows[place].prompt for place in places], max_tokens, generation)
         logps = _logps(model, [rows[place].scored for place in places])
         for place, new, (logp, tokens) in zip(places, replies, logps, strict=True):
             ended = "stop" if tokenizer.eos_token_id in new else "length"
-            found[place] = Scored(decode(tokenizer, new), ended, logp, tokens)
+            found[place] = PredictionSummary(decode(tokenizer, new), ended, logp, tokens)
             progress.step()
     return [found[place] for place in range(len(rows))]
 
@@ -188,6 +188,6 @@ def _logps(model: Model, rows: Sequence[Row | None]) -> list[tuple[float | None,
     if not asked:
         return [(None, None)] * len(rows)
     with torch.no_grad():
-        scored = score(model, asked)
+        scored = score_rows(model, asked)
     told = iter(zip(scored.row_sums().tolist(), scored.row_tokens().tolist(), strict=True))
     return [(None, None) if row is None else next(told) for row in rows]

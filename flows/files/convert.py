@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.files.inspect import any_file
-from tasks.core.artifacts import whole_file
+from tasks.core.artifacts import atomic_file
 from tasks.core.errors import BadData, BadParams
 from tasks.core.records import ChatExample, LabelledReply, Message, PreferencePair, Record
 from tasks.ingest.stage import Reading
@@ -128,7 +128,7 @@ def convert(source: Path, target: Path, form: str) -> int:
     if target.resolve() == source.resolve():
         raise BadParams("is the file that is read", where=str(target), fix="name another")
     count = 0
-    with whole_file(target) as file:
+    with atomic_file(target) as file:
         array = target.suffix == ".json"
         for record in Reading("", any_file(source, max_refused=0.0)).records():
             line = json.dumps(FORMS[form](record), ensure_ascii=False)

@@ -45,13 +45,13 @@ def estimates(workspace: Path, model: Path | None, only: str | None) -> dict[str
 
     from tasks.models.device import compute_dtype, device
     from tasks.train.estimate.estimate import rates, this_machine
-    from tasks.train.estimate.meta_model import read_config
+    from tasks.train.estimate.meta_model import read_model_config
 
     params = load(workspace / pipeline.PARAMS)
     if only is not None and only not in params.train:
         raise BadParams("there is no such method", where=f"--method {only}", expected=", ".join(params.train))
     source = model or _base(workspace, params)
-    config = read_config(source)
+    config = read_model_config(source)
     target, usual = device(), compute_dtype()
     dtypes = sorted((torch.bfloat16, torch.float32), key=lambda dtype: dtype != usual)
     rendered = next(workspace / out for out in pipeline.load(workspace)["render"].outs)
@@ -78,7 +78,7 @@ def estimates(workspace: Path, model: Path | None, only: str | None) -> dict[str
 
 def advice(workspace: Path, method: str) -> str:
     """Return a method's needs here and what would fit, as lines below an error; or why there is no estimate."""
-    from tasks.core.memory import shown
+    from tasks.core.memory import readable_bytes
 
     try:
         found = estimates(workspace, None, method)
@@ -87,8 +87,12 @@ def advice(workspace: Path, method: str) -> str:
     (one,) = found["methods"].values()
     needed, machine = one["dtypes"][found["machine"]["dtype"]], found["machine"]
     room = machine["free_bytes"] - machine["process_bytes"]
-    lines = [f"  estimate: a step of {method} needs {shown(needed['total'])}; {shown(max(0, room))} are free now"]
-    lines += [f"  fits:     {each['change']}, which needs {shown(each['total_bytes'])}" for each in one["suggestions"]]
+    free = readable_bytes(max(0, room))
+    lines = [f"  estimate: a step of {method} needs {readable_bytes(needed['total'])}; {free} are free now"]
+    lines += [
+        f"  fits:     {each['change']}, which needs {readable_bytes(each['total_bytes'])}"
+        for each in one["suggestions"]
+    ]
     return "\n".join(lines)
 
 

@@ -46,12 +46,12 @@ def evaluate(wanted: Wanted) -> dict[str, Any]:
         BadInput: the model, its adapter or the suite cannot be used.
     """
     from flows.run.locate import REGISTERED, local_model
-    from tasks.core.artifacts import as_json, check_manifest, write_whole
+    from tasks.core.artifacts import as_json, atomic_write, check_manifest
     from tasks.core.layout import EXAMPLES, METRICS
     from tasks.evaluate.metrics import cost_of
-    from tasks.evaluate.model_under_test import Examinee
-    from tasks.evaluate.suites import Asking, examine, examine_parts
-    from tasks.reports.items import check_finite, suite_metrics, write_items
+    from tasks.evaluate.model_under_test import ModelUnderTest
+    from tasks.evaluate.suites import Asking, examine_parts, run_suites
+    from tasks.reports.items import check_scores, suite_metrics, write_items
     from tasks.tokenization.chat_template import template_digest
 
     name, suite = resolve(wanted)
@@ -62,7 +62,7 @@ def evaluate(wanted: Wanted) -> dict[str, Any]:
     if wanted.adapter:
         check_manifest(wanted.adapter)
     params = nearest_params().evaluate
-    examinee = Examinee(
+    examinee = ModelUnderTest(
         folder,
         params,
         _journals(wanted.out),
@@ -75,8 +75,8 @@ def evaluate(wanted: Wanted) -> dict[str, Any]:
         how = Asking(wanted.limit, wanted.chat, skips=wanted.skip_missing)
         found = examine_parts(examinee, name, suite, root, how)
     else:
-        found = examine(examinee, {name: suite})
-    check_finite(found.items)
+        found = run_suites(examinee, {name: suite})
+    check_scores(found.items)
     metrics = {
         "model": wanted.model if wanted.model.startswith(REGISTERED) else folder.name,
         "template_sha256": template_digest(examinee.tokenizer),
@@ -85,7 +85,7 @@ def evaluate(wanted: Wanted) -> dict[str, Any]:
     if wanted.out:
         wanted.out.mkdir(parents=True, exist_ok=True)
         write_items(wanted.out / EXAMPLES, found.items)
-        write_whole(wanted.out / METRICS, as_json(metrics))
+        atomic_write(wanted.out / METRICS, as_json(metrics))
     return {**metrics, "cost": cost_of(examinee.effort)} if examinee.effort.seconds else metrics
 
 

@@ -49,8 +49,8 @@ def inspect(path: Path, against: Sequence[Path]) -> dict[str, Any]:
         BadData: the file holds no rows, or no file of the folder does.
     """
     from tasks.validate.cross_row_checks import questions_of
-    from tasks.validate.decide import judge
-    from tasks.validate.feature_cache import Memory
+    from tasks.validate.decide import apply_checks
+    from tasks.validate.feature_cache import FeatureCache
 
     params = nearest_params()
     files, records, refused = _look_into(path)
@@ -66,8 +66,8 @@ def inspect(path: Path, against: Sequence[Path]) -> dict[str, Any]:
         return {**found, "rejected": len(refused), "repaired": 0, "duplicates": 0, "leaks": 0, "reasons": dict(reasons)}
     benchmarks = {str(each): questions_of(_tables(Reading("", any_file(each)).records())) for each in against}
     with TemporaryDirectory() as docs:
-        verdict = judge(
-            _tables(records), benchmarks, params.render.held_out, params.validate_, Path(docs), Memory(None)
+        verdict = apply_checks(
+            _tables(records), benchmarks, params.render.held_out, params.validate_, Path(docs), FeatureCache(None)
         )
     reasons += Counter(reason for why in verdict.reasons.values() for reason in why)
     return {

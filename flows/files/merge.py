@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks.adapters.files import CONFIG, check_base_folder
-from tasks.core.artifacts import as_json, check_manifest, read_object, whole_folder
+from tasks.core.artifacts import as_json, atomic_folder, check_manifest, read_object
 from tasks.core.errors import BadParams
 from tasks.core.layout import EQUIVALENCE
 from tasks.merge.adapter_combination import Combination, combined
@@ -93,7 +93,7 @@ def merge_folders(
     known: dict[str, str] = {}
     measured = how is None and wish.trained_on != WHOLE
     planned = None if measured else _planned(base, adapters, wish, how)
-    with whole_folder(out, {"adapters": [str(adapter) for adapter in adapters]}, known) as folder:
+    with atomic_folder(out, {"adapters": [str(adapter) for adapter in adapters]}, known) as folder:
         if planned is None:
             told = _measured(base, adapters[0], folder, wish, known)
         else:
@@ -123,10 +123,10 @@ def _planned(
 def _measured(base: Path, adapter: Path, folder: Path, wish: Wish, known: dict[str, str]) -> dict[str, Any]:
     from tasks.adapters.attach import load_adapted
     from tasks.merge.stage import check_equivalent, merge_closest
-    from tasks.models.device import settle
+    from tasks.models.device import seed_everything
     from tasks.tokenization.tokenizer import read_tokenizer
 
-    settle(0)
+    seed_everything(0)
     tokenizer = read_tokenizer(base)
     probes = [{"input_ids": list(tokenizer(text)["input_ids"])} for text in PROBES]
     form = wish.trained_on if not isinstance(wish.trained_on, str) else _form(adapter, wish.trained_on)
@@ -196,7 +196,7 @@ def export_folder(model: Path, out: Path, kind: str, dtype: str, max_shard_mib: 
     except ValidationError as error:
         raise BadParams("is no number format of this form", got=dtype, expected=error.errors()[0]["msg"]) from error
     check_manifest(model)
-    with whole_folder(out) as folder:
+    with atomic_folder(out) as folder:
         told = export(model, wanted, folder / kind)
         for file in sorted((folder / kind).iterdir()):
             file.rename(folder / file.name)

@@ -12,7 +12,7 @@ from prefect.input import RunInput
 
 from tasks.core.artifacts import as_json
 from tasks.core.errors import BadParams, GateRefused
-from tasks.gate.checks import Finding, Verdict
+from tasks.gate.checks import CheckResult, GateDecision
 from tasks.registry import names as tag
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Approval(RunInput):
 POLL_S = 2
 
 
-def await_approval(model: str, verdict: Verdict, timeout_s: int) -> Approval:
+def await_approval(model: str, verdict: GateDecision, timeout_s: int) -> Approval:
     """Pause this flow run until somebody approves of a version or refuses it.
 
     Args:
@@ -79,7 +79,7 @@ def approve(run: str, *, approved: bool, note: str) -> None:
         raise BadParams("waits for nobody's approval", where=f"flow run {run}", got=type(error).__name__) from error
 
 
-def keep_verdict(client: MlflowClient, version: ModelVersion, verdict: Verdict) -> None:
+def keep_verdict(client: MlflowClient, version: ModelVersion, verdict: GateDecision) -> None:
     """Store a verdict with its version: whole as an artifact of its run and as a tag, and its digest beside it."""
     told, digest = as_json(verdict.as_dict()), verdict.digest()
     if version.run_id:
@@ -88,12 +88,12 @@ def keep_verdict(client: MlflowClient, version: ModelVersion, verdict: Verdict) 
         client.set_model_version_tag(version.name, version.version, name, value)
 
 
-def table(verdict: Verdict) -> list[dict[str, str]]:
+def table(verdict: GateDecision) -> list[dict[str, str]]:
     """Format a verdict as rows of text, for a terminal or a page."""
     return [_row(finding) for finding in verdict.findings]
 
 
-def _row(finding: Finding) -> dict[str, str]:
+def _row(finding: CheckResult) -> dict[str, str]:
     items = str(finding.difference.items) if finding.difference else ""
     return {
         "": "passed" if finding.passed else "FAILED",
@@ -104,7 +104,7 @@ def _row(finding: Finding) -> dict[str, str]:
     }
 
 
-def show_verdict(model: str, verdict: Verdict) -> None:
+def show_verdict(model: str, verdict: GateDecision) -> None:
     """Publish a verdict as a Prefect artifact, where a flow run is under way."""
     from prefect.artifacts import create_markdown_artifact
     from prefect.runtime import flow_run

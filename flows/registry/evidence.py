@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tasks.core.artifacts import MANIFEST, digest, read_manifest
 from tasks.core.errors import BadData, BadInput, BadParams
 from tasks.core.layout import BASE_EXAMPLES, EXAMPLES
-from tasks.gate.checks import Evidence
+from tasks.gate.checks import VersionRecord
 from tasks.registry import names as tag
 from tasks.registry.names import ABOUT
 from tasks.registry.signing import verify_model
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 
-def evidence(client: MlflowClient, version: ModelVersion, *, with_files: bool) -> Evidence:
+def evidence(client: MlflowClient, version: ModelVersion, *, with_files: bool) -> VersionRecord:
     """Collect all that is known of a version.
 
     Args:
@@ -36,7 +36,7 @@ def evidence(client: MlflowClient, version: ModelVersion, *, with_files: bool) -
     """
     tags = version.tags
     items, base = (report(client, version, name) for name in (EXAMPLES, BASE_EXAMPLES))
-    return Evidence(
+    return VersionRecord(
         version=str(version.version),
         method=tags.get(tag.METHOD, ""),
         suites=by_suite(items),

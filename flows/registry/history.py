@@ -16,8 +16,8 @@ from tasks.registry import names as tag
 from tasks.registry.alias_log import champions, moves
 from tasks.registry.client import answering, connect
 from tasks.registry.versions import version_at, version_of, versions
-from tasks.reports.items import difference
-from tasks.reports.statistics import Difference
+from tasks.reports.items import compare_items
+from tasks.reports.statistics import PairedDifference
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -87,7 +87,7 @@ def compare(workspace: Path, first: str, second: str) -> dict[str, Any]:
     for suite in sorted(one.suites.keys() | two.suites.keys()):
         old, new = one.suites.get(suite, {}), two.suites.get(suite, {})
         for metric in ("score", "loss"):
-            found = difference(new, old, metric, params.promote.resampling)
+            found = compare_items(new, old, metric, params.promote.resampling)
             if metric == "score" or not math.isnan(found.gain):
                 suites.setdefault(suite, {})[metric] = _numbers(found)
     named = {"first": one, "second": two}
@@ -95,7 +95,7 @@ def compare(workspace: Path, first: str, second: str) -> dict[str, Any]:
     return {"model": model, **told, "suites": suites}
 
 
-def _numbers(found: Difference) -> dict[str, Any]:
+def _numbers(found: PairedDifference) -> dict[str, Any]:
     told = {"items": found.items, "first": found.old, "second": found.new, "gain": found.gain, "low": found.low}
     told |= {"high": found.high, "noise": found.noise, "counted": found.counted}
     return {name: None if math.isnan(value) else value for name, value in told.items()}

@@ -26,7 +26,7 @@ PACKAGES = (
 _GIB = 2**30
 
 
-class Finding(NamedTuple):
+class Diagnosis(NamedTuple):
     """One line of the examination; `good` is None for a mere fact."""
 
     subject: str
@@ -34,22 +34,22 @@ class Finding(NamedTuple):
     good: bool | None = None
 
 
-def examine(workspace: Path) -> list[Finding]:
+def diagnose(workspace: Path) -> list[Diagnosis]:
     """Check everything that a run needs."""
     return [*_software(), *_machine(workspace), *_servers(workspace)]
 
 
-def _software() -> list[Finding]:
-    findings = [Finding("python", platform.python_version(), True)]
+def _software() -> list[Diagnosis]:
+    findings = [Diagnosis("python", platform.python_version(), True)]
     for package in PACKAGES:
         try:
-            findings.append(Finding(package, version(package), True))
+            findings.append(Diagnosis(package, version(package), True))
         except PackageNotFoundError:
-            findings.append(Finding(package, "is not installed; run `make install`", False))
+            findings.append(Diagnosis(package, "is not installed; run `make install`", False))
     return findings
 
 
-def _machine(workspace: Path) -> list[Finding]:
+def _machine(workspace: Path) -> list[Diagnosis]:
     import psutil
     import torch
 
@@ -58,35 +58,35 @@ def _machine(workspace: Path) -> list[Finding]:
     fast, where = has_fast_bf16(), device()
     free, memory = shutil.disk_usage(workspace).free / _GIB, psutil.virtual_memory()
     return [
-        Finding(
+        Diagnosis(
             "device", torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {os.cpu_count()} cores"
         ),
-        Finding("AMX", "yes" if fast else "no"),
-        Finding("bf16", f"fast ({FAST_BF16 if fast else ''})" if fast or where.type == "cuda" else "slow here"),
-        Finding("computes in", str(compute_dtype()).removeprefix("torch.")),
-        Finding(
+        Diagnosis("AMX", "yes" if fast else "no"),
+        Diagnosis("bf16", f"fast ({FAST_BF16 if fast else ''})" if fast or where.type == "cuda" else "slow here"),
+        Diagnosis("computes in", str(compute_dtype()).removeprefix("torch.")),
+        Diagnosis(
             "memory",
             f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free",
             memory.available > 2 * _GIB,
         ),
-        Finding("disk", f"{free:.1f} GiB free at {workspace}", free > 2),
+        Diagnosis("disk", f"{free:.1f} GiB free at {workspace}", free > 2),
     ]
 
 
-def _servers(workspace: Path) -> list[Finding]:
+def _servers(workspace: Path) -> list[Diagnosis]:
     findings = []
     try:
         connect(workspace)
-        findings.append(Finding("MLflow", f"answers: {tracking_uri(workspace)}", True))
+        findings.append(Diagnosis("MLflow", f"answers: {tracking_uri(workspace)}", True))
     except TemperError as error:
-        findings.append(Finding("MLflow", str(error).replace("\n", " "), False))
+        findings.append(Diagnosis("MLflow", str(error).replace("\n", " "), False))
     api = os.environ.get("PREFECT_API_URL")
     if not api:
-        return [*findings, Finding("Prefect", "a temporary server for each run (PREFECT_API_URL is not set)")]
+        return [*findings, Diagnosis("Prefect", "a temporary server for each run (PREFECT_API_URL is not set)")]
     import httpx
 
     try:
         answers = httpx.get(f"{api}/health", timeout=5).is_success
     except httpx.HTTPError:
         answers = False
-    return [*findings, Finding("Prefect", f"{'answers' if answers else 'does not answer'}: {api}", answers)]
+    return [*findings, Diagnosis("Prefect", f"{'answers' if answers else 'does not answer'}: {api}", answers)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.core import pipeline
-from tasks.core.artifacts import write_whole
+from tasks.core.artifacts import atomic_write
 from tasks.core.errors import BadParams, did_you_mean
 from tasks.core.params_file import read_yaml
 from tasks.orchestration.params import check
@@ -43,7 +43,7 @@ def change_params(workspace: Path, recipe: Path | None, settings: Sequence[str])
         return ""
     if old:
         shutil.copyfile(path, path.with_name("params.yaml.before"))
-    write_whole(path, new)
+    atomic_write(path, new)
     return "".join(
         difflib.unified_diff(old.splitlines(True), new.splitlines(True), "params.yaml before", "params.yaml")
     )

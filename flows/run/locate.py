@@ -29,7 +29,7 @@ def ready(given: Path | None, *, terminal: bool = True) -> Path:
     from flows.run import prefect_server
 
     root = enter(given)
-    prefect_server.prepare(root, terminal=terminal)
+    prefect_server.prepare_servers(root, terminal=terminal)
     return root
 
 

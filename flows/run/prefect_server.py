@@ -1,6 +1,6 @@
 """The servers a run talks to: Prefect's own or a temporary one, and MLflow's UI. All bind to this machine alone.
 
-`prepare` must be called before Prefect is imported: it reads its settings from the environment once.
+`prepare_servers` must be called before Prefect is imported: it reads its settings from the environment once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.core.artifacts import as_json, write_whole
+from tasks.core.artifacts import as_json, atomic_write
 from tasks.core.errors import TemperError
 from tasks.core.stage import quiet_libraries
 from tasks.registry.client import tracking_uri
@@ -30,7 +30,7 @@ MLFLOW_PORT, PREFECT_PORT = 5000, 4200
 _WAIT_S, _WATCH_S = 0.5, 2.0
 
 
-def prepare(workspace: Path, *, terminal: bool) -> None:
+def prepare_servers(workspace: Path, *, terminal: bool) -> None:
     """Set the environment for Prefect and the libraries below; what the user has set stays.
 
     Args:
@@ -203,7 +203,7 @@ def _note(workspace: Path, pid: int, *, temporary: bool, api: str = "") -> None:
     import psutil
 
     about = {"pid": pid, "created": psutil.Process(pid).create_time(), "temporary": temporary, "api": api}
-    write_whole(_note_file(workspace), as_json(about))
+    atomic_write(_note_file(workspace), as_json(about))
 
 
 def _noted(workspace: Path) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
-from tasks.orchestration.dvc_session import Session
+from tasks.orchestration.dvc_session import PipelineRun
 from tasks.orchestration.run_journal import Event
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Board:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-        self.session: Session | None = None
+        self.session: PipelineRun | None = None
         self._progress = Progress(
             TextColumn("{task.description:<18}"),
             BarColumn(),

@@ -20,7 +20,7 @@ from typing import Any
 
 from flows.run.lock import state_folder
 from tasks.core import pipeline
-from tasks.core.artifacts import as_json, digest, is_abandoned, write_whole
+from tasks.core.artifacts import as_json, atomic_write, digest, is_abandoned
 from tasks.engine.checkpoints import checkpoint_folder
 
 
@@ -39,7 +39,7 @@ def keep_lock_copy(workspace: Path) -> None:
     """Keep a copy of dvc.lock, which DVC rewrites in place, in case it is cut in the middle."""
     text = pipeline.read_lock(workspace)
     if _is_whole(text):
-        write_whole(state_folder(workspace) / "dvc.lock.good", text)
+        atomic_write(state_folder(workspace) / "dvc.lock.good", text)
 
 
 def _mend_rwlock(workspace: Path) -> Iterator[str]:
@@ -57,7 +57,7 @@ def _mend_lock(workspace: Path) -> Iterator[str]:
     if not lock.is_file() or _is_whole(pipeline.read_lock(workspace)):
         return
     if good.is_file() and _is_whole(good.read_text()):
-        write_whole(lock, good.read_bytes())
+        atomic_write(lock, good.read_bytes())
         yield "put back the last good copy of dvc.lock, which was cut in the middle"
     else:
         lock.unlink()
@@ -110,7 +110,7 @@ def _check_cache(workspace: Path) -> Iterator[str]:
             yield f"mended a damaged object of DVC's cache from the output that it was made of: {name}"
         checked[name] = _mark(path)
     if checked != seen:
-        write_whole(seen_file, as_json(checked))
+        atomic_write(seen_file, as_json(checked))
 
 
 def _mark(path: Path) -> list[int]:
@@ -124,7 +124,7 @@ def _mend_object(workspace: Path, path: Path, name: str) -> bool:
     path.unlink()
     for output, md5 in pipeline.recorded_files(workspace):
         if md5 == name and output.is_file() and digest(output, "md5") == name:
-            write_whole(path, output.read_bytes())
+            atomic_write(path, output.read_bytes())
             path.chmod(0o444)
             return True
     return False

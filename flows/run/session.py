@@ -20,7 +20,7 @@ from flows.run.repair import keep_lock_copy, put_in_order
 from flows.run.status import read_results, table
 from tasks.core import pipeline
 from tasks.core.signals import still_on_stop
-from tasks.orchestration.dvc_session import Session, opened
+from tasks.orchestration.dvc_session import PipelineRun, opened
 from tasks.orchestration.params import Params, load
 from tasks.orchestration.prefect_tasks import TRAINING
 from tasks.registry.client import connect
@@ -28,7 +28,7 @@ from tasks.registry.versions import find_version
 
 
 @contextmanager
-def begin(workspace: Path) -> Iterator[Session]:
+def begin(workspace: Path) -> Iterator[PipelineRun]:
     """Open a session: its stages run while the workspace is held and in order.
 
     Raises:

@@ -19,7 +19,7 @@ from tasks.adapters.files import (
     apart,
     base_of,
     check_base,
-    read_config,
+    read_adapter_config,
     read_weights,
     write_base,
 )
@@ -36,7 +36,7 @@ from tasks.adapters.params import (
     QloraAdapter,
 )
 from tasks.adapters.peft_configs import config_of
-from tasks.core.artifacts import as_json, write_whole
+from tasks.core.artifacts import as_json, atomic_write
 from tasks.core.errors import BadModel
 from tasks.models.loader import Model, load_model
 from tasks.tokenization.architecture import architecture_of
@@ -47,12 +47,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def mergeable(adapter: AnyAdapter) -> bool:
+def is_mergeable(adapter: AnyAdapter) -> bool:
     """Return whether an adapter can be added to the weights; others are kept beside them."""
     return isinstance(adapter, FullAdapter | LowRank | AdaloraAdapter | Ia3Adapter)
 
 
-def fresh(base: Path, adapter: AnyAdapter, steps: int = 1) -> Model:
+def init_adapter(base: Path, adapter: AnyAdapter, steps: int = 1) -> Model:
     """Load the base model with a new, trainable adapter on it, or with trainable weights.
 
     Args:
@@ -63,7 +63,7 @@ def fresh(base: Path, adapter: AnyAdapter, steps: int = 1) -> Model:
     Raises:
         BadModel: the adapter does not fit the model.
     """
-    model = trainable(_base_for(base, adapter), adapter, steps)
+    model = make_trainable(_base_for(base, adapter), adapter, steps)
     if isinstance(adapter, PromptTuningAdapter) and adapter.start == "text":
         from tasks.adapters.prompt_tuning import start_from_text
         from tasks.tokenization.chat_template import load_tokenizer
@@ -72,7 +72,7 @@ def fresh(base: Path, adapter: AnyAdapter, steps: int = 1) -> Model:
     return model
 
 
-def trainable(model: PreTrainedModel, adapter: AnyAdapter, steps: int = 1) -> Model:
+def make_trainable(model: PreTrainedModel, adapter: AnyAdapter, steps: int = 1) -> Model:
     """Put a new, trainable adapter on a frozen model, or make weights of it trainable.
 
     Raises:
@@ -136,11 +136,11 @@ def attach(model: PreTrainedModel, folder: Path, *, any_base: bool = False) -> P
         BadModel: the adapter is damaged, unknown, of another base, does not fit this model, or would change nothing.
     """
     if not any_base:
-        check_base(folder, folder_base(model))
-    return put_on(model, read_adapter(folder))
+        check_base(folder, base_identity(model))
+    return add_adapter(model, read_adapter(folder))
 
 
-def put_on(model: PreTrainedModel | PeftModel, adapter: Adapter, name: str = "default") -> PeftModel:
+def add_adapter(model: PreTrainedModel | PeftModel, adapter: Adapter, name: str = "default") -> PeftModel:
     """Put an adapter on a model under a name; a model that has adapters gets one more.
 
     Raises:
@@ -160,7 +160,7 @@ def put_on(model: PreTrainedModel | PeftModel, adapter: Adapter, name: str = "de
     return adapted.requires_grad_(False).eval()
 
 
-def folder_base(model: PreTrainedModel) -> Base:
+def base_identity(model: PreTrainedModel) -> Base:
     """Identify a model's base by the folder that it was loaded from."""
     return base_of(Path(model.name_or_path)) if model.name_or_path else UNKNOWN
 
@@ -178,7 +178,7 @@ def load_packaged(folder: Path, base: Path | None = None) -> Model:
     return attach(model, folder / FOLDER, any_base=True) if (folder / FOLDER).is_dir() else model
 
 
-def publish(model: Model, folder: Path) -> None:
+def save_adapter(model: Model, folder: Path) -> None:
     """Write what was trained in its published form."""
     from peft import PeftModel
     from safetensors.torch import save_file
@@ -188,11 +188,11 @@ def publish(model: Model, folder: Path) -> None:
         return
     save_file(apart(published_state(model)), folder / WEIGHTS, metadata={"format": "pt"})
     config: dict[str, Any] = model.peft_config["default"].to_dict()
-    base = folder_base(model.get_base_model())
+    base = base_identity(model.get_base_model())
     of = {"base_model_name_or_path": base.name, "revision": base.revision}
     # PEFT holds target modules as a set, whose order differs from process to process
     ordered = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    write_whole(folder / CONFIG, as_json(ordered | of))
+    atomic_write(folder / CONFIG, as_json(ordered | of))
     write_base(folder, base)
 
 
@@ -321,7 +321,7 @@ def read_adapter(folder: Path) -> Adapter:
     import tasks.adapters.bottleneck
     import tasks.adapters.reft.tuner  # noqa: F401  # both make their methods known to PEFT
 
-    kind = str(read_config(folder).get("peft_type"))
+    kind = str(read_adapter_config(folder).get("peft_type"))
     if kind not in {name.value for name in PEFT_TYPE_TO_CONFIG_MAPPING}:
         raise BadModel("is of an unknown kind", where=str(folder / CONFIG), got=kind, expected="a method of PEFT")
     try:

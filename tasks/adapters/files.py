@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from tasks.core.artifacts import MANIFEST, as_json, digest, read_object, write_whole
+from tasks.core.artifacts import MANIFEST, as_json, atomic_write, digest, read_object
 from tasks.core.errors import BadModel
 from tasks.core.params import COMMIT, HUB_NAME
 
@@ -92,7 +92,7 @@ def _manifest(model: Path) -> _Manifest:
 
 def write_base(folder: Path, base: Base) -> None:
     """Write into an adapter's folder which base it is of."""
-    write_whole(folder / BASE, as_json(base._asdict()))
+    atomic_write(folder / BASE, as_json(base._asdict()))
 
 
 def said_base(folder: Path) -> Base:
@@ -108,7 +108,7 @@ def said_base(folder: Path) -> Base:
                 "does not say which base it is of", where=str(folder / BASE), expected=", ".join(UNKNOWN._fields)
             )
         return Base(**said)
-    config = read_config(folder)
+    config = read_adapter_config(folder)
     name, revision = (str(config.get(key)) for key in ("base_model_name_or_path", "revision"))
     return Base(  # a name may as well be a path of its maker's disk, and a revision a branch
         name if re.fullmatch(HUB_NAME, name) else None, revision if re.fullmatch(COMMIT, revision) else None, None
@@ -143,7 +143,7 @@ def check_base(folder: Path, base: Base) -> None:
         )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_adapter_config(folder: Path) -> dict[str, Any]:
     """Read the configuration of a published adapter, after checking that it is safe to follow.
 
     Raises:

@@ -16,14 +16,14 @@ from tasks.adapters.params import LoraAdapter
 from tasks.adapters.peft_configs import config_of
 from tasks.base.corpus import Document, own_token_ids, pack_blocks, read_corpus, text_bytes
 from tasks.base.params import AllWeights, ContinueBase, Growth, HubBase
-from tasks.base.perplexity import Perplexity, perplexity
+from tasks.base.perplexity import PerplexityFigures, perplexity
 from tasks.base.pretraining import TOKENIZER_DOCUMENTS, card, course_rows, steps_of, train_on_blocks, write_log
 from tasks.base.vocabulary_extension import add_merges, add_tokens, grow_rows
 from tasks.core.errors import BadModel
 from tasks.core.parquet import read_records
 from tasks.core.progress import Progress
 from tasks.core.records import TextExample
-from tasks.models.device import settle
+from tasks.models.device import seed_everything
 from tasks.models.loader import load_model
 from tasks.tokenization.architecture import ENCODER_DECODER, architecture_in, positions_of
 from tasks.tokenization.chat_template import load_tokenizer
@@ -78,7 +78,7 @@ def continue_model(params: ContinueBase, folder: Path, checkpoints: Path) -> dic
             fix="name a decoder in base.of, or tune this model to pairs in `train`",
         )
     corpus = read_corpus(params)
-    settle(params.seed)
+    seed_everything(params.seed)
     learnt = [corpus.learnt[i] for i in torch.randperm(len(corpus.learnt)).tolist()]
     chats = not only_texts(Path(params.path))
     tokenizer = tokenizer_for(folder, chats=chats)
@@ -88,11 +88,11 @@ def continue_model(params: ContinueBase, folder: Path, checkpoints: Path) -> dic
     new = grow(folder, params.growth, learnt)
     tokenizer = tokenizer_for(folder, chats=chats)
     blocks = pack_blocks(own_token_ids(tokenizer, learnt), params.context_tokens)
-    settle(params.seed)
-    model = trainable(folder, params, sorted(new))
+    seed_everything(params.seed)
+    model = make_model_trainable(folder, params, sorted(new))
     with Progress("continue", steps_of(params), "steps") as progress:
         log = train_on_blocks(model, adamw(model, params.weight_decay), blocks, params, checkpoints, progress)
-    parameters = publish(model, folder, params, sorted(new))
+    parameters = save_model(model, folder, params, sorted(new))
     after = _measure(load_model(folder), tokenizer, corpus.held_out, params)
     figures = {
         name: found._asdict() for name, found in (("held_out_before", before), ("held_out", after)) if found is not None
@@ -142,7 +142,7 @@ def rewrite(model: PreTrainedModel, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def trainable(folder: Path, params: ContinueBase, new: Sequence[int]) -> Model:
+def make_model_trainable(folder: Path, params: ContinueBase, new: Sequence[int]) -> Model:
     """Load a folder's model with what is trained in float32: all weights, or LoRA and the rows of new tokens."""
     if isinstance(params.adapter, AllWeights):
         return load_model(folder, full_precision=True).requires_grad_(True)
@@ -206,7 +206,7 @@ def adamw(model: Model, weight_decay: float) -> list[Optimizer]:
     return [torch.optim.AdamW(groups, betas=(0.9, 0.95))]
 
 
-def publish(model: Model, folder: Path, params: ContinueBase, new: Sequence[int]) -> int:
+def save_model(model: Model, folder: Path, params: ContinueBase, new: Sequence[int]) -> int:
     """Write what was trained into the model's folder; LoRA is merged in float32.
 
     Returns:
@@ -241,7 +241,7 @@ def _check_context(model: PreTrainedModel, params: ContinueBase) -> None:
 
 def _measure(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], params: ContinueBase
-) -> Perplexity | None:
+) -> PerplexityFigures | None:
     return perplexity(
         model,
         list(own_token_ids(tokenizer, documents)),

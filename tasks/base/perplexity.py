@@ -16,7 +16,7 @@ _LARGEST_LOSS = 700.0
 """In nats; the perplexity of a larger one is no float."""
 
 
-class Perplexity(NamedTuple):
+class PerplexityFigures(NamedTuple):
     """Perplexity of a model on some texts.
 
     Attributes:
@@ -42,7 +42,7 @@ class Perplexity(NamedTuple):
 
 def perplexity(
     model: Model, rows: Sequence[Sequence[int]], text_bytes: int, *, context_tokens: int, batch_tokens: int
-) -> Perplexity | None:
+) -> PerplexityFigures | None:
     """Score every token but the first of each row, given what stands before it.
 
     A row that is longer than the context is read in windows that overlap by one token, so that each token is predicted
@@ -83,7 +83,7 @@ def perplexity(
     loss = nats / tokens
     if not loss <= _LARGEST_LOSS:
         raise Diverged("the loss on the held-out rows is not a number that means anything", got=f"{loss} nats a token")
-    return Perplexity(len(rows), tokens, loss, math.exp(loss), nats / math.log(2) / max(1, text_bytes))
+    return PerplexityFigures(len(rows), tokens, loss, math.exp(loss), nats / math.log(2) / max(1, text_bytes))
 
 
 def _windows(row: Sequence[int], context_tokens: int) -> Iterator[Sequence[int]]:

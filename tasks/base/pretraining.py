@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.base.corpus import AT_ONCE, Document, pack_blocks, read_corpus, text_bytes
 from tasks.base.params import PretrainBase, Pretraining
-from tasks.base.perplexity import Perplexity, perplexity
+from tasks.base.perplexity import PerplexityFigures, perplexity
 from tasks.core.progress import Progress
 from tasks.core.records import TextExample
-from tasks.engine.loop import Course, run, schedule
-from tasks.models.device import compute_dtype, device, settle
+from tasks.engine.loop import TrainingPlan, schedule, train_loop
+from tasks.models.device import compute_dtype, device, seed_everything
 
 if TYPE_CHECKING:
     import numpy as np
@@ -155,7 +155,7 @@ def train_on_blocks(
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         return [(F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten()), {})]
 
-    course = Course(
+    course = TrainingPlan(
         steps=steps,
         learning_rate=lambda step: schedule(
             step, steps, peak=params.learning_rate, warmup_steps=params.warmup_steps, shape="cosine"
@@ -166,7 +166,7 @@ def train_on_blocks(
         checkpoint_every_steps=params.checkpoint_every_steps,
     )
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return run(course, trainable, optimizers, checkpoints, progress)
+    return train_loop(course, trainable, optimizers, checkpoints, progress)
 
 
 def steps_of(params: Pretraining) -> int:
@@ -183,7 +183,7 @@ def make_model(params: PretrainBase, out: Path, checkpoints: Path) -> dict[str, 
     import torch
 
     corpus = read_corpus(params)
-    settle(params.seed)
+    seed_everything(params.seed)
     learnt = [corpus.learnt[i] for i in torch.randperm(len(corpus.learnt)).tolist()]
     tokenizer = train_tokenizer((document(record) for record in learnt[:TOKENIZER_DOCUMENTS]), params.vocabulary)
     blocks = pack_blocks(token_ids(tokenizer, learnt), params.context_tokens)
@@ -235,7 +235,7 @@ def model_card(
     log: Sequence[Mapping[str, Any]],
     parameters: int,
     corpus_tokens: int,
-    held_out: Perplexity | None,
+    held_out: PerplexityFigures | None,
 ) -> str:
     """Describe a pretrained model in Markdown: its shape, its data, and how well it predicts that and other text."""
     heads = f"{params.heads} heads ({params.kv_heads} for keys and values)"

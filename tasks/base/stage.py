@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.base.continued_pretraining import continue_model, only_texts, rewrite, tokenizer_for
 from tasks.base.params import AnyBase, CheckpointBase, ContinueBase, HubBase, PinnedBase, PretrainBase, Pretraining
-from tasks.base.perplexity import Perplexity
+from tasks.base.perplexity import PerplexityFigures
 from tasks.base.pretraining import PAD, make_model
 from tasks.base.torch_checkpoint import import_checkpoint
 from tasks.base.vocabulary_extension import grow_rows
-from tasks.core.artifacts import check_manifest, digests, whole_folder
+from tasks.core.artifacts import atomic_folder, check_manifest, digests
 from tasks.core.errors import BadModel
 from tasks.core.hub import snapshot
 from tasks.core.stage import run_stage
@@ -134,7 +134,7 @@ def check_pin(folder: Path, params: PinnedBase) -> None:
         )
 
 
-def check(folder: Path, where: str, *, chats: bool) -> PreTrainedModel:
+def check_loads(folder: Path, where: str, *, chats: bool) -> PreTrainedModel:
     """Load a finished folder's model, after checking that it fits its tokenizer and, for chats, can be tuned to them.
 
     Raises:
@@ -163,10 +163,10 @@ def main() -> None:
     with run_stage(__doc__, "out", may_fetch=True) as stage:
         params = stage.section("base", AnyBase)
         about: dict[str, Any] = {"base": params.model_dump()}
-        with whole_folder(stage.path("out"), about) as folder:
+        with atomic_folder(stage.path("out"), about) as folder:
             about |= put(params, folder, checkpoint_folder(stage.workspace, stage.key))
             chats = not isinstance(params, Pretraining) or not only_texts(Path(params.path))
-            model = check(folder, params.path, chats=chats)
+            model = check_loads(folder, params.path, chats=chats)
         if "held_out" in about:
-            print(f"base: held-out rows: {Perplexity(**about['held_out'])}")
+            print(f"base: held-out rows: {PerplexityFigures(**about['held_out'])}")
         print(f"base: {model.num_parameters():,} parameters from {params.kind} {params.path}", flush=True)

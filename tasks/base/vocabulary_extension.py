@@ -30,7 +30,7 @@ _OTHER_FORMS = ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.jso
 """What says again what tokenizer.json says, and would no longer be true."""
 
 
-class Merge(NamedTuple):
+class BpeMerge(NamedTuple):
     """Two tokens that become one, by their ids."""
 
     left: int
@@ -107,7 +107,7 @@ def add_merges(folder: Path, texts: Iterable[str], count: int) -> dict[int, list
 
 def learn_merges(
     words: Mapping[tuple[int, ...], int], vocabulary: Mapping[str, int], first_new: int, count: int
-) -> list[Merge]:
+) -> list[BpeMerge]:
     """Find the pairs that BPE merges next: the most frequent each time, of equals that with lower ids.
 
     Args:
@@ -121,7 +121,7 @@ def learn_merges(
     """
     names, known = {number: token for token, number in vocabulary.items()}, set(vocabulary)
     pairs = _Pairs(words)
-    merges: list[Merge] = []
+    merges: list[BpeMerge] = []
     while len(merges) < count:
         pair = pairs.most_frequent()
         if pair is None:
@@ -148,14 +148,14 @@ class _Pairs:
 
     def __init__(self, words: Mapping[tuple[int, ...], int]) -> None:
         self._words, self._times = [list(word) for word in words], list(words.values())
-        self._counts: Counter[Merge] = Counter()
-        self._where: defaultdict[Merge, set[int]] = defaultdict(set)
+        self._counts: Counter[BpeMerge] = Counter()
+        self._where: defaultdict[BpeMerge, set[int]] = defaultdict(set)
         for number in range(len(self._words)):
             self._count(number, 1)
         self._heap = [(-times, pair) for pair, times in self._counts.items()]
         heapify(self._heap)
 
-    def most_frequent(self) -> Merge | None:
+    def most_frequent(self) -> BpeMerge | None:
         """Take out the pair that occurs most, at least twice; correct counts that have changed since."""
         while self._heap:
             times, pair = heappop(self._heap)
@@ -166,7 +166,7 @@ class _Pairs:
                 heappush(self._heap, (-now, pair))
         return None
 
-    def merge(self, pair: Merge, new: int) -> None:
+    def merge(self, pair: BpeMerge, new: int) -> None:
         """Replace the pair by the new token everywhere."""
         for number in list(self._where[pair]):
             self._count(number, -1)
@@ -175,8 +175,8 @@ class _Pairs:
                 if new in made:
                     heappush(self._heap, (-self._counts[made], made))
 
-    def _count(self, number: int, sign: int) -> list[Merge]:
-        found = [Merge(*two) for two in zip(self._words[number], self._words[number][1:], strict=False)]
+    def _count(self, number: int, sign: int) -> list[BpeMerge]:
+        found = [BpeMerge(*two) for two in zip(self._words[number], self._words[number][1:], strict=False)]
         for pair in found:
             self._counts[pair] += sign * self._times[number]
             if sign > 0:
@@ -186,7 +186,7 @@ class _Pairs:
         return found
 
 
-def _merged(word: Sequence[int], pair: Merge, new: int) -> list[int]:
+def _merged(word: Sequence[int], pair: BpeMerge, new: int) -> list[int]:
     out: list[int] = []
     place = 0
     while place < len(word):

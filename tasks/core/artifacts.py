@@ -23,7 +23,7 @@ _BLOCK_BYTES = 1 << 20
 
 
 @contextmanager
-def whole_folder(
+def atomic_folder(
     path: Path, about: dict[str, Any] | None = None, known: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `path` when the block ends without an error.
@@ -35,7 +35,7 @@ def whole_folder(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft-{os.getpid()}")
-    remove_drafts(path)
+    remove_staging(path)
     draft.mkdir()
     try:
         yield draft
@@ -51,18 +51,18 @@ def whole_folder(
         raise
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def atomic_write(path: Path, content: str | bytes) -> None:
     """Write one file so that a reader sees the old content or the new, never a part."""
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """Yield a file to write that takes the place of `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft-{os.getpid()}")
-    remove_drafts(path)
+    remove_staging(path)
     try:
         with draft.open("wb") as file:
             yield file
@@ -75,7 +75,7 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def remove_drafts(path: Path) -> None:
+def remove_staging(path: Path) -> None:
     """Remove what an earlier process left behind when it was killed while it wrote `path`."""
     for draft in path.parent.glob(f".{path.name}.draft-*"):
         if is_abandoned(draft):
@@ -175,7 +175,7 @@ def _write_manifest(folder: Path, about: dict[str, Any], known: Mapping[str, str
         files[name] = {"sha256": sha256, "bytes": (folder / name).stat().st_size}
     for inner in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
         _sync(inner)
-    write_whole(folder / MANIFEST, as_json({**about, "files": files}))
+    atomic_write(folder / MANIFEST, as_json({**about, "files": files}))
 
 
 def _difference(name: str, expected: Mapping[str, str], found: Mapping[str, str]) -> str:

@@ -71,23 +71,23 @@ def out_of_memory(error: BaseException, *, where: str, fix: str) -> OutOfMemory:
     asked, on_gpu = asked_bytes(error), isinstance(error, torch.OutOfMemoryError) and torch.cuda.is_available()
     held = torch.cuda.memory_allocated() if on_gpu else psutil.Process().memory_info().rss
     free = torch.cuda.mem_get_info()[0] if on_gpu else free_bytes()
-    more = f"{shown(asked)} more" if asked is not None else "more"
+    more = f"{readable_bytes(asked)} more" if asked is not None else "more"
     return OutOfMemory(
         "memory ran out" + (" on the GPU" if on_gpu else ""),
         where=where,
-        got=f"{shown(free)} free",
-        expected=f"{more} than the {shown(held)} that were held",
+        got=f"{readable_bytes(free)} free",
+        expected=f"{more} than the {readable_bytes(held)} that were held",
         fix=fix,
     )
 
 
-def shown(size: int) -> str:
+def readable_bytes(size: int) -> str:
     """Format bytes for people and programs."""
     return f"{size / GIB:.2f} GiB ({size} bytes)"
 
 
 @contextmanager
-def explained(*, where: str, fix: str) -> Iterator[None]:
+def explain_out_of_memory(*, where: str, fix: str) -> Iterator[None]:
     """Turn an out-of-memory failure within this block into one clear error.
 
     Raises:

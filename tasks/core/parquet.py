@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.core.artifacts import write_whole
+from tasks.core.artifacts import atomic_write
 from tasks.core.records import KINDS, Message, Record
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def write_table(path: Path, table: pa.Table) -> None:
 
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, compression="zstd")
-    write_whole(path, buffer.getvalue().to_pybytes())
+    atomic_write(path, buffer.getvalue().to_pybytes())
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from tasks.adapters.files import apart
-from tasks.core.artifacts import as_json, read_manifest, whole_folder
+from tasks.core.artifacts import as_json, atomic_folder, read_manifest
 from tasks.core.errors import BadData, BadInput
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Stepper(Protocol):
 
 
 class Checkpoint(NamedTuple):
-    """The state after `step` steps. `log` has one row per step, `tensors` is what `pack` made."""
+    """The state after `step` steps. `log` has one row per step, `tensors` is what `pack_tensors` made."""
 
     step: int
     tensors: dict[str, Tensor]
@@ -79,7 +79,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint whole, then remove all but the newest two."""
     from safetensors.torch import save_file
 
-    with whole_folder(folder / f"step-{checkpoint.step:08d}") as draft:
+    with atomic_folder(folder / f"step-{checkpoint.step:08d}") as draft:
         save_file(apart(checkpoint.tensors), draft / "state.safetensors")
         (draft / "state.json").write_text(
             as_json({"step": checkpoint.step, "training": folder.name, "log": checkpoint.log})
@@ -119,7 +119,7 @@ def _of_another(path: Path | str, got: str, expected: str) -> BadData:
     )
 
 
-def pack(
+def pack_tensors(
     parameters: Mapping[str, Tensor], optimizers: Sequence[Stepper], best: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Parameters, the best ones so far, optimizer states and the random state, as one flat mapping of tensors."""
@@ -140,10 +140,10 @@ def pack(
     return tensors | random_state()
 
 
-def unpack(
+def unpack_tensors(
     tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], optimizers: Sequence[Stepper], where: str = ""
 ) -> dict[str, Tensor]:
-    """Restore what `pack` took; return the best parameters so far, if there were any.
+    """Restore what `pack_tensors` took; return the best parameters so far, if there were any.
 
     Raises:
         BadData: the parameters are not those of the same configuration.

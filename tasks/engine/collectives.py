@@ -70,7 +70,7 @@ def group() -> Iterator[None]:
     distributed.destroy_process_group()  # after an error the others may wait for an answer that never comes
 
 
-def dealt(items: Sequence[T], size: int, to: World) -> list[tuple[Sequence[T], bool]]:
+def shard(items: Sequence[T], size: int, to: World) -> list[tuple[Sequence[T], bool]]:
     """Split items into the parts that a process works on, each with whether it counts.
 
     All processes get as many parts, and in the same place parts of as many items, so that they go through a model with
@@ -92,7 +92,7 @@ def dealt(items: Sequence[T], size: int, to: World) -> list[tuple[Sequence[T], b
 
 
 @contextmanager
-def own_draws() -> Iterator[None]:
+def rank_rng() -> Iterator[None]:
     """Let each process draw its own random numbers within this block; after it, all draw the same again."""
     if world() == ALONE:
         yield
@@ -105,7 +105,7 @@ def own_draws() -> Iterator[None]:
         yield
 
 
-def add_up(tensor: Tensor) -> Tensor:
+def all_reduce(tensor: Tensor) -> Tensor:
     """Sum a tensor over all processes, in place.
 
     Raises:
@@ -127,20 +127,20 @@ def add_up(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def summed(numbers: Mapping[str, float]) -> dict[str, float]:
+def sum_over_ranks(numbers: Mapping[str, float]) -> dict[str, float]:
     """Sum numbers over all processes, which give the same names."""
     if world() == ALONE:
         return dict(numbers)
     import torch
 
     sums = torch.tensor(list(numbers.values()), dtype=torch.float64, device=_device())
-    add_up(sums)
+    all_reduce(sums)
     return dict(zip(numbers, sums.tolist(), strict=True))
 
 
-def anywhere(found: bool) -> bool:
+def any_rank(found: bool) -> bool:
     """Return whether something is true in any process; the same answer in all."""
-    return summed({"": found})[""] > 0
+    return sum_over_ranks({"": found})[""] > 0
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
@@ -154,12 +154,12 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
 
     ordered = list(parameters)
     known = torch.tensor([float(p.grad is not None) for p in ordered], device=_device())
-    add_up(known)
+    all_reduce(known)
     used = [parameter for parameter, times in zip(ordered, known.tolist(), strict=True) if times]
     for bucket in _buckets(used):
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
         flat = torch.cat([gradient.float().flatten() for gradient in gradients])
-        add_up(flat)
+        all_reduce(flat)
         for parameter, gradient, total in zip(bucket, gradients, flat.split([p.numel() for p in bucket]), strict=True):
             parameter.grad = gradient.copy_(total.view_as(gradient))
 
@@ -170,8 +170,8 @@ def check_agreed(what: str, found: int, *, fix: str) -> None:
     Raises:
         BadInput: they did.
     """
-    of_first = summed({"": found if is_first() else 0})[""]
-    if anywhere(found != of_first):
+    of_first = sum_over_ranks({"": found if is_first() else 0})[""]
+    if any_rank(found != of_first):
         raise BadInput(
             f"the processes do not agree on {what}",
             where=f"process {world().rank} of {world().size}",
@@ -181,9 +181,9 @@ def check_agreed(what: str, found: int, *, fix: str) -> None:
         )
 
 
-def wait() -> None:
+def barrier() -> None:
     """Wait until all processes are here."""
-    anywhere(False)
+    any_rank(False)
 
 
 def _buckets(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:

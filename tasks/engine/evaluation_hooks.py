@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.reports.training_log import Log, best_step, looks_since_best
+from tasks.reports.training_log import Log, best_step, evals_since_best
 
 
 @dataclass(frozen=True)
-class Look:
+class EvalHook:
     """Something that is computed every so many steps, and after the last, from the weights that would be published.
 
     Attributes:
@@ -29,7 +29,7 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Watch:
+class EvalHooks:
     """Measurements in the course of a training, and the rules for the held-out loss.
 
     Attributes:
@@ -38,7 +38,7 @@ class Watch:
         keep_best: whether the weights with the lowest held-out loss are kept, instead of the last.
     """
 
-    looks: Sequence[Look] = ()
+    looks: Sequence[EvalHook] = ()
     patience: int | None = None
     keep_best: bool = False
 
@@ -48,7 +48,7 @@ class Watch:
 
     def is_over(self, log: Log) -> bool:
         """Return whether the rule for early stopping ends the training."""
-        return self.patience is not None and looks_since_best(log) >= self.patience
+        return self.patience is not None and evals_since_best(log) >= self.patience
 
     def kept_step(self, log: Log) -> int:
         """Return the step, from 1, whose weights are kept."""

@@ -27,29 +27,29 @@ from tasks.engine.checkpoints import (
     Stepper,
     check_writable,
     latest,
-    pack,
+    pack_tensors,
     random_state,
     save,
     set_random_state,
-    unpack,
+    unpack_tensors,
 )
-from tasks.engine.collectives import anywhere, check_agreed, own_draws, sum_gradients, summed, wait
-from tasks.engine.evaluation_hooks import Watch
-from tasks.engine.memory import RowsAtOnce
+from tasks.engine.collectives import any_rank, barrier, check_agreed, rank_rng, sum_gradients, sum_over_ranks
+from tasks.engine.evaluation_hooks import EvalHooks
+from tasks.engine.memory import AdaptiveMicroBatch
 from tasks.reports.training_log import HELD_OUT_LOSS, best_step
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-NOTHING = Watch()
+NOTHING = EvalHooks()
 """Nothing is looked at, and every step is taken."""
-AS_THEY_ARE = RowsAtOnce(1, fit=False)
+AS_THEY_ARE = AdaptiveMicroBatch(1, fit=False)
 """A step takes its rows as it does; when memory runs out, that is the end."""
 
 
 @dataclass(frozen=True)
-class Course:
+class TrainingPlan:
     """Course of a training; every field is a fixed function of the step, counted from 0.
 
     Attributes:
@@ -80,15 +80,15 @@ class Averaging(Protocol):
         """Set the parameters to those that are published."""
 
 
-def run(
-    course: Course,
+def train_loop(
+    course: TrainingPlan,
     parameters: Mapping[str, Tensor],
     optimizers: Sequence[Stepper],
     checkpoints: Path,
     progress: Progress,
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
-    watch: Watch = NOTHING,
-    rows: RowsAtOnce = AS_THEY_ARE,
+    watch: EvalHooks = NOTHING,
+    rows: AdaptiveMicroBatch = AS_THEY_ARE,
 ) -> list[dict[str, Any]]:
     """Train `parameters` in place, going on from the newest whole checkpoint, and leave there what is to be kept.
 
@@ -128,12 +128,12 @@ def run(
             on_row(row)
             progress.step(f"loss {row['loss']:.3f}")
             over = len(log) == course.steps or watch.is_over(log)
-            stop = anywhere(stopping.is_set())
+            stop = any_rank(stopping.is_set())
             if len(log) % course.checkpoint_every_steps == 0 or over or stop:
                 _check_finite(parameters, len(log))
                 if is_first():
-                    save(checkpoints, Checkpoint(len(log), pack(parameters, optimizers, best), log))
-                wait()  # else the end of one process would end the first while it writes
+                    save(checkpoints, Checkpoint(len(log), pack_tensors(parameters, optimizers, best), log))
+                barrier()  # else the end of one process would end the first while it writes
             if stop and not over:
                 raise Interrupted(
                     "the training was stopped",
@@ -145,7 +145,7 @@ def run(
 
 
 def _resume(
-    course: Course,
+    course: TrainingPlan,
     parameters: Mapping[str, Tensor],
     optimizers: Sequence[Stepper],
     checkpoints: Path,
@@ -156,7 +156,7 @@ def _resume(
     found = latest(checkpoints)
     check_agreed("the newest checkpoint", found.step if found else 0, fix=f"let all machines see {checkpoints}")
     if found:
-        best = unpack(found.tensors, parameters, optimizers, str(checkpoints))
+        best = unpack_tensors(found.tensors, parameters, optimizers, str(checkpoints))
         log = found.log
         print(f"{progress.label}: going on from the checkpoint after step {found.step} of {course.steps}", flush=True)
         progress.go_on_from(found.step)
@@ -167,7 +167,11 @@ def _resume(
 
 
 def _step(
-    course: Course, step: int, parameters: Mapping[str, Tensor], optimizers: Sequence[Stepper], rows: RowsAtOnce
+    course: TrainingPlan,
+    step: int,
+    parameters: Mapping[str, Tensor],
+    optimizers: Sequence[Stepper],
+    rows: AdaptiveMicroBatch,
 ) -> dict[str, Any]:
     """Take one step and return its row of the log."""
     import torch
@@ -178,7 +182,7 @@ def _step(
         set_random_state(random)  # a step that is taken again draws what it drew
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        with own_draws():
+        with rank_rng():
             return _differentiate(course.losses(step))
 
     for optimizer in optimizers:
@@ -186,7 +190,7 @@ def _step(
             group["lr"] = rate
     own_loss, own_extra = rows.fitted(differentiate)
     sum_gradients(parameters.values())
-    sums = summed({"loss": own_loss, **own_extra})
+    sums = sum_over_ranks({"loss": own_loss, **own_extra})
     loss, extra = sums.pop("loss"), sums
     norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), course.max_grad_norm).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):

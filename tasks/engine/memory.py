@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.core.artifacts import write_whole
+from tasks.core.artifacts import atomic_write
 from tasks.core.errors import BadModel, OutOfMemory
-from tasks.core.memory import T, free_bytes, kills_for_memory, ran_out, shown
+from tasks.core.memory import T, free_bytes, kills_for_memory, ran_out, readable_bytes
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -22,16 +22,16 @@ _OF_MALLOC = {"trim_threshold": -1, "mmap_threshold": -3, "mmap_max": -4}
 """What malloc can be told, as malloc.h numbers it."""
 
 
-def keep_freed_memory() -> None:
+def keep_freed_blocks() -> None:
     """Let glibc keep what a step frees for the next one, instead of giving it back and having it zeroed again.
 
     Tensors above 32 MiB are otherwise mapped anew every time: long rows took a sixth of their time for that
     (bench/LOG.md). What a process holds at most stays the same. Elsewhere than on glibc it does nothing.
     """
-    tell_malloc(mmap_max=0, trim_threshold=-1)  # never
+    set_malloc_option(mmap_max=0, trim_threshold=-1)  # never
 
 
-def tell_malloc(**settings: int) -> None:
+def set_malloc_option(**settings: int) -> None:
     """Set the options of glibc's malloc by the names of `mallopt` without their M_; elsewhere do nothing."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -56,7 +56,7 @@ def recompute_activations(model: PreTrainedModel | PeftModel) -> None:
     model.disable_input_require_grads()  # what only the reentrant form needs
 
 
-class RowsAtOnce:
+class AdaptiveMicroBatch:
     """Row count of a forward pass: halved when memory runs out, where params allow it.
 
     Args:
@@ -103,11 +103,11 @@ class RowsAtOnce:
         """Record the row count for the next attempt; `kills` is None once this one has ended by itself."""
         if self._file:
             attempt = {"micro_batch_rows": self.rows, "recomputing": self._recomputing, "kills_for_memory": kills}
-            write_whole(self._file, json.dumps(attempt) + "\n")
+            atomic_write(self._file, json.dumps(attempt) + "\n")
 
 
 @contextmanager
-def rows_at_once(rows: int, *, fit: bool, checkpoints: Path) -> Iterator[RowsAtOnce]:
+def adaptive_micro_batch(rows: int, *, fit: bool, checkpoints: Path) -> Iterator[AdaptiveMicroBatch]:
     """Yield the row count of a forward pass of one attempt, which learns from the attempts before it.
 
     If the last one ended without a record, and the kernel has ended a process for its memory since, it was that one.
@@ -116,20 +116,20 @@ def rows_at_once(rows: int, *, fit: bool, checkpoints: Path) -> Iterator[RowsAtO
         OutOfMemory: it was, and it took one row at once already.
     """
     if not fit:
-        yield RowsAtOnce(rows, fit=False)
+        yield AdaptiveMicroBatch(rows, fit=False)
         return
     file = checkpoints / "attempt.json"
     last: dict[str, Any] = {"micro_batch_rows": rows, "recomputing": None, "kills_for_memory": None}
     if file.is_file():
         last = json.loads(file.read_text())
-    now = RowsAtOnce(min(rows, last["micro_batch_rows"]), fit=True, file=file, recomputing=last["recomputing"])
+    now = AdaptiveMicroBatch(min(rows, last["micro_batch_rows"]), fit=True, file=file, recomputing=last["recomputing"])
     killed = last["kills_for_memory"] is not None and kills_for_memory() > last["kills_for_memory"]
     if killed and not now.halve("the kernel ended the last attempt for it"):
         now.note(None)
         raise OutOfMemory(
             "the kernel ended the last attempt for its memory, with one row in a forward pass",
             where=str(checkpoints),
-            got=f"{shown(free_bytes())} free",
+            got=f"{readable_bytes(free_bytes())} free",
             fix="free some memory, or take a machine with more; `temper estimate` says what would fit",
         )
     now.note(kills_for_memory())

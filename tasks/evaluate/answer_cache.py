@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tasks.core.artifacts import as_json, write_whole
+from tasks.core.artifacts import as_json, atomic_write
 from tasks.core.errors import BadData
 from tasks.core.layout import CLONE
 from tasks.core.pipeline import code_folders
@@ -26,7 +26,7 @@ BATCHES = 8
 """A part of the work is so many batches."""
 
 
-def key_of(value: Any) -> str:
+def cache_key(value: Any) -> str:
     """Compute the SHA-256 of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(value, ensure_ascii=True, sort_keys=True).encode()).hexdigest()
 
@@ -45,7 +45,7 @@ def code_digest() -> str:
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
-class Journal:
+class AnswerCache:
     """The kept answers of one model under one set of settings.
 
     Args:
@@ -57,17 +57,17 @@ class Journal:
     """
 
     def __init__(self, root: Path | None, identity: Mapping[str, str]) -> None:
-        self.identity, self.key = dict(identity), key_of(dict(identity))
+        self.identity, self.key = dict(identity), cache_key(dict(identity))
         self.folder = root / self.key if root else None
         if self.folder is None:
             return
         file = self.folder / IDENTITY
         if not file.is_file():
-            write_whole(file, as_json(self.identity))
+            atomic_write(file, as_json(self.identity))
         found = json.loads(file.read_text())
         if found != self.identity:
             raise BadData(
-                f"results belong to digest {key_of(found)[:12]}",
+                f"results belong to digest {cache_key(found)[:12]}",
                 where=str(self.folder),
                 examples=[f"{name}: {found.get(name)}, here {self.identity[name]}" for name in sorted(self.identity)
                           if found.get(name) != self.identity[name]],
@@ -87,14 +87,14 @@ class Journal:
         """
         if self.folder is None:
             return work()
-        key = key_of(asked)
+        key = cache_key(asked)
         file = self.folder / f"{key}.json"
         if file.is_file():
             kept: T = self._kept(file, key)
             return kept
         result = work()
-        about = {"identity": self.key, "asked": key, "sha256": key_of(result), "result": result}
-        write_whole(file, json.dumps(about, ensure_ascii=False, allow_nan=False))
+        about = {"identity": self.key, "asked": key, "sha256": cache_key(result), "result": result}
+        atomic_write(file, json.dumps(about, ensure_ascii=False, allow_nan=False))
         return result
 
     def _kept(self, file: Path, key: str) -> Any:
@@ -111,7 +111,7 @@ class Journal:
                 expected=f"digest {self.key[:12]}",
                 fix="remove the file",
             )
-        if key_of(result) != said[2]:
+        if cache_key(result) != said[2]:
             raise BadData("results were altered after they were kept", where=str(file), fix="remove the file")
         return result
 

@@ -25,7 +25,7 @@ _ARTICLE = re.compile(r"\b(a|an|the)\b")
 # --- cut out ----------------------------------------------------------------------------------------------------------
 
 
-def extracted(text: str, how: Extract) -> str | None:
+def extract_answer(text: str, how: Extract) -> str | None:
     """Extract the answer from a text; None where there is none."""
     if isinstance(how, Pattern):
         found = list(re.finditer(how.regex, text))
@@ -55,7 +55,7 @@ def number_in(text: str) -> Decimal | None:
     return value if value.is_finite() else None
 
 
-def normalised(text: str) -> str:
+def normalize_answer(text: str) -> str:
     """Normalise a text as SQuAD compares answers (arXiv:1606.05250): no case, punctuation, articles, needless space."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     bare = "".join(" " if c in string.punctuation or unicodedata.category(c).startswith("P") else c for c in folded)
@@ -65,7 +65,7 @@ def normalised(text: str) -> str:
 # --- compare ----------------------------------------------------------------------------------------------------------
 
 
-def score(prediction: str | None, references: Sequence[str], match: str) -> float:
+def score_answer(prediction: str | None, references: Sequence[str], match: str) -> float:
     """Score how well an answer agrees with the best of several references, 0 to 1; 0 where there is no answer."""
     if prediction is None:
         return 0.0
@@ -77,7 +77,7 @@ def _exact(prediction: str, reference: str) -> float:
 
 
 def _normalised(prediction: str, reference: str) -> float:
-    return float(normalised(prediction) == normalised(reference))
+    return float(normalize_answer(prediction) == normalize_answer(reference))
 
 
 def _numeric(prediction: str, reference: str) -> float:

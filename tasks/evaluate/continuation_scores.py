@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from tasks.inference.prefix_tree import Row
+from tasks.inference.prefix_tree import PrefixRow
 from tasks.inference.rows import Likelihood, Scored
 from tasks.models.loader import Model
 
@@ -23,15 +23,19 @@ TOKENS = 4096
 """What a forward pass computes, in tokens (bench/LOG.md); more for a row that is longer."""
 
 
-class Ending(NamedTuple):
+class Continuation(NamedTuple):
     """Token ids, at least one each, of what is given and of what is scored."""
 
     context: Sequence[int]
     tokens: Sequence[int]
 
 
-def score_endings(
-    model: Model, endings: Sequence[Ending], *, tokens: int = TOKENS, done: Callable[[int], None] = lambda count: None
+def score_continuations(
+    model: Model,
+    endings: Sequence[Continuation],
+    *,
+    tokens: int = TOKENS,
+    done: Callable[[int], None] = lambda count: None,
 ) -> list[Likelihood]:
     """Score the likelihood of each ending, in their order.
 
@@ -46,13 +50,13 @@ def score_endings(
     from tasks.adapters.prompt_tuning import virtual_tokens
     from tasks.adapters.reft.prompt_positions import prompts_of
     from tasks.inference.lm_head import base_of
-    from tasks.inference.prefix_sharing import joinable
+    from tasks.inference.prefix_sharing import can_pack
     from tasks.inference.prefix_tree import batches
 
-    rows = [Row([*ending.context, *ending.tokens[:-1]], len(ending.context)) for ending in endings]
+    rows = [PrefixRow([*ending.context, *ending.tokens[:-1]], len(ending.context)) for ending in endings]
     whole = prompts_of(model) is not None
     longest = max((len(row.ids) for row in rows), default=0)
-    if joinable(base_of(model), longest) and not virtual_tokens(model):
+    if can_pack(base_of(model), longest) and not virtual_tokens(model):
         passes, hidden_of = list(batches(rows, tokens, whole=whole)), _joined
     else:
         passes, hidden_of = _by_length(rows, tokens, whole=whole), _padded
@@ -90,7 +94,7 @@ def _score(
 # --- rows in one sequence ---------------------------------------------------------------------------------------------
 
 
-def _joined(model: Model, rows: Sequence[Row], whole: bool) -> tuple[Tensor, list[list[int]]]:
+def _joined(model: Model, rows: Sequence[PrefixRow], whole: bool) -> tuple[Tensor, list[list[int]]]:
     """Hidden states, (places, hidden), and for each row at which places it stands."""
     from contextlib import nullcontext
 
@@ -98,28 +102,28 @@ def _joined(model: Model, rows: Sequence[Row], whole: bool) -> tuple[Tensor, lis
 
     from tasks.adapters.reft.prompt_positions import prompts_of
     from tasks.inference.lm_head import base_of
-    from tasks.inference.prefix_sharing import joined_hidden
-    from tasks.inference.prefix_tree import plant
+    from tasks.inference.prefix_sharing import packed_hidden
+    from tasks.inference.prefix_tree import build_batch
 
-    forest = plant(rows, model.device, whole=whole)
+    forest = build_batch(rows, model.device, whole=whole)
     prompts = prompts_of(model)
     where = {places[0]: row.prompt for row, places in zip(rows, forest.places, strict=True)}
     shapes = (
         torch.tensor(numbers, device=model.device) for numbers in ([0] * len(where), list(where), [*where.values()])
     )
     with prompts.at(*shapes) if prompts else nullcontext():
-        return joined_hidden(base_of(model), forest), forest.places
+        return packed_hidden(base_of(model), forest), forest.places
 
 
 # --- rows of their own ------------------------------------------------------------------------------------------------
 
 
-def _by_length(rows: Sequence[Row], tokens: int, *, whole: bool) -> list[list[int]]:
+def _by_length(rows: Sequence[PrefixRow], tokens: int, *, whole: bool) -> list[list[int]]:
     """Group the rows' numbers into batches of at most `tokens` tokens, padding included; the longest first."""
-    from tasks.inference.prefix_tree import leaves
+    from tasks.inference.prefix_tree import unique_rows
 
     under: dict[int, list[int]] = {}
-    for number, leaf in enumerate(leaves(rows, whole=whole)):
+    for number, leaf in enumerate(unique_rows(rows, whole=whole)):
         under.setdefault(leaf, []).append(number)
     found, longest, count = list[list[int]](), 0, 0
     for leaf in sorted(under, key=lambda n: (-len(rows[n].ids), n)):
@@ -130,7 +134,7 @@ def _by_length(rows: Sequence[Row], tokens: int, *, whole: bool) -> list[list[in
     return found
 
 
-def _padded(model: Model, rows: Sequence[Row], whole: bool) -> tuple[Tensor, list[list[int]]]:
+def _padded(model: Model, rows: Sequence[PrefixRow], whole: bool) -> tuple[Tensor, list[list[int]]]:
     """Compute what `_joined` does, of rows padded on the right, after a soft prompt."""
     from contextlib import nullcontext
 
@@ -139,9 +143,9 @@ def _padded(model: Model, rows: Sequence[Row], whole: bool) -> tuple[Tensor, lis
     from tasks.adapters.prompt_tuning import with_virtual_tokens
     from tasks.adapters.reft.prompt_positions import prompts_of
     from tasks.inference.encoder_decoder import padded
-    from tasks.inference.prefix_tree import leaves
+    from tasks.inference.prefix_tree import unique_rows
 
-    leaf_of = leaves(rows, whole=whole)
+    leaf_of = unique_rows(rows, whole=whole)
     alone = sorted(set(leaf_of))
     filled = padded([rows[n].ids for n in alone], 0, model.device)
     given = {"input_ids": filled.ids, "attention_mask": filled.attended, "use_cache": False}

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from tasks.core.errors import BadData, BadParams, Diverged
 from tasks.evaluate.answer_cache import BATCHES
-from tasks.evaluate.model_under_test import Examinee
+from tasks.evaluate.model_under_test import ModelUnderTest
 from tasks.evaluate.questions import check_digest
 from tasks.evaluate.suite_params import GeneralText
 from tasks.inference.logprobs import score_tokens
@@ -29,7 +29,7 @@ class TextLoss(NamedTuple):
     tokens: int
 
 
-def general_loss(examinee: Examinee, text: GeneralText) -> TextLoss:
+def general_loss(examinee: ModelUnderTest, text: GeneralText) -> TextLoss:
     """Compute the loss of a model on the beginning of a general text.
 
     Raises:
@@ -51,7 +51,7 @@ def general_loss(examinee: Examinee, text: GeneralText) -> TextLoss:
     return TextLoss(loss, tokens)
 
 
-def _windows(examinee: Examinee, text: GeneralText) -> list[list[int]]:
+def _windows(examinee: ModelUnderTest, text: GeneralText) -> list[list[int]]:
     path = Path(text.path)
     check_digest(path, text.sha256)
     ids: list[int] = []
@@ -68,7 +68,7 @@ def _windows(examinee: Examinee, text: GeneralText) -> list[list[int]]:
     return [ids[start : start + size] for start in range(0, len(ids) - 1, size - 1)]
 
 
-def _logp(examinee: Examinee, windows: list[list[int]], batch_rows: int) -> float:
+def _logp(examinee: ModelUnderTest, windows: list[list[int]], batch_rows: int) -> float:
     import torch
 
     total = 0.0

@@ -12,16 +12,12 @@ from tasks.core.errors import BadData, BadModel
 from tasks.core.progress import Progress
 from tasks.evaluate.answer_cache import BATCHES
 from tasks.evaluate.lm_eval_backend import language_model
-from tasks.evaluate.model_under_test import Examinee
+from tasks.evaluate.model_under_test import ModelUnderTest
 from tasks.evaluate.params import Evaluate
 from tasks.inference.encoder_decoder import check_room, generate_targets
-from tasks.inference.rendered_rows import last_turn, read_questions, row_of, score
+from tasks.inference.rendered_rows import last_turn, read_questions, row_of, score_rows
 from tasks.models.loader import Model
-from tasks.reports.items import (
-    HELD_OUT,
-    Item,
-    digest_of,
-)
+from tasks.reports.items import HELD_OUT, Item, prompt_digest
 from tasks.tokenization.architecture import positions_of
 from tasks.tokenization.chat_template import template_digest
 from tasks.tokenization.tokenizer import decode
@@ -53,7 +49,7 @@ def answer_rows(
         )
     targets = [decode(tokenizer, row["ids"][len(prompt) :]) for row, prompt in zip(rows, prompts, strict=True)]
     texts = [str(tokenizer.decode(ids)) for ids in prompts]
-    answers = generate(model, tokenizer, dict(zip(texts, prompts, strict=True)), texts, params)
+    answers = generate_answers(model, tokenizer, dict(zip(texts, prompts, strict=True)), texts, params)
     logps = token_logps(model, rows, params.batch_rows)
     return [
         _item(row, text, target, answer, logp, sum(row["mask"][1:]))
@@ -86,10 +82,10 @@ def answer_pairs(
 
 def _item(row: Mapping[str, Any], prompt: str, target: str, answer: str, logp: float, tokens: int) -> Item:
     score = float(answer == target)
-    return Item(HELD_OUT, row["family"], row["id"], prompt, digest_of(prompt), target, answer, score, logp, tokens)
+    return Item(HELD_OUT, row["family"], row["id"], prompt, prompt_digest(prompt), target, answer, score, logp, tokens)
 
 
-def generate(
+def generate_answers(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
     tokens: Mapping[str, Sequence[int]],
@@ -146,12 +142,12 @@ def token_logps(model: Model, rows: Sequence[Mapping[str, Any]], batch_rows: int
     with torch.no_grad(), Progress("score", len(rows), "rows") as progress:
         for start in range(0, len(rows), batch_rows):
             batch = [row_of(row) for row in rows[start : start + batch_rows]]
-            logps += score(model, batch).row_sums().tolist()
+            logps += score_rows(model, batch).row_sums().tolist()
             progress.step(by=len(batch))
     return logps
 
 
-def held_out_items(examinee: Examinee, rendered: Path) -> list[Item]:
+def held_out_items(examinee: ModelUnderTest, rendered: Path) -> list[Item]:
     """Answer and score the held-out rows; answers that the journal has are not computed again.
 
     Raises:

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 from tasks.core.errors import BadData, BadParams, did_you_mean
 from tasks.core.hub import snapshot
 from tasks.evaluate.jinja_sandbox import environment
-from tasks.evaluate.model_under_test import Examinee
+from tasks.evaluate.model_under_test import ModelUnderTest
 from tasks.evaluate.requests import Request, reply_figures
 from tasks.evaluate.suite_params import HubData, MirrorData
-from tasks.reports.items import Item, Summary, digest_of
+from tasks.reports.items import Item, Summary, prompt_digest
 
 Find = Callable[..., Any]
 
@@ -38,7 +38,7 @@ class HarnessRun(NamedTuple):
     """Whether the tasks are lm-eval's own."""
 
 
-def run(wanted: HarnessRun, examinee: Examinee, find: Find) -> tuple[list[Item], dict[tuple[str, str], Summary]]:
+def run(wanted: HarnessRun, examinee: ModelUnderTest, find: Find) -> tuple[list[Item], dict[tuple[str, str], Summary]]:
     """Evaluate tasks of lm-eval; return their items, and how they are summed up.
 
     Args:
@@ -147,7 +147,7 @@ def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
-def _asking(examinee: Examinee, label: str) -> Any:
+def _asking(examinee: ModelUnderTest, label: str) -> Any:
     """Wrap the examinee as a language model of lm-eval's."""
     from lm_eval.api.model import LM
 
@@ -231,7 +231,7 @@ def _item(
     target, prediction, logp, tokens = _said(sample, arguments, count)
     prompt = str(arguments[0][0]) if len(arguments[0]) > 1 else ""
     return Item(
-        suite, task, str(sample["doc_id"]), prompt, digest_of(prompt), target, prediction,
+        suite, task, str(sample["doc_id"]), prompt, prompt_digest(prompt), target, prediction,
         sign * float(value), logp, tokens,
     )  # fmt: skip
 

@@ -13,16 +13,10 @@ from tasks.core.errors import BadData
 from tasks.core.layout import METRICS
 from tasks.evaluate.answer_metrics import label_metrics
 from tasks.evaluate.forgetting import TextLoss
-from tasks.evaluate.model_under_test import Effort, Examinee
+from tasks.evaluate.model_under_test import Effort, ModelUnderTest
 from tasks.evaluate.params import Evaluate
 from tasks.models.device import device
-from tasks.reports.items import (
-    HELD_OUT,
-    Item,
-    Summary,
-    mean_loss,
-    suite_metrics,
-)
+from tasks.reports.items import HELD_OUT, Item, Summary, mean_loss, suite_metrics
 from tasks.reports.statistics import bootstrap
 
 
@@ -90,7 +84,7 @@ def _paired(answers: Sequence[Item], base: Sequence[Item]) -> list[Item]:
     return [known[item.id, *item.same] for item in answers]
 
 
-def written_by(examinee: Examinee, answers: Sequence[Item]) -> tuple[list[str], list[int]]:
+def written_by(examinee: ModelUnderTest, answers: Sequence[Item]) -> tuple[list[str], list[int]]:
     """Return the texts of answers, and how many tokens each has."""
     texts = [item.prediction for item in answers]
     return texts, [len(ids) for ids in examinee.tokenizer(texts, add_special_tokens=False)["input_ids"]]

@@ -18,11 +18,11 @@ from tasks.core.artifacts import digest
 from tasks.core.errors import BadModel
 from tasks.core.progress import Progress
 from tasks.core.records import Message
-from tasks.evaluate.answer_cache import BATCHES, Journal, code_digest, key_of, parts
+from tasks.evaluate.answer_cache import BATCHES, AnswerCache, cache_key, code_digest, parts
 from tasks.evaluate.lm_eval_backend import language_model
 from tasks.evaluate.params import Evaluate
 from tasks.evaluate.requests import Request, continuation_tokens
-from tasks.models.device import compute_dtype, device, settle
+from tasks.models.device import compute_dtype, device, seed_everything
 from tasks.models.loader import MODEL_FILES, Model, load_model, model_files
 from tasks.tokenization.architecture import ENCODER_DECODER, architecture_in, positions_of
 from tasks.tokenization.chat_template import load_tokenizer, render_prompt, template_digest
@@ -44,7 +44,7 @@ class Effort(NamedTuple):
     tokens: int
 
 
-class Examinee:
+class ModelUnderTest:
     """One model with what it is asked with.
 
     Args:
@@ -80,7 +80,7 @@ class Examinee:
         self.architecture = architecture_in(folder)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder) if chats else read_tokenizer(folder)
         self.tokens: dict[str, list[int]] = {}
-        self.journal = Journal(journals, self._identity(files))
+        self.journal = AnswerCache(journals, self._identity(files))
         self.effort = Effort(0.0, 0)
 
     def _check(self, adapter: Path, any_base: bool) -> None:
@@ -100,15 +100,15 @@ class Examinee:
         }
         prose = ("README", "LICENSE")
         return {
-            "weights": key_of(
+            "weights": cache_key(
                 sorted(
                     [file.name, digest(file)] for file in dict.fromkeys(files) if not file.name.startswith(prose)
                 )
             ),
-            "adapter": key_of([{n: digest(each / n) for n in (CONFIG, WEIGHTS) if (each / n).is_file()}
+            "adapter": cache_key([{n: digest(each / n) for n in (CONFIG, WEIGHTS) if (each / n).is_file()}
                                for each in adapters]),
             "template": template_digest(self.tokenizer),
-            "settings": key_of(settings),
+            "settings": cache_key(settings),
             "code": code_digest(),
         }  # fmt: skip
 
@@ -119,7 +119,7 @@ class Examinee:
         Raises:
             BadModel: it or its adapter cannot be used.
         """
-        settle(self.params.seed)
+        seed_everything(self.params.seed)
         if self.adapter is None:
             return load_packaged(self.folder, self._base)
         quantization = self._quantized_for.base_quantization if self._quantized_for else None

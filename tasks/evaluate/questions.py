@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from tasks.core.artifacts import digest, digests
 from tasks.core.errors import BadData, did_you_mean
-from tasks.evaluate.answer_matching import extracted
+from tasks.evaluate.answer_matching import extract_answer
 from tasks.evaluate.suite_params import Choice, Generate, RowsPart
 from tasks.readers.files import is_prose, read_rows_of
 from tasks.readers.text_files import Row
@@ -245,7 +245,7 @@ def _answers(question: Question, part: RowsPart, counted: Counter[str]) -> Quest
     given = [_text(each) for each in (answer if isinstance(answer, list) else [answer])]
     if isinstance(part.metric, Generate):
         target = part.metric.target
-        cut = [extracted(each, target) for each in given if each.strip()]
+        cut = [extract_answer(each, target) for each in given if each.strip()]
         given = [each for each in cut if each]
         if part.metric.match == "numeric":
             counted["thousands_commas"] += any(re.search(r"\d,\d", each) for each in given)

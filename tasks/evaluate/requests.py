@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks.core.records import Message
-from tasks.evaluate.answer_matching import corpus_figures, extracted, score
+from tasks.evaluate.answer_matching import corpus_figures, extract_answer, score_answer
 from tasks.evaluate.answer_metrics import answer_statistics
 from tasks.evaluate.jinja_sandbox import rendered
 from tasks.evaluate.questions import Question, Task
-from tasks.evaluate.suite_params import Choice, Generate, Likelihood, Perplexity, Preference, RowsPart
-from tasks.reports.items import Item, Summary, digest_of
+from tasks.evaluate.suite_params import Choice, Generate, LikelihoodMetric, PerplexityMetric, Preference, RowsPart
+from tasks.reports.items import Item, Summary, prompt_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,7 +35,7 @@ class Request(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-class Asked(NamedTuple):
+class PreparedQuestion(NamedTuple):
     """A question with its prompt, and the requests that it takes."""
 
     question: Question
@@ -43,7 +43,7 @@ class Asked(NamedTuple):
     requests: list[Request]
 
 
-class Replied(NamedTuple):
+class ScoredReply(NamedTuple):
     """Outcome of a model's replies to one question; `figures` besides the score."""
 
     prediction: str
@@ -69,7 +69,7 @@ class Prompting(NamedTuple):
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
-def ask(task: Task, part: RowsPart, how: Prompting) -> list[Asked]:
+def build_requests(task: Task, part: RowsPart, how: Prompting) -> list[PreparedQuestion]:
     """Build the requests of all questions of a task."""
     solved = [(_prompt(part, shot, task.name), _solution(part, shot)) for shot in task.shots]
     return [_asked(part, question, solved, task.name, how) for question in task.questions]
@@ -100,33 +100,44 @@ def _joined(part: RowsPart, solved: Sequence[tuple[str, str]], prompt: str, how:
     return "".join(f"{asked}{part.delimiter}{answer}{BETWEEN_SHOTS}" for asked, answer in solved) + prompt
 
 
-def _asked(part: RowsPart, question: Question, solved: Sequence[tuple[str, str]], task: str, how: Prompting) -> Asked:
+def _asked(
+    part: RowsPart, question: Question, solved: Sequence[tuple[str, str]], task: str, how: Prompting
+) -> PreparedQuestion:
     metric, fields = part.metric, question.fields
-    if isinstance(metric, Perplexity):
-        return Asked(question, "", [Request("loglikelihood_rolling", (str(fields["text"]),))])
+    if isinstance(metric, PerplexityMetric):
+        return PreparedQuestion(question, "", [Request("loglikelihood_rolling", (str(fields["text"]),))])
     delimiter = "" if how.chat else part.delimiter
     if isinstance(metric, Choice) and metric.endings == "contexts":
         prompts = [_joined(part, solved, f"{_prompt(part, question, task)}{each}", how) for each in fields["choices"]]
         ending = f"{delimiter}{fields['target']}"
-        return Asked(question, prompts[question.right[0]], [Request("loglikelihood", (p, ending)) for p in prompts])
+        return PreparedQuestion(
+            question, prompts[question.right[0]], [Request("loglikelihood", (p, ending)) for p in prompts]
+        )
     prompt = _joined(part, solved, _prompt(part, question, task), how)
     if isinstance(metric, Generate):
         options = {"until": metric.stop, "max_gen_toks": part.max_new_tokens}
-        return Asked(question, prompt, [Request("generate_until", (prompt, options))])
+        return PreparedQuestion(question, prompt, [Request("generate_until", (prompt, options))])
     if isinstance(metric, Choice):
         endings = _endings(metric, question)
     elif isinstance(metric, Preference):
         endings = [str(fields["chosen"]), str(fields["rejected"])]
     else:
         endings = [question.answers[0]]
-    return Asked(question, prompt, [Request("loglikelihood", (prompt, f"{delimiter}{each}")) for each in endings])
+    return PreparedQuestion(
+        question, prompt, [Request("loglikelihood", (prompt, f"{delimiter}{each}")) for each in endings]
+    )
 
 
 # --- replies ----------------------------------------------------------------------------------------------------------
 
 
 def items_of(
-    suite: str, task: Task, part: RowsPart, asked: Sequence[Asked], replies: Sequence[Sequence[Any]], how: Prompting
+    suite: str,
+    task: Task,
+    part: RowsPart,
+    asked: Sequence[PreparedQuestion],
+    replies: Sequence[Sequence[Any]],
+    how: Prompting,
 ) -> tuple[list[Item], Summary]:
     """Build the items of a task, and their summary.
 
@@ -141,7 +152,7 @@ def items_of(
     found = [_reply(each, said, part, how) for each, said in zip(asked, replies, strict=True)]
     items = [
         Item(
-            suite, task.name, one.question.id, one.prompt, digest_of(one.prompt), got.target, got.prediction,
+            suite, task.name, one.question.id, one.prompt, prompt_digest(one.prompt), got.target, got.prediction,
             got.score, got.logp, got.tokens,
         )
         for one, got in zip(asked, found, strict=True)
@@ -149,7 +160,7 @@ def items_of(
     figures = {name: sum(got.figures[name] for got in found) / len(found) for name in found[0].figures}
     if scored := sum(got.tokens for got in found):
         figures["loss"] = -sum(got.logp for got in found if got.tokens) / scored
-    if isinstance(part.metric, Perplexity):
+    if isinstance(part.metric, PerplexityMetric):
         text_bytes = sum(len(got.target.encode()) for got in found)
         figures["bits_per_byte"] = figures["loss"] * scored / math.log(2) / text_bytes
     if isinstance(part.metric, Generate):
@@ -175,32 +186,32 @@ def metric_name(part: RowsPart) -> str:
         )
     if isinstance(metric, Choice):
         return "accuracy" if metric.normalise == "none" else f"accuracy_per_{metric.normalise[:-1]}"
-    if isinstance(metric, Likelihood):
+    if isinstance(metric, LikelihoodMetric):
         return "greedy" if metric.score == "greedy" else "logp_per_token"
     return "preference_accuracy" if isinstance(metric, Preference) else "logp_per_token"
 
 
-def _reply(asked: Asked, said: Sequence[Any], part: RowsPart, how: Prompting) -> Replied:
+def _reply(asked: PreparedQuestion, said: Sequence[Any], part: RowsPart, how: Prompting) -> ScoredReply:
     metric = part.metric
     if isinstance(metric, Generate):
         return _written(asked.question, said[0], metric)
-    if isinstance(metric, Perplexity):
+    if isinstance(metric, PerplexityMetric):
         (text,) = asked.requests[0].arguments
         tokens = how.tokens_after("", text)
-        return Replied("", text, said[0] / max(1, tokens), said[0], tokens, {})
+        return ScoredReply("", text, said[0] / max(1, tokens), said[0], tokens, {})
     logps = [logp for logp, _ in said]
     tokens_of = [how.tokens_after(*request.arguments) for request in asked.requests]
     if isinstance(metric, Choice):
         return _chosen(asked, logps, tokens_of, metric)
-    if isinstance(metric, Likelihood):
+    if isinstance(metric, LikelihoodMetric):
         greedy, per_token = float(said[0][1]), logps[0] / max(1, tokens_of[0])
         value = greedy if metric.score == "greedy" else per_token
         target = asked.question.answers[0]
-        return Replied(target if greedy else "", target, value, logps[0], tokens_of[0], {"greedy": greedy})
+        return ScoredReply(target if greedy else "", target, value, logps[0], tokens_of[0], {"greedy": greedy})
     return _preferred(asked.question, logps, tokens_of, metric)
 
 
-def _chosen(asked: Asked, logps: Sequence[float], tokens_of: Sequence[int], metric: Choice) -> Replied:
+def _chosen(asked: PreparedQuestion, logps: Sequence[float], tokens_of: Sequence[int], metric: Choice) -> ScoredReply:
     """Multiple choice: of equally likely endings the first, as numpy's and so lm-eval's arg-max has it."""
     question = asked.question
     characters = [len(text) for text in _endings(metric, question)]
@@ -217,22 +228,24 @@ def _chosen(asked: Asked, logps: Sequence[float], tokens_of: Sequence[int], metr
     shown = _endings(metric, question)
     chosen = best[metric.normalise]
     first = right[0]
-    return Replied(shown[chosen], shown[first], float(chosen in right), logps[first], tokens_of[first], figures)
+    return ScoredReply(shown[chosen], shown[first], float(chosen in right), logps[first], tokens_of[first], figures)
 
 
-def _preferred(question: Question, logps: Sequence[float], tokens_of: Sequence[int], metric: Preference) -> Replied:
+def _preferred(question: Question, logps: Sequence[float], tokens_of: Sequence[int], metric: Preference) -> ScoredReply:
     by = tokens_of if metric.normalise == "tokens" else [1, 1]
     chosen, rejected = (logp / max(1, each) for logp, each in zip(logps, by, strict=True))
     texts = [str(question.fields[name]) for name in ("chosen", "rejected")]
     prefers = chosen > rejected
-    return Replied(texts[not prefers], texts[0], float(prefers), logps[0], tokens_of[0], {"margin": chosen - rejected})
+    return ScoredReply(
+        texts[not prefers], texts[0], float(prefers), logps[0], tokens_of[0], {"margin": chosen - rejected}
+    )
 
 
-def _written(question: Question, text: str, metric: Generate) -> Replied:
-    answer = extracted(text, metric.extract)
-    value = score(answer, question.answers, metric.match)
+def _written(question: Question, text: str, metric: Generate) -> ScoredReply:
+    answer = extract_answer(text, metric.extract)
+    value = score_answer(answer, question.answers, metric.match)
     figures = {"answered": float(answer is not None)}
-    return Replied(answer or "", question.answers[0], value, math.nan, 0, figures)
+    return ScoredReply(answer or "", question.answers[0], value, math.nan, 0, figures)
 
 
 def continuation_tokens(tokenizer: PreTrainedTokenizerBase, *, apart: bool) -> Callable[[str, str], int]:

@@ -17,21 +17,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tasks.core.artifacts import as_json, read_manifest, write_whole
+from tasks.core.artifacts import as_json, atomic_write, read_manifest
 from tasks.core.layout import EXAMPLES, JOURNALS, METRICS, STATE, cost_file
 from tasks.core.stage import run_stage
 from tasks.evaluate.answer_metrics import answer_statistics
 from tasks.evaluate.forgetting import general_loss
 from tasks.evaluate.held_out import held_out_items
 from tasks.evaluate.metrics import cost_of, describe_metrics, forgetting, metrics_of, written_by
-from tasks.evaluate.model_under_test import Examinee
+from tasks.evaluate.model_under_test import ModelUnderTest
 from tasks.evaluate.params import Evaluate
-from tasks.evaluate.suites import examine
-from tasks.reports.items import (
-    check_finite,
-    read_items,
-    write_items,
-)
+from tasks.evaluate.suites import run_suites
+from tasks.reports.items import check_scores, read_items, write_items
 from tasks.tokenization.chat_template import template_digest
 
 
@@ -50,13 +46,13 @@ def evaluate_model(
         state: a workspace's own folder, which keeps the journal, and what the evaluation cost; None to keep neither.
 
     Raises:
-        BadInput: as `held_out_items`, `examine` and `general_loss` say; then nothing is written.
+        BadInput: as `held_out_items`, `run_suites` and `general_loss` say; then nothing is written.
     """
     read_manifest(model_folder)
-    examinee = Examinee(model_folder, params, state / JOURNALS if state else None, chats=True)
+    examinee = ModelUnderTest(model_folder, params, state / JOURNALS if state else None, chats=True)
     answers = held_out_items(examinee, rendered)
-    check_finite(answers)
-    asked = examine(examinee, params.suites)
+    check_scores(answers)
+    asked = run_suites(examinee, params.suites)
     metrics = metrics_of(name, [*answers, *asked.items], read_items(base) if base else None, params, asked.summaries)
     metrics["template_sha256"] = template_digest(examinee.tokenizer)
     metrics["answers"] = answer_statistics(*written_by(examinee, answers))
@@ -66,9 +62,9 @@ def evaluate_model(
         metrics["forgetting"] = forgetting(general_loss(examinee, params.general_text), base)
     out.mkdir(parents=True, exist_ok=True)
     write_items(out / EXAMPLES, [*answers, *asked.items])
-    write_whole(out / METRICS, as_json(metrics))
+    atomic_write(out / METRICS, as_json(metrics))
     if state and examinee.effort.seconds:  # else all was known, and what it once cost stays written
-        write_whole(cost_file(state, name), as_json(cost_of(examinee.effort)))
+        atomic_write(cost_file(state, name), as_json(cost_of(examinee.effort)))
     print(f"evaluate {name}: {describe_metrics(metrics)}", flush=True)
 
 

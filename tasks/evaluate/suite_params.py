@@ -55,7 +55,7 @@ class Choice(Section):
     """What an ending's log-probability is divided by before they are compared."""
 
 
-class Likelihood(Section):
+class LikelihoodMetric(Section):
     """Likelihood of the right continuation, the column `answer`."""
 
     name: Literal["loglikelihood"]
@@ -104,13 +104,15 @@ class Preference(Section):
     """Whether log-probabilities are divided by tokens before they are compared."""
 
 
-class Perplexity(Section):
+class PerplexityMetric(Section):
     """Perplexity of the column `text`, in nats per token."""
 
     name: Literal["perplexity"]
 
 
-Metric: TypeAlias = Annotated[Choice | Likelihood | Generate | Preference | Perplexity, Field(discriminator="name")]
+Metric: TypeAlias = Annotated[
+    Choice | LikelihoodMetric | Generate | Preference | PerplexityMetric, Field(discriminator="name")
+]
 
 COLUMNS: dict[str, frozenset[str]] = {
     "choice": frozenset({"choices", "answer"}),

@@ -11,9 +11,9 @@ from pydantic import ValidationError
 from tasks.core.errors import BadData, BadParams
 from tasks.core.params_file import read_yaml
 from tasks.evaluate.lm_eval_tasks import HarnessRun, dataset_finder, run
-from tasks.evaluate.model_under_test import Examinee
+from tasks.evaluate.model_under_test import ModelUnderTest
 from tasks.evaluate.questions import check_digest, read_tasks
-from tasks.evaluate.requests import Asked, Prompting, ask, items_of
+from tasks.evaluate.requests import PreparedQuestion, Prompting, build_requests, items_of
 from tasks.evaluate.suite_params import (
     SHIPPED,
     HarnessPart,
@@ -28,7 +28,7 @@ from tasks.evaluate.suite_params import (
     shipped_name,
 )
 from tasks.evaluate.task_files import plain, read_task_file
-from tasks.reports.items import Item, Summary, check_finite
+from tasks.reports.items import Item, Summary, check_scores
 
 
 class Results(NamedTuple):
@@ -39,7 +39,7 @@ class Results(NamedTuple):
     skipped: dict[str, list[str]]
 
 
-def examine(examinee: Examinee, suites: Mapping[str, Suite]) -> Results:
+def run_suites(examinee: ModelUnderTest, suites: Mapping[str, Suite]) -> Results:
     """Evaluate a model on all questions of some suites.
 
     Raises:
@@ -59,14 +59,14 @@ def examine(examinee: Examinee, suites: Mapping[str, Suite]) -> Results:
         else:
             found = _ready(name, suite, limit, examinee, results.skipped)
         _add(results, found, name)
-    check_finite(results.items)
+    check_scores(results.items)
     return results
 
 
-Found = tuple[list[Item], dict[tuple[str, str], Summary]]
+SuiteResults = tuple[list[Item], dict[tuple[str, str], Summary]]
 
 
-def _add(results: Results, found: Found, suite: str) -> None:
+def _add(results: Results, found: SuiteResults, suite: str) -> None:
     items, summaries = found
     if twice := [task for _, task in summaries.keys() & results.summaries.keys()]:
         raise BadParams("two parts of a suite have a task of the same name", where=suite, got=", ".join(twice))
@@ -77,10 +77,12 @@ def _add(results: Results, found: Found, suite: str) -> None:
 # --- kinds ------------------------------------------------------------------------------------------------------------
 
 
-def _rows(suite: str, part: RowsPart, limit: int | None, examinee: Examinee, chat: bool, root: Path | None) -> Found:
+def _rows(
+    suite: str, part: RowsPart, limit: int | None, examinee: ModelUnderTest, chat: bool, root: Path | None
+) -> SuiteResults:
     how = Prompting(examinee.chat if chat else None, examinee.counter(chat=chat))
     tasks = read_tasks(part, limit, root)
-    asked: list[list[Asked]] = [ask(task, part, how) for task in tasks]
+    asked: list[list[PreparedQuestion]] = [build_requests(task, part, how) for task in tasks]
     requests = [request for task in asked for each in task for request in each.requests]
     replies = iter(examinee.replies(requests, suite))
     items, summaries = list[Item](), dict[tuple[str, str], Summary]()
@@ -93,7 +95,7 @@ def _rows(suite: str, part: RowsPart, limit: int | None, examinee: Examinee, cha
     return items, summaries
 
 
-def _task_file(suite: str, params: TaskFileSuite, limit: int | None, examinee: Examinee) -> Found:
+def _task_file(suite: str, params: TaskFileSuite, limit: int | None, examinee: ModelUnderTest) -> SuiteResults:
     check_digest(Path(params.path), params.sha256)
     task = read_task_file(Path(params.path))
     wanted = HarnessRun(suite, [task], params.metric, params.shots, limit, params.chat_template, ships=False)
@@ -104,14 +106,16 @@ def _no_dataset(path: str, *_: Any, **__: Any) -> Any:
     raise BadData("a task file reads no dataset but its own files", got=path)
 
 
-def _harness(suite: str, part: HarnessPart, limit: int | None, examinee: Examinee, chat: bool, data: Any) -> Found:
+def _harness(
+    suite: str, part: HarnessPart, limit: int | None, examinee: ModelUnderTest, chat: bool, data: Any
+) -> SuiteResults:
     wanted = HarnessRun(suite, part.tasks, part.metric, part.shots, limit, chat, ships=True)
     return run(wanted, examinee, dataset_finder(data))
 
 
 def _ready(
-    suite: str, params: ReadySuite, limit: int | None, examinee: Examinee, skipped: dict[str, list[str]]
-) -> Found:
+    suite: str, params: ReadySuite, limit: int | None, examinee: ModelUnderTest, skipped: dict[str, list[str]]
+) -> SuiteResults:
     how = Asking(limit, params.chat_template, skips=params.missing == "skip")
     found = examine_parts(examinee, suite, shipped(params.name), Path(params.data), how)
     skipped.update(found.skipped)
@@ -126,7 +130,7 @@ class Asking(NamedTuple):
     skips: bool
 
 
-def examine_parts(examinee: Examinee, suite: str, ready: Ready, root: Path, how: Asking) -> Results:
+def examine_parts(examinee: ModelUnderTest, suite: str, ready: Ready, root: Path, how: Asking) -> Results:
     """Evaluate a model on the questions of a ready suite, whose files lie in `root`.
 
     Raises:

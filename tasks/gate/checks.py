@@ -22,11 +22,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from tasks.gate.params import Promote
-from tasks.reports.items import Items, difference
-from tasks.reports.statistics import Difference
+from tasks.reports.items import Items, compare_items
+from tasks.reports.statistics import PairedDifference
 
 
-class Evidence(NamedTuple):
+class VersionRecord(NamedTuple):
     """Evidence on a version for the gate.
 
     Attributes:
@@ -50,7 +50,7 @@ class Evidence(NamedTuple):
     broken: str
 
 
-class Finding(NamedTuple):
+class CheckResult(NamedTuple):
     """One check of the gate.
 
     Attributes:
@@ -65,16 +65,16 @@ class Finding(NamedTuple):
     suite: str
     passed: bool
     said: str
-    difference: Difference | None = None
+    difference: PairedDifference | None = None
 
 
-class Verdict(NamedTuple):
+class GateDecision(NamedTuple):
     """Verdict on whether a version may become champion, and what it was compared with."""
 
     version: str
     champion: str
     passed: bool
-    findings: list[Finding]
+    findings: list[CheckResult]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the verdict as JSON has it, where a number that is missing is null."""
@@ -96,7 +96,9 @@ class Verdict(NamedTuple):
         return f"{passed} of {len(self.findings)} checks passed" + "".join(f"; {said}" for said in told[:2])
 
 
-def judge(challenger: Evidence, champion: Evidence | None, params: Promote, max_mean_kl: float) -> Verdict:
+def decide(
+    challenger: VersionRecord, champion: VersionRecord | None, params: Promote, max_mean_kl: float
+) -> GateDecision:
     """Compare a version with the base model and the present champion.
 
     Args:
@@ -115,34 +117,34 @@ def judge(challenger: Evidence, champion: Evidence | None, params: Promote, max_
         *_floors(challenger, params),
     ]
     passed = all(finding.passed for finding in findings)
-    return Verdict(challenger.version, rival.version if rival else "", passed, findings)
+    return GateDecision(challenger.version, rival.version if rival else "", passed, findings)
 
 
-def _integrity(version: Evidence, max_mean_kl: float) -> Iterator[Finding]:
-    yield Finding("files", "", not version.broken, version.broken or "as they were registered")
+def _integrity(version: VersionRecord, max_mean_kl: float) -> Iterator[CheckResult]:
+    yield CheckResult("files", "", not version.broken, version.broken or "as they were registered")
     told = [version.templates.get(where, "") for where in ("training", "evaluation", "model")]
     same = bool(told[0]) and len(set(told)) == 1
     shown = ", ".join(f"{each[:12] or 'missing'}" for each in told)
-    yield Finding(
+    yield CheckResult(
         "template", "", same, f"{told[0][:12]} throughout" if same else f"training, evaluation, model: {shown}"
     )
     found = "missing" if math.isnan(version.mean_kl) else f"mean KL {version.mean_kl:.2g}"
-    yield Finding("merge", "", version.mean_kl <= max_mean_kl, f"{found}, at most {max_mean_kl:g} nats a token")
+    yield CheckResult("merge", "", version.mean_kl <= max_mean_kl, f"{found}, at most {max_mean_kl:g} nats a token")
 
 
-def _leaks(version: Evidence, params: Promote) -> Iterator[Finding]:
+def _leaks(version: VersionRecord, params: Promote) -> Iterator[CheckResult]:
     for suite in dict.fromkeys([params.suite, *params.guarded, *params.floors]):
         share = version.leaked.get(suite, math.nan)
         found = "not looked for" if math.isnan(share) else f"{share:.2%} of its items stand in rows that were learnt"
-        yield Finding("leaks", suite, share <= params.max_leaked, f"{found}, at most {params.max_leaked:.2%}")
+        yield CheckResult("leaks", suite, share <= params.max_leaked, f"{found}, at most {params.max_leaked:.2%}")
 
 
-def _against_base(version: Evidence, params: Promote) -> Finding:
+def _against_base(version: VersionRecord, params: Promote) -> CheckResult:
     found = _on(params.suite, version.suites, version.base, params.metric, params)
     return _told("against base", params.suite, found.counted > 0, found, params.metric, "base")
 
 
-def _against_champion(version: Evidence, champion: Evidence, params: Promote) -> Finding:
+def _against_champion(version: VersionRecord, champion: VersionRecord, params: Promote) -> CheckResult:
     found = _on(params.suite, version.suites, champion.suites, params.metric, params)
     return _told(
         "against champion",
@@ -154,27 +156,27 @@ def _against_champion(version: Evidence, champion: Evidence, params: Promote) ->
     )
 
 
-def _guarded(version: Evidence, champion: Evidence | None, params: Promote) -> Iterator[Finding]:
+def _guarded(version: VersionRecord, champion: VersionRecord | None, params: Promote) -> Iterator[CheckResult]:
     for suite, margin in params.guarded.items():
         rival, name = (champion.suites, f"champion {champion.version}") if champion else (version.base, "base")
         found = _on(suite, version.suites, rival, "score", params)
         yield _told("guarded", suite, _not_worse(found, margin, params.max_noise), found, "score", name)
 
 
-def _floors(version: Evidence, params: Promote) -> Iterator[Finding]:
+def _floors(version: VersionRecord, params: Promote) -> Iterator[CheckResult]:
     for suite, floor in params.floors.items():
         items = version.suites.get(suite, {})
         mean = math.fsum(item.score for item in items.values()) / len(items) if items else math.nan
         found = "score is absent" if math.isnan(mean) else f"score {mean:.3f} of {len(items)} items"
-        yield Finding("floor", suite, mean >= floor, f"{found}, at least {floor:g}")
+        yield CheckResult("floor", suite, mean >= floor, f"{found}, at least {floor:g}")
 
 
-def _not_worse(found: Difference, margin: float, max_noise: float) -> bool:
+def _not_worse(found: PairedDifference, margin: float, max_noise: float) -> bool:
     """No loss that counts beyond the margin; where nothing counts, noise must not be what hides it. NaN is False."""
     return found.counted >= -margin and (found.counted != 0 or found.noise <= max_noise)
 
 
-def _told(check: str, suite: str, passed: bool, found: Difference, metric: str, rival: str) -> Finding:
+def _told(check: str, suite: str, passed: bool, found: PairedDifference, metric: str, rival: str) -> CheckResult:
     if not found.items:
         said = f"no items in common with {rival}"
     elif math.isnan(found.gain):
@@ -184,8 +186,10 @@ def _told(check: str, suite: str, passed: bool, found: Difference, metric: str, 
         said = (
             f"{metric} {found.new:.3f}, {rival} {found.old:.3f}: {found.gain:+.3f} {interval}, noise {found.noise:.3f}"
         )
-    return Finding(check, suite, passed, said, found)
+    return CheckResult(check, suite, passed, said, found)
 
 
-def _on(suite: str, new: Mapping[str, Items], old: Mapping[str, Items], metric: str, params: Promote) -> Difference:
-    return difference(new.get(suite, {}), old.get(suite, {}), metric, params.resampling)
+def _on(
+    suite: str, new: Mapping[str, Items], old: Mapping[str, Items], metric: str, params: Promote
+) -> PairedDifference:
+    return compare_items(new.get(suite, {}), old.get(suite, {}), metric, params.resampling)

@@ -25,7 +25,7 @@ from tasks.adapters.reft.prompt_positions import prompts_of
 from tasks.adapters.reft.tuner import ReftConfig, ReftLayer
 
 
-class Reuse(NamedTuple):
+class CachedPrefix(NamedTuple):
     """Part of a forward pass that some rows can leave out.
 
     Attributes:
@@ -39,7 +39,7 @@ class Reuse(NamedTuple):
     attended: Tensor
 
 
-class State(NamedTuple):
+class CachedState(NamedTuple):
     """Cached activations of a row.
 
     Attributes:
@@ -51,17 +51,17 @@ class State(NamedTuple):
     attention: Tensor | None
 
 
-class Below:
+class FrozenLayerCache:
     """Keeps what lies below the first layer that is changed, and before the first edited token."""
 
     def __init__(self, body: nn.Module, layers: Sequence[nn.Module], cut: int, last: int, prompts: Any) -> None:
         """Prepare to keep the output of layer number `cut` - 1; `last` tokens of each prompt are edited, 0: more."""
         self._body, self._layers, self._cut, self._last, self._prompts = body, layers, cut, last, prompts
-        self._states: dict[bytes, State] = {}
+        self._states: dict[bytes, CachedState] = {}
         self._token_bytes = (0, 0)
 
     @classmethod
-    def of(cls, model: Any, rows: Sequence[tuple[int, int]], max_bytes: int) -> Below | None:
+    def of(cls, model: Any, rows: Sequence[tuple[int, int]], max_bytes: int) -> FrozenLayerCache | None:
         """Build the cache for a model with an adapter and rows given as (tokens, prompt tokens).
 
         Where keys and values would need more than `max_bytes`, hidden states alone are kept. None where those are too
@@ -105,14 +105,14 @@ class Below:
         return sum(tokens for tokens, _ in rows) * token + sum(starts) * (before - token)
 
     @contextmanager
-    def known(self, rows: Sequence[Sequence[int]], prompts: Sequence[int]) -> Iterator[Reuse]:
+    def known(self, rows: Sequence[Sequence[int]], prompts: Sequence[int]) -> Iterator[CachedPrefix]:
         """Around a forward pass of rows of token ids with prompts of such lengths; they are padded on the right."""
         states = [self._state(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
         start = [self._start(prompt) for prompt in prompts]
         hidden = nn.utils.rnn.pad_sequence([state.hidden for state in states], batch_first=True)
         *passed, last = self._layers[: self._cut]
         with _instead({**dict.fromkeys(passed, _unchanged), last: partial(_given, hidden)}):
-            yield Reuse(start, *self._cached([state.attention for state in states], start, hidden.device))
+            yield CachedPrefix(start, *self._cached([state.attention for state in states], start, hidden.device))
 
     def _cached(self, states: list[Tensor | None], start: list[int], device: torch.device) -> tuple[Any, Tensor]:
         from transformers import DynamicCache
@@ -131,7 +131,7 @@ class Below:
     def _start(self, prompt: int) -> int:
         return prompt - min((prompt + 1) // 2, self._last) if self._last else 0
 
-    def _state(self, row: Sequence[int], prompt: int) -> State:
+    def _state(self, row: Sequence[int], prompt: int) -> CachedState:
         key = array("q", [prompt, *row]).tobytes()
         if key not in self._states:
             state = self._one(row, prompt)
@@ -141,7 +141,7 @@ class Below:
         return self._states[key]
 
     @torch.no_grad()
-    def _one(self, row: Sequence[int], prompt: int) -> State | None:
+    def _one(self, row: Sequence[int], prompt: int) -> CachedState | None:
         """Compute what a row alone gives, without edits; None if the layers give more than a tensor each."""
         found: list[Any] = []
         start, ids = self._start(prompt), torch.tensor([list(row)], device=next(self._body.parameters()).device)
@@ -164,10 +164,10 @@ class Below:
             return None
         hidden = found[0][0, start:].clone()
         if cache is None:
-            return State(hidden, None)
+            return CachedState(hidden, None)
         above = [cache.layers[number] for number in range(self._cut, len(self._layers))]
         kept = [torch.stack([layer.keys[0, :, :start], layer.values[0, :, :start]]) for layer in above]
-        return State(hidden, torch.stack(kept) if kept else None)
+        return CachedState(hidden, torch.stack(kept) if kept else None)
 
 
 def _first_changed(base: Any, layers: Sequence[nn.Module]) -> int:

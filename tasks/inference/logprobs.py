@@ -12,12 +12,12 @@ from tasks.models.loader import Model
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tasks.inference.frozen_layer_cache import Below
-    from tasks.inference.prefix_sharing import Joined
+    from tasks.inference.frozen_layer_cache import FrozenLayerCache
+    from tasks.inference.prefix_sharing import PackedBatch
 
 
 def score_tokens(
-    model: Model, rows: Sequence[TokenRow], below: Below | None = None, *, with_mean: bool = False
+    model: Model, rows: Sequence[TokenRow], below: FrozenLayerCache | None = None, *, with_mean: bool = False
 ) -> Scored:
     """Score the log-probability of every scored token of some rows, given what stands before it.
 
@@ -37,28 +37,28 @@ def score_tokens(
     return Scored(scores.logp, torch.tensor(whose, device=model.device), len(rows), scores.mean_logp)
 
 
-def _joined(model: Model, rows: Sequence[TokenRow]) -> Joined | None:
+def _joined(model: Model, rows: Sequence[TokenRow]) -> PackedBatch | None:
     """Join the rows in one sequence, where the model and its adapter allow that and it pays; else return None."""
     from tasks.adapters.prompt_tuning import virtual_tokens
     from tasks.inference.lm_head import base_of
-    from tasks.inference.prefix_sharing import drops, join, joinable
+    from tasks.inference.prefix_sharing import can_pack, drops, pack
 
     base = base_of(model)
     longest = max(row.tokens for row in rows)
-    if virtual_tokens(model) or not joinable(base, longest):
+    if virtual_tokens(model) or not can_pack(base, longest):
         return None
     prompts = [row.prompt_tokens for row in rows]
-    joined = join([row.ids for row in rows], prompts, model.device, share=not drops(base))
+    joined = pack([row.ids for row in rows], prompts, model.device, share=not drops(base))
     return joined if joined.pays else None
 
 
-def _joined_hidden(model: Model, rows: Sequence[TokenRow], joined: Joined) -> Tensor:
+def _joined_hidden(model: Model, rows: Sequence[TokenRow], joined: PackedBatch) -> Tensor:
     """Compute the hidden states that scored tokens follow from, (tokens, hidden), of rows joined in one sequence."""
     import torch
 
     from tasks.adapters.reft.prompt_positions import prompts_of
     from tasks.inference.lm_head import base_of
-    from tasks.inference.prefix_sharing import joined_hidden
+    from tasks.inference.prefix_sharing import packed_hidden
 
     prompts = prompts_of(model)
     shapes = ([0] * len(joined.trees), *zip(*(tree[:2] for tree in joined.trees), strict=True))
@@ -66,7 +66,7 @@ def _joined_hidden(model: Model, rows: Sequence[TokenRow], joined: Joined) -> Te
         prompts.at(*(torch.tensor(numbers, device=model.device) for numbers in shapes)) if prompts else nullcontext()
     )
     with where:
-        hidden = joined_hidden(base_of(model), joined)
+        hidden = packed_hidden(base_of(model), joined)
     before = [
         place
         for row, places in zip(rows, joined.places, strict=True)
@@ -76,7 +76,7 @@ def _joined_hidden(model: Model, rows: Sequence[TokenRow], joined: Joined) -> Te
     return hidden.index_select(0, torch.tensor(before, device=hidden.device))
 
 
-def _padded_hidden(model: Model, rows: Sequence[TokenRow], below: Below | None) -> Tensor:
+def _padded_hidden(model: Model, rows: Sequence[TokenRow], below: FrozenLayerCache | None) -> Tensor:
     """Compute the same hidden states of rows padded on the right, after a soft prompt and what `below` keeps."""
     import torch
 

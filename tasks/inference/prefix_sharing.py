@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tasks.inference.prefix_tree import Block, Forest, Range
+from tasks.inference.prefix_tree import Block, PrefixTreeBatch, Range
 
 NAME = "temper_joined"
 """What transformers calls the attention function; without a layout it is PyTorch's own, as before."""
@@ -27,7 +27,7 @@ _WORTH_IT = 0.95
 """Joined rows take an attention call each in every layer, which a twentieth of the tokens pays for (bench/LOG.md)."""
 
 
-class Tree(NamedTuple):
+class PrefixGroup(NamedTuple):
     """Rows with the same beginning, in the joined sequence.
 
     Attributes:
@@ -41,7 +41,7 @@ class Tree(NamedTuple):
     branches: tuple[int, ...]
 
 
-class Joined(NamedTuple):
+class PackedBatch(NamedTuple):
     """Rows as one sequence.
 
     Attributes:
@@ -53,7 +53,7 @@ class Joined(NamedTuple):
 
     ids: Tensor
     positions: Tensor
-    trees: tuple[Tree, ...]
+    trees: tuple[PrefixGroup, ...]
     places: list[list[int]]
 
     @property
@@ -67,7 +67,9 @@ class Joined(NamedTuple):
         return self.tokens <= _WORTH_IT * len(self.places) * max(map(len, self.places))
 
 
-def join(rows: Sequence[Sequence[int]], prompts: Sequence[int], device: torch.device, *, share: bool = True) -> Joined:
+def pack(
+    rows: Sequence[Sequence[int]], prompts: Sequence[int], device: torch.device, *, share: bool = True
+) -> PackedBatch:
     """Lay rows out one after another, and if they may share, those with the same prompt as one tree.
 
     Args:
@@ -80,7 +82,7 @@ def join(rows: Sequence[Sequence[int]], prompts: Sequence[int], device: torch.de
     for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
         alone = not share or not prompt
         alike.setdefault((-1 - number,) if alone else tuple(row[:prompt]), []).append(number)
-    ids, positions, trees = list[int](), list[int](), list[Tree]()
+    ids, positions, trees = list[int](), list[int](), list[PrefixGroup]()
     places: list[list[int]] = [[] for _ in rows]
     for numbers in alike.values():
         start, trunk = len(ids), prompts[numbers[0]]
@@ -91,16 +93,18 @@ def join(rows: Sequence[Sequence[int]], prompts: Sequence[int], device: torch.de
             places[number] = [*range(start, start + trunk), *range(len(ids), len(ids) + len(reply))]
             ids += reply
             positions += range(trunk, trunk + len(reply))
-        trees.append(Tree(start, trunk, tuple(len(rows[number]) - trunk for number in numbers)))
-    return Joined(torch.tensor([ids], device=device), torch.tensor([positions], device=device), tuple(trees), places)
+        trees.append(PrefixGroup(start, trunk, tuple(len(rows[number]) - trunk for number in numbers)))
+    return PackedBatch(
+        torch.tensor([ids], device=device), torch.tensor([positions], device=device), tuple(trees), places
+    )
 
 
-def joined_hidden(base: Any, joined: Joined | Forest) -> Tensor:
-    """Compute the hidden states that a decoder ends with, (tokens, hidden); of a `Forest` without gradients."""
+def packed_hidden(base: Any, joined: PackedBatch | PrefixTreeBatch) -> Tensor:
+    """Compute the hidden states that a decoder ends with, (tokens, hidden); of a prefix tree without gradients."""
     _make_known()
     base.config._attn_implementation = NAME
     nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=joined.ids.device)  # a ready mask, so that none is made
-    layout = {"joined_trees": joined.trees} if isinstance(joined, Joined) else {"joined_blocks": joined.blocks}
+    layout = {"joined_trees": joined.trees} if isinstance(joined, PackedBatch) else {"joined_blocks": joined.blocks}
     hidden: Tensor = base.get_decoder()(
         input_ids=joined.ids, position_ids=joined.positions, attention_mask=nothing, use_cache=False, **layout
     ).last_hidden_state
@@ -111,7 +115,7 @@ _apart = ContextVar("rows stay apart", default=False)
 
 
 @contextmanager
-def rows_apart() -> Iterator[None]:
+def unpack_rows() -> Iterator[None]:
     """Pad rows instead of joining them within this block, for what reads them as they are then (NEFTune's noise)."""
     token = _apart.set(True)
     try:
@@ -120,7 +124,7 @@ def rows_apart() -> Iterator[None]:
         _apart.reset(token)
 
 
-def joinable(base: Any, longest: int) -> bool:
+def can_pack(base: Any, longest: int) -> bool:
     """Return whether rows of up to `longest` tokens can be joined on this model.
 
     Its attention must be PyTorch's, over all that stands before, and its positions must be what we say.
@@ -157,17 +161,17 @@ def _make_known() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, joined_attention)
+    AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def joined_attention(
+def packed_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    joined_trees: tuple[Tree, ...] | None = None,
+    joined_trees: tuple[PrefixGroup, ...] | None = None,
     joined_blocks: tuple[Block, ...] | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
@@ -180,7 +184,7 @@ def joined_attention(
         value: the same.
         attention_mask: left to PyTorch's own attention; trees need none.
         joined_trees: how the one sequence is made of rows; None for any other batch.
-        joined_blocks: the same of a `Forest`.
+        joined_blocks: the same of a `PrefixTreeBatch`.
         more: what the layer has to say besides.
     """
     if joined_trees is None and joined_blocks is None:
@@ -207,7 +211,7 @@ def joined_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def _of_tree(tree: Tree, of_tree: Sequence[Tensor], how: dict[str, Any]) -> list[Tensor]:
+def _of_tree(tree: PrefixGroup, of_tree: Sequence[Tensor], how: dict[str, Any]) -> list[Tensor]:
     """Attend in the trunk with the first branch; then in each other branch, behind the trunk's tokens.
 
     The trunk's queries run along again, since PyTorch's causal attention wants as many queries as keys; what comes of

@@ -19,7 +19,7 @@ TOGETHER = 128
 """Small branches attend in one call, up to so many tokens: what they mask costs less than calls (bench/LOG.md)."""
 
 
-class Row(NamedTuple):
+class PrefixRow(NamedTuple):
     """Token ids, of which the first `prompt` are a prompt."""
 
     ids: Sequence[int]
@@ -46,7 +46,7 @@ class Block(NamedTuple):
     mask: Tensor | None
 
 
-class Forest(NamedTuple):
+class PrefixTreeBatch(NamedTuple):
     """Rows as one sequence.
 
     Attributes:
@@ -62,12 +62,12 @@ class Forest(NamedTuple):
     places: list[list[int]]
 
 
-def ordered(rows: Sequence[Row], *, whole: bool) -> list[int]:
+def ordered(rows: Sequence[PrefixRow], *, whole: bool) -> list[int]:
     """Sort the rows' numbers so that rows with the same beginning stand together; `whole` as in `common`."""
     return sorted(range(len(rows)), key=lambda n: (rows[n].ids[: rows[n].prompt if whole else 0], rows[n].ids))
 
 
-def common(one: Row, other: Row, *, whole: bool) -> int:
+def common(one: PrefixRow, other: PrefixRow, *, whole: bool) -> int:
     """Count the tokens that two rows may share at their start; if `whole`, none unless they have the same prompt."""
     length = min(len(one.ids), len(other.ids))
     if one.ids[:length] == other.ids[:length]:
@@ -77,7 +77,7 @@ def common(one: Row, other: Row, *, whole: bool) -> int:
     return same if not whole or same >= one.prompt == other.prompt else 0
 
 
-def batches(rows: Sequence[Row], tokens: int, *, whole: bool) -> Iterator[list[int]]:
+def batches(rows: Sequence[PrefixRow], tokens: int, *, whole: bool) -> Iterator[list[int]]:
     """Yield the numbers of the rows in batches of at most `tokens` tokens, shared ones counted once.
 
     A row that is longer gets a batch, and with it rows that add up to a quarter: its context's other endings. A batch
@@ -100,7 +100,7 @@ def batches(rows: Sequence[Row], tokens: int, *, whole: bool) -> Iterator[list[i
         start = stop
 
 
-def plant(rows: Sequence[Row], device: torch.device, *, whole: bool) -> Forest:
+def build_batch(rows: Sequence[PrefixRow], device: torch.device, *, whole: bool) -> PrefixTreeBatch:
     """Lay rows out as one sequence; `whole` as in `common`."""
     ids, positions, last = list[int](), list[int](), list[int]()
     places: list[list[int]] = [[] for _ in rows]
@@ -121,10 +121,12 @@ def plant(rows: Sequence[Row], device: torch.device, *, whole: bool) -> Forest:
     last = [place or len(ids) for place in last]
     blocks = tuple(_blocks(last, 0, len(ids), ()))
     with_masks = tuple(block._replace(mask=_mask(block, last, device)) for block in blocks)
-    return Forest(torch.tensor([ids], device=device), torch.tensor([positions], device=device), with_masks, places)
+    return PrefixTreeBatch(
+        torch.tensor([ids], device=device), torch.tensor([positions], device=device), with_masks, places
+    )
 
 
-def leaves(rows: Sequence[Row], *, whole: bool) -> list[int]:
+def unique_rows(rows: Sequence[PrefixRow], *, whole: bool) -> list[int]:
     """Return for each row the number of one that it is a prefix of, itself or another: only those must be computed."""
     order, found = ordered(rows, whole=whole), list(range(len(rows)))
     for number, following in reversed(list(pairwise(order))):

@@ -15,7 +15,7 @@ from tasks.models.loader import Model
 from tasks.tokenization.architecture import DECODER, Architecture
 
 if TYPE_CHECKING:
-    from tasks.inference.frozen_layer_cache import Below
+    from tasks.inference.frozen_layer_cache import FrozenLayerCache
 
 
 Row: TypeAlias = "TokenRow | PairRow"
@@ -57,7 +57,9 @@ def read_questions(rendered: Path, architecture: Architecture) -> list[dict[str,
     return rows
 
 
-def score(model: Model, rows: Sequence[Row], below: Below | None = None, *, with_mean: bool = False) -> Scored:
+def score_rows(
+    model: Model, rows: Sequence[Row], below: FrozenLayerCache | None = None, *, with_mean: bool = False
+) -> Scored:
     """Score the log-probability of every scored token of some rows, which are all of one kind.
 
     `below` keeps what a decoder's adapter cannot change; `with_mean` also gives the mean over the vocabulary.

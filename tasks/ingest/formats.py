@@ -26,9 +26,7 @@ from tasks.ingest.parsers import (
     parse_seed_tasks,
     parse_text,
 )
-from tasks.ingest.turns import (
-    Row,
-)
+from tasks.ingest.turns import RawRow
 
 
 def parse(row: Any, form: str | Mapping[str, str], origin: Origin) -> Sequence[Record]:
@@ -83,7 +81,7 @@ def _check_object(row: Any, place: str) -> None:
         raise BadData("is not an object", where=place, got=got, expected="an object with named fields")
 
 
-def parse_labelled(row: Row, origin: Origin) -> Sequence[Record]:
+def parse_labelled(row: RawRow, origin: Origin) -> Sequence[Record]:
     """Parse a conversation or a prompt with one reply, and `label` or `kto_tag`: whether the reply is good."""
     place = origin.place
     label = _truth(row["kto_tag"] if "kto_tag" in row else row.get("label"), place)
@@ -108,7 +106,7 @@ def _truth(label: Any, place: str) -> bool:
     raise BadData('"label" is not true or false', where=place, got=repr(label), expected="true for a good reply")
 
 
-FORMATS: Mapping[str, Callable[[Row, Origin], Sequence[Record]]] = {
+FORMATS: Mapping[str, Callable[[RawRow, Origin], Sequence[Record]]] = {
     "conversations": parse_conversations,
     "alpaca": parse_alpaca,
     "seed_tasks": parse_seed_tasks,
@@ -122,7 +120,7 @@ FORMATS: Mapping[str, Callable[[Row, Origin], Sequence[Record]]] = {
 }
 
 
-def _has_label(row: Row) -> bool:
+def _has_label(row: RawRow) -> bool:
     """Return whether a reply is labelled good or bad; other tables' `label`, such as a class, has no reply."""
     if "kto_tag" in row or isinstance(row.get("label"), bool):
         return True
@@ -130,11 +128,11 @@ def _has_label(row: Row) -> bool:
     return "label" in row and "prompt" in row and any(key in row for key in replies)
 
 
-def _has_prompt(row: Row) -> bool:
+def _has_prompt(row: RawRow) -> bool:
     return any(key in row for key in ("prompt", "question", "query", "instruction"))
 
 
-_SIGNS: Mapping[str, Callable[[Row], bool]] = {
+_SIGNS: Mapping[str, Callable[[RawRow], bool]] = {
     "preference": lambda row: "chosen" in row or "chosen_messages" in row,
     "labelled": _has_label,
     "ranked": lambda row: (
@@ -155,7 +153,7 @@ _SIGNS: Mapping[str, Callable[[Row], bool]] = {
 """How each format is told, in the order of asking; other columns are not read."""
 
 
-def _renamed(row: Row, columns: Mapping[str, str], place: str) -> tuple[Row, str]:
+def _renamed(row: RawRow, columns: Mapping[str, str], place: str) -> tuple[RawRow, str]:
     """Rename the row's columns to our names; return it and the format that has those."""
     renamed = {}
     for field, column in columns.items():

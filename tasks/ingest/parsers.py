@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from tasks.core.errors import BadData
 from tasks.core.records import ChatExample, Message, PreferencePair, Record, SeqPair, TextExample
 from tasks.ingest.turns import (
-    Row,
+    RawRow,
     check_tools,
     history_of,
     list_of,
@@ -39,7 +39,7 @@ class Origin(NamedTuple):
         return f"{self.file}:{self.row}"
 
 
-def parse_alpaca(row: Row, origin: Origin) -> Sequence[Record]:
+def parse_alpaca(row: RawRow, origin: Origin) -> Sequence[Record]:
     """`instruction`, `output`, and perhaps `input`, `system`, `history` (a list of [question, answer])."""
     place, prefix = origin.place, language_of(row)
     instruction = text_of(row, f"{prefix}instruction", place)
@@ -50,7 +50,7 @@ def parse_alpaca(row: Row, origin: Origin) -> Sequence[Record]:
     return [_chat(origin, [*before, question, reply], row)]
 
 
-def parse_seed_tasks(row: Row, origin: Origin) -> Sequence[Record]:
+def parse_seed_tasks(row: RawRow, origin: Origin) -> Sequence[Record]:
     """`instruction` and `instances`, a list of {input, output} (arXiv:2212.10560)."""
     instances = list_of(row, "instances", origin.place)
     rows: list[Record] = []
@@ -60,7 +60,7 @@ def parse_seed_tasks(row: Row, origin: Origin) -> Sequence[Record]:
     return rows
 
 
-def parse_conversations(row: Row, origin: Origin) -> Sequence[Record]:
+def parse_conversations(row: RawRow, origin: Origin) -> Sequence[Record]:
     """`conversations` or `messages`: a list of turns {from, value} or {role, content}; perhaps `system`, `tools`."""
     key = next((k for k in ("messages", "conversations", "conversation") if k in row), "messages")
     if row.get("history"):
@@ -68,7 +68,7 @@ def parse_conversations(row: Row, origin: Origin) -> Sequence[Record]:
     return [_chat(origin, [*system_of(row, origin.place), *turns_of(row, key, origin.place)], row)]
 
 
-def parse_prompt_reply(row: Row, origin: Origin) -> Sequence[Record]:
+def parse_prompt_reply(row: RawRow, origin: Origin) -> Sequence[Record]:
     """Parse a question and its answer, under one of the name pairs in `PROMPT_REPLY`; perhaps `system`, `history`."""
     place = origin.place
     asked, answered = next((pair for pair in PROMPT_REPLY if pair[0] in row and pair[1] in row), ("prompt", "reply"))
@@ -107,7 +107,7 @@ PROMPT_REPLY = (
 )
 
 
-def parse_choices(row: Row, origin: Origin) -> Sequence[Record]:
+def parse_choices(row: RawRow, origin: Origin) -> Sequence[Record]:
     """Parse a multiple-choice question: `question` or `query`, `choices`, `options` or columns A, B, ..., the answer.
 
     A question of a test without answers becomes a chat without a reply, which is good to look for leaks with.
@@ -148,7 +148,7 @@ def _choice(answer: Any, options: int, place: str) -> str:
     return text
 
 
-def parse_preference(row: Row, origin: Origin) -> Sequence[Record]:
+def parse_preference(row: RawRow, origin: Origin) -> Sequence[Record]:
     """`chosen` and `rejected` after a shared prompt.
 
     The prompt is `prompt`, `conversations`, `messages`, `question` or `instruction` with `input`; or what both lists of
@@ -188,7 +188,7 @@ def _shared(stated: list[Message], before: list[Message], chosen: list[Message],
     return [*stated, *before]
 
 
-def parse_ranked(row: Row, origin: Origin) -> Sequence[Record]:
+def parse_ranked(row: RawRow, origin: Origin) -> Sequence[Record]:
     """Parse replies in order, best first (`output` or `responses` a list), or with `scores` or `ranks`: all pairs."""
     place = origin.place
     key = next(k for k in ("responses", "answers", "outputs", "output") if isinstance(row.get(k), list))
@@ -210,7 +210,7 @@ def parse_ranked(row: Row, origin: Origin) -> Sequence[Record]:
     return pairs
 
 
-def _scores(row: Row, replies: Sequence[Any], place: str) -> list[float]:
+def _scores(row: RawRow, replies: Sequence[Any], place: str) -> list[float]:
     """Return how good each reply is: higher is better."""
     given: list[Any] = [r.get("score", r.get("rank")) if isinstance(r, Mapping) else None for r in replies]
     lower_is_better = any(isinstance(r, Mapping) and "rank" in r for r in replies)
@@ -227,12 +227,12 @@ def _scores(row: Row, replies: Sequence[Any], place: str) -> list[float]:
     return [-float(value) if lower_is_better else float(value) for value in given]
 
 
-def parse_text(row: Row, origin: Origin) -> Sequence[Record]:
+def parse_text(row: RawRow, origin: Origin) -> Sequence[Record]:
     """`text` or `content`."""
     return [TextExample(**origin._asdict(), text=text_of(row, "text" if "text" in row else "content", origin.place))]
 
 
-def parse_pair(row: Row, origin: Origin) -> Sequence[Record]:
+def parse_pair(row: RawRow, origin: Origin) -> Sequence[Record]:
     """Parse an input and its target, under one of the pairs of names in `INPUT_TARGET`."""
     given, wanted = next((pair for pair in INPUT_TARGET if pair[0] in row and pair[1] in row), INPUT_TARGET[0])
     place = origin.place
@@ -242,18 +242,18 @@ def parse_pair(row: Row, origin: Origin) -> Sequence[Record]:
 INPUT_TARGET = (("input", "target"), ("inputs", "targets"), ("source", "target"), ("document", "summary"))
 
 
-def _chat(origin: Origin, messages: Sequence[Message], row: Row) -> ChatExample:
+def _chat(origin: Origin, messages: Sequence[Message], row: RawRow) -> ChatExample:
     check_tools(messages, origin.place)
     return ChatExample(**origin._asdict(), messages=tuple(messages), tools=tools_of(row, origin.place))
 
 
-def _preference(origin: Origin, prompt: Sequence[Message], chosen: str, rejected: str, row: Row) -> PreferencePair:
+def _preference(origin: Origin, prompt: Sequence[Message], chosen: str, rejected: str, row: RawRow) -> PreferencePair:
     check_tools(prompt, origin.place)
     tools = tools_of(row, origin.place)
     return PreferencePair(**origin._asdict(), prompt=tuple(prompt), chosen=chosen, rejected=rejected, tools=tools)
 
 
-def language_of(row: Row) -> str:
+def language_of(row: RawRow) -> str:
     """Return the column prefix of a file with every row in several languages: the one that is not English."""
     if "instruction" in row:
         return ""

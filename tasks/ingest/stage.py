@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tasks.core.artifacts import digest, digests, whole_folder
+from tasks.core.artifacts import atomic_folder, digest, digests
 from tasks.core.errors import BadData
 from tasks.core.hub import snapshot
 from tasks.core.parquet import REFUSED, text_schema, write_records, write_rows
@@ -189,7 +189,7 @@ def main() -> None:
             "licence": source.licence,
             "use": source.use,
         }
-        with whole_folder(stage.path("out"), about) as folder:
+        with atomic_folder(stage.path("out"), about) as folder:
             about["rows"] = write_records(folder, reading.records())
             write_rows(folder / REFUSED, reading.refusals(), text_schema(("place", "reason", "excerpt")))
             about |= {"read": reading.read, "refused": len(reading.refused), "formats": reading.formats}

@@ -14,7 +14,7 @@ from random import Random
 
 from tasks.core.errors import BadData
 from tasks.core.records import ChatExample, Message, PreferencePair, Record, TextExample, held_out
-from tasks.ingest.synthetic_questions import FAMILIES, Lexicon, Question, Voice, Word
+from tasks.ingest.synthetic_questions import FAMILIES, Lexicon, SyntheticQuestion, Voice, Word
 
 # --- small talk: chats about other things, so that a base model knows the form of a chat and not the tasks in it ------
 
@@ -173,7 +173,7 @@ def generate(recipe: Recipe, lexicon: Lexicon) -> Iterator[Record]:
         yield make(f"{recipe.source}-{index}", recipe, lexicon, voice)
 
 
-def _ask(recipe: Recipe, lexicon: Lexicon, voice: Voice) -> Question:
+def _ask(recipe: Recipe, lexicon: Lexicon, voice: Voice) -> SyntheticQuestion:
     """Draw a question whose fact is not withheld."""
     while True:
         question = voice.random.choice(list(FAMILIES.values()))(voice.random, lexicon, voice)

@@ -52,7 +52,7 @@ class Voice(NamedTuple):
         return phrase.format(**{name: self.of(value) for name, value in values.items()})
 
 
-class Question(NamedTuple):
+class SyntheticQuestion(NamedTuple):
     """One checkable question. `mistake` is what someone who slips would answer; it is never the answer."""
 
     family: str
@@ -70,7 +70,7 @@ class Question(NamedTuple):
 # --- the families: each draws a fact, puts it into words, and knows the answer and a typical slip ---------------------
 
 
-def arithmetic(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
+def arithmetic(random: Random, lexicon: Lexicon, voice: Voice) -> SyntheticQuestion:
     """Addition and subtraction of numbers below 100; the slip loses a carry or miscounts by one."""
     low, high = sorted((random.randrange(100), random.randrange(100)))
     slip = random.choice((1, 10))
@@ -79,14 +79,14 @@ def arithmetic(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
         text = voice.say(
             ("What is {a} plus {b}?", "Add {a} and {b}."), ("{a}加{b}等于多少？", "求{a}与{b}的和。"), a=a, b=b
         )
-        return Question("arithmetic", f"{low}+{high}", text, str(a + b), str(a + b + slip))
+        return SyntheticQuestion("arithmetic", f"{low}+{high}", text, str(a + b), str(a + b + slip))
     text = voice.say(
         ("What is {a} minus {b}?", "Take {b} away from {a}."),
         ("{a}减{b}等于多少？", "从{a}里去掉{b}还剩多少？"),
         a=high,
         b=low,
     )
-    return Question("arithmetic", f"{high}-{low}", text, str(high - low), str(high - low + slip))
+    return SyntheticQuestion("arithmetic", f"{high}-{low}", text, str(high - low), str(high - low + slip))
 
 
 UNITS = (  # from, to, how many of the second make one of the first
@@ -98,7 +98,7 @@ UNITS = (  # from, to, how many of the second make one of the first
 )
 
 
-def units(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
+def units(random: Random, lexicon: Lexicon, voice: Voice) -> SyntheticQuestion:
     """Conversion to the smaller unit; the slip is ten times too large."""
     large, small, factor = random.choice(UNITS)
     n = random.randint(2, 999)
@@ -109,10 +109,10 @@ def units(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
         large=large,
         small=small,
     )
-    return Question("units", f"{n} {large.en} in {small.en}", text, str(n * factor), str(n * factor * 10))
+    return SyntheticQuestion("units", f"{n} {large.en} in {small.en}", text, str(n * factor), str(n * factor * 10))
 
 
-def ordering(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
+def ordering(random: Random, lexicon: Lexicon, voice: Voice) -> SyntheticQuestion:
     """Sorting three or four numbers; the slip sorts the wrong way round."""
     numbers = random.sample(range(100), random.randint(3, 4))
     ways = (Word("small to large", "小到大"), Word("large to small", "大到小"))
@@ -124,10 +124,10 @@ def ordering(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
         items=numbers,
     )
     right, wrong = sorted(numbers, reverse=bool(falling)), sorted(numbers, reverse=not falling)
-    return Question("ordering", f"{ways[falling].en} {numbers}", text, voice.of(right), voice.of(wrong))
+    return SyntheticQuestion("ordering", f"{ways[falling].en} {numbers}", text, voice.of(right), voice.of(wrong))
 
 
-def extremes(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
+def extremes(random: Random, lexicon: Lexicon, voice: Voice) -> SyntheticQuestion:
     """Ask for the largest or smallest of some numbers; the slip takes the opposite end."""
     numbers = random.sample(range(100), random.randint(3, 5))
     which, right, wrong = random.choice(
@@ -139,10 +139,10 @@ def extremes(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
         which=which,
         items=numbers,
     )
-    return Question("extremes", f"{which.en} {numbers}", text, str(right(numbers)), str(wrong(numbers)))
+    return SyntheticQuestion("extremes", f"{which.en} {numbers}", text, str(right(numbers)), str(wrong(numbers)))
 
 
-def dates(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
+def dates(random: Random, lexicon: Lexicon, voice: Voice) -> SyntheticQuestion:
     """Ask for days or months by place in the week or year: first, last, all in order; the slip takes the wrong end."""
     calendar, span = random.choice(((lexicon.days, Word("week", "一周")), (lexicon.months, Word("year", "一年"))))
     items = random.sample(calendar, random.randint(2, 4))
@@ -154,7 +154,7 @@ def dates(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
             span=span,
             items=items,
         )
-        return Question("dates", f"order {_fact(items)}", text, voice.of(in_order), voice.of(in_order[::-1]))
+        return SyntheticQuestion("dates", f"order {_fact(items)}", text, voice.of(in_order), voice.of(in_order[::-1]))
     which, right, wrong = random.choice(((Word("first", "最早"), 0, -1), (Word("last", "最晚"), -1, 0)))
     text = voice.say(
         ("Which comes {which} in the {span}: {items}?", "Of these, which is {which} in the {span}: {items}?"),
@@ -163,10 +163,12 @@ def dates(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
         span=span,
         items=items,
     )
-    return Question("dates", f"{which.en} {_fact(items)}", text, voice.of(in_order[right]), voice.of(in_order[wrong]))
+    return SyntheticQuestion(
+        "dates", f"{which.en} {_fact(items)}", text, voice.of(in_order[right]), voice.of(in_order[wrong])
+    )
 
 
-def counting(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
+def counting(random: Random, lexicon: Lexicon, voice: Voice) -> SyntheticQuestion:
     """Ask how many animals stand in a list; the slip is one too many."""
     animals = random.sample(lexicon.animals, random.randint(1, 4))
     items = animals + random.sample(lexicon.things, random.randint(1, 3))
@@ -176,10 +178,10 @@ def counting(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
         ("这里有几种动物：{items}？", "数一数动物：{items}"),
         items=items,
     )
-    return Question("counting", _fact(items), text, str(len(animals)), str(len(animals) + 1))
+    return SyntheticQuestion("counting", _fact(items), text, str(len(animals)), str(len(animals) + 1))
 
 
-def odd_one(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
+def odd_one(random: Random, lexicon: Lexicon, voice: Voice) -> SyntheticQuestion:
     """Ask for the only word of a list that is of another kind; the slip names one of the others."""
     many, few, kind = random.choice(
         (
@@ -196,10 +198,10 @@ def odd_one(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
         kind=kind,
         items=items,
     )
-    return Question("odd_one", _fact(items), text, voice.of(odd), voice.of(rest[0]))
+    return SyntheticQuestion("odd_one", _fact(items), text, voice.of(odd), voice.of(rest[0]))
 
 
-def words(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
+def words(random: Random, lexicon: Lexicon, voice: Voice) -> SyntheticQuestion:
     """Ask for a word by its place, or the list reversed; the slip takes the wrong place or leaves the order."""
     items = random.sample(lexicon.animals + lexicon.things + lexicon.colours, random.randint(3, 5))
     if random.random() < 0.3:
@@ -208,7 +210,7 @@ def words(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
             ("倒着写这个列表：{items}", "把顺序反过来：{items}"),
             items=items,
         )
-        return Question("words", f"backwards {_fact(items)}", text, voice.of(items[::-1]), voice.of(items))
+        return SyntheticQuestion("words", f"backwards {_fact(items)}", text, voice.of(items[::-1]), voice.of(items))
     index, which = random.choice(
         (
             (0, Word("first", "第一")),
@@ -224,10 +226,10 @@ def words(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
         items=items,
     )
     slip = items[1 if index in (0, -1) else 0]
-    return Question("words", f"{which.en} {_fact(items)}", text, voice.of(items[index]), voice.of(slip))
+    return SyntheticQuestion("words", f"{which.en} {_fact(items)}", text, voice.of(items[index]), voice.of(slip))
 
 
-def sequences(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
+def sequences(random: Random, lexicon: Lexicon, voice: Voice) -> SyntheticQuestion:
     """Ask for the next number of an arithmetic progression; the slip is one off."""
     start, step = random.randint(1, 40), random.randint(1, 10)
     terms = [start + step * i for i in range(5)]
@@ -238,10 +240,10 @@ def sequences(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
         ("下一个数是什么：{items}？", "继续这个数列：{items}"),
         items=terms[:4],
     )
-    return Question("sequences", f"{terms[0]} {terms[1]}", text, str(terms[4]), str(terms[4] + 1))
+    return SyntheticQuestion("sequences", f"{terms[0]} {terms[1]}", text, str(terms[4]), str(terms[4] + 1))
 
 
-def reading(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
+def reading(random: Random, lexicon: Lexicon, voice: Voice) -> SyntheticQuestion:
     """Ask who has what and in which colour, out of two or three sentences; the slip mixes up two people."""
     n = random.randint(2, 3)
     people, things, colours = (random.sample(pool, n) for pool in (lexicon.names, lexicon.things, lexicon.colours))
@@ -251,12 +253,12 @@ def reading(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
     fact = _fact([word for row in rows for word in row])
     if random.random() < 0.5:
         text = told + voice.say(("Who has the {t}?",), ("谁有{t}？",), t=thing)
-        return Question("reading", f"who {thing.en} {fact}", text, voice.of(person), voice.of(other_person))
+        return SyntheticQuestion("reading", f"who {thing.en} {fact}", text, voice.of(person), voice.of(other_person))
     text = told + voice.say(("Which colour is the {t}?",), ("{t}是什么颜色的？",), t=thing)
-    return Question("reading", f"colour {thing.en} {fact}", text, voice.of(colour), voice.of(other_colour))
+    return SyntheticQuestion("reading", f"colour {thing.en} {fact}", text, voice.of(colour), voice.of(other_colour))
 
 
-def translation(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
+def translation(random: Random, lexicon: Lexicon, voice: Voice) -> SyntheticQuestion:
     """Ask for a colour and a noun in the other language; the slip leaves out the colour."""
     colour, noun = random.choice(lexicon.colours), random.choice(lexicon.animals + lexicon.things)
     text = voice.say(
@@ -268,14 +270,14 @@ def translation(random: Random, lexicon: Lexicon, voice: Voice) -> Question:
     answer, slip = (
         (f"{colour.zh}的{noun.zh}", noun.zh) if voice.language == "en" else (f"{colour.en} {noun.en}", noun.en)
     )
-    return Question("translation", f"{colour.en} {noun.en}", text, answer, slip)
+    return SyntheticQuestion("translation", f"{colour.en} {noun.en}", text, answer, slip)
 
 
 def _fact(items: Sequence[Word]) -> str:
     return " ".join(word.en for word in items)
 
 
-FAMILIES: Mapping[str, Callable[[Random, Lexicon, Voice], Question]] = {
+FAMILIES: Mapping[str, Callable[[Random, Lexicon, Voice], SyntheticQuestion]] = {
     family.__name__: family
     for family in (
         arithmetic,

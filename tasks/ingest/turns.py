@@ -10,7 +10,7 @@ from typing import Any
 from tasks.core.errors import BadData
 from tasks.core.records import Message
 
-Row = Mapping[str, Any]
+RawRow = Mapping[str, Any]
 
 ROLES = {
     "system": "system",
@@ -36,13 +36,13 @@ _THOUGHT = "<think>\n{}\n</think>\n\n"
 """How a turn of reasoning before the answer is written: as Qwen3 and DeepSeek-R1 have it in their templates."""
 
 
-def system_of(row: Row, place: str) -> list[Message]:
+def system_of(row: RawRow, place: str) -> list[Message]:
     """Parse the system turn, if the row has one apart from its turns."""
     key = "system" if "system" in row else "system_prompt"
     return [Message("system", text_of(row, key, place))] if row.get(key) else []
 
 
-def history_of(row: Row, place: str) -> list[Message]:
+def history_of(row: RawRow, place: str) -> list[Message]:
     """Earlier turns: `history`, a list of [question, answer]."""
     turns = []
     for number, pair in enumerate(row.get("history") or []):
@@ -53,7 +53,7 @@ def history_of(row: Row, place: str) -> list[Message]:
     return turns
 
 
-def stated_prompt_of(row: Row, place: str) -> list[Message]:
+def stated_prompt_of(row: RawRow, place: str) -> list[Message]:
     """Parse the prompt that stands beside the replies."""
     for key in ("prompt", "question", "query"):
         if key in row:
@@ -68,7 +68,7 @@ def stated_prompt_of(row: Row, place: str) -> list[Message]:
     return []
 
 
-def prompt_of(row: Row, key: str, place: str) -> list[Message]:
+def prompt_of(row: RawRow, key: str, place: str) -> list[Message]:
     """Parse a prompt given as text, as a transcript, or as a list of messages."""
     if isinstance(row.get(key), list):
         return turns_of(row, key, place)
@@ -78,7 +78,7 @@ def prompt_of(row: Row, key: str, place: str) -> list[Message]:
     )
 
 
-def reply_of(row: Row, key: str, place: str) -> list[Message]:
+def reply_of(row: RawRow, key: str, place: str) -> list[Message]:
     """Parse a reply as messages: the last one is the reply itself, those before it are its prompt."""
     value = row[key]
     if isinstance(value, str):
@@ -99,7 +99,7 @@ def _transcript(text: str) -> list[Message]:
     ]
 
 
-def turns_of(row: Row, key: str, place: str) -> list[Message]:
+def turns_of(row: RawRow, key: str, place: str) -> list[Message]:
     """Parse the messages of a field that lists them."""
     return [_turn(turn, f"{place} {key}[{number}]") for number, turn in enumerate(list_of(row, key, place))]
 
@@ -176,7 +176,7 @@ def _calls(calls: Sequence[Any], where: str) -> str:
     return json.dumps(found, ensure_ascii=False)
 
 
-def tools_of(row: Row, place: str) -> tuple[str, ...]:
+def tools_of(row: RawRow, place: str) -> tuple[str, ...]:
     """JSON schemas of the tools that a chat may use, each as text."""
     value = row.get("tools") or row.get("functions") or []
     if isinstance(value, str):
@@ -209,7 +209,7 @@ def _json(text: str, where: str, what: str) -> Any:
         raise BadData(f"{what} is not valid JSON", where=where, got=text[:80], fix="correct this row") from error
 
 
-def list_of(row: Row, key: str, place: str) -> list[Any]:
+def list_of(row: RawRow, key: str, place: str) -> list[Any]:
     """Return a field after checking that it lists something."""
     value = row.get(key)
     if not isinstance(value, list) or not value:
@@ -219,14 +219,14 @@ def list_of(row: Row, key: str, place: str) -> list[Any]:
     return value
 
 
-def mapping_of(value: Any, where: str) -> Row:
+def mapping_of(value: Any, where: str) -> RawRow:
     """Return a value after checking that it is an object."""
     if not isinstance(value, Mapping):
         raise BadData("is not an object", where=where, got=repr(value)[:60], expected="an object with named fields")
     return value
 
 
-def text_of(row: Row, field: str, place: str) -> str:
+def text_of(row: RawRow, field: str, place: str) -> str:
     """Return a field after checking that it is text which can be written in UTF-8."""
     value = row.get(field)
     if not isinstance(value, str):

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 
 from tasks.core.errors import BadModel, BadParams
-from tasks.merge.lazy_tensors import Change, Made
+from tasks.merge.lazy_tensors import Change, ComputedTensor
 from tasks.merge.weight_deltas import changes_of
-from tasks.models.safetensors_reader import Source, Stored
+from tasks.models.safetensors_reader import StoredTensor, TensorSource
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +61,9 @@ class Combination(NamedTuple):
             raise BadParams("rank must be at least 1", got=str(self.rank))
 
 
-def combined(adapters: Sequence[Path], how: Combination, base: Mapping[str, Stored], family: str) -> dict[str, Change]:
+def combined(
+    adapters: Sequence[Path], how: Combination, base: Mapping[str, StoredTensor], family: str
+) -> dict[str, Change]:
     """Combine the changes that several adapters make to the weights of a base.
 
     Raises:
@@ -73,16 +75,16 @@ def combined(adapters: Sequence[Path], how: Combination, base: Mapping[str, Stor
 
 
 def _change(name: str, changes: Sequence[Change | None], how: Combination) -> Change:
-    def change(base: Source) -> Source:
+    def change(base: TensorSource) -> TensorSource:
         changed = [(apply(base), weight) for apply, weight in zip(changes, how.weights, strict=True) if apply]
         if any(source.shape != base.shape for source, _ in changed):
             raise BadModel("adapters that change a vocabulary cannot be combined", where=name)
-        return Made(lambda: _sum(name, base, changed, how), base.shape)
+        return ComputedTensor(lambda: _sum(name, base, changed, how), base.shape)
 
     return change
 
 
-def _sum(name: str, base: Source, changed: Sequence[tuple[Source, float]], how: Combination) -> Tensor:
+def _sum(name: str, base: TensorSource, changed: Sequence[tuple[TensorSource, float]], how: Combination) -> Tensor:
     import torch
 
     rows = math.prod(base.shape[:-1])

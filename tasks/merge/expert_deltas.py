@@ -13,7 +13,7 @@ from typing import NamedTuple
 from tasks.core.errors import BadModel
 from tasks.merge.lazy_tensors import AddedExperts
 from tasks.merge.peft_config import Settings
-from tasks.models.safetensors_reader import Source, Stored
+from tasks.models.safetensors_reader import StoredTensor, TensorSource
 
 _PARTS = {"gate_up_proj": (("gate_proj", "w1"), ("up_proj", "w3")), "down_proj": (("down_proj", "w2"),)}
 """The fused weights, and what their parts are called in files."""
@@ -36,11 +36,11 @@ class Fused(NamedTuple):
     """
 
     module: str
-    a: Stored
-    b: Stored
+    a: StoredTensor
+    b: StoredTensor
     family: str
 
-    def changes(self, base: Mapping[str, Stored], settings: Settings) -> list[tuple[str, Source]]:
+    def changes(self, base: Mapping[str, StoredTensor], settings: Settings) -> list[tuple[str, TensorSource]]:
         """Return the weights of the base that it changes, with what takes their place.
 
         Raises:
@@ -57,7 +57,9 @@ class Fused(NamedTuple):
             )
         return found[0]
 
-    def _of(self, parameter: str, base: Mapping[str, Stored], settings: Settings) -> list[tuple[str, Source]]:
+    def _of(
+        self, parameter: str, base: Mapping[str, StoredTensor], settings: Settings
+    ) -> list[tuple[str, TensorSource]]:
         name = f"{self.module}.{parameter}"
         rank, scale = settings.rank(name), settings.scale(name)
         experts, wanted = self.a.shape[0] // rank, (self.b.shape[0], self.a.shape[1])
@@ -84,8 +86,8 @@ class Fused(NamedTuple):
         return shape[-2:] == (self.a.shape[1], self.b.shape[0])
 
     def _apart(
-        self, parameter: str, base: Mapping[str, Stored], experts: int, scale: float, wanted: tuple[int, int]
-    ) -> Iterator[tuple[str, Source]]:
+        self, parameter: str, base: Mapping[str, StoredTensor], experts: int, scale: float, wanted: tuple[int, int]
+    ) -> Iterator[tuple[str, TensorSource]]:
         parts = _PARTS.get(parameter, ())
         names = [[_name_of(self.module, expert, part, base) for part in parts] for expert in range(experts)]
         more = [_name_of(self.module, experts, part, base) for part in parts]
@@ -99,7 +101,7 @@ class Fused(NamedTuple):
             yield name, AddedExperts(base[name], self.a, self.b, experts, scale, first=expert, rows_from=before)
 
 
-def fused_weights(base: Mapping[str, Stored], settings: Settings) -> set[str]:
+def fused_weights(base: Mapping[str, StoredTensor], settings: Settings) -> set[str]:
     """Return the weights of a base that the configuration wants changed by their own names."""
     found = set()
     for target in settings.target_parameters or ():
@@ -120,6 +122,6 @@ def _places(module: str) -> tuple[str, str]:
     return module, re.sub(r"(^|\.)mlp(\.|$)", r"\1block_sparse_moe\2", module)
 
 
-def _name_of(module: str, expert: int, part: tuple[str, ...], base: Mapping[str, Stored]) -> str:
+def _name_of(module: str, expert: int, part: tuple[str, ...], base: Mapping[str, StoredTensor]) -> str:
     names = (f"{each}.{expert}.{name}.weight" for each in _places(module) for name in part)
     return next((name for name in names if name in base), "")

@@ -1,7 +1,7 @@
 """Tensors that are made block by block of others: what merging an adapter comes to, without a model and without torch.
 
-Everything here is a `Source` of rows in float32. It reads what it needs when it is asked for rows, so that memory does
-not grow with the model.
+Everything here is a `TensorSource` of rows in float32. It reads what it needs when it is asked for rows, so that
+memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from functools import cached_property
 from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from tasks.models.safetensors_reader import Source, Stored, blocks
+from tasks.models.safetensors_reader import StoredTensor, TensorSource, blocks
 
-Change: TypeAlias = "Callable[[Source], Source]"
+Change: TypeAlias = "Callable[[TensorSource], TensorSource]"
 """From a weight of the base to what takes its place."""
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Made:
+class ComputedTensor:
     """A tensor that is made when its rows are asked for; of all such tensors the last one is kept.
 
     Args:
@@ -31,7 +31,7 @@ class Made:
     """
 
     _lock = Lock()
-    _last: tuple[Made | None, NDArray[Any] | None] = (None, None)
+    _last: tuple[ComputedTensor | None, NDArray[Any] | None] = (None, None)
 
     def __init__(self, make: Callable[[], Tensor], shape: tuple[int, ...]) -> None:
         self._make, self.shape = make, shape
@@ -44,15 +44,15 @@ class Made:
     @staticmethod
     def forget() -> None:
         """Release the last tensor, and what it was made from."""
-        with Made._lock:
-            Made._last = (None, None)
+        with ComputedTensor._lock:
+            ComputedTensor._last = (None, None)
 
     def _numbers(self) -> NDArray[Any]:
-        with Made._lock:
-            whose, numbers = Made._last
+        with ComputedTensor._lock:
+            whose, numbers = ComputedTensor._last
             if whose is not self or numbers is None:
                 numbers = self._make().numpy()
-                Made._last = (self, numbers)
+                ComputedTensor._last = (self, numbers)
             return numbers
 
 
@@ -60,10 +60,10 @@ class Made:
 class Factor:
     """A matrix of an adapter, read when it is needed; `turned` says that it is used the other way round."""
 
-    stored: Stored
+    stored: StoredTensor
     turned: bool = False
     scale: float = 1.0
-    by_row: Stored | None = None
+    by_row: StoredTensor | None = None
     """Factors of the rows as they are stored."""
 
     def rows(self, start: int, stop: int) -> NDArray[Any]:
@@ -85,7 +85,7 @@ class Factor:
 class OfShape:
     """Base class of sources that keep the shape of the source that they change."""
 
-    base: Source
+    base: TensorSource
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -122,8 +122,8 @@ class AddedExperts(OfShape):
         rows_from: the first row of an expert's update that the base has.
     """
 
-    a: Stored
-    b: Stored
+    a: StoredTensor
+    b: StoredTensor
     experts: int
     scale: float
     turned: bool = False
@@ -155,7 +155,7 @@ class Normed(OfShape):
     `turned` says that the weight is (in, out), so that the norms are those of columns.
     """
 
-    norms: Stored
+    norms: StoredTensor
     turned: bool
 
     def floats(self, start: int, stop: int) -> NDArray[Any]:
@@ -187,7 +187,7 @@ class Normed(OfShape):
 class Scaled(OfShape):
     """A weight times factors of its rows, (rows, 1), or of its columns, (1, columns)."""
 
-    factors: Stored
+    factors: StoredTensor
     by_row: bool
 
     def floats(self, start: int, stop: int) -> NDArray[Any]:
@@ -203,7 +203,7 @@ class Scaled(OfShape):
 class Plus(OfShape):
     """A bias and numbers of the same shape that are added to it, times a factor."""
 
-    more: Source
+    more: TensorSource
     scale: float
 
     def floats(self, start: int, stop: int) -> NDArray[Any]:
@@ -216,8 +216,8 @@ class Plus(OfShape):
 class Longer:
     """An embedding and further rows, of tokens that were added to the vocabulary."""
 
-    base: Source
-    more: Source
+    base: TensorSource
+    more: TensorSource
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -242,7 +242,7 @@ class Rows(OfShape):
     """A weight of which some rows were learnt anew: PEFT's trainable tokens."""
 
     places: tuple[int, ...]
-    learnt: Stored
+    learnt: StoredTensor
 
     def floats(self, start: int, stop: int) -> NDArray[Any]:
         """Return some of its rows."""

@@ -16,11 +16,11 @@ from tasks.adapters.files import CONFIG
 from tasks.core.artifacts import as_json, digest, read_object
 from tasks.core.errors import BadModel
 from tasks.core.progress import Progress
-from tasks.merge.lazy_tensors import Change, Made
+from tasks.merge.lazy_tensors import Change, ComputedTensor
 from tasks.merge.safetensors_writer import Planned, write_shards
 from tasks.merge.weight_deltas import changes_of, embedding_and_head
 from tasks.models.loader import model_files, refuse_code
-from tasks.models.safetensors_reader import BYTES, INDEX, Source, Stored, stored_in
+from tasks.models.safetensors_reader import BYTES, INDEX, StoredTensor, TensorSource, stored_in
 
 ORIGINAL, DEQUANTIZED = "original", "dequantized"
 """What the update of a quantized base may be added to: its own weights, or what their quantized form stands for."""
@@ -42,7 +42,7 @@ class Merged(NamedTuple):
 
 
 def merge(
-    base: Path, adapter: Path, dtype: str = "own", replaced: Mapping[str, Source] = MappingProxyType({})
+    base: Path, adapter: Path, dtype: str = "own", replaced: Mapping[str, TensorSource] = MappingProxyType({})
 ) -> Merged:
     """Build the merged tensors of a base and an adapter.
 
@@ -61,7 +61,7 @@ def merge(
 
 
 def merge_changes(
-    base: Path, changes: Callable[[Mapping[str, Stored], str], Mapping[str, Change]], dtype: str
+    base: Path, changes: Callable[[Mapping[str, StoredTensor], str], Mapping[str, Change]], dtype: str
 ) -> Merged:
     """Build the merged tensors of a base with changes that are computed for its tensors and its model_type."""
     config, stored = _base(base)
@@ -86,7 +86,7 @@ def write_merged(
     tensors = {folder: made.tensors for folder, made in wanted.items()}
     with Progress("merge", sum(map(len, tensors.values())), "tensors") as progress:
         digests = write_shards(tensors, most_bytes, progress.step)
-    Made.forget()
+    ComputedTensor.forget()
     for folder, made in wanted.items():
         for name, path in beside.items():
             shutil.copyfile(path, folder / name)
@@ -106,19 +106,19 @@ def _has_template(folder: Path) -> bool:
     return path.is_file() and bool(read_object(path).get("chat_template"))
 
 
-def with_head(stored: Mapping[str, Stored], config: Mapping[str, Any]) -> dict[str, Stored]:
+def with_head(stored: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> dict[str, StoredTensor]:
     """Return a base's tensors; a head tied to the embedding is listed with its tensor, whether it is stored or not."""
     embedding, head = embedding_and_head(stored)
     return {**stored, head: stored[embedding]} if _is_tied(stored, config) else dict(stored)
 
 
-def _is_tied(stored: Mapping[str, Stored], config: Mapping[str, Any]) -> bool:
+def _is_tied(stored: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> bool:
     embedding, head = embedding_and_head(stored)
     says = config.get("tie_word_embeddings") is True or head not in stored
     return bool(embedding) and not config.get("is_encoder_decoder") and says
 
 
-def _base(folder: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
+def _base(folder: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     model_files(folder)
     config = read_object(folder / "config.json")
     if quantized := config.get("quantization_config"):
@@ -133,10 +133,10 @@ def _base(folder: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
 
 def _merged(
     config: dict[str, Any],
-    stored: Mapping[str, Stored],
+    stored: Mapping[str, StoredTensor],
     changes: Mapping[str, Change],
     dtype: str,
-    replaced: Mapping[str, Source],
+    replaced: Mapping[str, TensorSource],
     of_adapter: bool,
 ) -> Merged:
     """Tensor by tensor; a head that was the embedding becomes one of its own where only one of them is changed.
@@ -144,8 +144,8 @@ def _merged(
     An adapter changes what tokens are read as, or what they are compared with; weights trained whole are both.
     """
 
-    def planned(name: str, tensor: Stored) -> Planned:
-        source: Source = replaced.get(name, tensor)
+    def planned(name: str, tensor: StoredTensor) -> Planned:
+        source: TensorSource = replaced.get(name, tensor)
         if name in changes:
             source = changes[name](source)
         keeps = dtype == "own" or tensor.dtype not in BYTES

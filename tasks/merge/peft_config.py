@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from tasks.adapters.files import CONFIG, read_config
+from tasks.adapters.files import CONFIG, read_adapter_config
 from tasks.core.errors import BadModel
 
 T = TypeVar("T")
@@ -80,7 +80,7 @@ def settings_of(adapter: Path) -> Settings:
     Raises:
         BadModel: there is none, it is unsafe, has invalid values, or asks for what is no sum of weights.
     """
-    config = read_config(adapter)
+    config = read_adapter_config(adapter)
     try:
         settings = Settings.model_validate(config)
     except ValidationError as error:

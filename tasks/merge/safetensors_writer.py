@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from tasks.core.artifacts import as_json
 from tasks.core.errors import BadModel
-from tasks.models.safetensors_reader import BYTES, INDEX, SINGLE, Source, Stored, blocks, read_into, rounded
+from tasks.models.safetensors_reader import BYTES, INDEX, SINGLE, StoredTensor, TensorSource, blocks, read_into, rounded
 
 _COPY_BYTES = 1 << 22
 _SYNC_SECONDS = 0.03
@@ -36,19 +36,19 @@ class Planned(NamedTuple):
     """A tensor to write: a stored one as it is, or numbers rounded to a format."""
 
     dtype: str
-    source: Source
+    source: TensorSource
 
     @property
     def nbytes(self) -> int:
         """Return the tensor's size in the file, in bytes."""
-        if isinstance(self.source, Stored) and self.is_copy:
+        if isinstance(self.source, StoredTensor) and self.is_copy:
             return self.source.nbytes
         return math.prod(self.source.shape) * BYTES[self.dtype]
 
     @property
     def is_copy(self) -> bool:
         """Return whether the tensor's bytes are those of a file."""
-        return isinstance(self.source, Stored) and self.source.dtype == self.dtype
+        return isinstance(self.source, StoredTensor) and self.source.dtype == self.dtype
 
 
 def split(planned: Mapping[str, Planned], most_bytes: int) -> list[dict[str, Planned]]:
@@ -154,7 +154,7 @@ def _told_of(name: str) -> Iterator[None]:
 
 def _writing(file: _Written, name: str, tensor: Planned, workers: Executor) -> Iterator[Callable[[], None]]:
     """Yield the steps of writing a tensor, to be taken in order; blocks are computed once they are requested."""
-    if isinstance(tensor.source, Stored) and tensor.is_copy:
+    if isinstance(tensor.source, StoredTensor) and tensor.is_copy:
         yield partial(file.copy, tensor.source)
         return
 
@@ -196,7 +196,7 @@ class _Written:
         while len(block):
             block = block[os.write(self._file.fileno(), block) :]
 
-    def copy(self, source: Stored) -> None:
+    def copy(self, source: StoredTensor) -> None:
         """Copy a tensor's bytes within the kernel, where the file systems can, and read them for the digest."""
         with source.file.open("rb", buffering=0) as file:
             for offset in range(source.start, source.start + source.nbytes, _COPY_BYTES):

@@ -15,30 +15,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tasks.adapters.attach import load_adapted, load_packaged, mergeable
+from tasks.adapters.attach import is_mergeable, load_adapted, load_packaged
 from tasks.adapters.package import package
 from tasks.adapters.params import AnyAdapter
-from tasks.core.artifacts import as_json, read_manifest, whole_folder
+from tasks.core.artifacts import as_json, atomic_folder, read_manifest
 from tasks.core.errors import NotEquivalent
 from tasks.core.layout import EQUIVALENCE
 from tasks.core.stage import run_stage
 from tasks.inference.rendered_rows import read_questions
 from tasks.merge.export.formats import export
-from tasks.merge.lazy_tensors import Made
+from tasks.merge.lazy_tensors import ComputedTensor
 from tasks.merge.merged_model import DEQUANTIZED, ORIGINAL, merge, write_merged
 from tasks.merge.params import Merge
 from tasks.merge.weight_deltas import name_in
-from tasks.models.device import settle
+from tasks.models.device import seed_everything
 from tasks.models.loader import Model
 from tasks.models.quantization import dequantized
-from tasks.models.safetensors_reader import MIB, Source, stored_in
+from tasks.models.safetensors_reader import MIB, TensorSource, stored_in
 from tasks.tokenization.architecture import architecture_in
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Difference(NamedTuple):
+class Divergence(NamedTuple):
     """Divergence of two models: KL(first || second) per token, in nats, and the largest difference of any logit."""
 
     mean_kl: float
@@ -64,7 +64,7 @@ def logits_on(model: Model, probe: Mapping[str, Sequence[int]]) -> Tensor:
     return logits
 
 
-def difference(first: Model, second: Model, probes: Sequence[Mapping[str, Sequence[int]]]) -> Difference:
+def kl_divergence(first: Model, second: Model, probes: Sequence[Mapping[str, Sequence[int]]]) -> Divergence:
     """Compare the next-token distributions of two models on some probes.
 
     The vocabulary of the second may be longer; what it has more is left out.
@@ -77,10 +77,10 @@ def difference(first: Model, second: Model, probes: Sequence[Mapping[str, Sequen
         kl += (log_p.exp() * (log_p - log_q)).sum().item()
         largest = max(largest, (one - two).abs().max().item())
         tokens += len(one)
-    return Difference(kl / tokens, largest, tokens)
+    return Divergence(kl / tokens, largest, tokens)
 
 
-def stand_ins(model: Model, base: Path, onto: str) -> dict[str, Mapping[str, Source]]:
+def base_candidates(model: Model, base: Path, onto: str) -> dict[str, Mapping[str, TensorSource]]:
     """Build the weights that an update may be added to, by name; of each, what stands in for the base's own.
 
     Args:
@@ -90,8 +90,8 @@ def stand_ins(model: Model, base: Path, onto: str) -> dict[str, Mapping[str, Sou
     """
     stored = stored_in(base)
     made = {name_in(stored, name) or name: make for name, make in dequantized(model).items()}
-    weights = {name: Made(make, stored[name].shape) for name, make in made.items()}
-    both: dict[str, Mapping[str, Source]] = {ORIGINAL: {}, DEQUANTIZED: weights}
+    weights = {name: ComputedTensor(make, stored[name].shape) for name, make in made.items()}
+    both: dict[str, Mapping[str, TensorSource]] = {ORIGINAL: {}, DEQUANTIZED: weights}
     if not weights:
         return {ORIGINAL: {}}
     return both if onto == "closest" else {onto: both[onto]}
@@ -116,12 +116,13 @@ def merge_closest(
         The content of its equivalence.json, and the digests of its files.
     """
     made = {
-        folder / name: merge(base, trained, dtype, weights) for name, weights in stand_ins(model, base, onto).items()
+        folder / name: merge(base, trained, dtype, weights)
+        for name, weights in base_candidates(model, base, onto).items()
     }
     for place in made:
         place.mkdir()
     digests = write_merged(base, trained, made, most_bytes)
-    found = {place: difference(model, load_packaged(place), probes) for place in made}
+    found = {place: kl_divergence(model, load_packaged(place), probes) for place in made}
     best = min(found, key=lambda place: (found[place].mean_kl, place.name))
     for file in sorted(best.iterdir()):
         file.rename(folder / file.name)
@@ -155,14 +156,14 @@ def main() -> None:
         base, trained = stage.path("base"), stage.path("adapter")
         for folder in (base, trained):
             read_manifest(folder)
-        settle(0)
+        seed_everything(0)
         architecture = architecture_in(base)
         rows = read_questions(stage.path("rendered"), architecture)[: params.probe_rows]
         probes = [{name: row[column] for name, column in PROBES[architecture.rows].items()} for row in rows]
         model = load_adapted(base, trained, adapter)
         known: dict[str, str] = {}
-        with whole_folder(stage.path("out"), known=known) as folder:
-            if mergeable(adapter):
+        with atomic_folder(stage.path("out"), known=known) as folder:
+            if is_mergeable(adapter):
                 most_bytes = params.max_shard_mib * MIB
                 told, digests = merge_closest(
                     base, trained, model, probes, folder, onto=params.onto, most_bytes=most_bytes
@@ -171,7 +172,7 @@ def main() -> None:
             else:
                 package(base, trained, folder, stage.path("out"))
                 form = f"packaged: adapter and reference to the base, because {adapter.name} cannot be added to weights"
-                told = {"form": form, **difference(model, load_packaged(folder, base), probes)._asdict()}
+                told = {"form": form, **kl_divergence(model, load_packaged(folder, base), probes)._asdict()}
             (folder / EQUIVALENCE).write_text(as_json(told))
             for name, each in told.get("onto", {}).items():
                 print(f"merge {stage.item}: onto the {name} weights: mean KL {each['mean_kl']:.2e}", flush=True)
@@ -181,6 +182,6 @@ def main() -> None:
                 flush=True,
             )
             check_equivalent(told, params.max_mean_kl, stage.item)
-        with whole_folder(stage.path("exports")) as folder:
+        with atomic_folder(stage.path("exports")) as folder:
             for number, wanted in enumerate(params.exports):
                 export(stage.path("out"), wanted, folder / f"{number}-{wanted.kind}")

@@ -19,7 +19,7 @@ from tasks.core.errors import BadModel
 from tasks.merge.expert_deltas import Fused, fused_weights
 from tasks.merge.lazy_tensors import Added, Change, Factor, Longer, Normed, Plus, Rows, Scaled
 from tasks.merge.peft_config import Settings, settings_of
-from tasks.models.safetensors_reader import BYTES, Source, Stored, blocks, read_header, stored_in
+from tasks.models.safetensors_reader import BYTES, StoredTensor, TensorSource, blocks, read_header, stored_in
 
 _ROUNDING = 1e-5
 """PEFT adds it to the rank that AdaLoRA's updates are divided by."""
@@ -43,7 +43,7 @@ Found: TypeAlias = "tuple[str | None, Change, tuple[str, ...]]"
 """A weight of the base, or None where it has none; what becomes of it; and the adapter's tensors that say so."""
 
 
-def changes_of(adapter: Path, base: Mapping[str, Stored], family: str = "") -> dict[str, Change]:
+def changes_of(adapter: Path, base: Mapping[str, StoredTensor], family: str = "") -> dict[str, Change]:
     """Build the changes that an adapter, or the whole model in its folder, makes to each weight of a base.
 
     Args:
@@ -68,7 +68,7 @@ def changes_of(adapter: Path, base: Mapping[str, Stored], family: str = "") -> d
     return _collected(_Adapter(adapter, settings, tensors, base, family), _METHODS[kind])
 
 
-def adapter_tensors(adapter: Path) -> dict[str, Stored]:
+def adapter_tensors(adapter: Path) -> dict[str, StoredTensor]:
     """Find the tensors of a published adapter, by the names of the modules that they belong to.
 
     Raises:
@@ -77,7 +77,7 @@ def adapter_tensors(adapter: Path) -> dict[str, Stored]:
     return {name.removeprefix(_PREFIX): tensor for name, tensor in read_header(weights_file(adapter)).items()}
 
 
-def check_finite(tensors: Mapping[str, Stored], where: Path) -> None:
+def check_finite(tensors: Mapping[str, StoredTensor], where: Path) -> None:
     """Refuse tensors with a number that is not finite.
 
     Raises:
@@ -85,7 +85,7 @@ def check_finite(tensors: Mapping[str, Stored], where: Path) -> None:
     """
     import numpy as np
 
-    def count(tensor: Stored) -> int:
+    def count(tensor: StoredTensor) -> int:
         return sum(int((~np.isfinite(tensor.floats(*block))).sum()) for block in blocks(tensor.shape))
 
     broken = {name: count(tensor) for name, tensor in tensors.items() if tensor.dtype in BYTES}
@@ -115,8 +115,8 @@ class _Adapter(NamedTuple):
 
     folder: Path
     settings: Settings
-    tensors: Mapping[str, Stored]
-    base: Mapping[str, Stored]
+    tensors: Mapping[str, StoredTensor]
+    base: Mapping[str, StoredTensor]
     family: str
 
     def weight(self, module: str, suffix: str = ".weight") -> str | None:
@@ -156,7 +156,7 @@ class _Adapter(NamedTuple):
         return (shape[1], shape[0]) if turned else (shape[0], shape[1])
 
 
-Method: TypeAlias = "Callable[[_Adapter, Mapping[str, Stored]], Iterator[Found]]"
+Method: TypeAlias = "Callable[[_Adapter, Mapping[str, StoredTensor]], Iterator[Found]]"
 """What of an adapter's tensors that are left does what to the base."""
 
 
@@ -200,7 +200,7 @@ def _expected(adapter: _Adapter) -> set[str]:
     return wanted | fused_weights(adapter.base, settings)
 
 
-def _weights(adapter: _Adapter, left: Mapping[str, Stored]) -> Iterator[Found]:
+def _weights(adapter: _Adapter, left: Mapping[str, StoredTensor]) -> Iterator[Found]:
     """Yield tensors that replace one of the base's: an embedding, a bias, a module that was trained."""
     for name in left:
         if not re.search(r"\.lora_|\.ia3_l$|trainable_tokens_delta$", name):
@@ -229,7 +229,7 @@ def added_tokens(folder: Path) -> list[int]:
     return [int(number) for number in read_object(path).values()] if path.is_file() else []
 
 
-def _whole(folder: Path, base: Mapping[str, Stored]) -> dict[str, Change]:
+def _whole(folder: Path, base: Mapping[str, StoredTensor]) -> dict[str, Change]:
     """Build the changes of weights that were trained whole: all of the base's, in its shapes; a tied head may lack."""
     trained = stored_in(folder)
     check_finite(trained, folder)
@@ -249,7 +249,7 @@ def _whole(folder: Path, base: Mapping[str, Stored]) -> dict[str, Change]:
 # --- LoRA and its kin -------------------------------------------------------------------------------------------------
 
 
-def _lora(adapter: _Adapter, left: Mapping[str, Stored]) -> Iterator[Found]:
+def _lora(adapter: _Adapter, left: Mapping[str, StoredTensor]) -> Iterator[Found]:
     """W + s B A; with the norms that DoRA learnt."""
     for name in left:
         if found := re.fullmatch(r"(.+)\.lora_(embedding_)?A(\.weight)?", name):
@@ -297,9 +297,9 @@ def _low_rank(adapter: _Adapter, module: str, a: str, b: str, *, turned: bool) -
         raise adapter.unfit(f"{b}: missing")
     second, magnitudes = adapter.tensors[b], adapter.tensors.get(norms)
 
-    def change(base: Source) -> Source:
+    def change(base: TensorSource) -> TensorSource:
         if turned:
-            total: Source = Added(base, Factor(first, turned=True), Factor(second, turned=True, scale=scale))
+            total: TensorSource = Added(base, Factor(first, turned=True), Factor(second, turned=True, scale=scale))
         else:
             total = Added(base, Factor(second, scale=scale), Factor(first))
         return total if magnitudes is None else Normed(total, magnitudes, turned)
@@ -321,7 +321,7 @@ def _learnt_rows(adapter: _Adapter, name: str) -> Iterator[Found]:
     if len(chosen) != learnt.shape[0] or not all(0 <= token < tokens for token in chosen):
         raise adapter.unfit(f"{name}: {learnt.shape[0]} rows, trainable_token_indices {chosen[:8]} of {tokens} tokens")
 
-    def rows(base: Source) -> Source:
+    def rows(base: TensorSource) -> TensorSource:
         return Rows(base, tuple(chosen), learnt)
 
     yield weight, rows, (name,)
@@ -330,7 +330,7 @@ def _learnt_rows(adapter: _Adapter, name: str) -> Iterator[Found]:
             yield other, rows, (name,)
 
 
-def _adalora(adapter: _Adapter, left: Mapping[str, Stored]) -> Iterator[Found]:
+def _adalora(adapter: _Adapter, left: Mapping[str, StoredTensor]) -> Iterator[Found]:
     """W + s P L Q, where s is alpha / the rank in the beginning, and L a diagonal."""
     scale = adapter.settings.lora_alpha / (adapter.settings.init_r + _ROUNDING)
     for a in [name for name in left if name.endswith(".lora_A")]:
@@ -343,7 +343,7 @@ def _adalora(adapter: _Adapter, left: Mapping[str, Stored]) -> Iterator[Found]:
         yield weight, _add(*((inner, outer) if turned else (outer, inner))), (a, e, b)
 
 
-def _ia3(adapter: _Adapter, left: Mapping[str, Stored]) -> Iterator[Found]:
+def _ia3(adapter: _Adapter, left: Mapping[str, StoredTensor]) -> Iterator[Found]:
     """W with its rows scaled, for outputs, (out, 1), or its columns, for inputs, (1, in); biases with the outputs."""
     for name in [name for name in left if name.endswith(".ia3_l")]:
         module, factors = name.removesuffix(".ia3_l"), left[name]
@@ -364,11 +364,11 @@ _METHODS: dict[str, Method] = {
 }
 
 
-def _become(weight: Stored) -> Change:
+def _become(weight: StoredTensor) -> Change:
     return lambda base: weight
 
 
-def _be(source: Source) -> Change:
+def _be(source: TensorSource) -> Change:
     return lambda base: source
 
 
@@ -376,11 +376,11 @@ def _add(left: Factor, right: Factor) -> Change:
     return lambda base: Added(base, left, right)
 
 
-def _plus(more: Stored, scale: float) -> Change:
+def _plus(more: StoredTensor, scale: float) -> Change:
     return lambda base: Plus(base, more, scale)
 
 
-def _scaled(factors: Stored, by_row: bool) -> Change:
+def _scaled(factors: StoredTensor, by_row: bool) -> Change:
     return lambda base: Scaled(base, factors, by_row)
 
 

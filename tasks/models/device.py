@@ -41,7 +41,7 @@ def has_fast_bf16() -> bool:
     return bool(torch.cpu.get_capabilities().get(FAST_BF16))
 
 
-def settle(seed: int) -> None:
+def seed_everything(seed: int) -> None:
     """Seed every generator and select deterministic kernels."""
     import torch
 

@@ -116,7 +116,7 @@ def load_model(
     import transformers
     from safetensors import SafetensorError
 
-    from tasks.models.quantization import loading_config, prepare
+    from tasks.models.quantization import loading_config, prepare_for_training
 
     model_files(folder)
     loader = getattr(transformers, architecture_in(folder).loader)
@@ -135,7 +135,7 @@ def load_model(
             "does not load", where=str(folder), got=f"{type(error).__name__}: {error}".split("\n")[0]
         ) from error
     if quantization:
-        prepare(model, quantization)
+        prepare_for_training(model, quantization)
     model.requires_grad_(False)
     model.eval()
     return model

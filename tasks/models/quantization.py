@@ -55,7 +55,7 @@ def loading_config(quantization: Quantization, usual: torch.dtype) -> Any:
     )
 
 
-def prepare(model: PreTrainedModel, quantization: Quantization) -> None:
+def prepare_for_training(model: PreTrainedModel, quantization: Quantization) -> None:
     """Prepare a quantized base for training.
 
     Raises:

@@ -34,7 +34,7 @@ _BLOCK_NUMBERS = 1 << 18
 """So many numbers of a tensor are worked on at a time: a MiB in float32, which stays in a core's cache."""
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """A tensor in a file.
 
     Attributes:
@@ -81,7 +81,7 @@ class Stored(NamedTuple):
         return widened(raw, self.dtype).reshape(stop - start, self.columns)
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """Source of the numbers of a tensor that is written."""
 
     @property
@@ -103,7 +103,7 @@ def blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def stored_in(folder: Path) -> dict[str, Stored]:
+def stored_in(folder: Path) -> dict[str, StoredTensor]:
     """Find all tensors of a model folder by name, in the order in which they lie in its files.
 
     Raises:
@@ -119,7 +119,7 @@ def stored_in(folder: Path) -> dict[str, Stored]:
         )
     if not files:
         raise BadModel("has no weights", where=str(folder), expected="*.safetensors")
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for file in files:
         tensors = read_header(file)
         if twice := sorted(found.keys() & tensors.keys()):
@@ -142,7 +142,7 @@ def weight_map(index: Path) -> dict[str, str]:
     return found
 
 
-def read_header(file: Path) -> dict[str, Stored]:
+def read_header(file: Path) -> dict[str, StoredTensor]:
     """Read the header of one safetensors file: its tensors by name, in the order of their bytes.
 
     Raises:
@@ -164,7 +164,9 @@ def read_header(file: Path) -> dict[str, Stored]:
         header: dict[str, Any] = dict(json.loads(text).items())
         header.pop("__metadata__", None)
         tensors = {
-            name: Stored(file, str(entry["dtype"]), tuple(map(whole, entry["shape"])), 8 + length + begin, end - begin)
+            name: StoredTensor(
+                file, str(entry["dtype"]), tuple(map(whole, entry["shape"])), 8 + length + begin, end - begin
+            )
             for name, entry in header.items()
             for begin, end in [entry["data_offsets"]]
         }
@@ -175,7 +177,7 @@ def read_header(file: Path) -> dict[str, Stored]:
     return ordered
 
 
-def _check_layout(file: Path, tensors: Mapping[str, Stored], size: int, first: int) -> None:
+def _check_layout(file: Path, tensors: Mapping[str, StoredTensor], size: int, first: int) -> None:
     """Refuse tensors that overlap, leave gaps, have another size than their shape, or end beyond the file."""
     place = first
     for name, tensor in tensors.items():

@@ -27,7 +27,7 @@ from tasks.core.errors import BadInput, OutOfMemory, TemperError, Transient
 from tasks.core.memory import kills_for_memory
 from tasks.core.stage import OWNER
 from tasks.orchestration.params import Params
-from tasks.orchestration.run_journal import Event, Outcome, record
+from tasks.orchestration.run_journal import Event, StageResult, record
 
 if TYPE_CHECKING:
     import psutil
@@ -39,7 +39,7 @@ _SHOWN_LINES = 30
 
 
 @dataclass
-class Session:
+class PipelineRun:
     """One run of the graph over one workspace."""
 
     workspace: Path
@@ -53,17 +53,17 @@ class Session:
     advise: Callable[[str], str] = lambda method: ""
     """What a method's training would need and what would fit, for when it ran out of memory."""
     stopping: bool = False
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    outcomes: dict[str, StageResult] = field(default_factory=dict)
     errors: dict[str, TemperError] = field(default_factory=dict)
     """What went wrong last in stages that have not come through."""
     _children: set[subprocess.Popen[str]] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def pass_over(self, stage: str) -> Outcome | None:
+    def pass_over(self, stage: str) -> StageResult | None:
         """Return the outcome of a stage that need not run; None for one that must be left to DVC."""
-        return self._finish(Outcome(stage, "unchanged", 0.0, self.keys[stage])) if self.is_current(stage) else None
+        return self._finish(StageResult(stage, "unchanged", 0.0, self.keys[stage])) if self.is_current(stage) else None
 
-    def run(self, stage: str, timeout_s: float, log: Callable[[str], None]) -> Outcome:
+    def run(self, stage: str, timeout_s: float, log: Callable[[str], None]) -> StageResult:
         """Run one stage by DVC, to bring it up to date, and return its outcome.
 
         Args:
@@ -86,7 +86,7 @@ class Session:
             self.errors[stage] = error
             self.watch(Event(stage, "failed"))
             raise error from failure
-        outcome = Outcome(stage, state, time.monotonic() - started, pipeline.recorded_keys(self.workspace)[stage])
+        outcome = StageResult(stage, state, time.monotonic() - started, pipeline.recorded_keys(self.workspace)[stage])
         log(f"content key {outcome.key}")
         return self._finish(outcome)
 
@@ -103,7 +103,7 @@ class Session:
         if lost := [stage for stage in self.nodes if stage not in self.outcomes]:
             raise TemperError("stages did not come through", examples=lost, fix="look into the log of their tasks")
 
-    def _finish(self, outcome: Outcome) -> Outcome:
+    def _finish(self, outcome: StageResult) -> StageResult:
         with self._lock:
             self.errors.pop(outcome.stage, None)
             self.outcomes[outcome.stage] = outcome
@@ -275,11 +275,11 @@ def changed_stages(workspace: Path) -> frozenset[str]:
     return frozenset(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-_current: ContextVar[Session] = ContextVar("session")
-_open: list[Session] = []
+_current: ContextVar[PipelineRun] = ContextVar("session")
+_open: list[PipelineRun] = []
 
 
-def current_session() -> Session:
+def current_session() -> PipelineRun:
     """Return the session that the running flow opened."""
     return _current.get()
 
@@ -287,10 +287,10 @@ def current_session() -> Session:
 @contextmanager
 def opened(
     workspace: Path, params: Params, watch: Callable[[Event], None], advise: Callable[[str], str]
-) -> Iterator[Session]:
+) -> Iterator[PipelineRun]:
     """Begin a session and make it the current one."""
     keys, changed = pipeline.recorded_keys(workspace), changed_stages(workspace)
-    session = Session(workspace, params, pipeline.load(workspace), keys, changed, watch, advise)
+    session = PipelineRun(workspace, params, pipeline.load(workspace), keys, changed, watch, advise)
     token = _current.set(session)
     _open.append(session)
     try:

@@ -18,7 +18,7 @@ from prefect.states import Completed
 
 from tasks.core.errors import BadInput
 from tasks.orchestration.dvc_session import current_session
-from tasks.orchestration.run_journal import Outcome
+from tasks.orchestration.run_journal import StageResult
 
 TRAINING = "training"
 """The tag whose concurrency limit on the Prefect server says how many trainings run at once."""
@@ -52,10 +52,10 @@ def _worth_retrying(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bo
     return not current_session().stopping and not isinstance(state.result(raise_on_failure=False), BadInput)
 
 
-def _stage(name: str) -> Task[..., Outcome]:
+def _stage(name: str) -> Task[..., StageResult]:
     policy = POLICIES[name]
 
-    def run(item: str | None = None) -> Outcome:
+    def run(item: str | None = None) -> StageResult:
         session, address = current_session(), f"{name}@{item}" if item else name
         outcome = session.pass_over(address)
         if outcome is None:  # only what really runs takes a slot: asking for one takes seconds

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 
-class Outcome(NamedTuple):
+class StageResult(NamedTuple):
     """Outcome of a stage: `state` is completed (it ran), restored (from DVC's cache) or unchanged."""
 
     stage: str
@@ -31,7 +31,7 @@ def journal_file(workspace: Path) -> Path:
     return workspace / ".temper" / "journal.jsonl"
 
 
-def record(workspace: Path, outcome: Outcome) -> None:
+def record(workspace: Path, outcome: StageResult) -> None:
     """Append an outcome to the journal."""
     line = json.dumps({**outcome._asdict(), "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
     with journal_file(workspace).open("a") as file:

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from tasks.adapters.files import CONFIG, PUBLISHED, read_config, read_weights
+from tasks.adapters.files import CONFIG, PUBLISHED, read_adapter_config, read_weights
 from tasks.adapters.package import FOLDER, base_in
 from tasks.core.artifacts import check_manifest
 from tasks.core.errors import BadInput, BadModel, BadParams, TemperError, Transient
@@ -114,7 +114,7 @@ def left_over(there: Iterable[str], files: Iterable[str]) -> list[str]:
 
 
 def _adapter(folder: Path) -> dict[str, Path]:
-    read_config(folder)
+    read_adapter_config(folder)
     read_weights(folder)
     wanted = [folder / name for name in (*PUBLISHED, CARD)] + sorted(folder.glob("LICENSE*"))
     return {path.name: path for path in wanted if path.is_file()}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tasks.adapters.files import CONFIG, read_config, said_base
+from tasks.adapters.files import CONFIG, read_adapter_config, said_base
 from tasks.adapters.package import FOLDER
 from tasks.core.layout import EQUIVALENCE
 
@@ -19,7 +19,7 @@ def card(folder: Path) -> str:
     """Build a model card from what the folder records: base, method, figures, params."""
     if not (folder / CONFIG).is_file():
         return _model_card(folder)
-    config, base = read_config(folder), said_base(folder)
+    config, base = read_adapter_config(folder), said_base(folder)
     summary = json.loads((folder / SUMMARY).read_text()) if (folder / SUMMARY).is_file() else {}
     adapter = summary.get("params", {}).get("adapter", {})
     method = str(adapter.get("name") or config["peft_type"]).lower()

@@ -19,7 +19,7 @@ _AT_ONCE = 4096
 """Rows that are decoded together."""
 
 
-def leaked_shares(
+def contamination_by_suite(
     items: Sequence[Item], rendered: Path, tokenizer: PreTrainedTokenizerBase, run_words: int
 ) -> dict[str, float]:
     """Compute each suite's contamination: the share of items whose prompt stands in the rows to train on.

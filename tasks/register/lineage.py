@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 from tasks.adapters.files import base_of
 from tasks.core.artifacts import MANIFEST, digest, read_manifest
 from tasks.core.layout import BASE_EXAMPLES, EQUIVALENCE, EXAMPLES, METRICS
-from tasks.register.contamination import leaked_shares
+from tasks.register.contamination import contamination_by_suite
 from tasks.reports.items import by_suite, read_items
 from tasks.tokenization.chat_template import load_tokenizer, template_digest
 
 
-class Outputs(NamedTuple):
+class StagePaths(NamedTuple):
     """Outputs of the stages that belong to one version: folders, and the file of the base model's items."""
 
     model: Path
@@ -29,7 +29,7 @@ class Outputs(NamedTuple):
 
 
 def lineage_of(
-    workspace: Path, method: str, made: Outputs, key: str, model_name: str, sources: Mapping[str, Mapping[str, str]]
+    workspace: Path, method: str, made: StagePaths, key: str, model_name: str, sources: Mapping[str, Mapping[str, str]]
 ) -> dict[str, Any]:
     """All that is known of a model: the same content of the same commit gives the same object.
 
@@ -77,13 +77,13 @@ def lineage_of(
             "model": template_digest(tokenizer),
         },
         "evaluation": _evaluation(made, metrics),
-        "leaked": leaked_shares(items, made.rendered, tokenizer, rendered["leak_words"]),
+        "leaked": contamination_by_suite(items, made.rendered, tokenizer, rendered["leak_words"]),
         "files": {name: file["sha256"] for name, file in model["files"].items()},
         "manifest_sha256": digest(made.model / MANIFEST),
     }
 
 
-def _evaluation(made: Outputs, metrics: Mapping[str, Any]) -> dict[str, Any]:
+def _evaluation(made: StagePaths, metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Return the scores of the model and its base, and the digests of the files that hold them."""
     base = by_suite(read_items(made.baseline))
     return {

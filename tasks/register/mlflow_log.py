@@ -14,23 +14,14 @@ from tasks.adapters.package import BASE, REFERENCE, base_in, is_of_hub
 from tasks.core.artifacts import as_json
 from tasks.core.layout import BASE_EXAMPLES, CLONE, EXAMPLES, LINEAGE, METRICS
 from tasks.publish.model_card import CARD, version_card
-from tasks.register.lineage import Outputs
-from tasks.register.sbom import BILL, bill_of_materials
+from tasks.register.lineage import StagePaths
+from tasks.register.sbom import SBOM, sbom
 from tasks.registry import names as tag
-from tasks.registry.client import (
-    KEPT_LOSS,
-    KEY_TAG,
-    flat,
-    log_data,
-    log_params,
-    log_rows,
-    log_samples,
-    logged_steps,
-)
+from tasks.registry.client import KEPT_LOSS, KEY_TAG, flat, log_data, log_params, log_rows, log_samples, logged_steps
 from tasks.registry.names import ABOUT, ARTIFACT
 from tasks.registry.signing import SIGNATURE, sign, signing_key
 from tasks.registry.versions import ADAPTER
-from tasks.serving.signature import requirements, serving_of
+from tasks.serving.signature import requirements, serving_spec
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -76,7 +67,7 @@ def describe(lineage: Mapping[str, Any], model: Path, folder: Path) -> Path:
     folder.mkdir()
     (folder / CARD).write_text(version_card(lineage), encoding="utf-8")
     (folder / LINEAGE).write_text(as_json(lineage), encoding="utf-8")
-    (folder / BILL).write_text(as_json(bill_of_materials()), encoding="utf-8")
+    (folder / SBOM).write_text(as_json(sbom()), encoding="utf-8")
     if key := signing_key():
         sign(model, folder / SIGNATURE, key)
     return folder
@@ -112,7 +103,7 @@ def log_figures(client: MlflowClient, run: Run, lineage: Mapping[str, Any], cost
             client.log_metric(run.info.run_id, name, value)
 
 
-def log_report(client: MlflowClient, run: Run, made: Outputs, about: Path, key: str) -> str:
+def log_report(client: MlflowClient, run: Run, made: StagePaths, about: Path, key: str) -> str:
     """Log the report and the description to the run, in a separate folder for this content; return its place.
 
     A training that is evaluated again has another version, whose report must not take the place of this one's.
@@ -141,7 +132,7 @@ def log_model(client: MlflowClient, run: Run, model: Path, about: Path | None, k
     for found in client.search_logged_models([run.info.experiment_id], f"tags.`{KEY_TAG}` = '{key}'"):
         if found.status == LoggedModelStatus.READY:
             return found.model_id, found.model_uri
-    serving, artifacts = serving_of(model), {ARTIFACT: str(model)}
+    serving, artifacts = serving_spec(model), {ARTIFACT: str(model)}
     if about:
         artifacts[ABOUT] = str(about)
     if (model / REFERENCE).is_file() and not is_of_hub(model):

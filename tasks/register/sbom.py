@@ -14,10 +14,10 @@ from typing import Any
 
 from tasks.core.artifacts import as_json
 
-BILL = "sbom.cdx.json"
+SBOM = "sbom.cdx.json"
 
 
-def bill_of_materials(installed: Iterable[Distribution] | None = None) -> dict[str, Any]:
+def sbom(installed: Iterable[Distribution] | None = None) -> dict[str, Any]:
     """Build the SBOM of this environment: its packages, and which needs which.
 
     Args:

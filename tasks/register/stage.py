@@ -17,11 +17,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from tasks.core.artifacts import as_json, write_whole
+from tasks.core.artifacts import as_json, atomic_write
 from tasks.core.layout import STATE, cost_file
 from tasks.core.stage import run_stage
 from tasks.publish.model_card import version_card
-from tasks.register.lineage import Outputs, lineage_of
+from tasks.register.lineage import StagePaths, lineage_of
 from tasks.register.mlflow_log import (
     DESCRIPTION_CHARACTERS,
     complete_run,
@@ -35,11 +35,7 @@ from tasks.register.mlflow_log import (
 )
 from tasks.register.params import Register, Source
 from tasks.registry import names as tag
-from tasks.registry.client import (
-    answering,
-    connect,
-    run_of,
-)
+from tasks.registry.client import answering, connect, run_of
 from tasks.registry.names import ABOUT, CHALLENGER
 from tasks.registry.signing import SIGNATURE
 from tasks.registry.versions import find_version, remove_doubles
@@ -49,7 +45,7 @@ if TYPE_CHECKING:
 
 
 def register(
-    workspace: Path, method: str, made: Outputs, key: str, model: str, sources: Mapping[str, Mapping[str, str]]
+    workspace: Path, method: str, made: StagePaths, key: str, model: str, sources: Mapping[str, Mapping[str, str]]
 ) -> ModelVersion:
     """Find the version of this content, or register it with everything that belongs to it.
 
@@ -87,8 +83,8 @@ def register(
 
 def main() -> None:
     """Run the stage `register@METHOD`."""
-    with run_stage(__doc__, *Outputs._fields, "out", item="method") as stage:
-        model, made = stage.section("register", Register).model, Outputs(*map(stage.path, Outputs._fields))
+    with run_stage(__doc__, *StagePaths._fields, "out", item="method") as stage:
+        model, made = stage.section("register", Register).model, StagePaths(*map(stage.path, StagePaths._fields))
         sources = {name: each.model_dump() for name, each in stage.section("ingest.sources", dict[str, Source]).items()}
         with answering(stage.workspace):
             version = register(stage.workspace, stage.item, made, stage.key, model, sources)
@@ -102,5 +98,5 @@ def main() -> None:
             "key": stage.key,
             "method": stage.item,
         }
-        write_whole(stage.path("out"), as_json(about))
+        atomic_write(stage.path("out"), as_json(about))
         print(f"register {stage.item}: models:/{model}/{version.version}", flush=True)

@@ -22,7 +22,7 @@ def is_folder(reference: str) -> bool:
     return not reference.startswith((_HUB, _REGISTRY))
 
 
-def find(reference: str, workspace: Path) -> Path:
+def fetch_adapter_ref(reference: str, workspace: Path) -> Path:
     """Find the local folder of an adapter.
 
     Args:

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from tasks.adapters.files import CONFIG
-from tasks.core.artifacts import read_manifest, whole_folder
+from tasks.core.artifacts import atomic_folder, read_manifest
 from tasks.core.errors import BadModel, BadParams
 from tasks.registry.alias_log import moves, plain
 from tasks.registry.client import KEY_TAG, answering, connect
@@ -150,7 +150,7 @@ def fetch_adapter(workspace: Path, address: str) -> Path:
             )
         target = workspace / ".temper" / "adapters" / run
         if not target.is_dir():
-            with TemporaryDirectory() as place, whole_folder(target, {"from": address}) as folder:
+            with TemporaryDirectory() as place, atomic_folder(target, {"from": address}) as folder:
                 for file in Path(client.download_artifacts(run, ADAPTER, place)).iterdir():
                     shutil.copyfile(file, folder / file.name)
     read_manifest(target)

@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tasks.core.artifacts import read_manifest, whole_folder
+from tasks.core.artifacts import atomic_folder, read_manifest
 from tasks.core.errors import BadData
 from tasks.core.parquet import read_records, write_rows
 from tasks.core.progress import Progress
@@ -274,7 +274,7 @@ def main() -> None:
             "template_sha256": template_digest(tokenizer),
             "leak_words": clean["leak_words"],
         }
-        with whole_folder(stage.path("out"), about) as folder:
+        with atomic_folder(stage.path("out"), about) as folder:
             for (split, kind), rows in rendered.items():
                 (folder / split).mkdir(exist_ok=True)
                 write_rows(folder / split / f"{kind}.parquet", rows, rendered_schema(kind))

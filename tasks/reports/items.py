@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, get_type_hints
 
 from tasks.core.errors import BadData, BadModel
 from tasks.core.parquet import read_rows, write_rows
-from tasks.reports.statistics import Difference, Resampling, bootstrap, paired_difference
+from tasks.reports.statistics import PairedDifference, Resampling, bootstrap, paired_difference
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -60,7 +60,7 @@ class Summary(NamedTuple):
         return self._replace(figures={**self.figures, name: float(count)}) if count else self
 
 
-def digest_of(text: str) -> str:
+def prompt_digest(text: str) -> str:
     """Compute the SHA-256 of a text in UTF-8."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -96,7 +96,7 @@ def write_items(path: Path, items: Sequence[Item]) -> None:
     write_rows(path, [item._asdict() for item in items], items_schema())
 
 
-def check_finite(items: Sequence[Item]) -> None:
+def check_scores(items: Sequence[Item]) -> None:
     """Refuse scores that are not numbers, as a model with broken weights gives them.
 
     Raises:
@@ -175,7 +175,7 @@ def by_suite(items: Iterable[Item]) -> Mapping[str, Items]:
     return found
 
 
-def difference(new: Items, old: Items, metric: str, resampling: Resampling) -> Difference:
+def compare_items(new: Items, old: Items, metric: str, resampling: Resampling) -> PairedDifference:
     """Compare two models on the items that both answered.
 
     Args:

@@ -62,7 +62,7 @@ _AT_ONCE = 1 << 21
 """Numbers that are drawn at once, at most."""
 
 
-class Difference(NamedTuple):
+class PairedDifference(NamedTuple):
     """Difference of two models on their common items; a gain is positive where the first is better.
 
     Attributes:
@@ -94,7 +94,7 @@ class Difference(NamedTuple):
 
 def paired_difference(
     values: NDArray[np.float64], weights: NDArray[np.float64], resampling: Resampling, *, higher_is_better: bool
-) -> Difference:
+) -> PairedDifference:
     """Compare two models on the items that both answered.
 
     The figure of a model is the sum of its values over the sum of its weights. The gain has a percentile bootstrap
@@ -114,14 +114,14 @@ def paired_difference(
 
     items = values.shape[1]
     if not items or not np.isfinite(values).all() or not (weights > 0).all():
-        return Difference(items, *(math.nan,) * 6)
+        return PairedDifference(items, *(math.nan,) * 6)
     shown = 1 if higher_is_better else -1
     first, second = (values.sum(1) / weights.sum(1)).tolist()
     drawn, swapped = _resampled(values, weights, resampling)
     tail = (1 - resampling.confidence) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
     noise = np.quantile(np.abs(np.append(swapped, first - second)), resampling.confidence, method="higher")
-    return Difference(items, shown * first, shown * second, first - second, float(low), float(high), float(noise))
+    return PairedDifference(items, shown * first, shown * second, first - second, float(low), float(high), float(noise))
 
 
 def _resampled(

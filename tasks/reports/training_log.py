@@ -19,7 +19,7 @@ def best_step(log: Log) -> int | None:
     return min(seen, key=lambda row: row[HELD_OUT_LOSS])["step"] if seen else None
 
 
-def looks_since_best(log: Log) -> int:
+def evals_since_best(log: Log) -> int:
     """Count the held-out losses after the lowest."""
     best = best_step(log)
     return sum(HELD_OUT_LOSS in row and row["step"] > best for row in log) if best is not None else 0

@@ -77,7 +77,7 @@ def _options() -> list[ColSpec]:
     return [ColSpec(anything, name, required=False) for name in ("max_tokens", *Generation.model_fields)]
 
 
-class Serving(NamedTuple):
+class ServingSpec(NamedTuple):
     """Serving of models of a kind: the file that MLflow runs, its signature, and a request as an example."""
 
     code: Path
@@ -85,11 +85,11 @@ class Serving(NamedTuple):
     example: dict[str, Any]
 
 
-def serving_of(models: Path) -> Serving:
+def serving_spec(models: Path) -> ServingSpec:
     """Return how the model of a folder is served."""
     from tasks.serving import chat_model, text_model
 
     asked = "What is 17 plus 25?"
     if architecture_in(models) is ENCODER_DECODER:
-        return Serving(Path(text_model.__file__), text_signature(), {"input": asked})
-    return Serving(Path(chat_model.__file__), chat_signature(), {"messages": [{"role": "user", "content": asked}]})
+        return ServingSpec(Path(text_model.__file__), text_signature(), {"input": asked})
+    return ServingSpec(Path(chat_model.__file__), chat_signature(), {"messages": [{"role": "user", "content": asked}]})

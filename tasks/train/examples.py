@@ -20,12 +20,12 @@ def parts_of(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
     return [examples[start : start + size] for start in range(0, len(examples), size)]
 
 
-def learnt_tokens(examples: Sequence[Example], method: Method) -> int:
+def target_tokens(examples: Sequence[Example], method: Method) -> int:
     """Count the tokens of the likelihood that is a part of the loss, or is logged beside it."""
-    return sum(row.scored_tokens for row in likely(examples, method))
+    return sum(row.scored_tokens for row in positive_sequences(examples, method))
 
 
-def likely(examples: Sequence[Example], method: Method) -> list[Row]:
+def positive_sequences(examples: Sequence[Example], method: Method) -> list[Row]:
     """Return the sequences to become likely, scored where the likelihood is: of KTO's replies the good ones."""
     first = [example[0] for example in examples]
     if isinstance(method.objective, KtoObjective):
@@ -48,7 +48,7 @@ def replies_of(examples: Sequence[Example]) -> list[TokenRow]:
     return [row for rows in by_place for row in rows if isinstance(row, TokenRow)]
 
 
-def mismatched(rows: Sequence[TokenRow]) -> list[TokenRow]:
+def mismatched_pairs(rows: Sequence[TokenRow]) -> list[TokenRow]:
     """Pair every prompt of a step with the reply of another row of it (section 4.1 of arXiv:2402.01306).
 
     Replies move on by one, as in TRL, in an order that depends on the rows' contents alone. None is made longer than
@@ -64,9 +64,9 @@ def mismatched(rows: Sequence[TokenRow]) -> list[TokenRow]:
     return found if len(found) > 1 else []
 
 
-def referred(steps: Sequence[Sequence[Example]], method: Method) -> list[TokenRow]:
+def reference_sequences(steps: Sequence[Sequence[Example]], method: Method) -> list[TokenRow]:
     """Collect all rows that the reference model scores over these steps."""
     rows = [row for step in steps for row in replies_of(step)]
     if isinstance(method.objective, KtoObjective):
-        rows += [row for step in steps for row in mismatched(replies_of(step))]
+        rows += [row for step in steps for row in mismatched_pairs(replies_of(step))]
     return rows

@@ -33,7 +33,7 @@ _UNHEARD = {
 """What a launcher's configuration may ask for that no training here does, by what stands for leaving it."""
 
 
-def check(adapter: AnyAdapter) -> None:
+def check_can_shard(adapter: AnyAdapter) -> None:
     """Refuse launcher configurations that this training does not support.
 
     Raises:
@@ -77,7 +77,7 @@ def shard(model: Model) -> None:
 
     _keep_scales(model)
     again = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true") != "false"
-    for layer in layers_of(model):
+    for layer in sharded_layers(model):
         fully_shard(layer, ignored_params=_kept_whole(layer), reshard_after_forward=again)
     if not model.config.is_encoder_decoder:  # as one stack, a layer is gathered while the one before is computed
         stack = base_of(model).get_decoder()
@@ -87,7 +87,7 @@ def shard(model: Model) -> None:
             tensor.data = tensor.data.to(device())
 
 
-def layers_of(model: Model) -> list[nn.Module]:
+def sharded_layers(model: Model) -> list[nn.Module]:
     """Return the layers of a model's base, which transformers knows as what is never split."""
     base: Any = base_of(model)
     names = set(base._no_split_modules or ())

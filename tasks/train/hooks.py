@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tasks.engine.evaluation_hooks import Look, Watch
+from tasks.engine.evaluation_hooks import EvalHook, EvalHooks
 from tasks.inference.chat import continuation
 from tasks.inference.encoder_decoder import PairRow, generate_targets
 from tasks.inference.params import GREEDY
@@ -57,17 +57,17 @@ def watch_for(
     held_out: Sequence[Example],
     method: Method,
     loss: Callable[[], float],
-) -> Watch:
+) -> EvalHooks:
     """Build what params measure in the course of the training; `loss` is that of the held-out rows."""
-    looks, patience, keep_best = list[Look](), None, False
+    looks, patience, keep_best = list[EvalHook](), None, False
     if isinstance(method.evaluation, Evaluation):
         asked = method.evaluation
         patience = None if asked.patience == "never" else asked.patience
         keep_best = asked.keep == "best"
-        looks.append(Look(HELD_OUT_LOSS, asked.every_steps, loss))
+        looks.append(EvalHook(HELD_OUT_LOSS, asked.every_steps, loss))
     if isinstance(method.samples, Samples):
         wanted, prompts = method.samples, [example[0] for example in held_out[: method.samples.prompts]]
         looks.append(
-            Look(SAMPLES, wanted.every_steps, lambda: replies(model, tokenizer, prompts, wanted.max_new_tokens))
+            EvalHook(SAMPLES, wanted.every_steps, lambda: replies(model, tokenizer, prompts, wanted.max_new_tokens))
         )
-    return Watch(looks, patience, keep_best)
+    return EvalHooks(looks, patience, keep_best)

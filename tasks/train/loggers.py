@@ -17,7 +17,7 @@ from tasks.core.ranks import is_first
 from tasks.reports.training_log import SAMPLES, numbers_of
 
 
-class Report(Protocol):
+class TrainingLogger(Protocol):
     """One place where rows of a training log go."""
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -30,7 +30,7 @@ class Report(Protocol):
 @contextmanager
 def reports(
     names: Sequence[str], workspace: Path, key: str, title: str, params: Mapping[str, Any]
-) -> Iterator[list[Report]]:
+) -> Iterator[list[TrainingLogger]]:
     """Open what is reported to; a resumed training goes on in the same place.
 
     Args:
@@ -46,7 +46,7 @@ def reports(
     check_installed(names)
     kinds: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
     with ExitStack() as stack:
-        made: list[Report] = []
+        made: list[TrainingLogger] = []
         for name in names if is_first() else ():
             made.append(kinds[name](workspace, key, title, params))
             stack.callback(made[-1].close)

@@ -14,14 +14,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks.adapters.params import AdaloraAdapter, FullAdapter, ReftAdapter
 from tasks.core.ranks import shards_weights, world
-from tasks.engine.collectives import dealt, summed
+from tasks.engine.collectives import shard, sum_over_ranks
 from tasks.inference.encoder_decoder import PairRow
-from tasks.inference.rendered_rows import score
+from tasks.inference.rendered_rows import score_rows
 from tasks.inference.rows import Scored, TokenRow
 from tasks.models.device import compute_dtype, device
 from tasks.models.loader import Model
 from tasks.train.batching import shapes_of
-from tasks.train.examples import Example, learns_prompts, learnt_tokens, likely, mismatched, parts_of, replies_of
+from tasks.train.examples import (
+    Example,
+    learns_prompts,
+    mismatched_pairs,
+    parts_of,
+    positive_sequences,
+    replies_of,
+    target_tokens,
+)
 from tasks.train.neftune import noisy_embeddings
 from tasks.train.params import DpoObjective, KtoObjective, Method, OrpoObjective, SftObjective, SimpoObjective
 from tasks.train.reference_logprobs import Reference, adapter_off, sums_by_all, sums_of
@@ -29,19 +37,19 @@ from tasks.train.reference_logprobs import Reference, adapter_off, sums_by_all, 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tasks.inference.frozen_layer_cache import Below
+    from tasks.inference.frozen_layer_cache import FrozenLayerCache
 
 KEPT_BYTES = 1 << 30
 """So much is kept at most of what no adapter changes, but for ReFT, whose params say how much."""
 
-Part = tuple["Tensor", dict[str, float]]
+LossTerm = tuple["Tensor", dict[str, float]]
 """A scalar to differentiate, and its share of what is logged."""
 
 
 # --- a step and its parts ---------------------------------------------------------------------------------------------
 
 
-class Whole(NamedTuple):
+class StepTotals(NamedTuple):
     """Totals of a step that each of its parts needs.
 
     Attributes:
@@ -57,15 +65,15 @@ class Whole(NamedTuple):
     baseline: Tensor | None
 
 
-class Given(NamedTuple):
+class MicroBatch(NamedTuple):
     """Some examples of a step, with all that an objective needs to tell their loss."""
 
     model: Model
     examples: Sequence[Example]
     method: Method
-    below: Below | None
+    below: FrozenLayerCache | None
     reference: Reference
-    whole: Whole
+    whole: StepTotals
 
     @property
     def row_share(self) -> float:
@@ -75,16 +83,16 @@ class Given(NamedTuple):
     @property
     def token_share(self) -> float:
         """Return the share of these rows in the tokens of the step's likelihood."""
-        return learnt_tokens(self.examples, self.method) / self.whole.tokens
+        return target_tokens(self.examples, self.method) / self.whole.tokens
 
 
 def losses_of(
     model: Model,
     examples: Sequence[Example],
     method: Method,
-    below: Below | None = None,
+    below: FrozenLayerCache | None = None,
     reference: Reference | None = None,
-) -> Iterator[Part]:
+) -> Iterator[LossTerm]:
     """Compute the objective on a step's examples, in parts of `micro_batch_rows` that add up over all processes.
 
     Args:
@@ -108,9 +116,9 @@ def loss_of(
     model: Model,
     examples: Sequence[Example],
     method: Method,
-    below: Below | None = None,
+    below: FrozenLayerCache | None = None,
     reference: Reference | None = None,
-) -> Part:
+) -> LossTerm:
     """Compute the objective alone on all examples of a step at once."""
     together = method.model_copy(update={"micro_batch_rows": len(examples)})
     loss, logged, _ = next(_objective(model, examples, together, below, reference))
@@ -133,20 +141,24 @@ def held_out_loss(
             parts = _objective(model, step, method, None, reference)
             total += len(step) * sum(loss.item() for loss, _, _ in parts)
     model.train()
-    return summed({"loss": total})["loss"] / len(examples)
+    return sum_over_ranks({"loss": total})["loss"] / len(examples)
 
 
 def _objective(
-    model: Model, examples: Sequence[Example], method: Method, below: Below | None, reference: Reference | None
+    model: Model,
+    examples: Sequence[Example],
+    method: Method,
+    below: FrozenLayerCache | None,
+    reference: Reference | None,
 ) -> Iterator[tuple[Tensor, dict[str, float], float]]:
     """Yield the parts of a step that this process has, each with its share of the rows: 0 where it does not count."""
     reference = reference or adapter_off(model, method.micro_batch_rows)
     whole = None
-    for some, counts in dealt(examples, method.micro_batch_rows, world()):
+    for some, counts in shard(examples, method.micro_batch_rows, world()):
         with fast_products(method):
             whole = whole or _whole(model, examples, method, reference)
             loss, logged = _LOSSES[method.objective.name](
-                Given(model, some, method, below, reference, whole), method.objective
+                MicroBatch(model, some, method, below, reference, whole), method.objective
             )
         if counts:
             yield loss, logged, len(some) / len(examples)
@@ -154,11 +166,11 @@ def _objective(
             yield loss * 0, dict.fromkeys(logged, 0.0), 0.0
 
 
-def _whole(model: Model, examples: Sequence[Example], method: Method, reference: Reference) -> Whole:
+def _whole(model: Model, examples: Sequence[Example], method: Method, reference: Reference) -> StepTotals:
     kto = isinstance(method.objective, KtoObjective)
-    baseline = _baseline(model, mismatched(replies_of(examples)), method, reference) if kto else None
+    baseline = _baseline(model, mismatched_pairs(replies_of(examples)), method, reference) if kto else None
     good = sum(isinstance(example[0], PairRow) or example[0].desirable for example in examples)
-    return Whole(len(examples), learnt_tokens(examples, method), good, baseline)
+    return StepTotals(len(examples), target_tokens(examples, method), good, baseline)
 
 
 def _baseline(model: Model, others: Sequence[TokenRow], method: Method, reference: Reference) -> Tensor:
@@ -186,7 +198,7 @@ def fast_products(method: Method) -> AbstractContextManager[object]:
     return torch.autocast(device().type, compute_dtype(), enabled=compute_dtype() != torch.float32)
 
 
-def below_for(model: Model, examples: Sequence[Example], method: Method) -> Below | None:
+def frozen_layer_cache_for(model: Model, examples: Sequence[Example], method: Method) -> FrozenLayerCache | None:
     """Build the cache of hidden states that no adapter changes, where there are such and they are needed again."""
     if shards_weights() or model.is_activation_checkpointing:
         return None  # what is needed again differs from process to process; or keys and values would get lost
@@ -195,32 +207,32 @@ def below_for(model: Model, examples: Sequence[Example], method: Method) -> Belo
     # noise makes them others every time, and where prompts are learnt all of their tokens must be there
     if method.epochs == 1 or noisy or learns_prompts(method):
         return None
-    from tasks.inference.frozen_layer_cache import Below
+    from tasks.inference.frozen_layer_cache import FrozenLayerCache
 
     if isinstance(method.adapter, ReftAdapter):
-        return Below.of(model, shapes_of(examples), method.adapter.cache_mib << 20)
+        return FrozenLayerCache.of(model, shapes_of(examples), method.adapter.cache_mib << 20)
     if method.fit_memory or not isinstance(objective, SftObjective):
         return None  # memory may be short; and pairs gain more by a prompt that is computed once
-    return Below.of(model, shapes_of(examples), KEPT_BYTES)
+    return FrozenLayerCache.of(model, shapes_of(examples), KEPT_BYTES)
 
 
 # --- objectives -------------------------------------------------------------------------------------------------------
 
 
-def _sft(given: Given, objective: SftObjective) -> Part:
+def _sft(given: MicroBatch, objective: SftObjective) -> LossTerm:
     from tasks.train.objectives import sft_loss, smoothed_loss
 
     rows = [example[0] for example in given.examples]
     lengths = [len(row.input_ids) if isinstance(row, PairRow) else row.tokens for row in rows]
     with noisy_embeddings(given.model, lengths, objective.neftune_alpha):
-        scored = score(given.model, rows, given.below, with_mean=objective.label_smoothing > 0)
+        scored = score_rows(given.model, rows, given.below, with_mean=objective.label_smoothing > 0)
     if scored.mean_logp is None:
         return sft_loss(scored.logp) * given.token_share, {}
     loss = smoothed_loss(scored.logp, scored.mean_logp, smoothing=objective.label_smoothing)
     return loss * given.token_share, {"nll": sft_loss(scored.logp).item() * given.token_share}
 
 
-def _orpo(given: Given, objective: OrpoObjective) -> Part:
+def _orpo(given: MicroBatch, objective: OrpoObjective) -> LossTerm:
     from tasks.train.objectives import orpo_loss
 
     scored, likelihood = _pairs(given)
@@ -234,7 +246,7 @@ def _orpo(given: Given, objective: OrpoObjective) -> Part:
     return terms.loss * given.row_share, _logged(given, scored, likelihood, means, objective.weight) | logged
 
 
-def _dpo(given: Given, objective: DpoObjective) -> Part:
+def _dpo(given: MicroBatch, objective: DpoObjective) -> LossTerm:
     from tasks.train.objectives import hinge_loss, ipo_loss, sigmoid_loss
 
     expected = given.reference(replies_of(given.examples))
@@ -251,7 +263,7 @@ def _dpo(given: Given, objective: DpoObjective) -> Part:
     return loss * given.row_share, _logged(given, scored, likelihood, ratio, objective.beta)
 
 
-def _simpo(given: Given, objective: SimpoObjective) -> Part:
+def _simpo(given: MicroBatch, objective: SimpoObjective) -> LossTerm:
     from tasks.train.objectives import simpo_loss
 
     scored, likelihood = _pairs(given)
@@ -260,22 +272,22 @@ def _simpo(given: Given, objective: SimpoObjective) -> Part:
     return loss * given.row_share, _logged(given, scored, likelihood, means, objective.beta)
 
 
-def _pairs(given: Given) -> tuple[Scored, Tensor]:
+def _pairs(given: MicroBatch) -> tuple[Scored, Tensor]:
     """Score replies of pairs, all chosen ones and then all rejected ones; return the likelihood's terms, (tokens,)."""
     import torch
 
     rows, pairs = replies_of(given.examples), len(given.examples)
     if not learns_prompts(given.method):
-        scored = score(given.model, rows, given.below)
+        scored = score_rows(given.model, rows, given.below)
         return scored, scored.logp[scored.row < pairs]
-    scored = score(given.model, [*likely(given.examples, given.method), *rows[pairs:]], given.below)
+    scored = score_rows(given.model, [*positive_sequences(given.examples, given.method), *rows[pairs:]], given.below)
     replies = [learnt for row in rows[:pairs] for learnt in row.mask[1:]]
     replies += [True] * sum(row.scored_tokens for row in rows[pairs:])
     of_reply = torch.tensor(replies, device=scored.row.device)
     return Scored(scored.logp[of_reply], scored.row[of_reply], scored.rows), scored.logp[scored.row < pairs]
 
 
-def _logged(given: Given, scored: Scored, likelihood: Tensor, scores: Tensor, scale: float) -> dict[str, float]:
+def _logged(given: MicroBatch, scored: Scored, likelihood: Tensor, scores: Tensor, scale: float) -> dict[str, float]:
     """Compute the log of pairs: `scores` (2 x pairs,) times `scale` are the rewards that the objective assigns."""
     from tasks.train.objectives import log_odds_ratio
 
@@ -291,7 +303,7 @@ def _logged(given: Given, scored: Scored, likelihood: Tensor, scores: Tensor, sc
     return {"nll": -likelihood.mean().item() * given.token_share, **logged}
 
 
-def _kto(given: Given, objective: KtoObjective) -> Part:
+def _kto(given: MicroBatch, objective: KtoObjective) -> LossTerm:
     import torch
 
     from tasks.train.objectives import kto_loss
@@ -300,7 +312,7 @@ def _kto(given: Given, objective: KtoObjective) -> Part:
     if baseline is None:
         raise AssertionError("a step of KTO has a baseline")
     expected = given.reference(rows)
-    scored = score(given.model, rows, given.below)
+    scored = score_rows(given.model, rows, given.below)
     ratio = scored.row_sums() - expected.to(scored.logp.device)
     good = torch.tensor([row.desirable for row in rows], device=ratio.device)
     loss = kto_loss(
@@ -316,7 +328,7 @@ def _kto(given: Given, objective: KtoObjective) -> Part:
     return loss * given.row_share, logged | _rewards(given.whole, scored, objective.beta * ratio.detach(), good)
 
 
-def _rewards(whole: Whole, scored: Scored, rewards: Tensor, good: Tensor) -> dict[str, float]:
+def _rewards(whole: StepTotals, scored: Scored, rewards: Tensor, good: Tensor) -> dict[str, float]:
     """Compute what is logged of labelled replies by label, if the step has any; `rewards` and `good` (rows,)."""
     logged, bad = {}, whole.rows - whole.desirable
     if whole.desirable:
@@ -329,7 +341,7 @@ def _rewards(whole: Whole, scored: Scored, rewards: Tensor, good: Tensor) -> dic
     return logged
 
 
-_LOSSES: Mapping[str, Callable[[Given, Any], Part]] = {
+_LOSSES: Mapping[str, Callable[[MicroBatch, Any], LossTerm]] = {
     "sft": _sft,
     "orpo": _orpo,
     "dpo": _dpo,

@@ -28,7 +28,7 @@ def noisy_embeddings(model: Model, tokens: Sequence[int], alpha: float) -> Itera
         yield
         return
     from tasks.adapters.hooks import body_of
-    from tasks.inference.prefix_sharing import rows_apart
+    from tasks.inference.prefix_sharing import unpack_rows
 
     def add(embedding: Any, args: Any, embedded: Tensor) -> Tensor:
         handle.remove()  # an encoder and its decoder may share the embedding
@@ -36,7 +36,7 @@ def noisy_embeddings(model: Model, tokens: Sequence[int], alpha: float) -> Itera
 
     handle = body_of(model).get_input_embeddings().register_forward_hook(add)  # type: ignore[operator]
     try:
-        with rows_apart():
+        with unpack_rows():
             yield
     finally:
         handle.remove()

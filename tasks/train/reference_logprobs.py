@@ -13,10 +13,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from tasks.core.artifacts import read_manifest, whole_folder
+from tasks.core.artifacts import atomic_folder, read_manifest
 from tasks.core.errors import BadData
 from tasks.core.ranks import is_first, world
-from tasks.engine.collectives import add_up, dealt
+from tasks.engine.collectives import all_reduce, shard
 from tasks.inference.logprobs import score_tokens
 from tasks.inference.rows import TokenRow
 from tasks.models.loader import Model
@@ -46,13 +46,13 @@ def sums_of(model: Model, rows: Sequence[TokenRow], rows_at_once: int) -> Tensor
 
 def sums_by_all(of: Reference, rows: Sequence[TokenRow], rows_at_once: int) -> Tensor:
     """Compute what `of` gives some rows, in forward passes of `rows_at_once`, (rows,); processes share the rows."""
-    places = dealt(range(len(rows)), rows_at_once, world())
+    places = shard(range(len(rows)), rows_at_once, world())
     own = [of([rows[place] for place in part]) for part, _ in places]
     found = own[0].new_zeros(len(rows))
     for (part, counts), sums in zip(places, own, strict=True):
         if counts:
             found[list(part)] = sums
-    return add_up(found)
+    return all_reduce(found)
 
 
 def adapter_off(model: Any, rows_at_once: int) -> Reference:
@@ -114,7 +114,7 @@ def _write(folder: Path, known: dict[bytes, Tensor]) -> None:
     from safetensors.torch import save_file
 
     digests = torch.frombuffer(bytearray(b"".join(known)), dtype=torch.uint8).view(len(known), _DIGEST_BYTES)
-    with whole_folder(folder) as draft:
+    with atomic_folder(folder) as draft:
         save_file({"digest": digests, "logp": torch.stack(list(known.values()))}, draft / _FILE)
 
 

@@ -17,18 +17,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.adapters.attach import fresh, publish, published_state
+from tasks.adapters.attach import init_adapter, published_state, save_adapter
 from tasks.core import ranks
-from tasks.core.artifacts import as_json, whole_folder
+from tasks.core.artifacts import as_json, atomic_folder
 from tasks.core.errors import BadInput, BadParams, Diverged
-from tasks.core.memory import explained
+from tasks.core.memory import explain_out_of_memory
 from tasks.core.progress import Progress
 from tasks.core.stage import StageContext, run_stage
 from tasks.engine import collectives
 from tasks.engine.checkpoints import check_writable, checkpoint_folder
-from tasks.engine.evaluation_hooks import Watch
-from tasks.engine.memory import RowsAtOnce, keep_freed_memory, recompute_activations, rows_at_once
-from tasks.models.device import settle
+from tasks.engine.evaluation_hooks import EvalHooks
+from tasks.engine.memory import AdaptiveMicroBatch, adaptive_micro_batch, keep_freed_blocks, recompute_activations
+from tasks.models.device import seed_everything
 from tasks.models.loader import Model
 from tasks.registry.client import KEPT_LOSS, flat
 from tasks.reports.training_log import Log
@@ -37,7 +37,7 @@ from tasks.tokenization.chat_template import load_tokenizer
 from tasks.train import fsdp, launcher
 from tasks.train.batching import data_digests, kind_of_rows, read_examples, steps_per_epoch
 from tasks.train.estimate.estimate import must_recompute
-from tasks.train.estimate.meta_model import read_config
+from tasks.train.estimate.meta_model import read_model_config
 from tasks.train.hooks import FILE as SAMPLES_FILE
 from tasks.train.hooks import lines_of, watch_for
 from tasks.train.loggers import check_installed, reports
@@ -68,7 +68,7 @@ def check_launched(name: str, method: Method) -> None:
             expected="false",
             fix=f"set it so, and micro_batch_rows to what `temper estimate --method {name}` says would fit",
         )
-    fsdp.check(method.adapter)
+    fsdp.check_can_shard(method.adapter)
 
 
 def check_outcome(initial: Mapping[str, torch.Tensor], model: Model, before: float, after: float) -> None:
@@ -90,7 +90,7 @@ def check_outcome(initial: Mapping[str, torch.Tensor], model: Model, before: flo
         )
 
 
-def say_what_was_kept(name: str, log: Log, watch: Watch, steps: int, before: float, after: float) -> None:
+def say_what_was_kept(name: str, log: Log, watch: EvalHooks, steps: int, before: float, after: float) -> None:
     """Print how a training ended."""
     if len(log) < steps:
         print(f"train {name}: stopped early: no lower held-out loss in {watch.patience} evaluations", flush=True)
@@ -112,15 +112,15 @@ def main() -> None:
         check_launched(stage.item, method)
         check_installed(method.report_to)
         check_writable(checkpoints)
-        keep_freed_memory()
+        keep_freed_blocks()
         with (
-            explained(where=f"train.{stage.item}", fix=fix),
-            rows_at_once(method.micro_batch_rows, fit=method.fit_memory, checkpoints=checkpoints) as rows,
+            explain_out_of_memory(where=f"train.{stage.item}", fix=fix),
+            adaptive_micro_batch(method.micro_batch_rows, fit=method.fit_memory, checkpoints=checkpoints) as rows,
         ):
             _train_stage(stage, method, checkpoints, rows)
 
 
-def _train_stage(stage: StageContext, method: Method, checkpoints: Path, rows: RowsAtOnce) -> None:
+def _train_stage(stage: StageContext, method: Method, checkpoints: Path, rows: AdaptiveMicroBatch) -> None:
     """Run the stage's work, once it is known how much memory it may take."""
     base, rendered, title = stage.path("base"), stage.path("rendered"), f"train {stage.item}"
     architecture = architecture_in(base)
@@ -131,10 +131,10 @@ def _train_stage(stage: StageContext, method: Method, checkpoints: Path, rows: R
         print(
             f"{title}: every step takes all {len(examples)} rows, fewer than batch_rows={method.batch_rows}", flush=True
         )
-    settle(method.seed)
+    seed_everything(method.seed)
     steps = method.epochs * steps_per_epoch(len(examples), method.batch_rows)
-    recomputing = rows.recomputing(lambda: must_recompute(read_config(base), method, examples))
-    model = fresh(base, method.adapter, steps)
+    recomputing = rows.recomputing(lambda: must_recompute(read_model_config(base), method, examples))
+    model = init_adapter(base, method.adapter, steps)
     if recomputing:
         recompute_activations(model)
     if ranks.shards_weights():
@@ -159,7 +159,7 @@ def _train_stage(stage: StageContext, method: Method, checkpoints: Path, rows: R
             for other in others:
                 other.log(row)
 
-        settle(method.seed)
+        seed_everything(method.seed)
         log = train(model, examples, method, checkpoints, progress, on_row, reference, watch, rows)
         after = loss()
         check_outcome(initial, model, before, after)
@@ -179,11 +179,11 @@ def _train_stage(stage: StageContext, method: Method, checkpoints: Path, rows: R
         "params": method.model_dump(),
     }
     if ranks.is_first():
-        with whole_folder(stage.path("out")) as folder:
-            publish(model, folder)
+        with atomic_folder(stage.path("out")) as folder:
+            save_adapter(model, folder)
             (folder / "log.jsonl").write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in log))
             (folder / "summary.json").write_text(as_json(summary))
             if isinstance(method.samples, Samples):
                 (folder / SAMPLES_FILE).write_text(lines_of(log))
-    collectives.wait()  # what was read must stay as it is until all is written
+    collectives.barrier()  # what was read must stay as it is until all is written
     say_what_was_kept(stage.item, log, watch, steps, before, after)

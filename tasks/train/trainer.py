@@ -10,13 +10,13 @@ from tasks.adapters.params import AdaloraAdapter
 from tasks.core.errors import BadModel
 from tasks.core.progress import Progress
 from tasks.engine.checkpoints import Stepper
-from tasks.engine.evaluation_hooks import Watch
-from tasks.engine.loop import NOTHING, Course, run, schedule
-from tasks.engine.memory import RowsAtOnce
+from tasks.engine.evaluation_hooks import EvalHooks
+from tasks.engine.loop import NOTHING, TrainingPlan, schedule, train_loop
+from tasks.engine.memory import AdaptiveMicroBatch
 from tasks.models.loader import Model
 from tasks.train.batching import all_batches, lengths_of
-from tasks.train.examples import Example, parts_of, referred
-from tasks.train.losses import below_for, fast_products, losses_of
+from tasks.train.examples import Example, parts_of, reference_sequences
+from tasks.train.losses import fast_products, frozen_layer_cache_for, losses_of
 from tasks.train.optimizers import optimizer_for
 from tasks.train.params import Method, ReferringObjective, WarmupStableDecay
 from tasks.train.reference_logprobs import Reference, precomputed
@@ -30,7 +30,7 @@ def reference_for(
     if not isinstance(method.objective, ReferringObjective) or method.objective.reference != "precomputed":
         return None
     steps = [[examples[i] for i in chosen] for chosen in all_batches(lengths_of(examples), method)]
-    rows = referred([*steps, *parts_of(held_out, method.batch_rows)], method)
+    rows = reference_sequences([*steps, *parts_of(held_out, method.batch_rows)], method)
     with fast_products(method):
         return precomputed(model, rows, method.micro_batch_rows, checkpoints / "reference")
 
@@ -43,8 +43,8 @@ def train(
     progress: Progress,
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
     reference: Reference | None = None,
-    watch: Watch = NOTHING,
-    rows: RowsAtOnce | None = None,
+    watch: EvalHooks = NOTHING,
+    rows: AdaptiveMicroBatch | None = None,
 ) -> list[dict[str, Any]]:
     """Train the model's adapter in place; go on from the newest checkpoint. Return the log of the loop.
 
@@ -60,10 +60,10 @@ def train(
     lengths = lengths_of(examples)
     chosen = all_batches(lengths, method)
     steps = len(chosen)
-    below = below_for(model, examples, method)
-    at_once = rows or RowsAtOnce(method.micro_batch_rows, fit=method.fit_memory)
+    below = frozen_layer_cache_for(model, examples, method)
+    at_once = rows or AdaptiveMicroBatch(method.micro_batch_rows, fit=method.fit_memory)
 
-    course = Course(
+    course = TrainingPlan(
         steps=steps,
         learning_rate=lambda step: learning_rate(step, steps, method),
         losses=lambda step: losses_of(
@@ -84,7 +84,7 @@ def train(
         taken = chosen[row["step"] - 1]
         on_row(row | meter.since_last(sum(lengths[i] for i in taken)))
 
-    return run(course, parameters, steppers, checkpoints, progress, tell, watch, at_once)
+    return train_loop(course, parameters, steppers, checkpoints, progress, tell, watch, at_once)
 
 
 def tokens_of(examples: Sequence[Example], method: Method, steps: int) -> int:
@@ -100,6 +100,6 @@ def learning_rate(step: int, steps: int, method: Method) -> float:
     return schedule(step, steps, peak=method.learning_rate, warmup_steps=method.warmup_steps, shape=shape, decay=decay)
 
 
-def taking(method: Method, rows: RowsAtOnce) -> Method:
+def taking(method: Method, rows: AdaptiveMicroBatch) -> Method:
     """Return the method with as many rows in a forward pass as there is memory for."""
     return method.model_copy(update={"micro_batch_rows": rows.rows})

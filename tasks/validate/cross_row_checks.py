@@ -11,7 +11,7 @@ from tasks.text.ngram_overlap import Hits, Index, without_common
 from tasks.text.words import Words, mixed, normal_form, runs, spaced_form, whole_hash, words_of
 from tasks.validate.duplicates import Duplicate, NearIndex, exact_duplicates
 from tasks.validate.params import Validate
-from tasks.validate.row_features import Turns, calls_of, turns_of
+from tasks.validate.row_features import TurnColumns, calls_of, turn_columns
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +25,7 @@ ask the same, so the questions of those are only looked for whole."""
 _BLOCK_ROWS, _THREADS = 8192, 2
 
 
-class Found(NamedTuple):
+class Contamination(NamedTuple):
     """Contamination of the training rows by one benchmark.
 
     Attributes:
@@ -41,7 +41,7 @@ class Found(NamedTuple):
     rows: int
 
 
-class Marks(NamedTuple):
+class CrossRowFlags(NamedTuple):
     """Findings of the comparison, by the number of a row through all kinds.
 
     Attributes:
@@ -57,13 +57,13 @@ class Marks(NamedTuple):
     leaks: NDArray[np.int64]
     exact: list[Duplicate]
     near: list[Duplicate]
-    benchmarks: dict[str, Found]
+    benchmarks: dict[str, Contamination]
     leaked_from: dict[int, list[str]]
 
 
-def compare(
+def cross_row_checks(
     tables: Mapping[str, pa.Table], benchmarks: Mapping[str, list[str]], held_out_share: float, params: Validate
-) -> Marks:
+) -> CrossRowFlags:
     """Compare every row with every other of its kind, and all of them with the questions of benchmarks.
 
     Args:
@@ -107,7 +107,7 @@ def compare(
     found, leaked_from = search.found()
     for row, names in leaked_from.items():
         leaks[row] = len(names)
-    return Marks(contradiction, leaks, exact, near, found, leaked_from)
+    return CrossRowFlags(contradiction, leaks, exact, near, found, leaked_from)
 
 
 class _Seen(NamedTuple):
@@ -122,7 +122,7 @@ class _Seen(NamedTuple):
     """
 
     rows: int
-    turns: Turns
+    turns: TurnColumns
     words: Words
     whole: NDArray[np.uint64]
     hashes: NDArray[np.uint64]
@@ -137,7 +137,7 @@ def _look(table: pa.Table, kind: str) -> Iterator[tuple[int, _Seen]]:
 
     def see(start: int) -> tuple[int, _Seen]:
         block = table.slice(start, _BLOCK_ROWS)
-        turns = turns_of(block, kind)
+        turns = turn_columns(block, kind)
         words = words_of(normal_form(turns.text))
         whole = whole_hash(words, len(turns.row))
         return start, _Seen(len(block), turns, words, whole, _row_hashes(block, kind, turns, whole))
@@ -161,18 +161,18 @@ def _near(index: NearIndex, table: pa.Table, kind: str, ranked: list[int]) -> li
 
     flagged = set(index.suspects().tolist())
     suspects = [row for row in ranked if row in flagged]
-    turns = turns_of(table.take(pa.array(suspects, pa.int64())), kind)
+    turns = turn_columns(table.take(pa.array(suspects, pa.int64())), kind)
     return index.duplicates(suspects, _by_row(words_of(normal_form(turns.text)), turns))
 
 
-def _by_row(words: Words, turns: Turns) -> Words:
+def _by_row(words: Words, turns: TurnColumns) -> Words:
     return Words(words.hash, turns.row[words.text])
 
 
 # --- equal and opposite rows ------------------------------------------------------------------------------------------
 
 
-def _row_hashes(block: pa.Table, kind: str, turns: Turns, whole: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _row_hashes(block: pa.Table, kind: str, turns: TurnColumns, whole: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Hash each row whole, its prompt, and its replies: (rows, 4) uint64; 0 for what it lacks."""
     import numpy as np
 
@@ -190,7 +190,7 @@ def _row_hashes(block: pa.Table, kind: str, turns: Turns, whole: NDArray[np.uint
     return result
 
 
-def _said(block: pa.Table, kind: str, turns: Turns) -> NDArray[np.uint64]:
+def _said(block: pa.Table, kind: str, turns: TurnColumns) -> NDArray[np.uint64]:
     """Hash each row: equal when the same roles have the same texts and call the same tools, symbol by symbol."""
     import numpy as np
     import pyarrow.compute as pc
@@ -230,7 +230,7 @@ def _lengths(table: pa.Table, kind: str) -> NDArray[np.int64]:
     import numpy as np
     import pyarrow.compute as pc
 
-    turns = turns_of(table, kind)
+    turns = turn_columns(table, kind)
     return np.bincount(turns.row, weights=pc.utf8_length(turns.text).to_numpy(), minlength=len(table)).astype(np.int64)
 
 
@@ -249,7 +249,7 @@ def _prompts(table: pa.Table, kind: str) -> list[str]:
     import numpy as np
     import pyarrow as pa
 
-    turns = turns_of(table, kind)
+    turns = turn_columns(table, kind)
     asked = np.flatnonzero(turns.letter == ord("u"))
     rows, places = np.unique(turns.row[asked], return_index=True)
     prompts = [""] * len(table)
@@ -320,11 +320,11 @@ class _Search:
             hits = index.search(*searched)
             self._hits[name].append(hits._replace(text=first + row[hits.text]))
 
-    def found(self) -> tuple[dict[str, Found], dict[int, list[str]]]:
+    def found(self) -> tuple[dict[str, Contamination], dict[int, list[str]]]:
         """Return the hits of each benchmark, and the benchmarks that each leaking row holds a question of."""
         import numpy as np
 
-        benchmarks: dict[str, Found] = {}
+        benchmarks: dict[str, Contamination] = {}
         leaked_from: dict[int, list[str]] = {}
         for name, blocks in self._hits.items():
             hits = Hits(*(np.concatenate(each) for each in zip(*blocks, strict=True)))
@@ -332,7 +332,7 @@ class _Search:
                 hits = without_common(hits)
             rows = np.unique(hits.text).tolist()
             exact, overlapping = (len(np.unique(hits.question[some])) for some in (hits.run == 0, hits.run != 0))
-            benchmarks[name] = Found(self._questions[name], exact, overlapping, len(rows))
+            benchmarks[name] = Contamination(self._questions[name], exact, overlapping, len(rows))
             for row in rows:
                 leaked_from.setdefault(row, []).append(name)
         return benchmarks, leaked_from

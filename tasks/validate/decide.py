@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.core.parquet import as_records, as_table
-from tasks.validate.cross_row_checks import Marks, compare
+from tasks.validate.cross_row_checks import CrossRowFlags, cross_row_checks
 from tasks.validate.duplicates import Duplicate
-from tasks.validate.expectations import REASONS, Outcome, expectation, run_suites
-from tasks.validate.feature_cache import Memory
+from tasks.validate.expectations import REASONS, ExpectationResult, expectation, run_expectations
+from tasks.validate.feature_cache import FeatureCache
 from tasks.validate.params import Validate
 from tasks.validate.repairs import REPAIRS, Repair, repair
-from tasks.validate.row_features import facts_of
+from tasks.validate.row_features import row_features
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ValidationResult:
     """Verdict on every row.
 
     Attributes:
@@ -41,19 +41,19 @@ class Verdict:
     reasons: dict[int, list[str]]
     merged: list[Duplicate]
     repaired: list[Repair]
-    marks: Marks
-    outcomes: dict[str, Outcome]
+    marks: CrossRowFlags
+    outcomes: dict[str, ExpectationResult]
     result: dict[str, Any]
 
 
-def judge(
+def apply_checks(
     tables: dict[str, pa.Table],
     benchmarks: Mapping[str, list[str]],
     held_out: float,
     params: Validate,
     docs: Path,
-    memory: Memory,
-) -> Verdict:
+    memory: FeatureCache,
+) -> ValidationResult:
     """Check all rows together.
 
     Args:
@@ -76,7 +76,7 @@ def judge(
     table = pd.concat([facts[kind].assign(kind=kind) for kind in tables], ignore_index=True)
     for name in ("id", "source"):
         table[name] = np.concatenate([tables[kind][name].to_numpy() for kind in tables])
-    marks = compare(tables, benchmarks, held_out, params)
+    marks = cross_row_checks(tables, benchmarks, held_out, params)
     table["contradiction"], table["leaks"] = marks.contradiction, marks.leaks
     table["length_outlier"] = _outliers(table, params.outlier_deviations)
     for name, duplicates in (("exact_duplicate", marks.exact), ("near_duplicate", marks.near)):
@@ -90,7 +90,7 @@ def judge(
         "notices": [expectation(name, c.mostly, params) for name, c in actions.items() if c.action == "warn"]
         + [expectation(n, 0.0, params) for n in ("exact duplicates", "near duplicates")],
     }
-    outcomes, result = run_suites(table, suites, docs)
+    outcomes, result = run_expectations(table, suites, docs)
     reasons: dict[int, list[str]] = {}
     for name, outcome in outcomes.items():
         for row in outcome.rows:
@@ -101,7 +101,7 @@ def judge(
             )
             reasons.setdefault(row, []).append(why)
     merged = _merge(marks, reasons, params)
-    return Verdict(table, reasons, merged, repaired, marks, outcomes, result)
+    return ValidationResult(table, reasons, merged, repaired, marks, outcomes, result)
 
 
 def _repair(kind: str, tables: dict[str, pa.Table], facts: dict[str, pd.DataFrame], params: Validate) -> list[Repair]:
@@ -124,7 +124,7 @@ def _repair(kind: str, tables: dict[str, pa.Table], facts: dict[str, pd.DataFram
     order = np.arange(len(facts[kind]))
     order[found] = len(order) + np.arange(len(found))
     tables[kind] = pa.concat_tables([tables[kind], repaired]).take(pa.array(order))
-    facts[kind].loc[found] = facts_of(repaired, kind).to_numpy()
+    facts[kind].loc[found] = row_features(repaired, kind).to_numpy()
     return done
 
 
@@ -143,7 +143,7 @@ def _outliers(table: pd.DataFrame, deviations: float) -> NDArray[np.int64]:
     return found
 
 
-def _merge(marks: Marks, reasons: Mapping[int, object], params: Validate) -> list[Duplicate]:
+def _merge(marks: CrossRowFlags, reasons: Mapping[int, object], params: Validate) -> list[Duplicate]:
     """Return the duplicates merged into a row that stays; rows in quarantine neither merge nor are merged into."""
     chosen = params.duplicates
     found = [*(marks.exact if chosen.exact == "merge" else []), *(marks.near if chosen.near == "merge" else [])]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from great_expectations.expectations import Expectation
 
 
-class Outcome(NamedTuple):
+class ExpectationResult(NamedTuple):
     """Outcome of one check: the rows in which it found something, whether enough passed, and how many there were."""
 
     rows: list[int]
@@ -73,9 +73,9 @@ _NO_TIME = datetime(1970, 1, 1, tzinfo=UTC)
 """The same rows give the same pages: they bear no time, as builds that can be repeated bear none."""
 
 
-def run_suites(
+def run_expectations(
     table: pd.DataFrame, suites: Mapping[str, list[Expectation]], docs: Path
-) -> tuple[dict[str, Outcome], dict[str, Any]]:
+) -> tuple[dict[str, ExpectationResult], dict[str, Any]]:
     """Run named suites over the flattened rows and write Data Docs of all of them.
 
     Args:
@@ -104,7 +104,7 @@ def run_suites(
     batch = (
         context.data_sources.add_pandas("rows").add_dataframe_asset("rows").add_batch_definition_whole_dataframe("all")
     )
-    outcomes: dict[str, Outcome] = {}
+    outcomes: dict[str, ExpectationResult] = {}
     results = {}
     for name, expected in suites.items():
         if not expected:
@@ -122,7 +122,7 @@ def run_suites(
             if each.exception_info.get("raised_exception") or each.expectation_config is None:
                 raise TemperError("an expectation could not be evaluated", got=str(each.exception_info)[:500])
             rows = [int(row) for row in each.result.get("unexpected_index_list") or []]
-            outcomes[each.expectation_config.meta["check"]] = Outcome(
+            outcomes[each.expectation_config.meta["check"]] = ExpectationResult(
                 rows, int(each.result["unexpected_count"]), bool(each.success)
             )
     context.build_data_docs(site_names=["docs"])

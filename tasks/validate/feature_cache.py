@@ -10,7 +10,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.core.artifacts import write_whole
+from tasks.core.artifacts import atomic_write
 from tasks.text import words
 from tasks.validate import row_features
 
@@ -24,7 +24,7 @@ LEAST_ROWS, USUAL_ROWS, MOST_ROWS = 1024, 4096, 16384
 """How many rows a block has. To look at so many again costs less than a key for every row would."""
 
 
-class Memory:
+class FeatureCache:
     """A folder of facts by the content of the rows that they are of."""
 
     def __init__(self, folder: Path | None) -> None:
@@ -39,7 +39,7 @@ class Memory:
         import pandas as pd
 
         if self._folder is None or not len(table):
-            return row_features.facts_of(table, kind)
+            return row_features.row_features(table, kind)
         blocks = [self._block(block, kind, self._folder) for block in _blocks(table, kind)]
         return pd.concat(blocks, ignore_index=True)
 
@@ -59,8 +59,8 @@ class Memory:
         try:
             known = pd.read_parquet(path)
         except (OSError, ValueError, pa.ArrowException):  # not there, or damaged: look again
-            known = row_features.facts_of(block, kind)
-            write_whole(path, known.to_parquet())
+            known = row_features.row_features(block, kind)
+            atomic_write(path, known.to_parquet())
         else:
             self.known_rows += len(block)
         return known
@@ -90,7 +90,7 @@ def _row_endings(table: pa.Table, kind: str) -> NDArray[np.uint64]:
     """Compute a number for each row, (rows,), of the length and the last bytes of the last text in it."""
     import numpy as np
 
-    turns = row_features.turns_of(table, kind)
+    turns = row_features.turn_columns(table, kind)
     content, offsets = words.content_of(turns.text)
     found = np.zeros(len(table), np.uint64)
     length, ends = np.diff(offsets), offsets[1:]

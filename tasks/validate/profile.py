@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.html.shell import html_page
-from tasks.validate.decide import Verdict
+from tasks.validate.decide import ValidationResult
 from tasks.validate.expectations import REASONS
 from tasks.validate.params import Validate
 
@@ -30,7 +30,7 @@ _LEAST_SHARE = 1e-4
 
 
 def measure(
-    verdict: Verdict,
+    verdict: ValidationResult,
     params: Validate,
     manifests: Mapping[str, Mapping[str, Any]],
     places: Sequence[str],

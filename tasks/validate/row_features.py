@@ -29,7 +29,7 @@ SCRIPTS = ("latin", "han", "kana", "hangul", "cyrillic", "other")
 """What letters are told apart by; a word of Latin letters counts as much as one character of the others' words."""
 
 
-class Turns(NamedTuple):
+class TurnColumns(NamedTuple):
     """Every text of a table, row after row.
 
     Attributes:
@@ -43,7 +43,7 @@ class Turns(NamedTuple):
     letter: NDArray[np.uint8]
 
 
-def turns_of(table: pa.Table, kind: str) -> Turns:
+def turn_columns(table: pa.Table, kind: str) -> TurnColumns:
     """Return the texts of rows of one kind, with the role of each."""
     import numpy as np
     import pyarrow as pa
@@ -65,7 +65,7 @@ def turns_of(table: pa.Table, kind: str) -> Turns:
     if len(rows) > 1:
         order = np.argsort(row, kind="stable")
         row, text, letter = row[order], text.take(pa.array(order)), letter[order]
-    return Turns(row, text, letter)
+    return TurnColumns(row, text, letter)
 
 
 _TEXTS = {
@@ -94,7 +94,7 @@ def _letters(roles: pa.Array) -> NDArray[np.uint8]:
     return np.array(letters, np.uint8)[encoded.indices.to_numpy()] if letters else np.empty(0, np.uint8)
 
 
-def facts_of(table: pa.Table, kind: str) -> pd.DataFrame:
+def row_features(table: pa.Table, kind: str) -> pd.DataFrame:
     """Compute the facts of rows of one kind, (rows, facts): all numbers but `roles`, `script`.
 
     A fact that a kind of row cannot have is 0.
@@ -135,7 +135,7 @@ def _facts(table: pa.Table, kind: str) -> pd.DataFrame:
     import pyarrow.compute as pc
 
     rows = table.num_rows
-    turns = turns_of(table, kind)
+    turns = turn_columns(table, kind)
 
     def total(per_turn: Any) -> NDArray[np.int64]:
         return np.bincount(turns.row, weights=per_turn, minlength=rows).astype(np.int64)
@@ -259,7 +259,7 @@ def _script(counts: NDArray[np.int64]) -> NDArray[np.object_]:
     return names[np.where(weighed.sum(axis=1) >= 4, weighed.argmax(axis=1), len(SCRIPTS))]
 
 
-def _roles(turns: Turns, rows: int) -> NDArray[np.object_]:
+def _roles(turns: TurnColumns, rows: int) -> NDArray[np.object_]:
     """Join the letters of each row's turns into one text; the two replies of a pair are one turn."""
     import numpy as np
     import pyarrow as pa

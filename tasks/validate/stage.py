@@ -14,15 +14,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.core.artifacts import as_json, read_manifest, whole_folder
+from tasks.core.artifacts import as_json, atomic_folder, read_manifest
 from tasks.core.errors import BadData
 from tasks.core.params import Share
 from tasks.core.parquet import REFUSED, read_rows, read_table, record_schema, text_schema, write_rows, write_table
 from tasks.core.records import KINDS
 from tasks.core.stage import run_stage
 from tasks.validate.cross_row_checks import questions_of
-from tasks.validate.decide import Verdict, judge
-from tasks.validate.feature_cache import Memory
+from tasks.validate.decide import ValidationResult, apply_checks
+from tasks.validate.feature_cache import FeatureCache
 from tasks.validate.params import Validate
 from tasks.validate.profile import measure, profile_page
 from tasks.validate.repairs import Repair
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 REASONS_FILE, DUPLICATES_FILE, REPAIRS_FILE = "reasons.parquet", "duplicates.parquet", "repairs.parquet"
 
 
-def check_share(verdict: Verdict, places: Sequence[str], params: Validate) -> None:
+def check_share(verdict: ValidationResult, places: Sequence[str], params: Validate) -> None:
     """Refuse data of which too much fails.
 
     Raises:
@@ -117,9 +117,9 @@ def main() -> None:
         params, sources = stage.section("validate", Validate), stage.section("ingest.sources", dict[str, Any])
         held_out = stage.section("render.held_out", Share)
         tables, benchmarks, manifests = read_raw(stage.path("raw"), sources)
-        memory = Memory(stage.workspace / ".temper" / "validated")
-        with whole_folder(stage.path("validation")) as validation:
-            verdict = judge(tables, benchmarks, held_out, params, validation / "docs", memory)
+        memory = FeatureCache(stage.workspace / ".temper" / "validated")
+        with atomic_folder(stage.path("validation")) as validation:
+            verdict = apply_checks(tables, benchmarks, held_out, params, validation / "docs", memory)
             places = places_of(tables)
             refused = [row for name in sources for row in read_rows(stage.path("raw") / name / REFUSED)]
             numbers = measure(verdict, params, manifests, places, refused)
@@ -130,7 +130,7 @@ def main() -> None:
         quarantined, _ = split(tables, list(verdict.reasons))
         merged = {each.row for each in verdict.merged}
         _, clean = split(tables, [*verdict.reasons, *merged])
-        with whole_folder(stage.path("quarantine")) as folder:
+        with atomic_folder(stage.path("quarantine")) as folder:
             for kind, table in quarantined.items():
                 write_table(folder / f"{kind}.parquet", table)
             write_rows(
@@ -141,7 +141,7 @@ def main() -> None:
         kept = sum(len(table) for table in clean.values())
         if kept + len(verdict.reasons) + len(merged) != len(verdict.facts):
             raise AssertionError("rows in are not rows out, quarantined and merged")
-        with whole_folder(stage.path("clean"), {"leak_words": params.leak_words}) as folder:
+        with atomic_folder(stage.path("clean"), {"leak_words": params.leak_words}) as folder:
             for kind, table in clean.items():
                 write_table(folder / f"{kind}.parquet", table)
         print(
@@ -153,7 +153,7 @@ def main() -> None:
         memory.forget_others()
 
 
-def _reason_rows(verdict: Verdict, places: Sequence[str]) -> list[dict[str, str]]:
+def _reason_rows(verdict: ValidationResult, places: Sequence[str]) -> list[dict[str, str]]:
     ids, sources = verdict.facts["id"], verdict.facts["source"]
     return [
         {"id": ids[row], "source": sources[row], "place": places[row], "reason": reason}
@@ -162,7 +162,7 @@ def _reason_rows(verdict: Verdict, places: Sequence[str]) -> list[dict[str, str]
     ]
 
 
-def _duplicate_rows(verdict: Verdict) -> list[dict[str, Any]]:
+def _duplicate_rows(verdict: ValidationResult) -> list[dict[str, Any]]:
     ids = verdict.facts["id"]
     return [{"id": ids[each.row], "kept": ids[each.kept], "similarity": each.similarity} for each in verdict.merged]
 

@@ -163,7 +163,7 @@ class Prompts:
             if self._labels is None and torch.is_grad_enabled() and body.training and _learns(body):
                 warnings.warn("ReFT trains without labels: every token is taken for a prompt's", stacklevel=2)
             valid = _valid(tokens, kwargs.get("attention_mask"))
-            self.now = find(valid, self._labels, _packed(kwargs))
+            self.now = find_positions(valid, self._labels, _packed(kwargs))
 
 
 def _learns(body: nn.Module) -> bool:
@@ -189,7 +189,7 @@ def _valid(tokens: Tensor, mask: Any) -> Tensor:
     return valid
 
 
-def find(valid: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None) -> Segments:
+def find_positions(valid: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None) -> Segments:
     """Find the prompts of a batch, all tensors (rows, columns).
 
     Args:

@@ -33,7 +33,7 @@ _FIELDS = 14
 """So many has a representation in pyvene's configuration; the first five are said here, the others are null."""
 
 
-class Stored(NamedTuple):
+class PyreftCheckpoint(NamedTuple):
     """One intervention of a folder: its layer, which of the layer's it is, and its tensors."""
 
     layer: int
@@ -137,7 +137,7 @@ def to_pyreft(model: PeftModel, folder: str | Path) -> None:
         torch.save(_state(edit, config.intervention), folder / f"intkey_{key}.bin")
 
 
-def _read(folder: Path) -> tuple[str, str, list[Stored]]:
+def _read(folder: Path) -> tuple[str, str, list[PyreftCheckpoint]]:
     """Read the kind, the component, and the interventions in the order in which they were made."""
     try:
         about = json.loads((folder / "config.json").read_text())
@@ -159,7 +159,9 @@ def _read(folder: Path) -> tuple[str, str, list[Stored]]:
             got=", ".join(sorted(types)) + f", such as {keys[:1]}",
             expected=f"one kind of {', '.join(KINDS)}, at one component of {', '.join(COMPONENTS)}",
         )
-    stored = [Stored(int(match[1]), int(match[3]), files[key]) for match, key in zip(matches, keys, strict=True)]
+    stored = [
+        PyreftCheckpoint(int(match[1]), int(match[3]), files[key]) for match, key in zip(matches, keys, strict=True)
+    ]
     stored.sort(key=lambda each: (each.number, order.index(each.layer)))
     return kinds[0], components.pop(), stored
 

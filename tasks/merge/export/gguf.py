@@ -18,7 +18,7 @@ from tasks.core.errors import BadModel
 from tasks.merge.export.ollama import begins_with
 from tasks.merge.lazy_tensors import OfShape
 from tasks.models.loader import model_files
-from tasks.models.safetensors_reader import Source, Stored, blocks, rounded, stored_in
+from tasks.models.safetensors_reader import StoredTensor, TensorSource, blocks, rounded, stored_in
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -97,7 +97,7 @@ def write_gguf(model: Path, path: Path, dtype: str) -> None:
 class _Tensor(NamedTuple):
     """Tensor as it is written: its numbers, and their format as GGUF calls it."""
 
-    source: Source
+    source: TensorSource
     dtype: str
 
     def announce(self, writer: GGUFWriter, name: str) -> None:
@@ -174,14 +174,14 @@ def _tensors(model: Path, config: Mapping[str, Any], dtype: str) -> dict[str, _T
     return found
 
 
-def _as_llama_has_it(name: str, stored: Stored, config: Mapping[str, Any], arch: str) -> Source:
+def _as_llama_has_it(name: str, stored: StoredTensor, config: Mapping[str, Any], arch: str) -> TensorSource:
     heads = config["num_attention_heads"]
     by_part = {"q_proj": heads, "k_proj": config.get("num_key_value_heads") or heads}
     part = name.split(".")[-2]
     return _Interleaved(stored, by_part[part]) if arch == "llama" and part in by_part else stored
 
 
-def _format_of(stored: Stored, dtype: str) -> str:
+def _format_of(stored: StoredTensor, dtype: str) -> str:
     matrix = len(stored.shape) > 1
     if matrix and dtype == "q8_0" and stored.columns % 32:
         return FORMATS["float16"]  # blocks of 32 do not fit

@@ -21,15 +21,15 @@ from tasks.adapters.params import (
     QloraAdapter,
 )
 from tasks.core.errors import BadModel
-from tasks.core.memory import GIB, free_bytes, shown
+from tasks.core.memory import GIB, free_bytes, readable_bytes
 from tasks.engine.memory import recompute_activations
 from tasks.inference.encoder_decoder import PairRow
 from tasks.inference.rendered_rows import Row
 from tasks.inference.rows import TokenRow
 from tasks.train.batching import all_batches, lengths_of, shapes_of
-from tasks.train.estimate.meta_model import Parameters, count, hollow, pretend
+from tasks.train.estimate.meta_model import Parameters, count, meta_model, to_fake_tensors
 from tasks.train.examples import Example
-from tasks.train.losses import below_for, losses_of
+from tasks.train.losses import frozen_layer_cache_for, losses_of
 from tasks.train.optimizers import groups_of, optimizer_for
 from tasks.train.params import Method, PairObjective, ReferringObjective
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig
 
-    from tasks.train.estimate.memory_tracker import Cost, Memory
+    from tasks.train.estimate.memory_tracker import Cost, MemoryPeak
 
 MACHINES_GIB = (8, 16, 24, 32, 48, 64, 80, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 """Sizes of memory that one can buy or rent."""
@@ -92,7 +92,7 @@ class Estimate(NamedTuple):
     """
 
     parameters: Parameters
-    memory: Memory
+    memory: MemoryPeak
     step: Work
     steps: int
 
@@ -145,7 +145,7 @@ def estimate(
     share = sum(map(_padded_tokens, batches)) / len(batches) / tokens
     mean = Work(share * longest.flops, share * longest.moved_bytes)
     memory = max((cost.memory for _, cost in costs), key=lambda memory: memory.total)
-    return Estimate(count(hollow(config, method.adapter, dtype, steps)), memory, mean, len(batches))
+    return Estimate(count(meta_model(config, method.adapter, dtype, steps)), memory, mean, len(batches))
 
 
 def _least_steps(adapter: AnyAdapter) -> int:
@@ -214,23 +214,23 @@ def _rehearsed(
     steps: int,
     recomputing: bool,
 ) -> Cost:
-    from tasks.train.estimate.memory_tracker import States, rehearse
+    from tasks.train.estimate.memory_tracker import FakeOptimizerState, dry_run_step
 
-    model = hollow(config, method.adapter, dtype, steps)
-    pretend(model, device)
+    model = meta_model(config, method.adapter, dtype, steps)
+    to_fake_tensors(model, device)
     if recomputing:
         recompute_activations(model)
-    below = below_for(model, examples, method)
+    below = frozen_layer_cache_for(model, examples, method)
     if method.optimizer == "adamw":
         optimizer = optimizer_for(model, method)
     else:
         states, bits = 1 if method.optimizer.startswith("lion") else 2, 8 if method.optimizer.endswith("8bit") else 32
-        optimizer = States([group for group in groups_of(model, method) if group["params"]], states, bits)
+        optimizer = FakeOptimizerState([group for group in groups_of(model, method) if group["params"]], states, bits)
     objective = method.objective
     ahead = isinstance(objective, ReferringObjective) and objective.reference == "precomputed"
     reference = _as_many_numbers if ahead else None
     try:
-        cost = rehearse(
+        cost = dry_run_step(
             model, lambda: losses_of(model, batch, method, below, reference), optimizer, method.max_grad_norm
         )
     except (RuntimeError, NotImplementedError, ValueError) as error:
@@ -318,8 +318,8 @@ def must_recompute(config: PreTrainedConfig, method: Method, examples: Sequence[
         print(f"whether a step fits cannot be told before it is taken: {error.line()}", flush=True)
         return False
     print(
-        f"a step needs {shown(kept)} and {shown(room)} are free: activations are computed again in the backward pass, "
-        f"which needs {shown(needed)}",
+        f"a step needs {readable_bytes(kept)} and {readable_bytes(room)} are free: activations are computed again in "
+        f"the backward pass, which needs {readable_bytes(needed)}",
         flush=True,
     )
     return True

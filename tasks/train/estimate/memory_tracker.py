@@ -28,7 +28,7 @@ _LEAST_IN_8_BITS = 4096
 _BY_MASK = (_ATEN.index.Tensor, _ATEN.index_put.default, _ATEN._index_put_impl_.default)
 
 
-class Memory(NamedTuple):
+class MemoryPeak(NamedTuple):
     """Bytes: what each kind of tensor takes at most, and what all take together at most.
 
     The total can be less than the sum: while gradients are made, activations go. Activations are what is neither of
@@ -46,12 +46,12 @@ class Memory(NamedTuple):
 class Cost(NamedTuple):
     """Cost of a step: memory, arithmetic of its matrix products, and bytes that its operations read and write."""
 
-    memory: Memory
+    memory: MemoryPeak
     flops: int
     moved_bytes: int
 
 
-class States(Optimizer):
+class FakeOptimizerState(Optimizer):
     """Stands for an optimizer of bitsandbytes: it holds as much and does nothing.
 
     A state in 8 bits takes one byte a number, and four for the largest of each block of 256; tensors of fewer than 4096
@@ -76,7 +76,7 @@ class States(Optimizer):
                         self.state[p][f"absmax{number}"] = p.new_zeros(-(-p.numel() // 256), dtype=torch.float32)
 
 
-def rehearse(
+def dry_run_step(
     model: Model, losses: Callable[[], Iterable[tuple[Tensor, Any]]], optimizer: Optimizer, max_grad_norm: float
 ) -> Cost:
     """Measure what a step takes once optimizer states, and what is kept from epoch to epoch, are there.
@@ -89,7 +89,7 @@ def rehearse(
     """
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    ledger = Ledger()
+    ledger = MemoryTracker()
     for tensor in tensors_of(model):
         ledger.book(tensor, "weights")
     if model.config.is_encoder_decoder or head_of(model) is None:  # then the head is called as a module
@@ -113,10 +113,10 @@ def rehearse(
             part.backward()
         torch.nn.utils.clip_grad_norm_(trained, max_grad_norm)
         optimizer.step()
-    return Cost(Memory(**ledger.most, total=ledger.most_together), ledger.flops, ledger.moved_bytes)
+    return Cost(MemoryPeak(**ledger.most, total=ledger.most_together), ledger.flops, ledger.moved_bytes)
 
 
-class Ledger(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Books the memory of every tensor from its making to its end, and counts the work of every operation.
 
     Tensors with numbers may take part: those that say which tokens there are, and which of them are learnt.
@@ -125,7 +125,7 @@ class Ledger(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._held: dict[int, tuple[weakref.ref[Any], str, int]] = {}
-        self._now = dict.fromkeys(Memory._fields[:-1], 0)
+        self._now = dict.fromkeys(MemoryPeak._fields[:-1], 0)
         self._logits = 0
         self.begin()
 

@@ -8,7 +8,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tasks.adapters.attach import trainable
+from tasks.adapters.attach import make_trainable
 from tasks.adapters.params import AnyAdapter, FullAdapter, Int8Adapter, PeftAdapter, QloraAdapter
 from tasks.core.errors import BadModel
 from tasks.models.loader import Model, refuse_code
@@ -30,7 +30,7 @@ class Parameters(NamedTuple):
     all: int
 
 
-def read_config(path: Path) -> PreTrainedConfig:
+def read_model_config(path: Path) -> PreTrainedConfig:
     """Read the configuration of a model.
 
     Args:
@@ -64,7 +64,7 @@ def read_config(path: Path) -> PreTrainedConfig:
     return config
 
 
-def hollow(config: PreTrainedConfig, adapter: AnyAdapter | None, dtype: torch.dtype, steps: int = 1) -> Model:
+def meta_model(config: PreTrainedConfig, adapter: AnyAdapter | None, dtype: torch.dtype, steps: int = 1) -> Model:
     """Build a model of that shape on the meta device, as training would load it, with a new adapter.
 
     Args:
@@ -98,7 +98,7 @@ def hollow(config: PreTrainedConfig, adapter: AnyAdapter | None, dtype: torch.dt
     model.requires_grad_(False)
     try:
         with torch.device("meta"):
-            return trainable(model, adapter, steps)
+            return make_trainable(model, adapter, steps)
     except RuntimeError as error:  # NotImplementedError too
         raise BadModel(
             "this adapter cannot be made without weights", where=_named(adapter), got=str(error).split("\n")[0]
@@ -125,7 +125,7 @@ def count(model: nn.Module) -> Parameters:
     return Parameters(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
 
 
-def pretend(model: nn.Module, device: torch.device) -> None:
+def to_fake_tensors(model: nn.Module, device: torch.device) -> None:
     """Let the tensors of a model on the meta device pass for tensors on another.
 
     On the meta device itself PyTorch chooses other kernels, of attention above all, than training will. 4-bit weights

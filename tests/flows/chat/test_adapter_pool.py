@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from flows.chat.adapter_pool import Resident
+from flows.chat.adapter_pool import AdapterPool
 from tasks.adapters.attach import attach, read_adapter
 from tasks.core.errors import BadModel, BadParams
 from tasks.models.loader import load_model
@@ -39,8 +39,8 @@ def _double(folder: Path) -> None:
     save_file(changed, folder / WEIGHTS)
 
 
-def resident_of(base: Path, dtype: torch.dtype, folders: dict[str, Path]) -> Resident:
-    resident = Resident(load_model(base).to(dtype))  # type: ignore[arg-type]
+def resident_of(base: Path, dtype: torch.dtype, folders: dict[str, Path]) -> AdapterPool:
+    resident = AdapterPool(load_model(base).to(dtype))  # type: ignore[arg-type]
     for name, folder in folders.items():
         resident.load(name, folder)
     return resident
@@ -268,7 +268,7 @@ def test_a_quantized_base_is_switched_but_not_merged(pico_base: Path, folders: d
     from tests.helpers.samples import QLORA
 
     adapter = QloraAdapter.model_validate(QLORA)
-    resident = Resident(load_model(pico_base, adapter.base_quantization))
+    resident = AdapterPool(load_model(pico_base, adapter.base_quantization))
     resident.load("lora", folders["lora"])
     resident.use("lora")
     assert torch.equal(
@@ -287,7 +287,7 @@ def test_a_merge_into_tied_weights_is_refused(pico_base: Path, tmp_path: Path) -
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False)
     get_peft_model(model, config).save_pretrained(tmp_path)
-    resident = Resident(load_model(pico_base))
+    resident = AdapterPool(load_model(pico_base))
     resident.load("embedded", tmp_path)
     with pytest.raises(BadModel, match="share their weights"):
         resident.merge("embedded")
@@ -337,7 +337,7 @@ def test_an_adapter_with_biases_of_layers_that_are_no_targets_is_refused(pico_ba
             model.get_base_model().model.layers[1].self_attn.k_proj.bias += learnt
         model.save_pretrained(tmp_path / str(number))
     bare = load_model(base)
-    resident = Resident(load_model(base))
+    resident = AdapterPool(load_model(base))
     resident.load("learnt none", tmp_path / "0")
     assert same(state_of(resident.release()), state_of(bare))
     with pytest.raises(BadModel, match="changes the base itself") as caught:
@@ -362,7 +362,7 @@ def test_a_base_that_had_a_learnt_prompt_counts_positions_as_it_did(
     padded = (torch.arange(10) >= torch.tensor([[4], [0]])).long()
     base = load_model(pico_base).float()
     bare = base(ids, attention_mask=padded).logits
-    resident = Resident(base)
+    resident = AdapterPool(base)
     resident.load("prompt", tmp_path / "prompt")
     resident.load("lora", folders["lora"])
     with pytest.raises(BadModel, match="adapter tensors match"):

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flows.chat.ask import ask, ask_adapters
 from flows.cli.main import chat
-from tasks.adapters.attach import attach, fresh, publish
+from tasks.adapters.attach import attach, init_adapter, save_adapter
 from tasks.core.errors import BadModel, BadParams
 from tasks.core.records import Message
 from tasks.inference.chat import answer, answer_text
@@ -101,7 +101,7 @@ def test_an_encoder_decoder_answers_with_its_adapter(tmp_path: Path) -> None:
 
 def published_on(base: Path, folder: Path) -> None:
     folder.mkdir()
-    publish(fresh(base, method(LORA, SFT).adapter), folder)
+    save_adapter(init_adapter(base, method(LORA, SFT).adapter), folder)
 
 
 def test_a_folder_that_is_no_adapter_is_told_so(tmp_path: Path, pico_base: Path) -> None:

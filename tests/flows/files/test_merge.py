@@ -138,13 +138,13 @@ def test_a_model_folder_is_exported(here: Path) -> None:
 
 def test_the_form_that_an_adapter_was_trained_on_is_taken_into_account(pico_base: Path, tmp_path: Path) -> None:
     """What temper trained says so itself; the result is measured, and a bound that it breaks refuses it."""
-    from tasks.adapters.attach import fresh, publish
+    from tasks.adapters.attach import init_adapter, save_adapter
     from tasks.adapters.params import QloraAdapter
     from tests.helpers.samples import QLORA
 
     torch.manual_seed(0)
     (tmp_path / "adapter").mkdir()
-    publish(perturbed(fresh(pico_base, QloraAdapter.model_validate(QLORA))), tmp_path / "adapter")
+    save_adapter(perturbed(init_adapter(pico_base, QloraAdapter.model_validate(QLORA))), tmp_path / "adapter")
     (tmp_path / "adapter" / "summary.json").write_text(json.dumps({"params": {"adapter": QLORA}}))
     assert (tmp_path / "adapter" / CONFIG).is_file()
     words = ["merge", str(pico_base), "adapter", "out", "--max-mean-kl"]

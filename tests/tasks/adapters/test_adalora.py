@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tasks.adapters.adalora import orthogonality_penalty
-from tasks.adapters.attach import fresh, load_adapted, publish, published_state
+from tasks.adapters.attach import init_adapter, load_adapted, published_state, save_adapter
 from tasks.core.errors import BadModel
 from tasks.core.progress import Progress
 from tasks.train.trainer import train
@@ -20,7 +20,7 @@ METHOD = method({**ADALORA, "warmup_steps": 2, "final_steps": 2}, SFT, epochs=3,
 
 
 def test_the_penalty_is_what_peft_adds_to_a_loss(pico_base: Path) -> None:
-    model: Any = fresh(pico_base, METHOD.adapter, 9)
+    model: Any = init_adapter(pico_base, METHOD.adapter, 9)
     ids = torch.arange(5, 25)[None]
     with_penalty = model(input_ids=ids, labels=ids).loss
     without = model.get_base_model()(input_ids=ids, labels=ids).loss
@@ -31,9 +31,9 @@ def test_the_penalty_is_what_peft_adds_to_a_loss(pico_base: Path) -> None:
 def test_ranks_are_moved_until_their_average_is_the_target(pico_base: Path, tmp_path: Path) -> None:
     """Fourteen updates of rank 4 begin; 14 x 2 ranks are left, not the same number in each."""
     torch.manual_seed(1)
-    model: Any = fresh(pico_base, METHOD.adapter, 9)
+    model: Any = init_adapter(pico_base, METHOD.adapter, 9)
     train(model, examples("adalora"), METHOD, tmp_path / "checkpoints", Progress("t", 9, "steps"))
-    publish(model, tmp_path)
+    save_adapter(model, tmp_path)
     singular = {name: tensor for name, tensor in published_state(model).items() if "lora_E" in name}
     ranks = [len(tensor) for tensor in singular.values()]
     assert len(ranks) == 14
@@ -48,4 +48,4 @@ def test_ranks_are_moved_until_their_average_is_the_target(pico_base: Path, tmp_
 
 def test_a_training_too_short_for_the_plan_is_refused(pico_base: Path) -> None:
     with pytest.raises(BadModel, match="no step in which to move ranks"):
-        fresh(pico_base, METHOD.adapter, 4)
+        init_adapter(pico_base, METHOD.adapter, 4)

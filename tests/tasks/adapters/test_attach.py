@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from tasks.adapters.attach import attach, fresh, load_adapted, publish, published_state
+from tasks.adapters.attach import attach, init_adapter, load_adapted, published_state, save_adapter
 from tasks.adapters.files import CONFIG, WEIGHTS
 from tasks.adapters.params import AnyAdapter, FullAdapter, PeftAdapter, QloraAdapter, ReftAdapter
 from tasks.core.errors import BadModel
@@ -64,7 +64,7 @@ def logits(model: Model) -> torch.Tensor:
 def trained(base: Path, name: str) -> Any:
     """An adapter with numbers in it, as a training would leave them."""
     torch.manual_seed(0)
-    model = fresh(base, ADAPTERS[name], 100)
+    model = init_adapter(base, ADAPTERS[name], 100)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -78,7 +78,7 @@ def test_saved_and_loaded_elsewhere_it_is_the_same_model_bit_for_bit(
     pico_base: Path, tmp_path: Path, name: str
 ) -> None:
     model = trained(pico_base, name)
-    publish(model, tmp_path)
+    save_adapter(model, tmp_path)
     again = load_adapted(pico_base, tmp_path, ADAPTERS[name])
     # an LSTM rounds otherwise for a batch, as it stands in the trained model, than for the one prompt that is published
     rounding = 1e-6 if name == "p_tuning by lstm" else 0.0
@@ -91,7 +91,7 @@ def test_saved_and_loaded_elsewhere_it_is_the_same_model_bit_for_bit(
 def test_the_published_form_is_the_same_twice(pico_base: Path, tmp_path: Path, name: str) -> None:
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
-        publish(trained(pico_base, name), tmp_path / folder)
+        save_adapter(trained(pico_base, name), tmp_path / folder)
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert {CONFIG, WEIGHTS} <= set(files) or isinstance(ADAPTERS[name], FullAdapter)
     for file in files:
@@ -102,7 +102,7 @@ def test_a_lora_adapter_loads_in_peft_itself(pico_base: Path, tmp_path: Path) ->
     from peft import PeftModel
 
     model = trained(pico_base, "qlora")
-    publish(model, tmp_path)
+    save_adapter(model, tmp_path)
     theirs = PeftModel.from_pretrained(
         load_model(pico_base, QloraAdapter.model_validate(QLORA).base_quantization), tmp_path
     )
@@ -122,21 +122,21 @@ MARKS = {
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_only_the_adapter_is_trained(pico_base: Path, name: str) -> None:
-    trainable = {n for n, p in fresh(pico_base, ADAPTERS[name], 100).named_parameters() if p.requires_grad}
+    trainable = {n for n, p in init_adapter(pico_base, ADAPTERS[name], 100).named_parameters() if p.requires_grad}
     assert trainable
     assert name == "full" or all(any(mark in n for mark in MARKS.get(name, (".lora_",))) for n in trainable)
 
 
 def test_the_readme_of_pyreft_counts_as_many(pico_base: Path) -> None:
     """LoReFT: R and W of 2 x 64 numbers and b of 2 at each of two layers."""
-    state = published_state(fresh(pico_base, ADAPTERS["loreft"]))
+    state = published_state(init_adapter(pico_base, ADAPTERS["loreft"]))
     assert sum(int(p.numel()) for p in state.values()) == 2 * (128 + 128 + 2)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_scores_and_answers_are_those_of_the_model_itself(pico_base: Path, tmp_path: Path, name: str) -> None:
     """Scores against the logits of PEFT's own forward pass; logits of a padded batch against those of each alone."""
-    publish(trained(pico_base, name), tmp_path)
+    save_adapter(trained(pico_base, name), tmp_path)
     model = load_adapted(pico_base, tmp_path, ADAPTERS[name]).float()
     rows = [TokenRow(list(range(7, 7 + n)), [False] * 4 + [True] * (n - 4), 4) for n in (9, 6)]
     scored = score_tokens(model, rows)
@@ -176,21 +176,21 @@ def generated(model: Any, prompts: list[list[int]]) -> torch.Tensor:
 def test_a_learnt_prompt_begins_as_the_embeddings_of_its_text(pico_base: Path) -> None:
     tokenizer = load_tokenizer(pico_base)
     ids = tokenizer("Answer in one word.", add_special_tokens=False)["input_ids"]
-    model = fresh(pico_base, ADAPTERS["prompt of a text"])
+    model = init_adapter(pico_base, ADAPTERS["prompt of a text"])
     embedded = load_model(pico_base).get_input_embeddings()(torch.tensor((ids * 9)[:9]))
     assert torch.equal(published_state(model)["prompt_embeddings"], embedded.float())
 
 
 def test_a_range_of_layers_is_the_list_of_them(pico_base: Path) -> None:
     by_range, by_list = (
-        published_state(fresh(pico_base, ReftAdapter.model_validate({**LOREFT, "layers": layers}))).keys()
+        published_state(init_adapter(pico_base, ReftAdapter.model_validate({**LOREFT, "layers": layers}))).keys()
         for layers in ("0-1", [0, 1])
     )
     assert by_range == by_list
 
 
 def test_without_bias_the_learnt_map_is_linear(pico_base: Path) -> None:
-    names = published_state(fresh(pico_base, ReftAdapter.model_validate({**LOREFT, "bias": False}))).keys()
+    names = published_state(init_adapter(pico_base, ReftAdapter.model_validate({**LOREFT, "bias": False}))).keys()
     assert names
     assert not [name for name in names if "bias" in name]
 
@@ -200,7 +200,7 @@ def test_without_bias_the_learnt_map_is_linear(pico_base: Path) -> None:
 )
 def test_a_rank_above_the_hidden_size_is_refused(pico_base: Path, params: dict[str, Any]) -> None:
     with pytest.raises(BadModel, match="above the hidden size"):
-        fresh(pico_base, method(params, SFT).adapter, 100)
+        init_adapter(pico_base, method(params, SFT).adapter, 100)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_a_rank_above_the_hidden_size_is_refused(pico_base: Path, params: dict[s
 )
 def test_what_the_model_does_not_have_is_refused_and_named(pico_base: Path, params: dict[str, Any], said: str) -> None:
     with pytest.raises(BadModel, match=said):
-        fresh(pico_base, method(params, SFT).adapter, 100)
+        init_adapter(pico_base, method(params, SFT).adapter, 100)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.fixture(scope="module")
 def adapter_folder(pico_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapter")
-    publish(trained(pico_base, "qlora"), folder)
+    save_adapter(trained(pico_base, "qlora"), folder)
     return folder
 
 
@@ -296,7 +296,7 @@ def test_a_damaged_adapter_is_refused(pico_base: Path, adapter_folder: Path, tmp
 )
 def test_edits_that_do_not_fit_the_model_are_refused(pico_base: Path, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(BadModel, match=said):
-        fresh(pico_base, ReftAdapter.model_validate({**LOREFT, **changes}))
+        init_adapter(pico_base, ReftAdapter.model_validate({**LOREFT, **changes}))
 
 
 @pytest.mark.parametrize(
@@ -312,4 +312,4 @@ def test_methods_that_peft_does_not_have_are_refused(
     pico_base: Path, method: str, config: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(BadModel, match=said):
-        fresh(pico_base, PeftAdapter(name="peft", method=method, config=config))
+        init_adapter(pico_base, PeftAdapter(name="peft", method=method, config=config))

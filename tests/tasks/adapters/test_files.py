@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tasks.adapters.attach import attach, load_packaged, publish, read_adapter
+from tasks.adapters.attach import attach, load_packaged, read_adapter, save_adapter
 from tasks.adapters.files import BASE, CONFIG, PICKLE, WEIGHTS, Base, base_of, check_base, said_base
-from tasks.core.artifacts import whole_folder
+from tasks.core.artifacts import atomic_folder
 from tasks.core.errors import BadModel
 from tasks.models.loader import load_model
 from tests.tasks.adapters.test_attach import logits, trained
@@ -25,13 +25,13 @@ COMMIT, OTHER = "a" * 40, "b" * 40
 def published(base: Path, name: str, folder: Path) -> Path:
     """A trained adapter of a kind in its published form."""
     folder.mkdir(parents=True, exist_ok=True)
-    publish(trained(base, name), folder)
+    save_adapter(trained(base, name), folder)
     return folder
 
 
 def as_stage_writes(source: Path, out: Path, **about: Any) -> Path:
     """A base as the stage `base` leaves it, with a manifest."""
-    with whole_folder(out, {"base": about}) as draft:
+    with atomic_folder(out, {"base": about}) as draft:
         for file in source.iterdir():
             shutil.copyfile(file, draft / file.name)
     return out

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from tasks.adapters.attach import fresh
+from tasks.adapters.attach import init_adapter
 from tests.helpers.samples import LORA, QLORA, SFT, method
 
 IDS = torch.arange(3, 27).view(2, 12)
@@ -26,7 +26,7 @@ def adapted(request: pytest.FixtureRequest, pico_base: Path) -> PeftModel:
         "nf4": {**QLORA, "compute_dtype": "float32"},
     }[request.param]
     torch.manual_seed(0)
-    model = fresh(pico_base, method(adapter, SFT).adapter).train()
+    model = init_adapter(pico_base, method(adapter, SFT).adapter).train()
     assert isinstance(model, PeftModel)
     for parameter in trained(model):
         parameter.data = 0.05 * torch.randn_like(parameter)
@@ -69,7 +69,7 @@ def test_without_gradients_it_is_peft_s_own_to_the_bit(adapted: PeftModel) -> No
 
 
 def test_what_is_merged_and_taken_out_again_is_peft_s_own(pico_base: Path) -> None:
-    model = fresh(pico_base, method(LORA, SFT).adapter).eval()
+    model = init_adapter(pico_base, method(LORA, SFT).adapter).eval()
     assert isinstance(model, PeftModel)
     for parameter in trained(model):
         parameter.data = 0.05 * torch.randn_like(parameter)
@@ -106,7 +106,7 @@ def test_the_derivatives_are_those_of_differences() -> None:
 
 
 def test_other_variants_stay_as_they_are(pico_base: Path) -> None:
-    model = fresh(pico_base, method({**LORA, "name": "dora"}, SFT).adapter)
+    model = init_adapter(pico_base, method({**LORA, "name": "dora"}, SFT).adapter)
     assert isinstance(model, PeftModel)
     assert {type(v).__module__ for variant in variants(model) for v in variant.values()} == {
         "peft.tuners.lora.variants"

@@ -11,7 +11,7 @@ import torch
 
 from tasks.adapters.attach import attach, load_packaged
 from tasks.adapters.package import FOLDER, REFERENCE, base_in, package
-from tasks.core.artifacts import whole_folder
+from tasks.core.artifacts import atomic_folder
 from tasks.core.errors import BadData, BadModel
 from tasks.models.loader import load_model
 from tests.tasks.adapters.test_attach import logits
@@ -21,10 +21,10 @@ from tests.tasks.adapters.test_files import published
 @pytest.fixture
 def place(pico_base: Path, tmp_path: Path) -> Path:
     """A folder with `base`, as a stage writes it, and `models/reft`, which refers to it."""
-    with whole_folder(tmp_path / "base") as draft:
+    with atomic_folder(tmp_path / "base") as draft:
         shutil.copytree(pico_base, draft, dirs_exist_ok=True)
     adapter = published(tmp_path / "base", "loreft", tmp_path / "trained")
-    with whole_folder(tmp_path / "models" / "reft") as draft:
+    with atomic_folder(tmp_path / "models" / "reft") as draft:
         package(tmp_path / "base", adapter, draft, tmp_path / "models" / "reft")
     return tmp_path
 

@@ -16,7 +16,7 @@ from tasks.base import continued_pretraining
 from tasks.base.corpus import own_token_ids, read_corpus, text_bytes
 from tasks.base.params import ContinueBase
 from tasks.base.perplexity import perplexity
-from tasks.base.stage import check, copy_model, put
+from tasks.base.stage import check_loads, copy_model, put
 from tasks.core.errors import BadModel
 from tasks.core.parquet import write_records
 from tasks.core.records import ChatExample, Message
@@ -91,7 +91,7 @@ def test_a_model_that_is_trained_further_predicts_held_out_rows_better(
     said = made(tmp_path / "out", chosen)
     learnt = 0.9 if adapter is FULL or growth is GROWTH else 0.99  # embeddings of random numbers stay with LoRA
     assert said["held_out"]["bits_per_byte"] < learnt * said["held_out_before"]["bits_per_byte"]
-    model = check(tmp_path / "out", "here", chats=True)
+    model = check_loads(tmp_path / "out", "here", chats=True)
     before = load_model(base, full_precision=True)
     tokenizer = read_tokenizer(tmp_path / "out")
     rows = read_corpus(chosen).held_out
@@ -146,13 +146,13 @@ def test_what_is_published_is_the_model_that_was_trained(
     tmp_path: Path, base: Path, corpus: str, adapter: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[Any] = []
-    publish = continued_pretraining.publish
+    publish = continued_pretraining.save_model
 
     def keep(model: Any, *rest: Any) -> int:
         kept.append(model)
         return publish(model, *rest)
 
-    monkeypatch.setattr(continued_pretraining, "publish", keep)
+    monkeypatch.setattr(continued_pretraining, "save_model", keep)
     monkeypatch.setattr(
         continued_pretraining, "load_model", lambda folder, **_: load_model(folder, full_precision=True)
     )
@@ -207,9 +207,9 @@ def test_a_real_model_goes_on_with_real_stories_without_a_chat_template(tmp_path
     assert untrained["held_out_before"] == before
     assert after["tokens"] < 0.99 * before["tokens"]
     assert after["bits_per_byte"] < untrained["held_out"]["bits_per_byte"] - 0.02
-    check(tmp_path / "trained", "here", chats=False)
+    check_loads(tmp_path / "trained", "here", chats=False)
     with pytest.raises(BadModel, match="no chat template"):
-        check(tmp_path / "trained", "here", chats=True)
+        check_loads(tmp_path / "trained", "here", chats=True)
 
 
 def test_where_there_are_chats_a_template_is_needed_before_the_training(tmp_path: Path, real_data: Path) -> None:
@@ -221,7 +221,7 @@ def test_where_there_are_chats_a_template_is_needed_before_the_training(tmp_path
     of = {"kind": "local", "path": str(base), "sha256": pin(base), "template": "chatml"}
     said = made(tmp_path / "two", params(base, path, of=of, rows=["text", "chat"], batch_tokens=64, tokens=128))
     assert said["added_tokens"] == ["<|im_start|>", "<|im_end|>"]
-    check(tmp_path / "two", "here", chats=True)
+    check_loads(tmp_path / "two", "here", chats=True)
 
 
 def test_chats_are_learnt_in_the_form_of_the_template(tmp_path: Path, pico_base: Path) -> None:
@@ -276,7 +276,7 @@ def test_lora_on_a_weight_that_embedding_and_head_share_is_refused_and_else_publ
                 parameter += 0.1 * torch.randn_like(parameter)
     ids = torch.arange(3, 40)[None]
     expected = adapted.eval()(input_ids=ids).logits
-    continued_pretraining.publish(adapted, base, chosen, [])
+    continued_pretraining.save_model(adapted, base, chosen, [])
     torch.testing.assert_close(load_model(base, full_precision=True)(ids).logits, expected, atol=1e-4, rtol=1e-4)
 
 

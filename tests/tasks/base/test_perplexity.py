@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tasks.base.perplexity import Perplexity, perplexity
+from tasks.base.perplexity import PerplexityFigures, perplexity
 from tasks.core.errors import Diverged
 from tasks.core.records import TextExample
 from tasks.ingest.stage import Reading
@@ -33,7 +33,7 @@ class Constant(nn.Module):
         return SimpleNamespace(logits=torch.full((*input_ids.shape, self.vocabulary), self.value))
 
 
-def measured(model: Any, rows: Sequence[Sequence[int]], text_bytes: int = 1, **sizes: int) -> Perplexity:
+def measured(model: Any, rows: Sequence[Sequence[int]], text_bytes: int = 1, **sizes: int) -> PerplexityFigures:
     found = perplexity(model, rows, text_bytes, **{"context_tokens": 8, "batch_tokens": 32, **sizes})
     assert found is not None
     return found

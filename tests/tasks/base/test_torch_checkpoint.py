@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 from tasks.base.params import CheckpointBase
-from tasks.base.stage import check, put
+from tasks.base.stage import check_loads, put
 from tasks.core.errors import BadModel
 from tasks.models.loader import load_model
 from tests.helpers.samples import stored
@@ -215,14 +215,14 @@ def test_with_a_chat_template_it_is_a_base_that_the_factory_takes(tmp_path: Path
     out.mkdir()
     about = put(params(folder, template="chatml"), out, tmp_path)
     assert about == {"added_tokens": ["<|im_start|>", "<|im_end|>", "<|pad|>"]}
-    model = check(out, "here", chats=True)
+    model = check_loads(out, "here", chats=True)
     assert model.config.vocab_size == VOCABULARY  # there was room for them
     rows = model.state_dict()["model.embed_tokens.weight"]
     torch.testing.assert_close(rows[len(WORDS)], rows[: len(WORDS)].float().mean(0).to(rows.dtype))
     (tmp_path / "none").mkdir()
     put(params(folder), tmp_path / "none", tmp_path)
     with pytest.raises(BadModel, match="no chat template"):
-        check(tmp_path / "none", "here", chats=True)
+        check_loads(tmp_path / "none", "here", chats=True)
 
 
 def broken(name: str, change: Any) -> dict[str, Tensor]:

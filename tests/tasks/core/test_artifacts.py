@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tasks.core.artifacts import MANIFEST, digests, read_manifest, whole_folder, write_whole
+from tasks.core.artifacts import MANIFEST, atomic_folder, atomic_write, digests, read_manifest
 from tasks.core.errors import BadData
 from tests.conftest import DEAD
 
 
 def test_a_folder_appears_whole_with_the_digest_of_every_file(tmp_path: Path) -> None:
-    with whole_folder(tmp_path / "out", {"rows": 3}) as draft:
+    with atomic_folder(tmp_path / "out", {"rows": 3}) as draft:
         (draft / "deep").mkdir()
         (draft / "deep" / "a.txt").write_text("hello")
         assert not (tmp_path / "out").exists()
@@ -22,11 +22,11 @@ def test_a_folder_appears_whole_with_the_digest_of_every_file(tmp_path: Path) ->
 
 
 def test_nothing_appears_when_the_work_fails_and_what_stood_there_stays(tmp_path: Path) -> None:
-    with whole_folder(tmp_path / "out") as draft:
+    with atomic_folder(tmp_path / "out") as draft:
         (draft / "a").write_text("old")
 
     def fail(folder: Path) -> None:
-        with whole_folder(folder) as draft:
+        with atomic_folder(folder) as draft:
             (draft / "a").write_text("half")
             raise RuntimeError
 
@@ -38,7 +38,7 @@ def test_nothing_appears_when_the_work_fails_and_what_stood_there_stays(tmp_path
 
 def test_a_new_folder_takes_the_place_of_the_old(tmp_path: Path) -> None:
     for text in ("one", "two"):
-        with whole_folder(tmp_path / "out") as draft:
+        with atomic_folder(tmp_path / "out") as draft:
             (draft / text).write_text(text)
     assert list(digests(tmp_path / "out")) == ["two"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -47,22 +47,22 @@ def test_a_new_folder_takes_the_place_of_the_old(tmp_path: Path) -> None:
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / f".out.draft-{DEAD}").mkdir()
     (tmp_path / f".out.draft-{DEAD}" / "half").write_text("x")
-    with whole_folder(tmp_path / "out") as draft:
+    with atomic_folder(tmp_path / "out") as draft:
         (draft / "a").write_text("x")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
-    write_whole(tmp_path / "a.json", "1")
+    atomic_write(tmp_path / "a.json", "1")
     before = (tmp_path / "a.json").stat().st_ino
-    write_whole(tmp_path / "a.json", "2")
+    atomic_write(tmp_path / "a.json", "2")
     assert (tmp_path / "a.json").read_text() == "2"
     assert (tmp_path / "a.json").stat().st_ino != before
 
 
 @pytest.mark.parametrize("harm", ["flip", "remove", "add", "cut manifest", "no manifest"])
 def test_an_altered_folder_is_refused(tmp_path: Path, harm: str) -> None:
-    with whole_folder(tmp_path / "out") as draft:
+    with atomic_folder(tmp_path / "out") as draft:
         (draft / "a.bin").write_bytes(b"\x00" * 100)
         (draft / "b").write_text("b")
     folder = tmp_path / "out"
@@ -86,14 +86,14 @@ def test_the_manifest_is_the_last_thing_written(tmp_path: Path, monkeypatch: pyt
     import tasks.core.artifacts
 
     monkeypatch.setattr(tasks.core.artifacts, "write_whole", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
-    with pytest.raises(OSError, match="full"), whole_folder(tmp_path / "out") as draft:
+    with pytest.raises(OSError, match="full"), atomic_folder(tmp_path / "out") as draft:
         (draft / "a").write_text("a")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_same_content_gives_the_same_manifest(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        with whole_folder(tmp_path / name, {"b": 1, "a": "é"}) as draft:
+        with atomic_folder(tmp_path / name, {"b": 1, "a": "é"}) as draft:
             (draft / "x").write_text("x")
     assert (tmp_path / "one" / MANIFEST).read_bytes() == (tmp_path / "two" / MANIFEST).read_bytes()
     assert json.loads((tmp_path / "one" / MANIFEST).read_text())["a"] == "é"

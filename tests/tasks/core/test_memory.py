@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from tasks.adapters.attach import fresh
+from tasks.adapters.attach import init_adapter
 from tasks.core import memory
 from tasks.core.errors import BadModel, OutOfMemory
-from tasks.core.memory import asked_bytes, explained, kills_for_memory, ran_out
+from tasks.core.memory import asked_bytes, explain_out_of_memory, kills_for_memory, ran_out
 from tasks.core.progress import Progress
-from tasks.engine.memory import RowsAtOnce, recompute_activations, rows_at_once
-from tasks.models.device import compute_dtype, settle
-from tasks.train.estimate.meta_model import read_config
+from tasks.engine.memory import AdaptiveMicroBatch, adaptive_micro_batch, recompute_activations
+from tasks.models.device import compute_dtype, seed_everything
+from tasks.train.estimate.meta_model import read_model_config
 from tasks.train.losses import loss_of
 from tasks.train.trainer import train
 from tests.conftest import ROOT
@@ -54,14 +54,14 @@ def test_it_is_told_from_other_errors(error: Exception, short: bool, asked: int 
 
 
 def test_one_message_says_what_is_needed_and_what_there_is() -> None:
-    with pytest.raises(OutOfMemory) as caught, explained(where="train.qlora", fix="take less"):
+    with pytest.raises(OutOfMemory) as caught, explain_out_of_memory(where="train.qlora", fix="take less"):
         raise RuntimeError(CPU)
     assert caught.value.exit_code == 71
     said = str(caught.value)
     assert said.startswith("train.qlora: memory ran out\n  got:      ")
     assert "bytes) free" in said
     assert "expected: 0.00 GiB (1024 bytes) more than the" in said
-    with pytest.raises(RuntimeError, match="shapes"), explained(where="x", fix=""):
+    with pytest.raises(RuntimeError, match="shapes"), explain_out_of_memory(where="x", fix=""):
         raise RuntimeError("shapes")
 
 
@@ -73,14 +73,14 @@ def test_there_are_at_most_as_many_retries_as_halves(rows: int, capsys: pytest.C
         tried.append(at_once.rows)
         raise RuntimeError(CPU)
 
-    at_once = RowsAtOnce(rows, fit=True)
+    at_once = AdaptiveMicroBatch(rows, fit=True)
     with pytest.raises(RuntimeError):
         at_once.fitted(never_fits)
     assert len(tried) - 1 <= math.log2(rows)
     assert tried[-1] == 1
     assert capsys.readouterr().out.count("memory ran out") == len(tried) - 1
     tried.clear()
-    at_once = RowsAtOnce(rows, fit=False)
+    at_once = AdaptiveMicroBatch(rows, fit=False)
     with pytest.raises(RuntimeError):
         at_once.fitted(never_fits)
     assert tried == [rows]
@@ -106,7 +106,7 @@ def test_after_a_kill_for_memory_the_next_attempt_takes_half(tmp_path: Path, mon
     def dies(for_memory: int) -> int:
         """One attempt that ends without a word; returns with how many rows it began."""
         nonlocal kills
-        attempt = rows_at_once(4, fit=True, checkpoints=tmp_path)
+        attempt = adaptive_micro_batch(4, fit=True, checkpoints=tmp_path)
         rows = attempt.__enter__()
         began, noted = rows.rows, (tmp_path / "attempt.json").read_text()
         attempt.__exit__(None, None, None)
@@ -115,15 +115,15 @@ def test_after_a_kill_for_memory_the_next_attempt_takes_half(tmp_path: Path, mon
         return began
 
     assert [dies(0), dies(1), dies(0), dies(1)] == [4, 4, 2, 2]  # a kill for another reason changes nothing
-    with rows_at_once(4, fit=True, checkpoints=tmp_path) as rows:
+    with adaptive_micro_batch(4, fit=True, checkpoints=tmp_path) as rows:
         assert rows.rows == 1
         kills += 1  # some other process
-    with rows_at_once(4, fit=True, checkpoints=tmp_path) as rows:
+    with adaptive_micro_batch(4, fit=True, checkpoints=tmp_path) as rows:
         assert rows.rows == 1  # it ended by itself, so it was not that one
     dies(1)
     with (
         pytest.raises(OutOfMemory, match="with one row in a forward pass"),
-        rows_at_once(4, fit=True, checkpoints=tmp_path),
+        adaptive_micro_batch(4, fit=True, checkpoints=tmp_path),
     ):
         raise AssertionError
     assert json.loads((tmp_path / "attempt.json").read_text()) == {
@@ -134,7 +134,7 @@ def test_after_a_kill_for_memory_the_next_attempt_takes_half(tmp_path: Path, mon
 
 
 def test_without_fit_memory_nothing_is_noted(tmp_path: Path) -> None:
-    with rows_at_once(4, fit=False, checkpoints=tmp_path) as rows:
+    with adaptive_micro_batch(4, fit=False, checkpoints=tmp_path) as rows:
         assert not rows.halve("x")
     assert not list(tmp_path.iterdir())
 
@@ -154,15 +154,15 @@ def test_computed_again_they_give_the_same_gradients_to_the_bit_in_less_memory(
     learnt = examples("qlora" if objective is SFT else "orpo", 8)
     found = []
     for recomputing in (False, True):
-        settle(1)
-        model = fresh(pico_base, params.adapter).train()
+        seed_everything(1)
+        model = init_adapter(pico_base, params.adapter).train()
         if recomputing:
             recompute_activations(model)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter += 0.02
-        settle(2)
+        seed_everything(2)
         loss, _ = loss_of(model, learnt, params)
         kept = kept_bytes(lambda model=model: loss_of(model, learnt, params)[0])
         loss.backward()
@@ -198,7 +198,7 @@ def test_so_it_is_done_where_a_training_would_not_fit_by_its_estimate(
     from tasks.train.estimate import estimate
 
     params, learnt = method(LORA, SFT, fit_memory=True), examples("lora", 8)
-    config = read_config(pico_base)
+    config = read_model_config(pico_base)
     needed = estimate.estimate(config, params, learnt, compute_dtype(), torch.device("cpu")).memory.total
     machine = estimate.Machine("cpu", int(room_share * needed), 0)
     monkeypatch.setattr(estimate, "this_machine", lambda device: machine)
@@ -215,7 +215,7 @@ def test_where_that_cannot_be_told_rows_are_all_that_gives_way(
 
     monkeypatch.setattr(estimate, "estimate", _cannot)
     params = method(LORA, SFT, fit_memory=True)
-    assert not estimate.must_recompute(read_config(pico_base), params, examples("lora", 8))
+    assert not estimate.must_recompute(read_model_config(pico_base), params, examples("lora", 8))
     assert "whether a step fits cannot be told before it is taken: step: no" in capsys.readouterr().out
 
 
@@ -224,11 +224,11 @@ def _cannot(*_: Any, **__: Any) -> None:
 
 
 def test_the_first_attempt_decides_for_all(tmp_path: Path) -> None:
-    with rows_at_once(4, fit=True, checkpoints=tmp_path) as rows:
+    with adaptive_micro_batch(4, fit=True, checkpoints=tmp_path) as rows:
         assert rows.recomputing(lambda: True)
-    with rows_at_once(4, fit=True, checkpoints=tmp_path) as rows:
+    with adaptive_micro_batch(4, fit=True, checkpoints=tmp_path) as rows:
         assert rows.recomputing(lambda: False)
-    with rows_at_once(4, fit=False, checkpoints=tmp_path / "other") as rows:
+    with adaptive_micro_batch(4, fit=False, checkpoints=tmp_path / "other") as rows:
         assert not rows.recomputing(lambda: True)
 
 
@@ -263,8 +263,8 @@ def test_a_training_that_runs_out_of_memory_keeps_its_loss_curve(
         return loss, logged
 
     def curve(folder: str) -> list[float]:
-        settle(1)
-        model = fresh(pico_base, params.adapter, 6).float()
+        seed_everything(1)
+        model = init_adapter(pico_base, params.adapter, 6).float()
         model.train()
         log = train(model, learnt, params, tmp_path / folder, Progress("t", 1, "steps"))
         return [row["loss"] for row in log]

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tasks.orchestration.dvc_session import Session, stage_exit_code
+from tasks.orchestration.dvc_session import PipelineRun, stage_exit_code
 from tests.conftest import ROOT, dvc, environment, git
 
 PARAMS = "work:\n  do: nothing\n  seconds: 0\n"
@@ -150,7 +150,7 @@ def test_a_disk_that_is_full_leaves_nothing_half_written_and_the_next_run_works(
 def test_a_lock_that_another_process_holds_at_the_end_of_a_stage_costs_nothing_but_time(small: Path) -> None:
     """DVC by itself waits three seconds, then throws the finished work away."""
     say(small, "nothing", seconds=2)
-    session = Session(small, None, {}, {}, frozenset({"work"}))  # type: ignore[arg-type]
+    session = PipelineRun(small, None, {}, {}, frozenset({"work"}))  # type: ignore[arg-type]
     hold = """if True:
         import fcntl, pathlib, time
         while not pathlib.Path("running").exists():

@@ -19,7 +19,7 @@ from tasks.core import ranks
 from tasks.core.errors import BadInput, BadParams
 from tasks.core.ranks import World
 from tasks.engine import collectives
-from tasks.engine.collectives import dealt
+from tasks.engine.collectives import shard
 from tasks.train import fsdp
 from tests.conftest import ROOT, environment
 from tests.helpers.samples import LORA
@@ -114,19 +114,19 @@ def test_each_process_holds_half_of_the_layers(launched: Path, alone: Path, name
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
 @pytest.mark.parametrize("rows", range(1, 12))
 def test_every_row_counts_once_and_all_processes_are_in_step(rows: int, processes: int, size: int) -> None:
-    hands = [dealt(range(rows), size, World(rank, processes, rank)) for rank in range(processes)]
+    hands = [shard(range(rows), size, World(rank, processes, rank)) for rank in range(processes)]
     assert Counter(n for hand in hands for part, counts in hand if counts for n in part) == Counter(range(rows))
     assert len({tuple(len(part) for part, _ in hand) for hand in hands}) == 1
     assert all(0 < len(part) <= size for hand in hands for part, _ in hand)
 
 
 def test_one_process_takes_the_parts_that_it_always_took() -> None:
-    assert dealt([1, 2, 3, 4, 5], 2, ranks.ALONE) == [([1, 2], True), ([3, 4], True), ([5], True)]
+    assert shard([1, 2, 3, 4, 5], 2, ranks.ALONE) == [([1, 2], True), ([3, 4], True), ([5], True)]
 
 
 def test_rows_of_like_length_go_to_different_processes() -> None:
     """A batch's rows are in the order of their lengths."""
-    first, second = (dealt([1, 2, 8, 9], 2, World(rank, 2, rank)) for rank in (0, 1))
+    first, second = (shard([1, 2, 8, 9], 2, World(rank, 2, rank)) for rank in (0, 1))
     assert [part for part, _ in first + second] == [[1, 8], [2, 9]]
 
 
@@ -134,9 +134,9 @@ def test_rows_of_like_length_go_to_different_processes() -> None:
 
 
 def test_a_process_alone_adds_up_to_itself() -> None:
-    assert collectives.summed({"loss": 1.5}) == {"loss": 1.5}
-    assert collectives.anywhere(True)
-    assert not collectives.anywhere(False)
+    assert collectives.sum_over_ranks({"loss": 1.5}) == {"loss": 1.5}
+    assert collectives.any_rank(True)
+    assert not collectives.any_rank(False)
     parameter = torch.nn.Parameter(torch.ones(2))
     collectives.sum_gradients([parameter])
     assert parameter.grad is None
@@ -168,9 +168,9 @@ def test_the_launcher_says_whether_weights_are_sharded(
 
 def test_weights_that_are_trained_are_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
     two(monkeypatch, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
-    fsdp.check(LoraAdapter.model_validate(LORA))
+    fsdp.check_can_shard(LoraAdapter.model_validate(LORA))
     with pytest.raises(BadParams, match="cannot be sharded, since they are trained"):
-        fsdp.check(FullAdapter.model_validate({"name": "full", "modules": "all"}))
+        fsdp.check_can_shard(FullAdapter.model_validate({"name": "full", "modules": "all"}))
 
 
 @pytest.mark.parametrize(
@@ -186,14 +186,14 @@ def test_what_a_configuration_asks_for_in_vain_is_refused(
 ) -> None:
     two(monkeypatch, **variables)
     with pytest.raises(BadParams, match="asks for what temper does not do") as caught:
-        fsdp.check(METHODS["sft"].adapter)
+        fsdp.check_can_shard(METHODS["sft"].adapter)
     assert caught.value.got == got
 
 
 def test_processes_that_see_other_checkpoints_do_not_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on machines that do not share a disk: the first has step 4, this one none."""
     monkeypatch.setattr(ranks, "_world", World(1, 2, 1))
-    monkeypatch.setattr(collectives, "summed", lambda numbers: {"": 4.0 + next(iter(numbers.values()))})
+    monkeypatch.setattr(collectives, "sum_over_ranks", lambda numbers: {"": 4.0 + next(iter(numbers.values()))})
     with pytest.raises(BadInput, match="do not agree on the newest checkpoint") as caught:
         collectives.check_agreed("the newest checkpoint", 0, fix="share it")
     assert (caught.value.got, caught.value.expected) == ("0", "4, as the first has it")

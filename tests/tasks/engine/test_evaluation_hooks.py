@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from tasks.core.errors import BadData, BadInput, Diverged
 from tasks.core.progress import Progress
-from tasks.engine.evaluation_hooks import Look, Watch
-from tasks.engine.loop import Course, run, schedule
-from tasks.reports.training_log import HELD_OUT_LOSS, SAMPLES, best_step, looks_since_best, numbers_of
+from tasks.engine.evaluation_hooks import EvalHook, EvalHooks
+from tasks.engine.loop import TrainingPlan, schedule, train_loop
+from tasks.reports.training_log import HELD_OUT_LOSS, SAMPLES, best_step, evals_since_best, numbers_of
 
 STEPS = 12
 DOWN_THEN_UP = [5.0, 3.0, 4.0, 3.0, 3.5, 9.0]
@@ -38,18 +38,18 @@ def rows(losses: list[float], every: int = 2) -> list[dict[str, Any]]:
 def test_the_best_step_is_the_first_of_the_lowest() -> None:
     assert best_step([{"step": 1}]) is None
     assert best_step(rows(DOWN_THEN_UP)) == 4
-    assert [looks_since_best(rows(DOWN_THEN_UP[:n])) for n in range(7)] == [0, 0, 0, 1, 2, 3, 4]
+    assert [evals_since_best(rows(DOWN_THEN_UP[:n])) for n in range(7)] == [0, 0, 0, 1, 2, 3, 4]
 
 
 def test_patience_counts_looks_that_are_no_better() -> None:
-    assert [Watch(patience=2).is_over(rows(DOWN_THEN_UP[:n])) for n in range(1, 6)] == [False] * 3 + [True, True]
-    assert not Watch().is_over(rows(DOWN_THEN_UP))
-    assert Watch(keep_best=True).kept_step(rows(DOWN_THEN_UP)) == 4
-    assert Watch().kept_step(rows(DOWN_THEN_UP)) == 12
+    assert [EvalHooks(patience=2).is_over(rows(DOWN_THEN_UP[:n])) for n in range(1, 6)] == [False] * 3 + [True, True]
+    assert not EvalHooks().is_over(rows(DOWN_THEN_UP))
+    assert EvalHooks(keep_best=True).kept_step(rows(DOWN_THEN_UP)) == 4
+    assert EvalHooks().kept_step(rows(DOWN_THEN_UP)) == 12
 
 
 def test_looks_come_every_so_many_steps_and_after_the_last() -> None:
-    watch = Watch([Look("a", 3, lambda: 1), Look("b", 5, lambda: 2)])
+    watch = EvalHooks([EvalHook("a", 3, lambda: 1), EvalHook("b", 5, lambda: 2)])
     seen = [sorted(watch.look(step, 7)) for step in range(1, 8)]
     assert seen == [[], [], ["a"], [], ["b"], ["a"], ["a", "b"]]
 
@@ -85,11 +85,11 @@ def train(
         if row["step"] == die_after:
             raise Killed
 
-    course = Course(STEPS, lambda step: 0.01, losses, lambda step: [], 1.0, 3)
-    watch = Watch([Look(HELD_OUT_LOSS, 2, held_out)], patience, keep_best)
+    course = TrainingPlan(STEPS, lambda step: 0.01, losses, lambda step: [], 1.0, 3)
+    watch = EvalHooks([EvalHook(HELD_OUT_LOSS, 2, held_out)], patience, keep_best)
     if (kept := max(folder.glob("step-*"), default=None)) is not None:
         logged += range(1, int(kept.name[5:]) + 1)
-    log = run(course, parameters, [optimizer], folder, Progress("t", STEPS, "steps"), on_row, watch)
+    log = train_loop(course, parameters, [optimizer], folder, Progress("t", STEPS, "steps"), on_row, watch)
     return {name: p.detach().clone() for name, p in parameters.items()}, log, seen
 
 
@@ -128,7 +128,7 @@ def test_looking_changes_nothing(tmp_path: Path) -> None:
     for averaging in (False, True):
         looked, log, _ = train(tmp_path / f"looked-{averaging}", patience=None, keep_best=False, averaging=averaging)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Watch, "look", lambda *_: {})
+            patch.setattr(EvalHooks, "look", lambda *_: {})
             alone, alone_log, _ = train(
                 tmp_path / f"alone-{averaging}", patience=None, keep_best=False, averaging=averaging
             )
@@ -159,9 +159,9 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_of_other_shapes_is_refused(tmp_path: Path) -> None:
     train(tmp_path, patience=None, keep_best=False)
     wide = nn.Sequential(nn.Linear(4, 9), nn.Dropout(0.3), nn.Linear(9, 1))
-    course = Course(STEPS, lambda step: 0.01, lambda step: [], lambda step: [], 1.0, 3)
+    course = TrainingPlan(STEPS, lambda step: 0.01, lambda step: [], lambda step: [], 1.0, 3)
     with pytest.raises(BadData, match="the checkpoint is of another training") as caught:
-        run(course, dict(wide.named_parameters()), [], tmp_path, Progress("t", 1, "steps"))
+        train_loop(course, dict(wide.named_parameters()), [], tmp_path, Progress("t", 1, "steps"))
     assert (caught.value.got, caught.value.expected) == ("0.bias: (8,)", "(9,)")
 
 

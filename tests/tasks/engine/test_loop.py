@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tasks.core.errors import Diverged, Interrupted
 from tasks.core.progress import Progress
-from tasks.engine.loop import Course, run, schedule
+from tasks.engine.loop import TrainingPlan, schedule, train_loop
 
 STEPS = 9
 
@@ -44,7 +44,7 @@ def train(
         if row["step"] == die_after:
             raise Killed
 
-    course = Course(
+    course = TrainingPlan(
         steps=STEPS,
         learning_rate=lambda step: 0.01 * (step + 1),
         losses=losses,
@@ -52,7 +52,7 @@ def train(
         max_grad_norm=1.0,
         checkpoint_every_steps=2,
     )
-    log = run(course, dict(model.named_parameters()), optimizers, folder, Progress("t", STEPS, "steps"), on_row)
+    log = train_loop(course, dict(model.named_parameters()), optimizers, folder, Progress("t", STEPS, "steps"), on_row)
     return model, log
 
 

@@ -11,11 +11,11 @@ import datasets  # noqa: F401
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-from tasks.core.artifacts import as_json, write_whole
+from tasks.core.artifacts import as_json, atomic_write
 from tasks.core.layout import EXAMPLES
 from tasks.core.stage import quiet_libraries
-from tasks.evaluate.model_under_test import Examinee
-from tasks.evaluate.suites import examine
+from tasks.evaluate.model_under_test import ModelUnderTest
+from tasks.evaluate.suites import run_suites
 from tasks.reports.items import suite_metrics, write_items
 from tests.helpers.samples import CHOICE, EVALUATE, MULTIPLE, rows_suite
 
@@ -28,11 +28,11 @@ def evaluation(base: str, rows: str, folder: str) -> None:
     quiet_libraries()
     torch.set_num_threads(1)
     place = Path(folder)
-    examinee = Examinee(Path(base), PARAMS, place / "journals", chats=True)
+    examinee = ModelUnderTest(Path(base), PARAMS, place / "journals", chats=True)
     written = rows_suite(rows, WRITTEN, {"question": "question", "answer": "target"}, max_new_tokens=12)
-    found = examine(examinee, {"chosen": rows_suite(rows, CHOICE, MULTIPLE), "written": written})
+    found = run_suites(examinee, {"chosen": rows_suite(rows, CHOICE, MULTIPLE), "written": written})
     (place / "report").mkdir(exist_ok=True)
     write_items(place / "report" / EXAMPLES, found.items)
-    write_whole(
+    atomic_write(
         place / "report" / "metrics.json", as_json(suite_metrics(found.items, found.summaries, PARAMS.resampling))
     )

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from tasks.core.errors import BadData
-from tasks.evaluate.answer_cache import IDENTITY, Journal, key_of, parts
-from tasks.evaluate.model_under_test import Examinee
-from tasks.evaluate.suites import examine
+from tasks.evaluate.answer_cache import IDENTITY, AnswerCache, cache_key, parts
+from tasks.evaluate.model_under_test import ModelUnderTest
+from tasks.evaluate.suites import run_suites
 from tasks.reports.items import Item
 from tests.helpers.samples import CHOICE, EVALUATE, MULTIPLE, rows_suite, write_lines
 from tests.tasks.evaluate.test_suites import ANIMALS
@@ -19,16 +19,16 @@ ONE = {"weights": "a", "template": "t"}
 
 
 def test_what_was_asked_before_is_not_asked_again(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, ONE)
+    journal = AnswerCache(tmp_path, ONE)
     assert journal.recall(["q"], lambda: [[-1.25, True]]) == [[-1.25, True]]
-    assert Journal(tmp_path, ONE).recall(["q"], lambda: [[0.0, False]]) == [[-1.25, True]]
-    assert Journal(tmp_path, ONE).recall(["other"], lambda: "new") == "new"
-    assert Journal(tmp_path, {**ONE, "weights": "b"}).recall(["q"], lambda: "b's") == "b's"
-    assert Journal(None, ONE).recall(["q"], lambda: "asked") == "asked"
+    assert AnswerCache(tmp_path, ONE).recall(["q"], lambda: [[0.0, False]]) == [[-1.25, True]]
+    assert AnswerCache(tmp_path, ONE).recall(["other"], lambda: "new") == "new"
+    assert AnswerCache(tmp_path, {**ONE, "weights": "b"}).recall(["q"], lambda: "b's") == "b's"
+    assert AnswerCache(None, ONE).recall(["q"], lambda: "asked") == "asked"
 
 
 def test_an_error_is_not_kept(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, ONE)
+    journal = AnswerCache(tmp_path, ONE)
     with pytest.raises(ZeroDivisionError):
         journal.recall(["q"], lambda: 1 // 0)
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -38,26 +38,26 @@ def test_an_error_is_not_kept(tmp_path: Path) -> None:
 
 def test_results_of_another_digest_are_refused(tmp_path: Path) -> None:
     """Row 76: whatever way they came there."""
-    first, second = Journal(tmp_path, ONE), Journal(tmp_path, {**ONE, "weights": "b"})
+    first, second = AnswerCache(tmp_path, ONE), AnswerCache(tmp_path, {**ONE, "weights": "b"})
     first.recall(["q"], lambda: 1)
     assert first.folder
     assert second.folder
-    shutil.copy(first.folder / f"{key_of(['q'])}.json", second.folder)
+    shutil.copy(first.folder / f"{cache_key(['q'])}.json", second.folder)
     with pytest.raises(BadData, match=f"results belong to digest {first.key[:12]}") as refused:
         second.recall(["q"], lambda: 2)
     assert refused.value.exit_code == 65
     shutil.copy(first.folder / IDENTITY, second.folder)
     with pytest.raises(BadData, match=f"results belong to digest {first.key[:12]}") as refused:
-        Journal(tmp_path, {**ONE, "weights": "b"})
+        AnswerCache(tmp_path, {**ONE, "weights": "b"})
     assert refused.value.examples == ("weights: a, here b",)
 
 
 @pytest.mark.parametrize("damage", ["altered", "cut", "other"])
 def test_results_that_were_altered_are_refused(tmp_path: Path, damage: str) -> None:
-    journal = Journal(tmp_path, ONE)
+    journal = AnswerCache(tmp_path, ONE)
     journal.recall(["q"], lambda: [1.5])
     assert journal.folder
-    file = journal.folder / f"{key_of(['q'])}.json"
+    file = journal.folder / f"{cache_key(['q'])}.json"
     text = file.read_text()
     file.write_text({"altered": text.replace("1.5", "9.5"), "cut": text[:-4], "other": "[]"}[damage])
     with pytest.raises(BadData, match=r"altered after they were kept|is no kept result"):
@@ -80,8 +80,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def items(model: Path, rows: Path, journals: Path | None, *, chat: bool = False, **changes: Any) -> list[Item]:
-    examinee = Examinee(model, EVALUATE.model_copy(update=changes), journals, chats=True)
-    return examine(examinee, {"s": rows_suite(rows, CHOICE, MULTIPLE, chat_template=chat)}).items
+    examinee = ModelUnderTest(model, EVALUATE.model_copy(update=changes), journals, chats=True)
+    return run_suites(examinee, {"s": rows_suite(rows, CHOICE, MULTIPLE, chat_template=chat)}).items
 
 
 def test_a_model_that_differs_in_one_byte_gets_its_own_scores(pico_base: Path, rows: Path, tmp_path: Path) -> None:
@@ -118,20 +118,20 @@ def test_other_settings_are_another_identity(pico_base: Path, tmp_path: Path, ch
     params = EVALUATE.model_copy(
         update={k: EVALUATE.generation.model_copy(update=v) if isinstance(v, dict) else v for k, v in changes.items()}
     )
-    keys = {Examinee(pico_base, each, None, chats=True).journal.key for each in (EVALUATE, params)}
+    keys = {ModelUnderTest(pico_base, each, None, chats=True).journal.key for each in (EVALUATE, params)}
     assert len(keys) == 2
 
 
 def test_an_adapter_is_part_of_the_identity(pico_base: Path, tmp_path: Path) -> None:
     from tests.tasks.adapters.test_attach import trained
 
-    keys = {Examinee(pico_base, EVALUATE, None, chats=True).journal.key}
+    keys = {ModelUnderTest(pico_base, EVALUATE, None, chats=True).journal.key}
     for name in ("lora", "ia3"):
-        from tasks.adapters.attach import publish
+        from tasks.adapters.attach import save_adapter
 
         (tmp_path / name).mkdir()
-        publish(trained(pico_base, name), tmp_path / name)
-        keys.add(Examinee(pico_base, EVALUATE, None, chats=True, adapter=tmp_path / name).journal.key)
+        save_adapter(trained(pico_base, name), tmp_path / name)
+        keys.add(ModelUnderTest(pico_base, EVALUATE, None, chats=True, adapter=tmp_path / name).journal.key)
     assert len(keys) == 3
 
 

@@ -6,7 +6,7 @@ import pytest
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
-from tasks.evaluate.answer_matching import corpus_figures, extracted, normalised, number_in, score
+from tasks.evaluate.answer_matching import corpus_figures, extract_answer, normalize_answer, number_in, score_answer
 from tasks.evaluate.suite_params import Generate, Pattern
 
 PAIRS = [
@@ -35,7 +35,7 @@ PAIRS = [
     ],
 )
 def test_answers_are_cut_out(text: str, how: object, answer: str | None) -> None:
-    assert extracted(text, how) == answer  # type: ignore[arg-type]
+    assert extract_answer(text, how) == answer  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -52,35 +52,35 @@ def test_answers_are_cut_out(text: str, how: object, answer: str | None) -> None
 )
 def test_numbers_are_the_same_however_they_are_written(text: str, value: str) -> None:
     assert number_in(text) == Decimal(value)
-    assert score(text, [value], "numeric") == 1.0
+    assert score_answer(text, [value], "numeric") == 1.0
 
 
 def test_what_is_no_number_is_never_right() -> None:
     assert number_in("seven") is None
-    assert score("seven", ["seven"], "numeric") == 0.0
-    assert score("NaN", ["NaN"], "numeric") == 0.0
-    assert score("", ["0"], "numeric") == 0.0
-    assert score(None, ["x"], "exact") == 0.0
+    assert score_answer("seven", ["seven"], "numeric") == 0.0
+    assert score_answer("NaN", ["NaN"], "numeric") == 0.0
+    assert score_answer("", ["0"], "numeric") == 0.0
+    assert score_answer(None, ["x"], "exact") == 0.0
 
 
 def test_text_is_compared_as_squad_does() -> None:
-    assert normalised("The  U.S.A., a Country!") == "u s country"
-    assert score("the Beatles!", ["x", "Beatles"], "normalised") == 1.0
-    assert score("the Beatles!", ["Beatles"], "exact") == 0.0
-    assert score("北京。", ["北京"], "normalised") == 1.0
+    assert normalize_answer("The  U.S.A., a Country!") == "u s country"
+    assert score_answer("the Beatles!", ["x", "Beatles"], "normalised") == 1.0
+    assert score_answer("the Beatles!", ["Beatles"], "exact") == 0.0
+    assert score_answer("北京。", ["北京"], "normalised") == 1.0
 
 
 @pytest.mark.parametrize(("said", "right"), PAIRS)
 def test_scores_are_those_of_the_libraries(said: str, right: str) -> None:
-    assert score(said, [right], "bleu") == pytest.approx(sacrebleu.sentence_bleu(said, [right]).score / 100)
-    assert score(said, [right], "chrf") == pytest.approx(sacrebleu.sentence_chrf(said, [right]).score / 100)
+    assert score_answer(said, [right], "bleu") == pytest.approx(sacrebleu.sentence_bleu(said, [right]).score / 100)
+    assert score_answer(said, [right], "chrf") == pytest.approx(sacrebleu.sentence_chrf(said, [right]).score / 100)
     for kind in ("rouge1", "rouge2", "rougeL"):
-        assert score(said, [right], kind) == pytest.approx(RougeScorer([kind]).score(right, said)[kind].fmeasure)
+        assert score_answer(said, [right], kind) == pytest.approx(RougeScorer([kind]).score(right, said)[kind].fmeasure)
 
 
 def test_rouge_worked_out_by_hand() -> None:
     """Five of six words in common on both sides, and the longest common subsequence is the same five."""
-    assert score("the cat sat on the mat", ["the cat is on the mat"], "rougeL") == pytest.approx(5 / 6)
+    assert score_answer("the cat sat on the mat", ["the cat is on the mat"], "rougeL") == pytest.approx(5 / 6)
 
 
 def test_the_figure_of_a_corpus_is_no_mean_of_sentences() -> None:
@@ -94,7 +94,7 @@ def test_the_figure_of_a_corpus_is_no_mean_of_sentences() -> None:
 
 
 def test_chinese_is_counted_by_characters() -> None:
-    found = score("我喜欢吃苹果", ["我喜欢吃香蕉"], "bleu")
+    found = score_answer("我喜欢吃苹果", ["我喜欢吃香蕉"], "bleu")
     theirs = sacrebleu.sentence_bleu("我喜欢吃苹果", ["我喜欢吃香蕉"], tokenize="zh")
     assert found == pytest.approx(theirs.score / 100)
     assert found > 0

@@ -12,7 +12,7 @@ from sklearn.metrics import (  # type: ignore[import-untyped]
 
 from tasks.evaluate.answer_metrics import label_metrics, labels_of, macro_f1
 from tasks.evaluate.metrics import metrics_of
-from tasks.reports.items import Item, digest_of
+from tasks.reports.items import Item, prompt_digest
 from tests.helpers.samples import EVALUATE
 
 LABELS = ["complaint", "neutral", "no complaint"]
@@ -82,7 +82,7 @@ def test_targets_that_are_all_alike_all_different_or_many_are_no_labels() -> Non
 def test_a_report_has_labels_where_rows_are_classified() -> None:
     def report(targets: list[str]) -> dict[str, object]:
         rows = [
-            Item("held_out", "", str(n), "p", digest_of("p"), target, "a", float(target == "a"), -1.0, 1)
+            Item("held_out", "", str(n), "p", prompt_digest("p"), target, "a", float(target == "a"), -1.0, 1)
             for n, target in enumerate(targets)
         ]
         return metrics_of("m", rows, None, EVALUATE)

@@ -19,13 +19,13 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from tasks.adapters.attach import trainable
+from tasks.adapters.attach import make_trainable
 from tasks.adapters.prompt_tuning import virtual_tokens
 from tasks.adapters.reft.prompt_positions import prompts_of
 from tasks.core.errors import BadData, BadParams
 from tasks.core.progress import Progress
 from tasks.evaluate import lm_eval_backend
-from tasks.evaluate.continuation_scores import Ending, score_endings
+from tasks.evaluate.continuation_scores import Continuation, score_continuations
 from tasks.evaluate.lm_eval_backend import asked_generation, language_model
 from tasks.inference.params import GREEDY, Generation
 from tasks.inference.sampling import StopTexts
@@ -184,7 +184,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {"lora": LORA, **LEARNT_PROMPTS}
 def test_adapters_are_scored_as_in_lm_eval(
     pico_base: Path, tokenizer: PreTrainedTokenizerBase, random: Random, name: str
 ) -> None:
-    model = trainable(load_model(pico_base, full_precision=True), method(ADAPTERS[name], SFT).adapter).eval()
+    model = make_trainable(load_model(pico_base, full_precision=True), method(ADAPTERS[name], SFT).adapter).eval()
     moved(model)
     agree(
         ours(model, tokenizer),
@@ -197,7 +197,7 @@ def test_a_4_bit_base_with_an_adapter_is_scored_as_in_lm_eval(
     pico_base: Path, tokenizer: PreTrainedTokenizerBase, random: Random
 ) -> None:
     adapter: Any = method({**QLORA, "compute_dtype": "float32"}, SFT).adapter
-    model = trainable(load_model(pico_base, adapter), adapter).float().eval()
+    model = make_trainable(load_model(pico_base, adapter), adapter).float().eval()
     moved(model)
     agree(ours(model, tokenizer), stock(model, tokenizer), questions(random, 10, 40))
 
@@ -208,13 +208,13 @@ def test_edits_of_prompts_are_made_on_contexts_as_when_each_row_is_alone(
 ) -> None:
     """lm-eval does not say where a prompt ends, and takes the ending for a part of it."""
     adapter = method({**LOREFT, "positions": positions}, SFT).adapter
-    model = trainable(load_model(pico_base, full_precision=True), adapter).eval()
+    model = make_trainable(load_model(pico_base, full_precision=True), adapter).eval()
     moved(model)
     shots = random.choices(range(5, 300), k=20)
     contexts = [shots + random.choices(range(5, 300), k=k) for k in (1, 9, 9, 30)] + [shots, shots[:5]]
-    endings = [Ending(c, random.choices(range(5, 300), k=k)) for c in contexts for k in (1, 4, 7)]
+    endings = [Continuation(c, random.choices(range(5, 300), k=k)) for c in contexts for k in (1, 4, 7)]
     prompts: Any = prompts_of(model)
-    for ending, found in zip(endings, score_endings(model, endings), strict=True):
+    for ending, found in zip(endings, score_continuations(model, endings), strict=True):
         with torch.no_grad(), prompts.given(torch.tensor([len(ending.context)])):
             logits = model(input_ids=torch.tensor([[*ending.context, *ending.tokens]])).logits[0]
         logp = logits.log_softmax(1)[len(ending.context) - 1 : -1].gather(1, torch.tensor(ending.tokens)[:, None])
@@ -387,17 +387,17 @@ def test_a_context_is_computed_once_and_an_endings_last_token_never(pico: Any) -
     handle = pico.get_input_embeddings().register_forward_hook(lambda m, args, out: counts.append(args[0].numel()))
     shots, one, two = list(range(5, 25)), [30, 31, 32], [40, 41]
     endings = [
-        Ending([*shots, *one], [50]),
-        Ending([*shots, *one], [51]),
-        Ending([*shots, *one], [52, 53, 54]),
-        Ending([*shots, *two], [52]),
-        Ending([*shots, *two], [53, 54, 55]),
-        Ending([*shots, *two], [53, 54, 56]),
+        Continuation([*shots, *one], [50]),
+        Continuation([*shots, *one], [51]),
+        Continuation([*shots, *one], [52, 53, 54]),
+        Continuation([*shots, *two], [52]),
+        Continuation([*shots, *two], [53, 54, 55]),
+        Continuation([*shots, *two], [53, 54, 56]),
     ]
-    score_endings(pico, endings)
+    score_continuations(pico, endings)
     assert sum(counts) == 20 + (3 + 2) + (2 + 2)
     counts.clear()
-    score_endings(pico, endings, tokens=1)
+    score_continuations(pico, endings, tokens=1)
     assert counts == [20 + 3 + 2, 20 + 2 + 2]  # one question at a time, so the examples again
     handle.remove()
 
@@ -419,5 +419,5 @@ def test_tokens_that_training_saw_are_kept_and_progress_is_counted(
         found = lm.loglikelihood(asked([("the cat", " dog"), ("the cat", " sat on"), ("a", "b")]))
         assert progress.done == 3
     dog = tokenizer(" dog", add_special_tokens=False)["input_ids"]
-    assert found[0][0] == pytest.approx(score_endings(pico, [Ending(odd, dog)])[0].logp, abs=1e-5)
+    assert found[0][0] == pytest.approx(score_continuations(pico, [Continuation(odd, dog)])[0].logp, abs=1e-5)
     assert math.isfinite(found[2][0])

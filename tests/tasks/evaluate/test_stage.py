@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tasks.core.artifacts import whole_folder
+from tasks.core.artifacts import atomic_folder
 from tasks.core.errors import BadData, BadModel
 from tasks.core.layout import EXAMPLES
 from tasks.core.parquet import write_rows, write_table
@@ -28,7 +28,7 @@ from tasks.core.records import Message
 from tasks.evaluate.forgetting import general_loss
 from tasks.evaluate.held_out import answer_rows, token_logps
 from tasks.evaluate.metrics import metrics_of
-from tasks.evaluate.model_under_test import Examinee
+from tasks.evaluate.model_under_test import ModelUnderTest
 from tasks.evaluate.params import Evaluate
 from tasks.evaluate.stage import evaluate_model
 from tasks.evaluate.suite_params import GeneralText
@@ -36,7 +36,7 @@ from tasks.inference.chat import answer
 from tasks.inference.params import GREEDY
 from tasks.inference.rendered_rows import last_turn
 from tasks.models.loader import load_model
-from tasks.reports.items import Item, digest_of, mean_loss, read_items
+from tasks.reports.items import Item, mean_loss, prompt_digest, read_items
 from tasks.reports.statistics import bootstrap
 from tasks.tokenization.chat_template import render_chat, template_digest
 from tests.helpers.samples import CHOICE, EVALUATE, MULTIPLE, rows_suite, write_lines
@@ -162,7 +162,7 @@ def test_the_model_answers_the_tokens_that_training_saw(
 
 def made(correct: list[bool], losses: list[float], tokens: list[int], family: str = "f") -> list[Item]:
     return [
-        Item("held_out", family, str(n), "p", digest_of("p"), "t", "a", float(c), -loss * k, k)
+        Item("held_out", family, str(n), "p", prompt_digest("p"), "t", "a", float(c), -loss * k, k)
         for n, (c, loss, k) in enumerate(zip(correct, losses, tokens, strict=True))
     ]
 
@@ -201,7 +201,7 @@ def test_metrics_worked_out_by_hand() -> None:
 def rendered(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], tmp_path_factory: Any) -> Path:
     """Held-out rows as `render` writes them."""
     folder: Path = tmp_path_factory.mktemp("data") / "rendered"
-    with whole_folder(folder, {"template_sha256": template_digest(tokenizer)}) as draft:
+    with atomic_folder(folder, {"template_sha256": template_digest(tokenizer)}) as draft:
         (draft / "held_out").mkdir()
         write_table(draft / "held_out" / "chat.parquet", pa.Table.from_pylist(rows))
     return folder
@@ -211,7 +211,7 @@ def rendered(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], tmp
 def model(pico_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pico model as `merge` writes it."""
     folder = tmp_path_factory.mktemp("models") / "m"
-    with whole_folder(folder) as draft:
+    with atomic_folder(folder) as draft:
         for file in pico_base.iterdir():
             shutil.copy(file, draft)
     return folder
@@ -251,7 +251,7 @@ def test_a_report_holds_all_suites_and_is_the_same_twice(
 
 def test_what_is_forgotten_is_the_loss_on_the_text(model: Path, with_suites: Evaluate) -> None:
     """Against transformers' own loss, window by window."""
-    examinee = Examinee(model, with_suites, None, chats=True)
+    examinee = ModelUnderTest(model, with_suites, None, chats=True)
     examinee.model.float()
     assert isinstance(with_suites.general_text, GeneralText)
     assert examinee.room == 256
@@ -268,7 +268,7 @@ def test_what_is_forgotten_is_the_loss_on_the_text(model: Path, with_suites: Eva
 
 def test_a_model_with_another_template_is_refused(model: Path, rendered: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    with whole_folder(other) as draft:
+    with atomic_folder(other) as draft:
         for file in model.iterdir():
             if file.name != "manifest.json":
                 shutil.copy(file, draft)

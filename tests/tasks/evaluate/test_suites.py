@@ -12,19 +12,19 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tasks.adapters.attach import fresh, publish
+from tasks.adapters.attach import init_adapter, save_adapter
 from tasks.adapters.package import package
-from tasks.core.artifacts import whole_folder
+from tasks.core.artifacts import atomic_folder
 from tasks.core.errors import BadData, BadModel, BadParams
 from tasks.core.records import Message
 from tasks.evaluate.lm_eval_tasks import HarnessRun, _check_names, dataset_finder, run
-from tasks.evaluate.model_under_test import Examinee
+from tasks.evaluate.model_under_test import ModelUnderTest
 from tasks.evaluate.suite_params import HubData, MirrorData, ReadySuite, TaskFileSuite, shipped_names
-from tasks.evaluate.suites import Asking, Results, examine, examine_parts, read_ready, shipped
+from tasks.evaluate.suites import Asking, Results, examine_parts, read_ready, run_suites, shipped
 from tasks.inference.logprobs import score_tokens
 from tasks.inference.rows import TokenRow
 from tasks.models.loader import load_model
-from tasks.reports.items import Item, check_finite, digest_of, suite_metrics
+from tasks.reports.items import Item, check_scores, prompt_digest, suite_metrics
 from tasks.tokenization.chat_template import render_prompt
 from tests.helpers.encoder_decoders import make_base
 from tests.helpers.samples import CHOICE, EVALUATE, LORA, MULTIPLE, method, rows_suite, write_lines
@@ -55,8 +55,8 @@ def base(pico_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def examinee(base: Path) -> Examinee:
-    return Examinee(base, PARAMS, None, chats=True)
+def examinee(base: Path) -> ModelUnderTest:
+    return ModelUnderTest(base, PARAMS, None, chats=True)
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +73,15 @@ def logp(model: Any, tokenizer: PreTrainedTokenizerBase, context: str, ending: s
     return float(sum(logps[place - 1, ids[place]] for place in range(len(before), len(ids))))
 
 
-def asked(examinee: Examinee, **suites: Any) -> Results:
-    return examine(examinee, suites)
+def asked(examinee: ModelUnderTest, **suites: Any) -> Results:
+    return run_suites(examinee, suites)
 
 
 # --- rows of one's own ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("normalise", ["none", "characters", "tokens"])
-def test_choices_are_those_of_the_model_itself(examinee: Examinee, rows: Path, normalise: str) -> None:
+def test_choices_are_those_of_the_model_itself(examinee: ModelUnderTest, rows: Path, normalise: str) -> None:
     found = asked(examinee, s=rows_suite(rows, {**CHOICE, "normalise": normalise}, MULTIPLE))
     rights = [(0,), (1,), (2,), (0,), (0, 2)]
     for item, row, right in zip(found.items, ANIMALS, rights, strict=True):
@@ -96,7 +96,7 @@ def test_choices_are_those_of_the_model_itself(examinee: Examinee, rows: Path, n
         assert item.score == float(best in right)
         assert item.logp == pytest.approx(logps[right[0]], abs=1e-3)
         assert item.prompt == row["question"]
-        assert item.prompt_sha256 == digest_of(item.prompt)
+        assert item.prompt_sha256 == prompt_digest(item.prompt)
     name = "accuracy" if normalise == "none" else f"accuracy_per_{normalise[:-1]}"
     figures = found.summaries["s", "one"].figures
     assert found.summaries["s", "one"].metric == name
@@ -104,7 +104,7 @@ def test_choices_are_those_of_the_model_itself(examinee: Examinee, rows: Path, n
     assert figures["several_answers"] == 1
 
 
-def test_accuracies_and_answers_are_stock_lm_evals(examinee: Examinee, rows: Path) -> None:
+def test_accuracies_and_answers_are_stock_lm_evals(examinee: ModelUnderTest, rows: Path) -> None:
     """lm-eval's own model class on the same questions, through its own task and metrics."""
     import datasets
     from lm_eval import simple_evaluate
@@ -139,7 +139,7 @@ def test_accuracies_and_answers_are_stock_lm_evals(examinee: Examinee, rows: Pat
         assert item.logp == pytest.approx(logps[sample["target"]], abs=1e-4 * item.tokens)
 
 
-def test_letters_are_named_after_solved_questions(examinee: Examinee, rows: Path) -> None:
+def test_letters_are_named_after_solved_questions(examinee: ModelUnderTest, rows: Path) -> None:
     shots = {"count": 2, "path": str(rows), "files": "*", "sha256": "none"}
     prompt = "{{ question }}{% for c in choices %}\n{{ letters[loop.index0] }}. {{ c }}{% endfor %}\nAnswer:"
     suite = rows_suite(rows, {**CHOICE, "endings": "letters"}, MULTIPLE, shots=shots, prompt=prompt, limit=1)
@@ -150,7 +150,7 @@ def test_letters_are_named_after_solved_questions(examinee: Examinee, rows: Path
     assert item.prediction in ("A", "B", "C")
 
 
-def test_contexts_stand_before_one_ending(examinee: Examinee, tmp_path: Path) -> None:
+def test_contexts_stand_before_one_ending(examinee: ModelUnderTest, tmp_path: Path) -> None:
     row: dict[str, Any] = {"o": ["The cat said", "The dog said"], "t": "meow loudly.", "gold": 1}
     suite = rows_suite(write_lines(tmp_path / "w.jsonl", [row]), {**CHOICE, "endings": "contexts"},
                        {"choices": "o", "target": "t", "answer": "gold"}, prompt="")  # fmt: skip
@@ -161,7 +161,7 @@ def test_contexts_stand_before_one_ending(examinee: Examinee, tmp_path: Path) ->
     assert (item.target, item.prompt) == ("The dog said", "The dog said")
 
 
-def test_likelihoods_preferences_and_perplexities(examinee: Examinee, tmp_path: Path) -> None:
+def test_likelihoods_preferences_and_perplexities(examinee: ModelUnderTest, tmp_path: Path) -> None:
     model, tokenizer = examinee.model, examinee.tokenizer
     rows = [
         {"question": f"q{n}", "answer": a, "chosen": c, "rejected": r, "text": t}
@@ -206,7 +206,7 @@ def test_likelihoods_preferences_and_perplexities(examinee: Examinee, tmp_path: 
     assert figures["bits_per_byte"] == pytest.approx(bits)
 
 
-def test_what_is_written_is_what_generate_writes(examinee: Examinee, tmp_path: Path) -> None:
+def test_what_is_written_is_what_generate_writes(examinee: ModelUnderTest, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "g.jsonl", [{"question": q, "answer": "x"} for q in ("Hello", "What is 1 plus 2?")])
     metric = {"name": "generate", "extract": "whole", "target": "whole", "match": "exact", "stop": []}
     suite = rows_suite(path, metric, {"question": "question", "answer": "answer"}, max_new_tokens=6)
@@ -225,7 +225,7 @@ def test_what_is_written_is_what_generate_writes(examinee: Examinee, tmp_path: P
     assert {"reply_tokens", "reply_empty", "reply_refusals", "reply_repetition"} <= figures.keys()
 
 
-def test_the_chat_template_is_the_models_own(examinee: Examinee, rows: Path) -> None:
+def test_the_chat_template_is_the_models_own(examinee: ModelUnderTest, rows: Path) -> None:
     shots = {"count": 1, "path": str(rows), "files": "*", "sha256": "none"}
     suite = rows_suite(rows, CHOICE, MULTIPLE, chat_template=True, shots=shots, limit=2)
     item = asked(examinee, s=suite).items[1]
@@ -240,7 +240,7 @@ def test_the_chat_template_is_the_models_own(examinee: Examinee, rows: Path) -> 
     assert item.tokens == len(ending)
 
 
-def test_what_is_longer_than_the_model_reads_is_counted(examinee: Examinee, tmp_path: Path) -> None:
+def test_what_is_longer_than_the_model_reads_is_counted(examinee: ModelUnderTest, tmp_path: Path) -> None:
     long = {**ANIMALS[0], "question": "cat " * 200}
     path = write_lines(tmp_path / "long.jsonl", [ANIMALS[0], long])
     assert asked(examinee, s=rows_suite(path, CHOICE, MULTIPLE)).summaries["s", "one"].figures["cut_requests"] == 3
@@ -249,7 +249,7 @@ def test_what_is_longer_than_the_model_reads_is_counted(examinee: Examinee, tmp_
 def test_an_encoder_decoder_is_asked_too(tmp_path: Path, rows: Path) -> None:
     texts = [" ".join([str(row["question"]), *map(str, row["choices"])]) for row in ANIMALS]
     folder = make_base(tmp_path / "t5", "t5", texts)
-    model = Examinee(folder, PARAMS, None, chats=False)
+    model = ModelUnderTest(folder, PARAMS, None, chats=False)
     metric = {"name": "generate", "extract": "whole", "target": "whole", "match": "exact", "stop": []}
     found = asked(
         model,
@@ -269,18 +269,20 @@ def test_an_encoder_decoder_is_asked_too(tmp_path: Path, rows: Path) -> None:
 def test_an_adapter_is_put_on_its_base(base: Path, rows: Path, tmp_path: Path, quantized: bool) -> None:
     from flows.files.evaluate import _quantized_for
 
-    trained: Any = fresh(base, method(LORA, {"name": "sft", "label_smoothing": 0.0, "neftune_alpha": 0.0}).adapter)
+    trained: Any = init_adapter(
+        base, method(LORA, {"name": "sft", "label_smoothing": 0.0, "neftune_alpha": 0.0}).adapter
+    )
     torch.manual_seed(1)
     with torch.no_grad():
         for weight in trained.parameters():
             if weight.requires_grad:
                 weight += 0.3 * torch.randn_like(weight)
     (tmp_path / "adapter").mkdir()
-    publish(trained, tmp_path / "adapter")
+    save_adapter(trained, tmp_path / "adapter")
     form = _quantized_for("nf4") if quantized else None
-    with_adapter = Examinee(base, PARAMS, None, chats=False, adapter=tmp_path / "adapter", quantized_for=form)
+    with_adapter = ModelUnderTest(base, PARAMS, None, chats=False, adapter=tmp_path / "adapter", quantized_for=form)
     found = asked(with_adapter, s=rows_suite(rows, CHOICE, MULTIPLE)).items
-    plain = asked(Examinee(base, PARAMS, None, chats=False), s=rows_suite(rows, CHOICE, MULTIPLE)).items
+    plain = asked(ModelUnderTest(base, PARAMS, None, chats=False), s=rows_suite(rows, CHOICE, MULTIPLE)).items
     assert [item.logp for item in found] != pytest.approx([item.logp for item in plain], abs=1e-3)
     if not quantized:
         expected = logp(trained.eval(), with_adapter.tokenizer, found[0].prompt, " the cat")
@@ -297,8 +299,8 @@ def test_an_adapter_that_must_know_the_prompts_end_is_asked_as_it_was_trained(
     from tests.tasks.adapters.test_attach import trained
 
     (tmp_path / "adapter").mkdir()
-    publish(trained(base, name), tmp_path / "adapter")
-    examinee = Examinee(base, PARAMS, None, chats=False, adapter=tmp_path / "adapter")
+    save_adapter(trained(base, name), tmp_path / "adapter")
+    examinee = ModelUnderTest(base, PARAMS, None, chats=False, adapter=tmp_path / "adapter")
     for item, row in zip(asked(examinee, s=rows_suite(rows, CHOICE, MULTIPLE, limit=4)).items, ANIMALS, strict=False):
         prompt, whole = (
             examinee.tokenizer(text)["input_ids"] for text in (item.prompt, f"{item.prompt} {item.target}")
@@ -312,13 +314,13 @@ def test_a_packaged_model_is_the_adapter_on_the_base_that_it_refers_to(base: Pat
     from tests.tasks.adapters.test_attach import trained
 
     (tmp_path / "adapter").mkdir()
-    publish(trained(base, "prefix"), tmp_path / "adapter")
-    with whole_folder(tmp_path / "packaged") as folder:
+    save_adapter(trained(base, "prefix"), tmp_path / "adapter")
+    with atomic_folder(tmp_path / "packaged") as folder:
         package(base, tmp_path / "adapter", folder, tmp_path / "packaged")
     suite = rows_suite(rows, CHOICE, MULTIPLE)
-    alone = Examinee(base, PARAMS, None, chats=True, adapter=tmp_path / "adapter")
-    packaged = Examinee(tmp_path / "packaged", PARAMS, None, chats=True)
-    plain = Examinee(base, PARAMS, None, chats=True)
+    alone = ModelUnderTest(base, PARAMS, None, chats=True, adapter=tmp_path / "adapter")
+    packaged = ModelUnderTest(tmp_path / "packaged", PARAMS, None, chats=True)
+    plain = ModelUnderTest(base, PARAMS, None, chats=True)
     assert asked(packaged, s=suite).items == asked(alone, s=suite).items
     assert len({each.journal.key for each in (alone, packaged, plain)}) == 3
 
@@ -336,7 +338,7 @@ def task_file(folder: Path, text: str = GOOD, **changes: Any) -> TaskFileSuite:
     return TaskFileSuite.model_validate({**values, **changes})
 
 
-def test_a_task_file_gives_what_the_same_rows_give(examinee: Examinee, rows: Path, tmp_path: Path) -> None:
+def test_a_task_file_gives_what_the_same_rows_give(examinee: ModelUnderTest, rows: Path, tmp_path: Path) -> None:
     prompt = "Question: {{ question }}\nAnswer:"
     ours = asked(examinee, s=rows_suite(rows, CHOICE, MULTIPLE, prompt=prompt, limit=4)).items
     theirs = asked(examinee, s=task_file(tmp_path)).items
@@ -352,7 +354,7 @@ def test_a_task_file_gives_what_the_same_rows_give(examinee: Examinee, rows: Pat
     assert {item.task for item in theirs} == {"mine"}
 
 
-def test_a_generating_task_file_with_a_filter_and_the_chat_template(examinee: Examinee, tmp_path: Path) -> None:
+def test_a_generating_task_file_with_a_filter_and_the_chat_template(examinee: ModelUnderTest, tmp_path: Path) -> None:
     text = """
 task: written
 dataset_kwargs: {data_files: {test: rows.jsonl}}
@@ -373,7 +375,7 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
     assert found[0].prompt == str(examinee.tokenizer.decode(ids))
 
 
-def test_a_metric_that_is_missing_or_of_no_item_fails(examinee: Examinee, tmp_path: Path) -> None:
+def test_a_metric_that_is_missing_or_of_no_item_fails(examinee: ModelUnderTest, tmp_path: Path) -> None:
     """Row 75: nothing is reported by a metric that is not there."""
     with pytest.raises(BadParams, match='task mine: gives no metric "acc_norm"') as refused:
         asked(examinee, s=task_file(tmp_path, metric="acc_norm"))
@@ -382,7 +384,7 @@ def test_a_metric_that_is_missing_or_of_no_item_fails(examinee: Examinee, tmp_pa
         asked(examinee, s=task_file(tmp_path, metric="acc,strict"))
 
 
-def test_a_template_of_a_task_file_runs_in_the_sandbox(examinee: Examinee, tmp_path: Path) -> None:
+def test_a_template_of_a_task_file_runs_in_the_sandbox(examinee: ModelUnderTest, tmp_path: Path) -> None:
     with pytest.raises(BadData, match="a template of a task cannot be used"):
         asked(examinee, s=task_file(tmp_path, GOOD.replace("{{ gold }}", "{{ ''.__class__.__mro__ }}")))
 
@@ -394,7 +396,7 @@ def test_a_misspelt_task_of_lm_eval_is_told() -> None:
     assert refused.value.exit_code == 65
 
 
-def test_a_shipped_task_reads_the_mirror_and_nothing_else(examinee: Examinee, tmp_path: Path) -> None:
+def test_a_shipped_task_reads_the_mirror_and_nothing_else(examinee: ModelUnderTest, tmp_path: Path) -> None:
     """lm-eval's own openbookqa on two rows that lie in a folder of the dataset's name."""
     rows = [
         {"id": str(n), "question_stem": stem, "choices": {"text": ["cat", "dog", "cow", "hen"], "label": list("ABCD")},
@@ -434,22 +436,22 @@ def test_scores_that_are_no_numbers_are_refused(base: Path, rows: Path, tmp_path
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     journals = tmp_path / "journals"
     with pytest.raises(BadModel, match="log-probabilities are not finite; nothing is reported") as refused:
-        asked(Examinee(broken, PARAMS, journals, chats=False), s=rows_suite(rows, CHOICE, MULTIPLE))
+        asked(ModelUnderTest(broken, PARAMS, journals, chats=False), s=rows_suite(rows, CHOICE, MULTIPLE))
     assert refused.value.exit_code == 65
     assert [file.name for file in journals.rglob("*.json")] == ["identity.json"]
 
 
 @pytest.mark.parametrize(("score", "value"), [(math.nan, -1.0), (math.inf, -1.0), (1.0, -math.inf), (1.0, math.nan)])
 def test_an_item_that_is_not_finite_is_refused(score: float, value: float) -> None:
-    good = Item("s", "t", "1", "p", digest_of("p"), "x", "x", 1.0, math.nan, 0)
-    check_finite([good])
+    good = Item("s", "t", "1", "p", prompt_digest("p"), "x", "x", 1.0, math.nan, 0)
+    check_scores([good])
     with pytest.raises(BadModel, match="1 of 2 items have scores that are not finite"):
-        check_finite([good, good._replace(score=score, logp=value, tokens=3)])
+        check_scores([good, good._replace(score=score, logp=value, tokens=3)])
 
 
 def test_intervals_and_figures_of_suites_by_hand() -> None:
     def item(task: str, score: float) -> Item:
-        return Item("s", task, "1", "p", digest_of("p"), "x", "x", score, -1.0, 1)
+        return Item("s", task, "1", "p", prompt_digest("p"), "x", "x", score, -1.0, 1)
 
     from tasks.reports.items import Summary
 
@@ -477,7 +479,9 @@ def test_every_ready_suite_says_what_it_is() -> None:
         shipped("gsm8")
 
 
-def test_a_part_that_is_missing_is_refused_or_skipped_and_said(examinee: Examinee, rows: Path, tmp_path: Path) -> None:
+def test_a_part_that_is_missing_is_refused_or_skipped_and_said(
+    examinee: ModelUnderTest, rows: Path, tmp_path: Path
+) -> None:
     part = rows_suite(rows.name, CHOICE, MULTIPLE).model_dump(exclude={"limit", "chat_template"})
     parts = [part, {**part, "path": "gone.jsonl", "task": "gone"}]
     path = tmp_path / "mine.yaml"
@@ -497,7 +501,7 @@ def test_a_part_that_is_missing_is_refused_or_skipped_and_said(examinee: Examine
 
 @pytest.mark.parametrize("name", ["agieval", "gsm8k", "llm_foundry", "reft_arithmetic", "reft_commonsense"])
 def test_a_ready_suite_runs_offline_on_real_data_with_a_real_model(real_data: Path, name: str) -> None:
-    model = Examinee(real_data / "stories260k" / "hf", EVALUATE, None, chats=False)
+    model = ModelUnderTest(real_data / "stories260k" / "hf", EVALUATE, None, chats=False)
     suite = ReadySuite(kind="ready", name=name, data=str(real_data), missing="skip", limit=2, chat_template=False)
     found = asked(model, s=suite)
     assert len(found.items) == 2 * len(found.summaries)

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 
-from tasks.adapters.attach import attach, fresh, load_adapted, load_packaged, publish, published_state
+from tasks.adapters.attach import attach, init_adapter, load_adapted, load_packaged, published_state, save_adapter
 from tasks.adapters.files import CONFIG
 from tasks.adapters.params import LoraAdapter
-from tasks.base.stage import check, give_template
+from tasks.base.stage import check_loads, give_template
 from tasks.core.errors import BadData, BadModel, BadParams
 from tasks.core.progress import Progress
 from tasks.core.records import ChatExample, Message, PreferencePair, Record, SeqPair
@@ -22,11 +22,11 @@ from tasks.evaluate.held_out import answer_pairs
 from tasks.inference.chat import answer_text
 from tasks.inference.encoder_decoder import PairRow, check_room, generate_targets, score_pairs
 from tasks.inference.params import GREEDY
-from tasks.inference.rendered_rows import row_of, score
+from tasks.inference.rendered_rows import row_of, score_rows
 from tasks.merge.merged_model import merge, write_merged
-from tasks.merge.stage import difference
+from tasks.merge.stage import kl_divergence
 from tasks.merge.weight_deltas import changes_of
-from tasks.models.device import settle
+from tasks.models.device import seed_everything
 from tasks.models.loader import load_model
 from tasks.models.safetensors_reader import stored_in
 from tasks.render.stage import check_kinds, render_rows
@@ -116,7 +116,7 @@ def test_a_folder_and_its_model_say_what_they_are(bases: dict[str, Path], pico_b
 
 
 def test_no_chat_template_is_needed_and_none_is_taken(bases: dict[str, Path], tmp_path: Path) -> None:
-    assert check(bases["t5"], "here", chats=True).num_parameters() == load_model(bases["t5"]).num_parameters()
+    assert check_loads(bases["t5"], "here", chats=True).num_parameters() == load_model(bases["t5"]).num_parameters()
     assert template_digest(load_tokenizer(bases["t5"])) == ""
     shutil.copytree(bases["t5"], tmp_path / "base")
     with pytest.raises(BadModel, match="reads inputs without a chat template"):
@@ -138,7 +138,7 @@ def test_a_base_that_does_not_say_how_targets_begin_is_refused(bases: dict[str, 
         about["decoder_start_token_id"] = None
         path.write_text(json.dumps(about))
     with pytest.raises(BadModel, match="does not say with which token a target begins"):
-        check(tmp_path / "base", "here", chats=True)
+        check_loads(tmp_path / "base", "here", chats=True)
 
 
 def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
@@ -249,10 +249,10 @@ def test_rows_are_scored_by_what_they_are(
     row = row_of(rendered[0])
     assert isinstance(row, PairRow)
     assert row.tokens == len(rendered[0]["input_ids"]) + len(rendered[0]["target_ids"])
-    scored = score(load_model(bases["t5"]), [row])
+    scored = score_rows(load_model(bases["t5"]), [row])
     assert len(scored.logp) == len(row.target_ids)
     asked = row_of({"ids": [5, 6, 7], "mask": [False, True, True], "prompt_tokens": 1})
-    assert len(score(load_model(pico_base), [asked]).logp) == 2
+    assert len(score_rows(load_model(pico_base), [asked]).logp) == 2
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "bart"])
@@ -306,8 +306,8 @@ def test_answers_of_an_evaluation_are_those_that_serving_gives(
 def trained(
     base: Path, params: Method, rows: list[PairRow], folder: Path, die_after: int = 0
 ) -> tuple[Any, dict[str, torch.Tensor]]:
-    settle(params.seed)
-    model = fresh(base, params.adapter).train()
+    seed_everything(params.seed)
+    model = init_adapter(base, params.adapter).train()
 
     def on_row(row: dict[str, Any]) -> None:
         if row["step"] == die_after:
@@ -338,9 +338,9 @@ def test_training_lowers_the_loss_on_what_it_sees(
     bases: dict[str, Path], rows: list[PairRow], tmp_path: Path, name: str
 ) -> None:
     params = METHODS[name].model_copy(update={"epochs": 12})
-    settle(1)
+    seed_everything(1)
     examples = [(row,) for row in rows]
-    before = held_out_loss(fresh(bases["mt5"], params.adapter), examples, params)
+    before = held_out_loss(init_adapter(bases["mt5"], params.adapter), examples, params)
     model, _ = trained(bases["mt5"], params, rows, tmp_path)
     assert held_out_loss(model, examples, params) < before - 0.05
 
@@ -353,7 +353,7 @@ def test_an_adapter_is_peft_s_own_sequence_to_sequence_adapter_and_merges_as_pef
     adapter = METHODS["lora"].adapter
     model, _ = trained(bases["mt5"], METHODS["lora"], rows, tmp_path / "checkpoints")
     (tmp_path / "adapter").mkdir()
-    publish(model, tmp_path / "adapter")
+    save_adapter(model, tmp_path / "adapter")
     assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["task_type"] == "SEQ_2_SEQ_LM"
     theirs: Any = PeftModel.from_pretrained(load_model(bases["mt5"]), tmp_path / "adapter")
     assert type(theirs).__name__ == "PeftModelForSeq2SeqLM"
@@ -371,7 +371,7 @@ def test_an_adapter_is_peft_s_own_sequence_to_sequence_adapter_and_merges_as_pef
     for name, tensor in stored.items():
         torch.testing.assert_close(tensor, merged[name].data, rtol=1e-5, atol=1e-6)
     probes = [{"input_ids": row["input_ids"], "labels": row["target_ids"]} for row in rendered]
-    found = difference(ours, load_packaged(tmp_path / "merged"), probes)
+    found = kl_divergence(ours, load_packaged(tmp_path / "merged"), probes)
     assert found.mean_kl < 1e-3
     assert found.tokens == sum(len(row.target_ids) for row in rows)
 
@@ -383,7 +383,7 @@ def test_the_difference_of_two_is_the_kullback_leibler_divergence_over_targets(
     first, second = (model_of("mt5", bases) for _ in range(2))
     with torch.no_grad():
         second.shared.weight += 0.1 * torch.randn_like(second.shared.weight)
-    found = difference(first, second, [{"input_ids": r.input_ids, "labels": r.target_ids} for r in rows])
+    found = kl_divergence(first, second, [{"input_ids": r.input_ids, "labels": r.target_ids} for r in rows])
     total = 0.0
     for row in rows:
         ids, labels = torch.tensor([row.input_ids]), torch.tensor([row.target_ids])
@@ -400,7 +400,7 @@ def test_what_cannot_be_merged_is_packaged_with_its_base(
     model, _ = trained(bases["t5"], METHODS["reft"], rows, tmp_path / "checkpoints")
     shutil.copytree(bases["t5"], tmp_path / "model")
     (tmp_path / "model" / "adapter").mkdir()
-    publish(model, tmp_path / "model" / "adapter")
+    save_adapter(model, tmp_path / "model" / "adapter")
     again = load_packaged(tmp_path / "model")
     model.eval()
     with torch.no_grad():
@@ -428,14 +428,14 @@ def test_lora_on_the_embedding_that_encoder_and_decoder_share_is_refused(bases: 
     """PEFT wraps it where neither of them looks, so that it would change nothing."""
     params = {**LORA, "targets": ["shared", "q"]}
     with pytest.raises(BadModel, match="hold the embedding themselves"):
-        fresh(bases["t5"], method(params, SFT).adapter)
+        init_adapter(bases["t5"], method(params, SFT).adapter)
 
 
 def test_an_adapter_of_a_decoder_does_not_go_onto_an_encoder_decoder(
     bases: dict[str, Path], pico_base: Path, tmp_path: Path
 ) -> None:
     adapter = LoraAdapter.model_validate({**LORA, "targets": ["q_proj"]})
-    publish(fresh(pico_base, adapter), tmp_path)
+    save_adapter(init_adapter(pico_base, adapter), tmp_path)
     with pytest.raises(BadModel, match="is an adapter for another base"):
         attach(load_model(bases["t5"]), tmp_path)
 

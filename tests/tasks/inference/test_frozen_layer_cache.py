@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from tasks.inference.frozen_layer_cache import Below
+from tasks.inference.frozen_layer_cache import FrozenLayerCache
 from tasks.inference.logprobs import score_tokens
 from tasks.inference.rows import TokenRow
 from tests.tasks.adapters.reft.test_reft import DECODERS, pico_model, with_reft
@@ -31,7 +31,7 @@ def model_of(kind: str, **changes: Any) -> Any:
     return with_reft(without_dropout(kind), **changes).train()
 
 
-def learnt(model: Any, below: Below | None, times: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def learnt(model: Any, below: FrozenLayerCache | None, times: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Log-probabilities and gradients of the last of several passes."""
     for _ in range(times):
         model.zero_grad()
@@ -40,7 +40,7 @@ def learnt(model: Any, below: Below | None, times: int) -> tuple[torch.Tensor, d
     return scored.logp.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def check_same(model: Any, below: Below) -> None:
+def check_same(model: Any, below: FrozenLayerCache) -> None:
     """Values and gradients with what is kept are those without."""
     expected, gradients = learnt(model, None, 1)
     assert gradients
@@ -66,7 +66,7 @@ def check_same(model: Any, below: Below) -> None:
 )
 def test_what_is_kept_gives_the_values_and_gradients_of_what_is_not(kind: str, changes: dict[str, Any]) -> None:
     model = model_of(kind, **changes)
-    below = Below.of(model, SHAPES, 1 << 20)
+    below = FrozenLayerCache.of(model, SHAPES, 1 << 20)
     assert below is not None
     check_same(model, below)
 
@@ -87,7 +87,7 @@ def test_so_it_does_below_the_first_layer_that_other_adapters_change(kind: str, 
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)
-    below = Below.of(adapted, SHAPES, 1 << 20)
+    below = FrozenLayerCache.of(adapted, SHAPES, 1 << 20)
     assert below is not None
     assert below._cut == 2
     check_same(adapted, below)
@@ -98,8 +98,8 @@ def test_nothing_is_kept_where_something_below_is_changed_or_drops_out() -> None
 
     upper = ["layers.2.self_attn.q_proj"]
 
-    def below_of(model: Any, **given: Any) -> Below | None:
-        return Below.of(
+    def below_of(model: Any, **given: Any) -> FrozenLayerCache | None:
+        return FrozenLayerCache.of(
             get_peft_model(model, LoraConfig(**{"target_modules": upper, **given})).train(), SHAPES, 1 << 20
         )
 
@@ -118,7 +118,7 @@ def test_nothing_is_kept_where_something_below_is_changed_or_drops_out() -> None
 
 def test_a_row_gives_the_same_bits_whenever_and_beside_whatever_it_comes() -> None:
     model = model_of("llama", positions="last", layers=[1])
-    one, two = (Below.of(model, SHAPES, 1 << 20) for _ in range(2))
+    one, two = (FrozenLayerCache.of(model, SHAPES, 1 << 20) for _ in range(2))
     assert one is not None
     assert two is not None
     for row in ROWS:
@@ -134,7 +134,7 @@ def test_a_row_gives_the_same_bits_whenever_and_beside_whatever_it_comes() -> No
 
 def test_fewer_layers_run_and_fewer_tokens() -> None:
     model = model_of("llama", positions="last", layers=[1])
-    below = Below.of(model, SHAPES, 1 << 20)
+    below = FrozenLayerCache.of(model, SHAPES, 1 << 20)
     learnt(model, below, 1)
     seen: list[tuple[int, ...]] = []
     layers = model.get_base_model().model.layers
@@ -145,11 +145,11 @@ def test_fewer_layers_run_and_fewer_tokens() -> None:
 
 
 def test_where_nothing_can_be_kept_nothing_is() -> None:
-    assert Below.of(pico_model(), SHAPES, 1 << 20) is None
-    assert Below.of(model_of("llama", layers=[0], component="mlp_output"), SHAPES, 1 << 20) is None
-    assert Below.of(model_of("llama"), SHAPES, 16) is None
-    assert Below.of(with_reft(pico_model("gpt2")), SHAPES, 1 << 20) is None  # it has dropout
-    assert Below.of(model_of("falcon"), SHAPES, 1 << 20) is None  # its layers give more than a tensor
-    hidden_alone = Below.of(model_of("llama"), SHAPES, 17 * 16 * 4)
+    assert FrozenLayerCache.of(pico_model(), SHAPES, 1 << 20) is None
+    assert FrozenLayerCache.of(model_of("llama", layers=[0], component="mlp_output"), SHAPES, 1 << 20) is None
+    assert FrozenLayerCache.of(model_of("llama"), SHAPES, 16) is None
+    assert FrozenLayerCache.of(with_reft(pico_model("gpt2")), SHAPES, 1 << 20) is None  # it has dropout
+    assert FrozenLayerCache.of(model_of("falcon"), SHAPES, 1 << 20) is None  # its layers give more than a tensor
+    hidden_alone = FrozenLayerCache.of(model_of("llama"), SHAPES, 17 * 16 * 4)
     assert hidden_alone is not None
     assert hidden_alone._state(ROWS[0].ids, 4).attention is None

@@ -10,12 +10,12 @@ import torch
 import transformers
 from torch import Tensor
 
-from tasks.adapters.attach import trainable
+from tasks.adapters.attach import make_trainable
 from tasks.adapters.params import AnyAdapter
 from tasks.inference import prefix_sharing
-from tasks.inference.frozen_layer_cache import Below
+from tasks.inference.frozen_layer_cache import FrozenLayerCache
 from tasks.inference.logprobs import score_tokens
-from tasks.inference.prefix_sharing import Tree, drops, join, joinable
+from tasks.inference.prefix_sharing import PrefixGroup, can_pack, drops, pack
 from tasks.inference.rows import Scored, TokenRow
 from tasks.train.objectives import orpo_loss
 from tests.helpers.samples import LORA, LOREFT, SFT, method
@@ -47,7 +47,7 @@ def model_of(family: str, adapter: str | None = "lora", **changes: Any) -> Any:
     model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.requires_grad_(False)
     if adapter:
-        model = trainable(model, adapter_of(adapter))
+        model = make_trainable(model, adapter_of(adapter))
         for parameter in model.parameters():
             if parameter.requires_grad and "rotation" not in str(parameter):
                 parameter.data += 0.05 * torch.randn_like(parameter)
@@ -82,7 +82,7 @@ def loss_and_gradients(model: Any, rows: list[TokenRow]) -> tuple[Scored, Tensor
 
 def repeated(monkeypatch: pytest.MonkeyPatch, model: Any, rows: list[TokenRow]) -> Any:
     with monkeypatch.context() as patch:
-        patch.setattr(prefix_sharing, "joinable", lambda base, longest: False)  # read at each call
+        patch.setattr(prefix_sharing, "can_pack", lambda base, longest: False)  # read at each call
         return loss_and_gradients(model, rows)
 
 
@@ -158,10 +158,10 @@ def test_the_layout_of_two_pairs_and_a_row_without_a_prompt() -> None:
         TokenRow([5, 6, 9], [False, False, True], 2),
         TokenRow([1, 3], [False, True], 0),
     ]
-    joined = join([row.ids for row in rows], [row.prompt_tokens for row in rows], torch.device("cpu"))
+    joined = pack([row.ids for row in rows], [row.prompt_tokens for row in rows], torch.device("cpu"))
     assert joined.ids.tolist() == [[5, 6, 7, 8, 9, 1, 2, 1, 3]]
     assert joined.positions.tolist() == [[0, 1, 2, 3, 2, 0, 1, 0, 1]]
-    assert joined.trees == (Tree(0, 2, (2, 1)), Tree(5, 0, (2,)), Tree(7, 0, (2,)))
+    assert joined.trees == (PrefixGroup(0, 2, (2, 1)), PrefixGroup(5, 0, (2,)), PrefixGroup(7, 0, (2,)))
     assert joined.places == [[0, 1, 2, 3], [5, 6], [0, 1, 4], [7, 8]]
 
 
@@ -183,12 +183,12 @@ def test_rows_are_joined_only_where_that_is_exact(
     family: str, changes: dict[str, Any], longest: int, expected: bool
 ) -> None:
     model = model_of(family, None, **changes)
-    assert joinable(model, longest) is expected
+    assert can_pack(model, longest) is expected
 
 
 def test_where_something_drops_out_every_row_has_its_own_prompt() -> None:
     rows = pairs()
-    adapted = trainable(model_of("Llama", None), method({**LORA, "dropout": 0.1}, SFT).adapter).train()
+    adapted = make_trainable(model_of("Llama", None), method({**LORA, "dropout": 0.1}, SFT).adapter).train()
     assert drops(adapted.get_base_model())
     assert seen_tokens(adapted, rows) == sum(row.tokens for row in rows)  # and still no padding
     adapted.eval()
@@ -203,7 +203,7 @@ def test_where_something_drops_out_every_row_has_its_own_prompt() -> None:
 
 def test_what_an_adapter_keeps_over_epochs_is_used_before_prompts_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = model_of("Llama", "loreft last"), pairs()
-    below = Below.of(model, [(row.tokens, row.prompt_tokens) for row in rows], 1 << 20)
+    below = FrozenLayerCache.of(model, [(row.tokens, row.prompt_tokens) for row in rows], 1 << 20)
     assert below
     kept = score_tokens(model, rows, below).logp
     torch.testing.assert_close(kept, score_tokens(model, rows).logp, rtol=1e-5, atol=1e-5)

@@ -8,19 +8,19 @@ import pytest
 import torch
 
 from tasks.inference import prefix_tree
-from tasks.inference.prefix_tree import Row, batches, common, leaves, plant
+from tasks.inference.prefix_tree import PrefixRow, batches, build_batch, common, unique_rows
 
 CPU = torch.device("cpu")
 
 
-def rows_of(random: Random, count: int) -> list[Row]:
+def rows_of(random: Random, count: int) -> list[PrefixRow]:
     """Rows over few tokens, so that they have much in common; some are the beginning of others, some alike."""
     made = [[random.randrange(3) for _ in range(random.randint(1, 12))] for _ in range(count)]
     made += [row[: random.randint(1, len(row))] for row in made[: count // 2]] + made[:3]
-    return [Row(ids, random.randint(1, len(ids))) for ids in made]
+    return [PrefixRow(ids, random.randint(1, len(ids))) for ids in made]
 
 
-def unique(rows: list[Row], *, whole: bool) -> int:
+def unique(rows: list[PrefixRow], *, whole: bool) -> int:
     """How many tokens there are, counted by the beginnings that they end."""
     return len(
         {
@@ -32,8 +32,8 @@ def unique(rows: list[Row], *, whole: bool) -> int:
 
 
 def test_a_layout_worked_out_by_hand() -> None:
-    rows = [Row([1, 2, 5], 2), Row([1, 2, 4, 6], 2), Row([1, 2], 2), Row([3], 1)]
-    forest = plant(rows, CPU, whole=False)
+    rows = [PrefixRow([1, 2, 5], 2), PrefixRow([1, 2, 4, 6], 2), PrefixRow([1, 2], 2), PrefixRow([3], 1)]
+    forest = build_batch(rows, CPU, whole=False)
     assert forest.ids.tolist() == [[1, 2, 4, 6, 5, 3]]
     assert forest.positions.tolist() == [[0, 1, 2, 3, 2, 0]]
     assert forest.places == [[0, 1, 4], [0, 1, 2, 3], [0, 1], [5]]
@@ -58,7 +58,7 @@ def test_tokens_stand_once_and_attend_to_those_before_them_in_a_row(
     monkeypatch.setattr(prefix_tree, "TOGETHER", together)
     for count in (1, 2, 30):
         rows = rows_of(random, count)
-        forest = plant(rows, CPU, whole=whole)
+        forest = build_batch(rows, CPU, whole=whole)
         ids, tokens = forest.ids[0].tolist(), forest.ids.shape[1]
         assert tokens == unique(rows, whole=whole)
         expected = torch.zeros(tokens, tokens, dtype=torch.bool)
@@ -93,18 +93,18 @@ def test_batches_hold_every_row_once_and_no_more_tokens_than_they_may(random: Ra
 
 
 def test_a_batch_ends_between_questions_not_within_one() -> None:
-    rows = [Row([question] * 10 + [9 + ending] * 2, 10) for question in range(7) for ending in range(4)]
+    rows = [PrefixRow([question] * 10 + [9 + ending] * 2, 10) for question in range(7) for ending in range(4)]
     found = [sorted(batch) for batch in batches(rows, 50, whole=False)]
     assert found == [list(range(start, min(start + 8, 28))) for start in (0, 8, 16, 24)]
-    long = [Row([question] * 1000 + [9 + ending] * 20, 10) for question in range(3) for ending in range(4)]
+    long = [PrefixRow([question] * 1000 + [9 + ending] * 20, 10) for question in range(3) for ending in range(4)]
     assert [len(batch) for batch in batches(long, 50, whole=False)] == [4, 4, 4]
 
 
 def test_what_rows_share_and_which_of_them_stand_for_others() -> None:
-    one, other, third = Row([1, 2, 3], 2), Row([1, 2, 3, 4], 2), Row([1, 2, 3, 4], 3)
+    one, other, third = PrefixRow([1, 2, 3], 2), PrefixRow([1, 2, 3, 4], 2), PrefixRow([1, 2, 3, 4], 3)
     assert [common(one, row, whole=False) for row in (one, other, third)] == [3, 3, 3]
     assert [common(one, row, whole=True) for row in (one, other, third)] == [3, 3, 0]
-    assert common(Row([1, 2, 3], 2), Row([1, 4], 1), whole=False) == 1
-    assert common(Row([1, 2, 3], 2), Row([1, 4, 3], 2), whole=True) == 0
-    assert leaves([one, other, third, Row([2], 1)], whole=False) == [2, 2, 2, 3]
-    assert leaves([one, other, third], whole=True) == [1, 1, 2]
+    assert common(PrefixRow([1, 2, 3], 2), PrefixRow([1, 4], 1), whole=False) == 1
+    assert common(PrefixRow([1, 2, 3], 2), PrefixRow([1, 4, 3], 2), whole=True) == 0
+    assert unique_rows([one, other, third, PrefixRow([2], 1)], whole=False) == [2, 2, 2, 3]
+    assert unique_rows([one, other, third], whole=True) == [1, 1, 2]

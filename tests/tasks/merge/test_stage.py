@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from tasks.adapters.attach import fresh, load_adapted, load_packaged, publish
+from tasks.adapters.attach import init_adapter, load_adapted, load_packaged, save_adapter
 from tasks.adapters.files import WEIGHTS
 from tasks.adapters.params import (
     AdaloraAdapter,
@@ -22,10 +22,10 @@ from tasks.adapters.params import (
 )
 from tasks.core.errors import NotEquivalent
 from tasks.merge.merged_model import merge, write_merged
-from tasks.merge.stage import check_equivalent, difference, merge_closest, stand_ins
+from tasks.merge.stage import base_candidates, check_equivalent, kl_divergence, merge_closest
 from tasks.models.loader import load_model
 from tasks.models.quantization import dequantized
-from tasks.models.safetensors_reader import Source
+from tasks.models.safetensors_reader import TensorSource
 from tests.helpers.samples import ADALORA, IA3, LORA, QLORA
 
 ADAPTER = QloraAdapter.model_validate(QLORA)
@@ -37,16 +37,16 @@ def adapter(pico_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA adapter with numbers in it."""
     folder = tmp_path_factory.mktemp("adapter")
     torch.manual_seed(0)
-    model = fresh(pico_base, ADAPTER)
+    model = init_adapter(pico_base, ADAPTER)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn_like(parameter)
-    publish(model, folder)
+    save_adapter(model, folder)
     return folder
 
 
-def merged_folder(base: Path, adapter: Path, out: Path, replaced: Mapping[str, Source] | None = None) -> Path:
+def merged_folder(base: Path, adapter: Path, out: Path, replaced: Mapping[str, TensorSource] | None = None) -> Path:
     out.mkdir()
     write_merged(base, adapter, {out: merge(base, adapter, "own", replaced or {})}, 1 << 30)
     return out
@@ -108,7 +108,7 @@ def test_what_changes_weights_is_merged_as_peft_merges_it(pico_base: Path, tmp_p
     params, places = MERGED[name]
     base = write_base(load_model(pico_base), tmp_path / "base")
     torch.manual_seed(1)
-    check_merged(fresh(pico_base, params, 100), base, tmp_path, places)
+    check_merged(init_adapter(pico_base, params, 100), base, tmp_path, places)
 
 
 def check_merged(model: Any, base: Path, tmp_path: Path, places: int) -> None:
@@ -117,7 +117,7 @@ def check_merged(model: Any, base: Path, tmp_path: Path, places: int) -> None:
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn_like(parameter)
     (tmp_path / "adapter").mkdir()
-    publish(model, tmp_path / "adapter")
+    save_adapter(model, tmp_path / "adapter")
     theirs = dict(model.float().merge_and_unload().named_parameters())
     out = merged_folder(base, tmp_path / "adapter", tmp_path / "out")
     merged, before = load_file(out / "model.safetensors"), load_file(base / "model.safetensors")
@@ -155,28 +155,28 @@ def test_an_embedding_that_is_also_the_head_is_untied(pico_base: Path, tmp_path:
     """The adapter changes what tokens are read as; the head compares with what it did before."""
     params = MERGED["embeddings"][0]
     torch.manual_seed(2)
-    model = fresh(pico_base, params)
+    model = init_adapter(pico_base, params)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn_like(parameter)
     (tmp_path / "adapter").mkdir()
-    publish(model, tmp_path / "adapter")
+    save_adapter(model, tmp_path / "adapter")
     merged: Any = load_packaged(merged_folder(pico_base, tmp_path / "adapter", tmp_path / "out"))
     assert not merged.config.tie_word_embeddings
     head, before = merged.get_output_embeddings().weight, load_file(pico_base / "model.safetensors")
     assert torch.equal(head, before["model.embed_tokens.weight"])
     assert not torch.equal(head, merged.get_input_embeddings().weight)
-    assert difference(model.eval(), merged, PROBES).mean_kl < 1e-4
+    assert kl_divergence(model.eval(), merged, PROBES).mean_kl < 1e-4
 
 
 def test_all_weights_are_those_that_were_trained_rounded_once(pico_base: Path, tmp_path: Path) -> None:
-    model = fresh(pico_base, FullAdapter(name="full", modules="all"))
+    model = init_adapter(pico_base, FullAdapter(name="full", modules="all"))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.01 * torch.randn_like(parameter)
     (tmp_path / "trained").mkdir()
-    publish(model, tmp_path / "trained")
+    save_adapter(model, tmp_path / "trained")
     merged_folder(pico_base, tmp_path / "trained", tmp_path / "out")
     assert load_model(tmp_path / "out").config.tie_word_embeddings  # as it was
     merged = load_file(tmp_path / "out" / "model.safetensors")
@@ -229,10 +229,10 @@ def test_of_both_bases_the_closer_is_taken(pico_base: Path, adapter: Path, tmp_p
     assert told["onto"]["dequantized"]["mean_kl"] < told["onto"]["original"]["mean_kl"] / 10
     assert told["tokens"] == 27
     assert digests.keys() == {path.name for path in tmp_path.iterdir()}
-    assert difference(trained, load_packaged(tmp_path), PROBES).mean_kl == told["mean_kl"]
+    assert kl_divergence(trained, load_packaged(tmp_path), PROBES).mean_kl == told["mean_kl"]
     again = load_adapted(pico_base, adapter, ADAPTER)
     assert isinstance(again, PeftModel)
-    theirs = difference(trained, again.merge_and_unload(), PROBES)
+    theirs = kl_divergence(trained, again.merge_and_unload(), PROBES)
     assert told["mean_kl"] < theirs.mean_kl / 10
 
 
@@ -242,7 +242,7 @@ def test_one_of_both_may_be_chosen(pico_base: Path, adapter: Path, tmp_path: Pat
     (tmp_path / "a").mkdir()
     told, _ = merge_closest(pico_base, adapter, trained, PROBES, tmp_path / "a", onto=onto, most_bytes=1 << 30)
     assert list(told["onto"]) == [onto]
-    one = merged_folder(pico_base, adapter, tmp_path / "b", stand_ins(trained, pico_base, onto)[onto])
+    one = merged_folder(pico_base, adapter, tmp_path / "b", base_candidates(trained, pico_base, onto)[onto])
     assert (one / "model.safetensors").read_bytes() == (tmp_path / "a" / "model.safetensors").read_bytes()
 
 
@@ -257,7 +257,7 @@ def test_the_difference_is_the_kullback_leibler_divergence(pico_base: Path, adap
     """Against PyTorch's own, position by position."""
     first = load_model(pico_base)
     second = load_packaged(merged_folder(pico_base, adapter, tmp_path / "m"))
-    found = difference(first, second, PROBES)
+    found = kl_divergence(first, second, PROBES)
     total, largest = 0.0, 0.0
     for probe in PROBES:
         with torch.no_grad():
@@ -267,4 +267,4 @@ def test_the_difference_is_the_kullback_leibler_divergence(pico_base: Path, adap
         largest = max(largest, (p - q).abs().max().item())
     assert found.mean_kl == pytest.approx(total / 27, rel=1e-4)
     assert found.max_logit_difference == pytest.approx(largest, rel=1e-6)
-    assert difference(first, first, PROBES).mean_kl == 0.0
+    assert kl_divergence(first, first, PROBES).mean_kl == 0.0

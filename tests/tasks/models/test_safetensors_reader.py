@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from tasks.core.artifacts import digest
 from tasks.core.errors import BadModel
-from tasks.merge.lazy_tensors import Made
+from tasks.merge.lazy_tensors import ComputedTensor
 from tasks.merge.safetensors_writer import Planned, write_shards
 from tasks.models.safetensors_reader import INDEX, read_header, rounded, stored_in, widened
 
@@ -88,7 +88,7 @@ def test_a_number_that_a_format_cannot_hold_is_refused(number: float, dtype: str
 
 
 def test_the_name_of_a_tensor_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    planned = {"w": Planned("F16", Made(lambda: torch.full((2, 2), 1e6), (2, 2)))}
+    planned = {"w": Planned("F16", ComputedTensor(lambda: torch.full((2, 2), 1e6), (2, 2)))}
     with pytest.raises(BadModel, match=r"^w: holds numbers"):
         write_shards({tmp_path: planned}, 1 << 30)
 
@@ -121,7 +121,11 @@ def test_several_folders_are_written_in_one_pass(tmp_path: Path) -> None:
         place.mkdir()
     numbers = torch.arange(12.0).reshape(3, 4)
     steps: list[None] = []
-    wanted = {place: {"w": Planned("F32", Made(lambda f=f: numbers * f, (3, 4)))} for f, place in enumerate(places)}  # type: ignore[misc]
+
+    def times(factor: int) -> ComputedTensor:
+        return ComputedTensor(lambda: numbers * factor, (3, 4))
+
+    wanted = {place: {"w": Planned("F32", times(factor))} for factor, place in enumerate(places)}
     write_shards(wanted, 1 << 30, lambda: steps.append(None))
     assert [load_file(place / "model.safetensors")["w"].sum().item() for place in places] == [0.0, 66.0]
     assert len(steps) == 2
@@ -206,4 +210,4 @@ def test_a_disk_that_cannot_write_is_told(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(os, "fdatasync", failing)
     with pytest.raises(OSError, match="the disk is broken"):
-        write_shards({tmp_path: {"w": Planned("F32", Made(numbers, (3, 4)))}}, 1 << 30)
+        write_shards({tmp_path: {"w": Planned("F32", ComputedTensor(numbers, (3, 4)))}}, 1 << 30)

@@ -8,8 +8,8 @@ import pytest
 
 from tasks.core import pipeline
 from tasks.core.errors import BadInput, OutOfMemory, TemperError, Transient
-from tasks.orchestration.dvc_session import Session, stage_error, stage_exit_code
-from tasks.orchestration.run_journal import Outcome, last_seconds, record
+from tasks.orchestration.dvc_session import PipelineRun, stage_error, stage_exit_code
+from tasks.orchestration.run_journal import StageResult, last_seconds, record
 
 
 @pytest.mark.parametrize(
@@ -49,22 +49,22 @@ def test_a_stage_is_passed_over_only_when_nothing_that_it_reads_was_written() ->
         "base": node("base", ("models/tiny",), ("data/base",)),
         "render": node("render", ("data/clean", "data/base"), ("data/rendered",)),
     }
-    session = Session(Path(), None, nodes, {}, frozenset({"ingest@a"}))  # type: ignore[arg-type]
+    session = PipelineRun(Path(), None, nodes, {}, frozenset({"ingest@a"}))  # type: ignore[arg-type]
     assert [session.is_current(name) for name in nodes] == [False, True, True, True]
-    session.outcomes["ingest@a"] = Outcome("ingest@a", "completed", 1.0, "k")
+    session.outcomes["ingest@a"] = StageResult("ingest@a", "completed", 1.0, "k")
     assert [session.is_current(name) for name in ("validate", "base", "render")] == [False, True, True]
-    session.outcomes["validate"] = Outcome("validate", "unchanged", 0.0, "k")
+    session.outcomes["validate"] = StageResult("validate", "unchanged", 0.0, "k")
     assert session.is_current("render")
 
 
 def test_a_stage_that_neither_came_through_nor_says_why_fails_the_run() -> None:
     nodes = {name: node(name, (), (name,)) for name in ("a", "b")}
-    session = Session(Path(), None, nodes, {}, frozenset())  # type: ignore[arg-type]
-    session.outcomes["a"] = Outcome("a", "completed", 1.0, "k")
+    session = PipelineRun(Path(), None, nodes, {}, frozenset())  # type: ignore[arg-type]
+    session.outcomes["a"] = StageResult("a", "completed", 1.0, "k")
     with pytest.raises(TemperError, match="did not come through") as caught:
         session.check()
     assert caught.value.examples == ("b",)
-    session.outcomes["b"] = Outcome("b", "unchanged", 0.0, "k")
+    session.outcomes["b"] = StageResult("b", "unchanged", 0.0, "k")
     session.check()
     session.errors["b"] = BadInput("is wrong")
     with pytest.raises(BadInput, match="is wrong"):
@@ -73,11 +73,11 @@ def test_a_stage_that_neither_came_through_nor_says_why_fails_the_run() -> None:
 
 def test_the_journal_tells_how_long_a_stage_took_when_it_last_ran(tmp_path: Path) -> None:
     (tmp_path / ".temper").mkdir()
-    record(tmp_path, Outcome("a", "completed", 5.0, "k"))
-    record(tmp_path, Outcome("a", "unchanged", 0.0, "k"))
+    record(tmp_path, StageResult("a", "completed", 5.0, "k"))
+    record(tmp_path, StageResult("a", "unchanged", 0.0, "k"))
     with (tmp_path / ".temper" / "journal.jsonl").open("a") as file:
         file.write('{"stage": "a", "sta\n')  # cut by a kill
-    record(tmp_path, Outcome("b", "completed", 2.0, "k"))
+    record(tmp_path, StageResult("b", "completed", 2.0, "k"))
     assert last_seconds(tmp_path) == {"a": 5.0, "b": 2.0}
     assert last_seconds(tmp_path / "elsewhere") == {}
 
@@ -117,7 +117,7 @@ def test_a_training_that_ran_out_of_memory_is_told_apart_and_given_advice(
     counts = iter([5, 5 + kills])
     monkeypatch.setattr(dvc_session, "kills_for_memory", lambda: next(counts))
     params = SimpleNamespace(train={"a": SimpleNamespace(fit_memory=fit)})
-    session = Session(tmp_path, params, {}, {}, frozenset(), advise=lambda method: f"  fits: less of {method}")  # type: ignore[arg-type]
+    session = PipelineRun(tmp_path, params, {}, {}, frozenset(), advise=lambda method: f"  fits: less of {method}")  # type: ignore[arg-type]
     with pytest.raises(kind) as caught:
         session.run("train@a", 10, lambda line: None)
     assert type(caught.value) is kind
@@ -138,6 +138,6 @@ def test_another_stage_that_runs_out_of_memory_is_told_without_advice(
     monkeypatch.setattr(sys, "executable", str(python))
     counts = iter([0, 1])
     monkeypatch.setattr(dvc_session, "kills_for_memory", lambda: next(counts))
-    session = Session(tmp_path, None, {}, {}, frozenset(), advise=lambda method: 1 / 0)  # type: ignore[arg-type,return-value]
+    session = PipelineRun(tmp_path, None, {}, {}, frozenset(), advise=lambda method: 1 / 0)  # type: ignore[arg-type,return-value]
     with pytest.raises(OutOfMemory, match="take a machine with more"):
         session.run("merge@a", 10, lambda line: None)

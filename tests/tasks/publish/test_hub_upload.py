@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from tasks.adapters.attach import attach
 from tasks.adapters.files import BASE, CONFIG, PUBLISHED, WEIGHTS
-from tasks.core.artifacts import whole_folder
+from tasks.core.artifacts import atomic_folder
 from tasks.core.errors import BadData, BadInput, BadModel, BadParams, Transient
 from tasks.models.loader import load_model
 from tasks.publish.hub_upload import Pushed, push
 from tasks.publish.model_card import card
-from tasks.registry.adapter_refs import find
+from tasks.registry.adapter_refs import fetch_adapter_ref
 from tests.helpers import hub as hubs
 from tests.tasks.adapters.test_attach import logits
 from tests.tasks.adapters.test_files import published
@@ -29,7 +29,7 @@ from tests.tasks.adapters.test_files import published
 def adapter(pico_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter as `train` writes it, with its manifest and its summary."""
     folder = tmp_path_factory.mktemp("trained") / "adapter"
-    with whole_folder(folder) as draft:
+    with atomic_folder(folder) as draft:
         published(pico_base, "lora", draft)
         summary: dict[str, Any] = {"steps": 30, "rows": 120, "trainable_parameters": 3584, "held_out_loss_after": 1.25}
         summary["params"] = {"adapter": {"name": "lora", "rank": 2}, "epochs": 1}
@@ -55,7 +55,7 @@ def test_what_was_pushed_is_read_back_by_its_commit(
     assert done.changed
     files = hub.repositories["me/adapter"][-1][1]
     assert files.keys() == {*PUBLISHED, "README.md", ".gitattributes"}  # neither log nor manifest
-    again = find(f"hub:me/adapter@{done.commit}", tmp_path)
+    again = fetch_adapter_ref(f"hub:me/adapter@{done.commit}", tmp_path)
     for name in PUBLISHED:
         assert (again / name).read_bytes() == (adapter / name).read_bytes() == files[name]
     first, second = (attach(load_model(pico_base), folder) for folder in (adapter, again))
@@ -72,7 +72,7 @@ def test_pushing_the_same_again_changes_nothing_and_something_else_keeps_the_old
     second = pushed(tmp_path / "other")
     assert second.changed
     assert second.commit != first.commit
-    old = find(f"hub:me/adapter@{first.commit}", tmp_path)
+    old = fetch_adapter_ref(f"hub:me/adapter@{first.commit}", tmp_path)
     assert (old / WEIGHTS).read_bytes() == (adapter / WEIGHTS).read_bytes()
 
 
@@ -105,9 +105,9 @@ def test_what_earlier_pushes_left_goes_and_what_is_the_owners_stays(
 
 def test_what_was_fetched_is_there_without_the_hub(hub: hubs.Hub, adapter: Path, tmp_path: Path) -> None:
     done = pushed(adapter)
-    first = find(f"hub:me/adapter@{done.commit}", tmp_path)
+    first = fetch_adapter_ref(f"hub:me/adapter@{done.commit}", tmp_path)
     hub.fails = 503
-    assert find(f"hub:me/adapter@{done.commit}", tmp_path) == first
+    assert fetch_adapter_ref(f"hub:me/adapter@{done.commit}", tmp_path) == first
 
 
 def test_a_model_folder_is_pushed_with_what_a_model_needs_and_its_adapter(
@@ -211,7 +211,7 @@ def test_a_hub_that_does_not_answer_may_do_so_later(
         pushed(adapter)
     assert caught.value.exit_code == 75
     with pytest.raises(Transient, match="cannot be fetched") as caught:
-        find(f"hub:me/adapter@{'0' * 40}", tmp_path)
+        fetch_adapter_ref(f"hub:me/adapter@{'0' * 40}", tmp_path)
     assert caught.value.exit_code == 75
 
 
@@ -292,12 +292,12 @@ def test_references_that_name_nothing(
 ) -> None:
     hub.commit("me/adapter", {CONFIG: b"{}"})
     with pytest.raises(error, match=said):
-        find(reference, tmp_path)
+        fetch_adapter_ref(reference, tmp_path)
 
 
 def test_a_repository_without_an_adapter_in_safetensors_is_refused(hub: hubs.Hub, tmp_path: Path) -> None:
     commit = hub.commit("me/pickled", {CONFIG: b"{}", "adapter_model.bin": b"\x80\x04."})
     with pytest.raises(BadModel, match="is no adapter that temper reads") as caught:
-        find(f"hub:me/pickled@{commit}", tmp_path)
+        fetch_adapter_ref(f"hub:me/pickled@{commit}", tmp_path)
     assert "pickle weights (adapter_model.bin) are refused" in str(caught.value)
     assert not any("adapter_model.bin" in asked for asked in hub.asked)

@@ -10,16 +10,16 @@ from transformers import PreTrainedTokenizerBase
 
 from tasks.core.parquet import write_rows
 from tasks.core.records import Message
-from tasks.register.contamination import leaked_shares
+from tasks.register.contamination import contamination_by_suite
 from tasks.render.stage import rendered_schema
-from tasks.reports.items import HELD_OUT, Item, digest_of
+from tasks.reports.items import HELD_OUT, Item, prompt_digest
 from tasks.tokenization.chat_template import render_chat, render_prompt
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
 
 
 def item(suite: str, prompt: str) -> Item:
-    return Item(suite, "t", prompt, prompt, digest_of(prompt), "x", "y", 1.0, -1.0, 1)
+    return Item(suite, "t", prompt, prompt, prompt_digest(prompt), "x", "y", 1.0, -1.0, 1)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def asked(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 def test_whole_prompts_are_found_in_rows_of_every_kind(tokenizer: PreTrainedTokenizerBase, rendered: Path) -> None:
     texts = ["Which animal says moo?", "which ANIMAL says: moo", "Name a colour of the sky.", "Which animal says woof?"]
     items = [item(HELD_OUT, asked(tokenizer, text)) for text in texts]
-    assert leaked_shares(items, rendered, tokenizer, 13) == {HELD_OUT: 0.75}
+    assert contamination_by_suite(items, rendered, tokenizer, 13) == {HELD_OUT: 0.75}
 
 
 def test_long_runs_are_found_for_suites_but_not_for_rows_of_the_same_source(
@@ -56,5 +56,5 @@ def test_long_runs_are_found_for_suites_but_not_for_rows_of_the_same_source(
     prompt = f"Question: {LONG} fifteen and more?\nAnswer:"
     other = "Question: " + LONG.replace("seven", "many") + "?\nAnswer:"
     items = [item(suite, text) for suite in (HELD_OUT, "exam") for text in (prompt, other)]
-    assert leaked_shares(items, rendered, tokenizer, 13) == {HELD_OUT: 0.0, "exam": 0.5}
-    assert leaked_shares(items, rendered, tokenizer, 30) == {HELD_OUT: 0.0, "exam": 0.0}
+    assert contamination_by_suite(items, rendered, tokenizer, 13) == {HELD_OUT: 0.0, "exam": 0.5}
+    assert contamination_by_suite(items, rendered, tokenizer, 30) == {HELD_OUT: 0.0, "exam": 0.0}

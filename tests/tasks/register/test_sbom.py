@@ -8,11 +8,11 @@ import sys
 from importlib.metadata import version
 
 from tasks.core.artifacts import as_json
-from tasks.register.sbom import bill_of_materials, normalised
+from tasks.register.sbom import normalised, sbom
 
 
 def test_it_lists_what_pip_lists_and_what_needs_what() -> None:
-    bill = bill_of_materials()
+    bill = sbom()
     command = [sys.executable, "-m", "pip", "list", "--format", "json", "--disable-pip-version-check"]
     listed = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert {normalised(each["name"]): each["version"] for each in bill["components"]} == {
@@ -27,7 +27,7 @@ def test_it_lists_what_pip_lists_and_what_needs_what() -> None:
 
 
 def test_it_has_the_form_of_cyclonedx_and_the_same_environment_gives_the_same_bytes() -> None:
-    first, second = bill_of_materials(), bill_of_materials()
+    first, second = sbom(), sbom()
     assert as_json(first) == as_json(second)
     assert (first["bomFormat"], first["specVersion"], first["version"]) == ("CycloneDX", "1.6", 1)
     assert first["serialNumber"].startswith("urn:uuid:")

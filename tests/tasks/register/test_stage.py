@@ -17,16 +17,16 @@ from safetensors.torch import load_file
 
 from bench.registered import made, model_and_sources, workspace_at
 from flows.registry.evidence import broken, evidence
-from tasks.adapters.attach import fresh, load_packaged, publish
+from tasks.adapters.attach import init_adapter, load_packaged, save_adapter
 from tasks.adapters.package import FOLDER
-from tasks.core.artifacts import digests, whole_folder
+from tasks.core.artifacts import atomic_folder, digests
 from tasks.core.errors import BadData
 from tasks.core.layout import LINEAGE
 from tasks.models.loader import model_files
 from tasks.publish.model_card import CARD
 from tasks.register.lineage import lineage_of
 from tasks.register.mlflow_log import log_model
-from tasks.register.sbom import BILL
+from tasks.register.sbom import SBOM
 from tasks.register.stage import register
 from tasks.registry import names as tag
 from tasks.registry.client import connect, run_of
@@ -59,7 +59,7 @@ def test_a_version_holds_all_that_belongs_to_it(
     folder = fetch_model(client, version)
     assert digests(folder) == digests(outputs.model)
     about = folder.parent / ABOUT
-    assert {path.name for path in about.iterdir()} == {CARD, LINEAGE, BILL, SIGNATURE}
+    assert {path.name for path in about.iterdir()} == {CARD, LINEAGE, SBOM, SIGNATURE}
     card = (about / CARD).read_text()
     assert version.description == card
     for said in ("## Figures", "| held_out | 200 | exact_match | 0.750 |", "Apache-2.0", "## Limits", "## Licence"):
@@ -70,7 +70,7 @@ def test_a_version_holds_all_that_belongs_to_it(
     assert lineage["templates"] == dict.fromkeys(("training", "evaluation", "model"), version.tags[tag.TEMPLATE])
     assert version.tags[tag.SIGNED] == "true"
     held = {Path(file.path).name for file in client.list_artifacts(str(version.run_id), version.tags[tag.REPORT])}
-    assert held == {"metrics.json", "examples.parquet", "base.parquet", CARD, LINEAGE, BILL, SIGNATURE}
+    assert held == {"metrics.json", "examples.parquet", "base.parquet", CARD, LINEAGE, SBOM, SIGNATURE}
     metrics = client.get_run(str(version.run_id)).data.metrics
     assert metrics["score.held_out"] == 0.75
     assert broken(client, version) == ""
@@ -186,18 +186,18 @@ def test_every_intervention_is_the_same_to_the_bit_where_its_version_is_loaded(
     client = connect(tmp_path)
     uris, expected = [], []
     for kind in kinds:
-        model: Any = fresh(pico_base, method({**LOREFT, "name": kind, "positions": "f2+l3"}, SFT).adapter)
+        model: Any = init_adapter(pico_base, method({**LOREFT, "name": kind, "positions": "f2+l3"}, SFT).adapter)
         torch.manual_seed(3)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter += 0.1 * torch.randn_like(parameter)
             expected.append(model.eval()(input_ids=torch.tensor([PROMPT])).logits)
-        with whole_folder(tmp_path / kind) as folder:
+        with atomic_folder(tmp_path / kind) as folder:
             for file in model_files(pico_base):
                 shutil.copyfile(file, folder / file.name)
             (folder / FOLDER).mkdir()
-            publish(model, folder / FOLDER)
+            save_adapter(model, folder / FOLDER)
         run = run_of(client, tmp_path, kind, kind, {})
         uris.append(log_model(client, run, tmp_path / kind, None, kind)[1])
     store = client.tracking_uri

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.core.artifacts import digests, whole_folder
+from tasks.core.artifacts import atomic_folder, digests
 from tasks.core.errors import BadInput, BadModel
 from tasks.registry.signing import PASSWORD, SIGNING_KEY, VERIFYING_KEY, sign, signing_key, verify, verify_model
 
@@ -31,7 +31,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    with whole_folder(tmp_path / "model") as folder:
+    with atomic_folder(tmp_path / "model") as folder:
         (folder / "model.safetensors").write_bytes(bytes(range(256)))
         (folder / "adapter").mkdir()
         (folder / "adapter" / "adapter_config.json").write_text("{}")

@@ -9,7 +9,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 from transformers import PreTrainedTokenizerBase
 
-from tasks.core.artifacts import whole_folder
+from tasks.core.artifacts import atomic_folder
 from tasks.core.records import Message
 from tasks.inference.chat import answer
 from tasks.inference.params import GREEDY
@@ -31,7 +31,7 @@ def served(pico_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     from tests.conftest import ROOT
 
     folder = tmp_path_factory.mktemp("served")
-    with whole_folder(folder / "model") as model:
+    with atomic_folder(folder / "model") as model:
         shutil.copytree(pico_base, model, dirs_exist_ok=True)
     mlflow.pyfunc.save_model(
         folder / "version",

@@ -14,11 +14,11 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 
 import tasks.adapters.bottleneck
 import tasks.adapters.reft.tuner  # noqa: F401
-from tasks.adapters.attach import fresh, publish
+from tasks.adapters.attach import init_adapter, save_adapter
 from tasks.core.progress import Progress
 from tasks.core.stage import quiet_libraries
-from tasks.engine.evaluation_hooks import Look, Watch
-from tasks.models.device import settle
+from tasks.engine.evaluation_hooks import EvalHook, EvalHooks
+from tasks.models.device import seed_everything
 from tasks.reports.training_log import HELD_OUT_LOSS
 from tasks.train.losses import held_out_loss
 from tasks.train.trainer import train
@@ -39,11 +39,13 @@ def training(base: str, name: str, folder: str) -> None:
     quiet_libraries()
     torch.set_num_threads(1)
     params, rows, place = METHODS[name], examples(name), Path(folder)
-    settle(params.seed)
-    model = fresh(Path(base), params.adapter, 24)
-    settle(params.seed)
+    seed_everything(params.seed)
+    model = init_adapter(Path(base), params.adapter, 24)
+    seed_everything(params.seed)
     model.train()
-    watch = Watch([Look(HELD_OUT_LOSS, 4, lambda: held_out_loss(model, rows[:4], params))], None, keep_best=True)
+    watch = EvalHooks(
+        [EvalHook(HELD_OUT_LOSS, 4, lambda: held_out_loss(model, rows[:4], params))], None, keep_best=True
+    )
     train(model, rows, params, place / "checkpoints", Progress(name, 24, "steps"), watch=watch)
     (place / "adapter").mkdir(exist_ok=True)
-    publish(model, place / "adapter")
+    save_adapter(model, place / "adapter")

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tasks.adapters.attach import fresh, publish
+from tasks.adapters.attach import init_adapter, save_adapter
 from tasks.core import ranks
 from tasks.core.progress import Progress
 from tasks.core.stage import quiet_libraries
 from tasks.engine import collectives
-from tasks.engine.evaluation_hooks import Look, Watch
-from tasks.models.device import settle
+from tasks.engine.evaluation_hooks import EvalHook, EvalHooks
+from tasks.models.device import seed_everything
 from tasks.models.loader import Model
 from tasks.reports.training_log import HELD_OUT_LOSS
 from tasks.train import fsdp
@@ -56,15 +56,15 @@ def training(base: Path, name: str, folder: Path, stop_after: int = 0) -> None:
             raise KeyboardInterrupt
 
     params, rows = METHODS[name], examples(name, ROWS)
-    settle(params.seed)
-    model = fresh(base, params.adapter, 6).float().train()  # in bf16 the order of sums would tell
+    seed_everything(params.seed)
+    model = init_adapter(base, params.adapter, 6).float().train()  # in bf16 the order of sums would tell
     if ranks.shards_weights():
         fsdp.shard(model)
-    settle(params.seed)
-    watch = Watch([Look(HELD_OUT_LOSS, 2, lambda: held_out_loss(model, rows[:5], params))])
+    seed_everything(params.seed)
+    watch = EvalHooks([EvalHook(HELD_OUT_LOSS, 2, lambda: held_out_loss(model, rows[:5], params))])
     log = train(model, rows, params, folder / "checkpoints", Progress(name, 6, "steps"), on_row, watch=watch)
     if ranks.is_first():
-        publish(model, folder)
+        save_adapter(model, folder)
     note = {"log": log, "held": numbers_held(model), "drawn": torch.rand(1).item()}
     (folder / f"process-{ranks.world().rank}.json").write_text(json.dumps(note))
 

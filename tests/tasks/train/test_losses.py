@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tasks.adapters.attach import fresh
+from tasks.adapters.attach import init_adapter
 from tasks.inference.rows import TokenRow
 from tasks.models.loader import Model
 from tasks.train.examples import Example
@@ -39,7 +39,7 @@ def pairs() -> list[Example]:
 @pytest.fixture
 def model(pico_base: Path) -> Model:
     """A LoRA that is not at its beginning, in float32."""
-    made = fresh(pico_base, method(LORA, SFT).adapter).float()
+    made = init_adapter(pico_base, method(LORA, SFT).adapter).float()
     torch.manual_seed(2)
     with torch.no_grad():
         for parameter in (p for p in made.parameters() if p.requires_grad):

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tasks.adapters.attach import fresh
+from tasks.adapters.attach import init_adapter
 from tasks.inference.rows import TokenRow
 from tasks.models.loader import Model
-from tasks.train.examples import Example, mismatched, replies_of
+from tasks.train.examples import Example, mismatched_pairs, replies_of
 from tasks.train.losses import losses_of
 from tests.helpers.samples import DPO, KTO, LORA, ORPO, SFT, SIMPO, method
 
@@ -158,7 +158,9 @@ def kto(base: Path, folder: Path) -> Theirs:
 
     def loss(step: Sequence[Reply]) -> Tensor:
         """Their mismatched replies are those of the row before, in the order of the data: they are given ours."""
-        others = {tuple(m.ids[: m.prompt_tokens]): m.ids[m.prompt_tokens :] for m in mismatched(replies_of(one(step)))}
+        others = {
+            tuple(m.ids[: m.prompt_tokens]): m.ids[m.prompt_tokens :] for m in mismatched_pairs(replies_of(one(step)))
+        }
         given = [row(reply) | {"KL_completion_ids": others[tuple(reply.prompt)]} for reply in step]
         found: Tensor = trainer.compute_loss(trainer.model, trainer.data_collator(given))
         return found
@@ -229,7 +231,7 @@ def test_losses_gradients_and_twenty_steps_are_trls(pico_base: Path, tmp_path: P
     make, objective, examples_of = CASES[name]
     their_model, their_loss, their_log = make(pico_base, tmp_path)
     params = method(LORA, objective, batch_rows=ROWS, micro_batch_rows=ROWS)
-    model = fresh(pico_base, params.adapter).float().train()
+    model = init_adapter(pico_base, params.adapter).float().train()
     their_model.train()
     torch.manual_seed(3)
     ours, theirs = trained(model), trained(their_model)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tasks.adapters.attach import fresh
+from tasks.adapters.attach import init_adapter
 from tasks.adapters.hooks import body_of
 from tasks.inference.encoder_decoder import PairRow
 from tasks.inference.rows import TokenRow
@@ -56,7 +56,7 @@ def rows() -> list[tuple[TokenRow]]:
 
 
 def test_noise_is_in_training_alone_and_the_same_by_seed(pico_base: Path) -> None:
-    model = fresh(pico_base, method(LORA, SFT).adapter).float()
+    model = init_adapter(pico_base, method(LORA, SFT).adapter).float()
     plain = loss_of(model, rows(), method(LORA, SFT))[0].item()
     assert loss_of(model.eval(), rows(), method(LORA, NOISY))[0].item() == plain
     model.train()
@@ -86,6 +86,6 @@ def test_what_an_encoder_reads_gets_noise_and_what_its_decoder_reads_does_not(tm
     assert torch.equal(*seen["decoder"])
     assert not torch.equal(*seen["encoder"])
     assert body_of(model) is model.get_encoder()
-    trained = fresh(base, method(T5_LORA, SFT).adapter).train()
+    trained = init_adapter(base, method(T5_LORA, SFT).adapter).train()
     loss, _ = loss_of(trained, [(PairRow([5, 6, 7], [8, 1]),)], method(LORA, NOISY))
     assert torch.isfinite(loss)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tasks.adapters.attach import fresh
+from tasks.adapters.attach import init_adapter
 from tasks.core.progress import Progress
 from tasks.inference.logprobs import score_tokens
 from tasks.inference.rows import TokenRow
@@ -46,7 +46,7 @@ def rows(count: int = 5) -> list[TokenRow]:
 
 
 def moved(base: Path, adapter: dict[str, Any]) -> Any:
-    model = fresh(base, method(adapter, DPO).adapter, 9)
+    model = init_adapter(base, method(adapter, DPO).adapter, 9)
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter += 0.1 * torch.randn_like(parameter)
@@ -104,7 +104,7 @@ def test_each_row_is_computed_once_over_epochs_and_retries(
             if row["step"] == die_after:
                 raise KeyboardInterrupt
 
-        train(fresh(pico_base, params.adapter), examples, params, tmp_path, Progress("t", 6, "steps"), on_row)
+        train(init_adapter(pico_base, params.adapter), examples, params, tmp_path, Progress("t", 6, "steps"), on_row)
 
     with pytest.raises(KeyboardInterrupt):
         attempt(3)
@@ -137,7 +137,7 @@ def test_both_references_train_the_same_adapter(pico_base: Path, tmp_path: Path,
             examples: list[Any] = [(row._replace(desirable=n % 2 == 0),) for n, row in enumerate(made)]
         else:
             examples = [(row, row._replace(ids=[*row.ids[:3], 5, *row.ids[4:]])) for row in made]
-        model = fresh(pico_base, params.adapter).float()
+        model = init_adapter(pico_base, params.adapter).float()
         logs.append(train(model, examples, params, tmp_path / str(number), Progress("t", 6, "steps")))
     for one, other in zip(*logs, strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-4)

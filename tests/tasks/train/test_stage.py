@@ -13,13 +13,13 @@ import torch
 
 import tasks.train.trainer
 from flows.run.edit_params import change_params
-from tasks.adapters.attach import fresh
-from tasks.core.artifacts import read_manifest, whole_folder
+from tasks.adapters.attach import init_adapter
+from tasks.core.artifacts import atomic_folder, read_manifest
 from tasks.core.errors import BadModel
 from tasks.core.parquet import write_rows
 from tasks.core.progress import Progress
 from tasks.inference.rows import TokenRow
-from tasks.models.device import settle
+from tasks.models.device import seed_everything
 from tasks.render.stage import rendered_schema
 from tasks.train.losses import _LOSSES, held_out_loss
 from tasks.train.params import Method
@@ -39,7 +39,7 @@ def rendered(tmp_path: Path) -> Path:
 
 
 def write_chats(target: Path, counts: dict[str, int]) -> Path:
-    with whole_folder(target) as folder:
+    with atomic_folder(target) as folder:
         for split, count in counts.items():
             rows = [
                 {"id": str(n), "family": "", "ids": row.ids, "mask": row.mask, "prompt_tokens": row.prompt_tokens}
@@ -176,8 +176,8 @@ def test_memory_that_runs_out_is_one_clear_error_or_none(
 
 def test_nothing_to_train_is_refused(pico_base: Path, tmp_path: Path) -> None:
     params = method(LORA, SFT)
-    settle(1)
-    model = fresh(pico_base, params.adapter, 3).requires_grad_(False)
+    seed_everything(1)
+    model = init_adapter(pico_base, params.adapter, 3).requires_grad_(False)
     with pytest.raises(BadModel, match="no trainable parameters"):
         train(model, examples("qlora"), params, tmp_path, Progress("t", 1, "steps"))
 
@@ -215,8 +215,8 @@ def test_the_schedule_of_params_is_the_one_that_is_followed() -> None:
 def test_schedule_free_trains_and_publishes_its_average(pico_base: Path, tmp_path: Path) -> None:
     pytest.importorskip("schedulefree")
     params = method(LORA, SFT, optimizer="adamw_schedule_free", schedule="constant", epochs=6)
-    settle(1)
-    model = fresh(pico_base, params.adapter, 18)
+    seed_everything(1)
+    model = init_adapter(pico_base, params.adapter, 18)
     rows = examples("qlora")
     before = held_out_loss(model, rows, params)
     train(model, rows, params, tmp_path, Progress("t", 1, "steps"))

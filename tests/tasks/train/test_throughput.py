@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, LlamaConfig
 
 from bench.operations import Needed, matrices, operations_of
-from tasks.adapters.attach import trainable
+from tasks.adapters.attach import make_trainable
 from tasks.inference.rows import TokenRow
 from tasks.train.losses import loss_of
 from tests.helpers.samples import LORA, SFT, method
@@ -36,7 +36,7 @@ def test_operations_are_those_that_pytorch_counts() -> None:
 
     torch.manual_seed(0)
     params = method({**LORA, "rank": 4, "targets": "all-linear"}, SFT)
-    model = trainable(LlamaForCausalLM(LLAMA).requires_grad_(False), params.adapter).train()
+    model = make_trainable(LlamaForCausalLM(LLAMA).requires_grad_(False), params.adapter).train()
     row = TokenRow(list(range(3, 43)), [False] * 20 + [True] * 20, 20)
     with FlopCounterMode(display=False) as counter:
         loss_of(model, [(row,)], params)[0].backward()
@@ -58,6 +58,6 @@ def test_every_matrix_is_counted_once_whatever_its_class() -> None:
     from transformers import GPT2LMHeadModel
 
     config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50, n_positions=16)
-    model = trainable(GPT2LMHeadModel(config).requires_grad_(False), method(LORA, SFT).adapter)
+    model = make_trainable(GPT2LMHeadModel(config).requires_grad_(False), method(LORA, SFT).adapter)
     frozen = sorted(shape for shape, trained in matrices(model) if not trained)
     assert frozen == sorted(2 * [(32, 96), (32, 32), (32, 128), (128, 32)])

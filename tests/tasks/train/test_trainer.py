@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tasks.adapters.attach import fresh, published_state
+from tasks.adapters.attach import init_adapter, published_state
 from tasks.core.errors import BadData, BadParams
 from tasks.core.parquet import write_rows
 from tasks.core.progress import Progress
 from tasks.inference.rows import TokenRow
 from tasks.ingest.stage import Reading
-from tasks.models.device import settle
+from tasks.models.device import seed_everything
 from tasks.registry.client import flat
 from tasks.render.stage import render_rows, rendered_schema
 from tasks.tokenization.architecture import DECODER, ENCODER_DECODER
@@ -99,8 +99,8 @@ def trained(
     base: Path, name: str, folder: Path, params: Method | None = None, die_after: int = 0
 ) -> dict[str, torch.Tensor]:
     params = params or METHODS[name]
-    settle(params.seed)
-    model = fresh(base, params.adapter, params.epochs * 3)
+    seed_everything(params.seed)
+    model = init_adapter(base, params.adapter, params.epochs * 3)
 
     def on_row(row: dict[str, Any]) -> None:
         if row["step"] == die_after:
@@ -131,8 +131,8 @@ def test_the_same_seed_gives_the_same_adapter_and_so_does_a_resumed_training(
 @pytest.mark.parametrize("name", METHODS)
 def test_training_lowers_the_loss_on_what_it_sees(pico_base: Path, tmp_path: Path, name: str) -> None:
     params = METHODS[name].model_copy(update={"epochs": 8})
-    settle(1)
-    model = fresh(pico_base, params.adapter, 8 * 3)
+    seed_everything(1)
+    model = init_adapter(pico_base, params.adapter, 8 * 3)
     rows = examples(name)
     reference = reference_for(model, rows, rows, params, tmp_path)
     before = held_out_loss(model, rows, params, reference)
@@ -152,8 +152,8 @@ def test_weight_decay_leaves_the_rows_of_r_orthonormal(pico_base: Path, tmp_path
 def test_the_order_of_rows_in_a_batch_and_their_padding_do_not_matter(
     pico_base: Path, tmp_path: Path, name: str
 ) -> None:
-    settle(1)
-    model = fresh(pico_base, METHODS[name].adapter, 3).float().eval()
+    seed_everything(1)
+    model = init_adapter(pico_base, METHODS[name].adapter, 3).float().eval()
     rows = examples(name, 6)
     reference = reference_for(model, rows, (), METHODS[name].model_copy(update={"batch_rows": 6}), tmp_path)
     with torch.no_grad():
@@ -198,8 +198,8 @@ def test_gradients_added_up_are_those_of_the_whole_batch(pico_base: Path, name: 
     found = []
     for at_once in (8, rows_at_once):
         params = ADDED[name].model_copy(update={"micro_batch_rows": at_once})
-        settle(1)
-        model = fresh(pico_base, params.adapter, 3).float().train()
+        seed_everything(1)
+        model = init_adapter(pico_base, params.adapter, 3).float().train()
         parameters = [p for p in model.parameters() if p.requires_grad]
         with torch.no_grad():
             for parameter in parameters:
@@ -321,7 +321,7 @@ def test_real_preferences_are_learnt(
     rows = [{k: v[-24:] if k in ids else v for k, v in row.items()} for row in rendered["train", kind]]
     write_rendered(tmp_path, kind, rows)
     log = train(
-        fresh(pico_base, params.adapter),
+        init_adapter(pico_base, params.adapter),
         read_examples(tmp_path, "train", params, DECODER),
         params,
         tmp_path / "checkpoints",
@@ -335,7 +335,7 @@ def test_real_preferences_are_learnt(
 def test_speed_and_memory_are_told_beside_the_log(pico_base: Path, tmp_path: Path) -> None:
     told: list[dict[str, Any]] = []
     params, rows = METHODS["reft"], examples("reft")
-    log = train(fresh(pico_base, params.adapter), rows, params, tmp_path, Progress("t", 1, "steps"), told.append)
+    log = train(init_adapter(pico_base, params.adapter), rows, params, tmp_path, Progress("t", 1, "steps"), told.append)
     assert [row.keys() - kept.keys() for row, kept in zip(told, log, strict=True)] == [
         {"tokens_per_s", "memory_peak_mib"}
     ] * 3

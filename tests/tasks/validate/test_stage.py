@@ -13,8 +13,8 @@ from tasks.core.parquet import as_records, as_table
 from tasks.core.records import KINDS, ChatExample, LabelledReply, Message, PreferencePair, Record, TextExample
 from tasks.ingest.stage import Reading
 from tasks.validate.cross_row_checks import questions_of
-from tasks.validate.decide import Verdict, judge
-from tasks.validate.feature_cache import MOST_ROWS, Memory
+from tasks.validate.decide import ValidationResult, apply_checks
+from tasks.validate.feature_cache import MOST_ROWS, FeatureCache
 from tasks.validate.params import Validate
 from tasks.validate.profile import drift, measure, profile_page, stability
 from tasks.validate.stage import check_share, places_of, split
@@ -44,19 +44,21 @@ def tables(records: Sequence[Record]) -> dict[str, pa.Table]:
     return {kind: as_table(kind, [r for r in records if r.kind == kind]) for kind in KINDS}
 
 
-def verdict_on(records: Sequence[Record], folder: Path, params: Validate | None = None, **given: Any) -> Verdict:
+def verdict_on(
+    records: Sequence[Record], folder: Path, params: Validate | None = None, **given: Any
+) -> ValidationResult:
     params = params or validate_params()
-    return judge(
+    return apply_checks(
         tables(records),
         given.get("benchmarks", {}),
         given.get("held_out", 0.0),
         params,
         folder,
-        Memory(given.get("memory")),
+        FeatureCache(given.get("memory")),
     )
 
 
-def reasons_of(verdict: Verdict) -> dict[str, list[str]]:
+def reasons_of(verdict: ValidationResult) -> dict[str, list[str]]:
     return {verdict.facts["id"][row]: why for row, why in verdict.reasons.items()}
 
 
@@ -123,7 +125,7 @@ BAD: dict[str, tuple[Record, str]] = {
 
 
 @pytest.fixture(scope="module")
-def verdict(tmp_path_factory: pytest.TempPathFactory) -> Verdict:
+def verdict(tmp_path_factory: pytest.TempPathFactory) -> ValidationResult:
     """One run of the suite over good rows and one bad row of every kind, each under an id of its own."""
     records = list(GOOD)
     for name, (record, _) in BAD.items():
@@ -132,12 +134,12 @@ def verdict(tmp_path_factory: pytest.TempPathFactory) -> Verdict:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_row_is_found_with_its_reason(verdict: Verdict, name: str) -> None:
+def test_a_bad_row_is_found_with_its_reason(verdict: ValidationResult, name: str) -> None:
     reasons = reasons_of(verdict)["one" if name == "same id" else name]
     assert any(BAD[name][1] in reason for reason in reasons), reasons
 
 
-def test_good_rows_pass(verdict: Verdict) -> None:
+def test_good_rows_pass(verdict: ValidationResult) -> None:
     assert not reasons_of(verdict).keys() & {r.id for r in GOOD if r.id != "one"}
 
 
@@ -149,7 +151,7 @@ def test_a_row_of_unusual_length_is_found(tmp_path: Path) -> None:
     assert list(reasons_of(verdict_on(records, tmp_path, params))) == ["long"]
 
 
-def test_great_expectations_ran_every_expectation(verdict: Verdict) -> None:
+def test_great_expectations_ran_every_expectation(verdict: ValidationResult) -> None:
     """An empty suite is a success to Great Expectations; ours is not empty, and says so."""
     assert verdict.result["rows"]["statistics"]["evaluated_expectations"] == 24
     assert verdict.result["rows"]["success"] is False
@@ -208,7 +210,9 @@ def test_repairs_are_made_and_recorded(tmp_path: Path) -> None:
     )
     repaired = ("outer_space", "unnormalised", "control_characters", "emails", "mojibake")
     given = tables([chat("x", "ua"), broken])
-    found = judge(given, {}, 0.0, validate_params(dict.fromkeys(repaired, "repair")), tmp_path, Memory(None))
+    found = apply_checks(
+        given, {}, 0.0, validate_params(dict.fromkeys(repaired, "repair")), tmp_path, FeatureCache(None)
+    )
     assert not found.reasons
     now = next(r for r in as_records("chat", given["chat"]) if r.id == "r")
     assert isinstance(now, ChatExample)
@@ -292,7 +296,7 @@ def test_a_key_is_masked_whole_and_found_in_calls(tmp_path: Path) -> None:
         ChatExample(id="call", source="s", messages=(Message("user", "log in"), call)),
     ]
     given = tables(chats)
-    judge(given, {}, 0.0, validate_params({"keys": "repair"}), tmp_path, Memory(None))
+    apply_checks(given, {}, 0.0, validate_params({"keys": "repair"}), tmp_path, FeatureCache(None))
     kept = str(list(as_records("chat", given["chat"])))
     assert "SECRET" not in kept
     assert secret not in kept
@@ -340,13 +344,13 @@ def test_rows_that_did_not_change_are_not_looked_at_again(tmp_path: Path, monkey
     from tasks.validate import row_features
 
     looked: list[int] = []
-    real = row_features.facts_of
+    real = row_features.row_features
 
     def look(table: pa.Table, kind: str) -> Any:
         looked.append(len(table))
         return real(table, kind)
 
-    monkeypatch.setattr(row_features, "facts_of", look)
+    monkeypatch.setattr(row_features, "row_features", look)
     first = [chat(str(n), "ua") for n in range(6)]
     added = [dataclasses.replace(chat(f"n{n}", "ua", "<|im_end|>"), source="t") for n in range(2)]
     before = verdict_on(first, tmp_path / "a", memory=tmp_path / "memory")
@@ -362,10 +366,10 @@ def test_rows_that_did_not_change_are_not_looked_at_again(tmp_path: Path, monkey
 def test_a_row_put_between_others_leaves_all_blocks_but_its_own_as_they_were(tmp_path: Path) -> None:
     rows = as_table("chat", [said(str(n), f"question {n}", f"answer {n * n}") for n in range(20_000)])
     new = as_table("chat", [said("new", "what is new?", "this one")])
-    memory = Memory(tmp_path)
+    memory = FeatureCache(tmp_path)
     memory.facts_of(rows, "chat")
     assert memory.known_rows == 0
-    memory = Memory(tmp_path)
+    memory = FeatureCache(tmp_path)
     memory.facts_of(pa.concat_tables([rows[:50], new, rows[50:]]), "chat")
     assert 20_000 - MOST_ROWS <= memory.known_rows < 20_000
     assert memory.known_rows > 10_000

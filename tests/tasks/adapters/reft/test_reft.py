@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tasks.adapters.positions import parse_positions
 from tasks.adapters.reft import ReftConfig, ReftLayer, from_pyreft, to_pyreft
 from tasks.adapters.reft.interventions import KINDS, Edit, Rotation
-from tasks.adapters.reft.prompt_positions import find, places, prompts_of
+from tasks.adapters.reft.prompt_positions import find_positions, places, prompts_of
 from tasks.adapters.reft.tuner import ReftModel
 from tasks.core.errors import BadModel
 from tests.conftest import REAL_DATA
@@ -152,7 +152,7 @@ def test_edited_tokens_are_those_of_the_prompt_under_any_padding(positions: str)
     rows = [(left, right, prompt) for left in (0, 1, 3) for right in (0, 2) for prompt in (1, 2, 3, 4, None)]
     valid = [[left <= n < columns - right for n in range(columns)] for left, right, _ in rows]
     labels = [[7 if p is not None and n >= left + p else -100 for n in range(columns)] for left, _, p in rows]
-    found = places(find(torch.tensor(valid), torch.tensor(labels)), parse_positions(positions))
+    found = places(find_positions(torch.tensor(valid), torch.tensor(labels)), parse_positions(positions))
     edited = {(int(r), int(c)) for at in found.values() for r, c in zip(*at, strict=True)}
     expected = {(n, column) for n in range(len(rows)) for column in by_hand(valid[n], labels[n], positions)}
     assert edited == expected
@@ -162,7 +162,7 @@ def test_edited_tokens_are_those_of_the_prompt_under_any_padding(positions: str)
 def test_packed_rows_have_a_prompt_each() -> None:
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1]])
     labels = torch.tensor([[-100, -100, 5, 5, -100, 5, 5, -100, -100]])
-    found = find(torch.ones(1, 9, dtype=torch.bool), labels, positions)
+    found = find_positions(torch.ones(1, 9, dtype=torch.bool), labels, positions)
     assert [each.tolist() for each in found] == [[0, 0, 0], [0, 4, 7], [2, 1, 2]]
 
 

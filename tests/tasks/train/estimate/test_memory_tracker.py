@@ -20,15 +20,15 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from bench.limits import peak_bytes
-from tasks.adapters.attach import fresh
+from tasks.adapters.attach import init_adapter
 from tasks.core.progress import Progress
 from tasks.engine.memory import recompute_activations
 from tasks.inference.logprobs import score_tokens
 from tasks.inference.rows import TokenRow
 from tasks.models.device import compute_dtype
 from tasks.train.estimate.estimate import estimate, full_rows
-from tasks.train.estimate.memory_tracker import Cost, rehearse
-from tasks.train.estimate.meta_model import count, hollow, pretend, read_config, tensors_of
+from tasks.train.estimate.memory_tracker import Cost, dry_run_step
+from tasks.train.estimate.meta_model import count, meta_model, read_model_config, tensors_of, to_fake_tensors
 from tasks.train.examples import Example
 from tasks.train.losses import loss_of
 from tasks.train.objectives import sft_loss
@@ -129,8 +129,8 @@ def test_the_estimated_memory_is_that_of_a_real_training(
 ) -> None:
     params = method(adapter, objective, **{"batch_rows": 2, **changes})
     given = rows(4, 512, 2 if objective in (ORPO, DPO) else 1)
-    estimated = estimate(read_config(small_base), params, given, compute_dtype(), CPU).memory
-    model = fresh(small_base, params.adapter).train()
+    estimated = estimate(read_model_config(small_base), params, given, compute_dtype(), CPU).memory
+    model = init_adapter(small_base, params.adapter).train()
     weights = held_bytes(model)
     measured = weights + peak_bytes(lambda: train(model, given, params, tmp_path, Progress("t", 4, "steps")))
     assert estimated.weights == pytest.approx(weights, rel=1e-4)
@@ -143,8 +143,8 @@ def test_so_it_is_where_activations_are_computed_again(
     small_base: Path, tmp_path: Path, adapter: dict[str, Any]
 ) -> None:
     params, given = method(adapter, SFT, batch_rows=2), rows(4, 512)
-    estimated = estimate(read_config(small_base), params, given, compute_dtype(), CPU, recomputing=True).memory
-    model = fresh(small_base, params.adapter).train()
+    estimated = estimate(read_model_config(small_base), params, given, compute_dtype(), CPU, recomputing=True).memory
+    model = init_adapter(small_base, params.adapter).train()
     recompute_activations(model)
     weights = held_bytes(model)
     measured = weights + peak_bytes(lambda: train(model, given, params, tmp_path, Progress("t", 4, "steps")))
@@ -159,8 +159,8 @@ def test_so_it_is_of_pico_models_of_other_shapes(
     folder: Path = request.getfixturevalue(base)
     params = method(adapter, SFT, batch_rows=4, epochs=2)
     given = rows(4, 96)
-    estimated = estimate(read_config(folder), params, given, compute_dtype(), CPU).memory
-    model = fresh(folder, params.adapter).train()
+    estimated = estimate(read_model_config(folder), params, given, compute_dtype(), CPU).memory
+    model = init_adapter(folder, params.adapter).train()
     weights = held_bytes(model)
     measured = weights + peak_bytes(lambda: train(model, given, params, tmp_path, Progress("t", 2, "steps")))
     assert estimated.total == pytest.approx(measured, rel=0.15)
@@ -172,9 +172,9 @@ def step(model: Any, examples: Sequence[Example]) -> Tensor:
 
 def full(config: Any, dtype: torch.dtype, examples: Sequence[Example], optimizer: Any) -> Cost:
     """A step in which every parameter is trained."""
-    model = hollow(config, None, dtype)
-    pretend(model, CPU)
-    return rehearse(model, lambda: [(step(model, examples), {})], optimizer(model.parameters()), 1.0)
+    model = meta_model(config, None, dtype)
+    to_fake_tensors(model, CPU)
+    return dry_run_step(model, lambda: [(step(model, examples), {})], optimizer(model.parameters()), 1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -255,8 +255,8 @@ def test_a_process_has_as_much_resident(small_base: Path, tmp_path: Path, name: 
 def test_arithmetic_is_what_pytorch_counts_on_a_real_step(pico_base: Path) -> None:
     params = method({**LORA, "rank": 4}, SFT, batch_rows=2)
     given = rows(2, 64)
-    estimated = estimate(read_config(pico_base), params, given, compute_dtype(), CPU)
-    model = fresh(pico_base, params.adapter).train()
+    estimated = estimate(read_model_config(pico_base), params, given, compute_dtype(), CPU)
+    model = init_adapter(pico_base, params.adapter).train()
 
     def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return int(sdpa_flop_count(query, key, value))
@@ -284,7 +284,7 @@ def test_frozen_weights_need_4_operations_a_token_and_trained_ones_6() -> None:
     )
     given, tokens = rows(1, 64), 64
     every = (
-        count(hollow(config, None, torch.float32)).all - 2 * 512 * 1024
+        count(meta_model(config, None, torch.float32)).all - 2 * 512 * 1024
     )  # embeddings are looked up, the head is small
     assert full(config, torch.float32, given, torch.optim.AdamW).flops == pytest.approx(6 * every * tokens, rel=0.05)
     params = method({**LORA, "rank": 1}, SFT)

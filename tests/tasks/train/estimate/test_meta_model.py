@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig, MistralConfig, OPTConfig, PreTrainedConfig
 
-from tasks.adapters.attach import fresh
+from tasks.adapters.attach import init_adapter
 from tasks.adapters.params import QloraAdapter
 from tasks.core.errors import BadModel
 from tasks.models.device import compute_dtype
-from tasks.train.estimate.meta_model import count, hollow, pretend, read_config, tensors_of
+from tasks.train.estimate.meta_model import count, meta_model, read_model_config, tensors_of, to_fake_tensors
 from tests.helpers.samples import LEARNT_PROMPTS, LORA, LORA_8_BIT, LOREFT, QLORA, SFT, method
 
 BOFT = {"name": "peft", "method": "BOFT", "config": {}}
@@ -92,7 +92,7 @@ def test_parameters_are_those_that_are_known(
 ) -> None:
     published = config if isinstance(config, dict) else config.to_dict()
     (tmp_path / "config.json").write_text(json.dumps(published))
-    model: Any = hollow(read_config(tmp_path), method(adapter, SFT).adapter, torch.bfloat16)
+    model: Any = meta_model(read_model_config(tmp_path), method(adapter, SFT).adapter, torch.bfloat16)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert count(model) == (trained, every)
     model.print_trainable_parameters()
@@ -102,12 +102,12 @@ def test_parameters_are_those_that_are_known(
 
 
 def test_a_4_bit_weight_counts_its_numbers() -> None:
-    plain, packed = (hollow(LLAMA_2_7B, method(each, SFT).adapter, torch.bfloat16) for each in (LORA, QLORA))
+    plain, packed = (meta_model(LLAMA_2_7B, method(each, SFT).adapter, torch.bfloat16) for each in (LORA, QLORA))
     assert count(plain) == count(packed)
 
 
 def test_without_an_adapter_everything_is_trained() -> None:
-    assert count(hollow(LLAMA_2_7B, None, torch.float32)) == (6_738_415_616, 6_738_415_616)
+    assert count(meta_model(LLAMA_2_7B, None, torch.float32)) == (6_738_415_616, 6_738_415_616)
 
 
 @pytest.mark.parametrize(
@@ -125,9 +125,9 @@ def test_without_an_adapter_everything_is_trained() -> None:
 )
 def test_a_hollow_model_holds_what_the_loaded_one_does(pico_base: Path, adapter: dict[str, Any]) -> None:
     params = method(adapter, SFT).adapter
-    made = hollow(read_config(pico_base), params, compute_dtype())
-    pretend(made, torch.device("cpu"))
-    loaded = fresh(pico_base, params)
+    made = meta_model(read_model_config(pico_base), params, compute_dtype())
+    to_fake_tensors(made, torch.device("cpu"))
+    loaded = init_adapter(pico_base, params)
 
     def shapes(model: Any) -> list[tuple[str, tuple[int, ...], torch.dtype, bool]]:
         return [(name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in model.named_parameters()]
@@ -146,9 +146,9 @@ def test_4_bit_weights_take_half_a_byte_and_their_constants() -> None:
     bits = {}
     for double in (False, True):
         adapter = QloraAdapter.model_validate({**QLORA, "double_quantization": double})
-        model = hollow(LLAMA_2_7B, adapter, torch.bfloat16)
+        model = meta_model(LLAMA_2_7B, adapter, torch.bfloat16)
         layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj.base_layer")
-        pretend(layer, torch.device("cpu"))
+        to_fake_tensors(layer, torch.device("cpu"))
         bits[double] = sum(tensor.nbytes for tensor in tensors_of(layer)) * 8 / (4096 * 11008)
     assert bits[False] == pytest.approx(4 + 32 / 64, abs=0.001)
     assert bits[True] == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=0.001)
@@ -156,17 +156,17 @@ def test_4_bit_weights_take_half_a_byte_and_their_constants() -> None:
 
 def test_8_bit_weights_take_a_byte_and_a_float_for_each_row() -> None:
     """Vector-wise quantization (section 2.1 of LLM.int8(), arXiv:2208.07339)."""
-    model = hollow(LLAMA_2_7B, method(LORA_8_BIT, SFT).adapter, torch.bfloat16)
+    model = meta_model(LLAMA_2_7B, method(LORA_8_BIT, SFT).adapter, torch.bfloat16)
     layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj.base_layer")
-    pretend(layer, torch.device("cpu"))
+    to_fake_tensors(layer, torch.device("cpu"))
     assert sum(tensor.nbytes for tensor in tensors_of(layer)) == 4096 * 11008 + 4 * 11008
 
 
 def test_a_config_is_read_from_a_folder_or_a_file_of_any_name(pico_base: Path, tmp_path: Path) -> None:
     other = tmp_path / "shape of mine.json"
     other.write_bytes((pico_base / "config.json").read_bytes())
-    read, expected = read_config(other), AutoConfig.from_pretrained(pico_base)
-    assert read.to_diff_dict() == expected.to_diff_dict() == read_config(pico_base).to_diff_dict()
+    read, expected = read_model_config(other), AutoConfig.from_pretrained(pico_base)
+    assert read.to_diff_dict() == expected.to_diff_dict() == read_model_config(pico_base).to_diff_dict()
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_what_is_no_config_is_refused(tmp_path: Path, content: str | None, said:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(BadModel, match=said):
-        read_config(tmp_path)
+        read_model_config(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -210,4 +210,4 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(BadModel, match=said):
-        hollow(read_config(tmp_path), method(adapter, SFT).adapter, torch.float32)
+        meta_model(read_model_config(tmp_path), method(adapter, SFT).adapter, torch.float32)
