@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bench.clock import ROOT, machine
 
-TEMPER = [sys.executable, "-m", "flows.cli.main"]
+TEMPER = [sys.executable, "-m", "flows.cli"]
 DVC = [sys.executable, "-m", "dvc"]
 
 

@@ -34,7 +34,7 @@ def made(folder: Path, base: Path, right: int, *, of: int = 200, method: str = "
     tokenizer = load_tokenizer(base)
     template, ids = template_digest(tokenizer), list(tokenizer("What is learnt?")["input_ids"])
     for place in (places.model, places.base):
-        with atomic_folder(place, {"kind": "local"}) as draft:
+        with atomic_folder(place, {"base": {"kind": "local"}}) as draft:
             for file in model_files(base):
                 shutil.copyfile(file, draft / file.name)
             if place == places.model:

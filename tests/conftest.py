@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from filelock import FileLock
 from tasks.core.stage import quiet_libraries
 
 quiet_libraries()
+os.environ.setdefault("TEMPER_COMPUTE_DTYPE", "float32")  # as on a machine without fast bf16, whatever this one has
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,6 +71,21 @@ def tokenizer(pico_base: Path) -> PreTrainedTokenizerBase:
     return load_tokenizer(pico_base)
 
 
+@pytest.fixture(autouse=True)
+def numeric_state() -> Iterator[None]:
+    """Give back what a test changed of the process: how it computes must not depend on the tests before."""
+    torch = sys.modules.get("torch")
+    threads = torch.get_num_threads() if torch else None
+    yield
+    if torch := sys.modules.get("torch"):
+        torch.set_flush_denormal(False)
+        torch.use_deterministic_algorithms(False)
+        torch.set_default_dtype(torch.float32)
+        torch.set_grad_enabled(True)
+        if threads:
+            torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def random() -> Random:
     """A seeded generator."""
@@ -110,7 +126,7 @@ def temper(
     workspace: Path, *words: str, code: int = 0, timeout: int = 600, **extra: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs the command line as a user does; fails the test when the exit code is another."""
-    command = [sys.executable, "-m", "flows.cli.main", *words]
+    command = [sys.executable, "-m", "flows.cli", *words]
     done = subprocess.run(
         command, cwd=workspace, env=environment(**extra), capture_output=True, text=True, timeout=timeout, check=False
     )
@@ -126,7 +142,7 @@ class Beside:
     def __init__(self, workspace: Path, *words: str) -> None:
         self._file = (workspace.parent / "said.txt").open("w+")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "flows.cli.main", *words],
+            [sys.executable, "-m", "flows.cli", *words],
             cwd=workspace,
             env=environment(),
             stdout=self._file,

@@ -285,7 +285,3 @@ def main() -> None:
             err=True,
         )
         sys.exit(TemperError.exit_code)
-
-
-if __name__ == "__main__":
-    main()

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -80,7 +81,7 @@ def code_folders(workspace: Path, stage: str) -> list[str]:
     """Return the folders of code that a stage depends on, such as `tasks/core`; of all its instances the same."""
     body = _read(workspace / PIPELINE)["stages"][stage]
     deps = (body["do"] if "foreach" in body else body)["deps"]
-    return [dep for dep in deps if dep.startswith("tasks/")]
+    return [dep for dep in deps if is_code(dep)]
 
 
 def is_written_by_python(path: Path) -> bool:
@@ -108,15 +109,25 @@ def check_sources(workspace: Path, nodes: Mapping[str, Node]) -> None:
 
 
 def content_key(workspace: Path, node: Node) -> str:
-    """Compute the identity of a stage's inputs: command, params, DVC's hash of each dependency (16 hex digits)."""
-    return key_of(node.command, {dep: dvc_hash(workspace / dep) for dep in node.deps}, node.params)
+    """Compute the identity of what determines a stage's result: command, params, data and library versions.
+
+    Code is not in it: whether a stage reruns when code changes is DVC's decision, by the folders of code among its
+    dependencies; a checkpoint of the same key goes on after a comment was changed.
+
+    Returns:
+        16 hex digits.
+    """
+    data = {dep: dvc_hash(workspace / dep) for dep in node.deps if not is_code(dep)}
+    return key_of(node.command, data, node.params)
 
 
 def recorded_keys(workspace: Path) -> dict[str, str]:
-    """Return the content key of every stage's last success, from the hashes in dvc.lock."""
+    """Compute the content key of every stage's last success, from the hashes in dvc.lock."""
     return {
         name: key_of(
-            e["cmd"], {dep["path"]: dep["md5"] for dep in e.get("deps", [])}, e.get("params", {}).get(PARAMS, {})
+            e["cmd"],
+            {dep["path"]: dep["md5"] for dep in e.get("deps", []) if not is_code(dep["path"])},
+            e.get("params", {}).get(PARAMS, {}),
         )
         for name, e in _recorded(workspace).items()
     }
@@ -158,10 +169,24 @@ def overlap(one: str, other: str) -> bool:
     return a[: len(b)] == b or b[: len(a)] == a
 
 
-def key_of(command: str, deps: Mapping[str, str], params: Mapping[str, Any]) -> str:
-    """Compute the key for hashes that are known already, such as those in dvc.lock."""
-    read = json.dumps([command, sorted(deps.items()), sorted(params.items())], sort_keys=True)
+def key_of(command: str, data: Mapping[str, str], params: Mapping[str, Any]) -> str:
+    """Compute the key for hashes that are known already, such as those in dvc.lock, under the libraries of now."""
+    read = json.dumps([command, sorted(data.items()), sorted(params.items()), library_versions()], sort_keys=True)
     return hashlib.sha256(read.encode()).hexdigest()[:16]
+
+
+@lru_cache
+def library_versions() -> Mapping[str, str]:
+    """Look up the versions of the libraries whose numbers a result is made of."""
+    from importlib.metadata import version
+
+    names = ("accelerate", "bitsandbytes", "numpy", "peft", "schedulefree", "tokenizers", "torch", "transformers")
+    return {name: version(name) for name in names}
+
+
+def is_code(dep: str) -> bool:
+    """Return whether a dependency is a folder of code."""
+    return dep.startswith("tasks/")
 
 
 def dvc_hash(path: Path) -> str:
@@ -182,6 +207,11 @@ def dvc_hash(path: Path) -> str:
         key=lambda entry: entry["relpath"],
     )
     return hashlib.md5(json.dumps(listing, sort_keys=True).encode(), usedforsecurity=False).hexdigest() + ".dir"
+
+
+def read_values(workspace: Path) -> dict[str, Any]:
+    """Read the values of params.yaml, unchecked."""
+    return _read(workspace / PARAMS)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import argparse
 import errno
 import logging
 import os
+import shlex
 import sys
 import threading
 import time
@@ -111,9 +112,10 @@ def run_stage(
     die_with_owner()
     with readable_errors():
         workspace = pipeline.find_workspace(Path.cwd())
-        node = pipeline.load(workspace).get(os.environ.get("DVC_STAGE", ""))
+        nodes = pipeline.load(workspace)
+        node = nodes.get(os.environ.get("DVC_STAGE", ""))
         if node is None:  # by hand, without DVC
-            yield StageContext(workspace, arguments, key=_key_by_hand(workspace, vars(arguments)))
+            yield StageContext(workspace, arguments, key=_key_by_hand(workspace, nodes, vars(arguments)))
             return
         before = _fingerprint(workspace, node)
         yield StageContext(workspace, arguments, key=pipeline.content_key(workspace, node))
@@ -196,15 +198,26 @@ def die_with_owner() -> None:
     threading.Thread(target=watch, name="die-with-owner", daemon=True).start()
 
 
-def _key_by_hand(workspace: Path, arguments: Mapping[str, str]) -> str:
-    """Compute the identity of a stage's inputs without DVC: arguments, params, every path but the result's."""
-    paths = [
-        pipeline.PARAMS,
-        *(value for name, value in arguments.items() if name not in ("item", "out") and Path(value).exists()),
-    ]
-    module = sys.modules["__main__"].__spec__
-    command = f"{module.name if module else ''} {sorted(arguments.items())}"
-    return pipeline.key_of(command, {path: pipeline.dvc_hash(workspace / path) for path in paths}, {})
+def _key_by_hand(workspace: Path, nodes: Mapping[str, pipeline.Node], arguments: Mapping[str, str]) -> str:
+    """Compute the identity of a stage's inputs without DVC.
+
+    The very command of a stage of dvc.yaml has that stage's key. Any other has one of its arguments, the values in
+    params.yaml and the data that it names.
+    """
+    words = [module_of_main(), *sys.argv[1:]]
+    for node in nodes.values():
+        if shlex.split(node.command)[2:] == words:
+            return pipeline.content_key(workspace, node)
+    data = [path for name, path in arguments.items() if name not in ("item", "out") and Path(path).exists()]
+    command = f"{words[0]} {sorted(arguments.items())}"
+    hashes = {path: pipeline.dvc_hash(workspace / path) for path in data}
+    return pipeline.key_of(command, hashes, pipeline.read_values(workspace))
+
+
+def module_of_main() -> str:
+    """Return what `python -m` was given: of a package that is run, its own name."""
+    spec = sys.modules["__main__"].__spec__
+    return spec.name.removesuffix(".__main__") if spec else ""
 
 
 def _fingerprint(workspace: Path, node: pipeline.Node) -> object:

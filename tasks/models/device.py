@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
+from tasks.core.errors import BadParams
 from tasks.core.ranks import ALONE, world
 
 if TYPE_CHECKING:
     import torch
+
+COMPUTE_DTYPE = "TEMPER_COMPUTE_DTYPE"
 
 FAST_BF16 = "amx_bf16"
 """The CPU feature with which bf16 matrix products are several times faster than fp32 ones.
@@ -26,9 +30,21 @@ def device() -> torch.device:
 
 
 def compute_dtype() -> torch.dtype:
-    """bf16 where this machine is fast at it, else fp32; never fp16, which overflows."""
+    """Return what TEMPER_COMPUTE_DTYPE names, or bf16 where this machine is fast at it, else fp32; never fp16.
+
+    fp16 overflows. The variable makes machines of several kinds compute alike.
+
+    Raises:
+        BadParams: it names neither.
+    """
     import torch
 
+    if named := os.environ.get(COMPUTE_DTYPE):
+        if named not in ("float32", "bfloat16"):
+            raise BadParams(
+                "is no dtype to compute in", where=COMPUTE_DTYPE, got=named, expected="float32 or bfloat16, or not set"
+            )
+        return torch.float32 if named == "float32" else torch.bfloat16
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     return torch.bfloat16 if has_fast_bf16() else torch.float32

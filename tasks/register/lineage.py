@@ -37,7 +37,7 @@ def lineage_of(
         workspace: whose commit it is.
         method: which trained it.
         made: what the stages made.
-        key: the content key of the stage `register`.
+        key: of the version, as `version_key` computes it.
         model_name: that it is registered under.
         sources: of the rows, by name: kind, use and licence.
     """

@@ -11,14 +11,15 @@ Fails:  MLflow does not answer (75, retried); a signing key that cannot be used 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from tasks.core.artifacts import as_json, atomic_write
-from tasks.core.layout import STATE, cost_file
+from tasks.core.artifacts import as_json, atomic_write, digest, read_manifest
+from tasks.core.layout import EXAMPLES, METRICS, STATE, cost_file
 from tasks.core.stage import run_stage
 from tasks.publish.model_card import version_card
 from tasks.register.lineage import StagePaths, lineage_of
@@ -81,13 +82,29 @@ def register(
     return remove_doubles(client, model, key)
 
 
+def version_key(method: str, made: StagePaths) -> str:
+    """Compute the identity of a version: its method, and the bytes of the model and of its report.
+
+    So a changed comment, which makes DVC run stages again to the same bytes, makes no second version of a model.
+
+    Returns:
+        64 hex digits.
+    """
+    files = read_manifest(made.model)["files"]
+    lines = [f"{name} {file['sha256']}" for name, file in sorted(files.items())]
+    report = (made.reports / EXAMPLES, made.reports / METRICS, made.baseline)
+    lines += [method, *(f"{path.name} {digest(path)}" for path in report)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
 def main() -> None:
     """Run the stage `register@METHOD`."""
     with run_stage(__doc__, *StagePaths._fields, "out", item="method") as stage:
         model, made = stage.section("register", Register).model, StagePaths(*map(stage.path, StagePaths._fields))
         sources = {name: each.model_dump() for name, each in stage.section("ingest.sources", dict[str, Source]).items()}
         with answering(stage.workspace):
-            version = register(stage.workspace, stage.item, made, stage.key, model, sources)
+            key = version_key(stage.item, made)
+            version = register(stage.workspace, stage.item, made, key, model, sources)
             client = connect(stage.workspace)
             for alias in (CHALLENGER, stage.item):
                 client.set_registered_model_alias(model, alias, version.version)
@@ -95,7 +112,7 @@ def main() -> None:
             "model": model,
             "version": str(version.version),
             "run": version.run_id,
-            "key": stage.key,
+            "key": key,
             "method": stage.item,
         }
         atomic_write(stage.path("out"), as_json(about))

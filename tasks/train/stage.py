@@ -100,7 +100,7 @@ def say_what_was_kept(name: str, log: Log, watch: EvalHooks, steps: int, before:
 
 def main() -> None:
     """Run the stage `train@METHOD`, in one process or in several that were launched together."""
-    launcher.launch_if_asked("tasks.train.trainer")
+    launcher.launch_if_asked("tasks.train")
     with run_stage(__doc__, "base", "rendered", "out", item="method") as stage, collectives.group():
         fits = f"what `temper estimate --method {stage.item}` says would fit"
         alone = ranks.world() == ranks.ALONE

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import compileall
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -220,6 +222,27 @@ def test_our_hashes_are_dvcs(clone: Path, tmp_path: Path) -> None:
     for path in (tmp_path / "d", tmp_path / "d" / "a", clone / "tasks"):
         _, _, built = build(store, str(path), fs, "md5")
         assert pipeline.dvc_hash(path) == built.hash_info.value
+
+
+def test_what_python_writes_beside_code_is_no_change_of_it_to_dvc_or_to_us(clone: Path, tmp_path: Path) -> None:
+    from dvc.repo import Repo
+    from dvc_data.hashfile.build import build
+    from dvc_data.hashfile.db import HashFileDB
+    from dvc_objects.fs.local import LocalFileSystem
+
+    workspace = tmp_path / "a clone"
+    shutil.copytree(clone, workspace)
+    room = workspace / "tasks" / "core"
+    before = pipeline.dvc_hash(room)
+    compileall.compile_dir(room, quiet=1)
+    (room / "stray.pyc").write_bytes(b"x")
+    assert list(room.glob("__pycache__/*.pyc"))
+    fs = LocalFileSystem()  # type: ignore[no-untyped-call]
+    with Repo(workspace) as repo:
+        _, _, built = build(HashFileDB(fs, str(tmp_path / "cache")), str(room), fs, "md5", ignore=repo.dvcignore)
+    assert pipeline.dvc_hash(room) == built.hash_info.value == before
+    (room / "errors.py").write_text("# another")
+    assert pipeline.dvc_hash(room) != before
 
 
 def test_outputs_are_not_in_git(clone: Path) -> None:

@@ -84,8 +84,16 @@ def test_an_interrupt_saves_a_checkpoint_and_the_next_run_goes_on_from_it(
     assert "`temper run` goes on from here" in run.said()
     assert "Traceback" not in run.said()
     assert checkpointed(longer)
+    comment(longer, "tasks/engine/loop.py", "tasks/core/stage.py")  # which code ran is no part of a checkpoint's key
     assert "going on from the checkpoint" in dvc(longer, "repro", "--single-item", "train@qlora")
     assert digests(longer, "data/adapters/qlora") == undisturbed
+
+
+def comment(workspace: Path, *files: str) -> None:
+    """Change nothing in some files of code but a comment."""
+    for name in files:
+        file = workspace / name
+        file.write_text(f"{file.read_text()}\n# a comment\n")
 
 
 def test_a_killed_flow_leaves_no_process_and_no_ghost(longer: Path) -> None:
@@ -118,6 +126,14 @@ def test_the_same_content_registered_twice_is_the_same_version(copy: Path) -> No
     before = note.read_bytes()
     note.unlink()  # as if the stage had been killed after it had made the version
     assert "register@qlora" in dvc(copy, "repro", "--single-item", "register@qlora")
+    assert note.read_bytes() == before
+
+
+def test_a_changed_comment_registers_no_second_version(copy: Path) -> None:
+    note = copy / "data" / "reports" / "qlora" / "registered.json"
+    before = note.read_bytes()
+    comment(copy, "tasks/register/sbom.py", "tasks/core/errors.py")
+    assert "Running stage 'register@qlora'" in dvc(copy, "repro", "--single-item", "register@qlora")
     assert note.read_bytes() == before
     with sqlite3.connect(copy / ".temper" / "mlflow.db") as database:
         assert database.execute("select count(*) from model_versions").fetchone() == (3,)

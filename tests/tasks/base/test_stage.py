@@ -207,7 +207,7 @@ def run_base(workspace: Path, base: dict[str, Any], code: int) -> str:
     (workspace / "data" / "clean").mkdir(exist_ok=True)
     write_records(workspace / "data" / "clean", texts(60))
     done = subprocess.run(
-        [sys.executable, "-m", "tasks.base.stage", "--out", "data/base"],
+        [sys.executable, "-m", "tasks.base", "--out", "data/base"],
         cwd=workspace,
         env=environment(),
         capture_output=True,

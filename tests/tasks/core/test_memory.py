@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from tasks.adapters.attach import init_adapter
-from tasks.core import memory
 from tasks.core.errors import BadModel, OutOfMemory
 from tasks.core.memory import asked_bytes, explain_out_of_memory, kills_for_memory, ran_out
 from tasks.core.progress import Progress
@@ -101,7 +100,7 @@ def test_kills_are_counted_by_the_control_group_or_the_machine(tmp_path: Path) -
 
 def test_after_a_kill_for_memory_the_next_attempt_takes_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kills = 3
-    monkeypatch.setattr(memory, "kills_for_memory", lambda: kills)
+    monkeypatch.setattr("tasks.engine.memory.kills_for_memory", lambda: kills)
 
     def dies(for_memory: int) -> int:
         """One attempt that ends without a word; returns with how many rows it began."""
@@ -288,8 +287,8 @@ CAPPED = """
 import psutil, resource, sys, torch
 from torch import nn
 from pathlib import Path
-from tasks.engine.loop import Course, run
-from tasks.engine.memory import RowsAtOnce
+from tasks.engine.loop import TrainingPlan, train_loop
+from tasks.engine.memory import AdaptiveMicroBatch
 from tasks.core.stage import readable_errors
 from tasks.core.progress import Progress
 
@@ -299,16 +298,16 @@ inputs = torch.randn(2048, 64)
 def curve(name, fit):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 1 << 14), nn.Tanh(), nn.Linear(1 << 14, 1))
-    rows = RowsAtOnce(2048, fit=fit)
+    rows = AdaptiveMicroBatch(2048, fit=fit)
 
     def losses(step):
         for start in range(0, 2048, rows.rows):
             yield model(inputs[start : start + rows.rows]).square().sum() / 2048, {}
 
-    course = Course(4, lambda step: 1e-3, losses, lambda step: [], 1.0, 100)
+    course = TrainingPlan(4, lambda step: 1e-3, losses, lambda step: [], 1.0, 100)
     optimizer = torch.optim.AdamW(model.parameters())
     folder = Path(sys.argv[1]) / name
-    log = run(course, dict(model.named_parameters()), [optimizer], folder, Progress("t", 4, "s"), rows=rows)
+    log = train_loop(course, dict(model.named_parameters()), [optimizer], folder, Progress("t", 4, "s"), rows=rows)
     print("LOSSES", *(row["loss"] for row in log), flush=True)
 
 curve("free", True)
@@ -338,10 +337,10 @@ def test_an_allocator_that_the_system_caps(tmp_path: Path) -> None:
 FAULTS = """
 import resource, sys
 import torch
-from tasks.engine.memory import keep_freed_memory
+from tasks.engine.memory import keep_freed_blocks
 
 if sys.argv[1] == "kept":
-    keep_freed_memory()
+    keep_freed_blocks()
 for step in range(20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.empty(64 << 20, dtype=torch.uint8).fill_(1)

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tasks.core import pipeline
 from tasks.orchestration.dvc_session import PipelineRun, stage_exit_code
 from tests.conftest import ROOT, dvc, environment, git
 
@@ -24,7 +25,7 @@ stages:
     cmd: python -m tasks.work --out out
     deps:
       - input.txt
-      - tasks/work.py
+      - tasks/work
     params:
       - work
     outs:
@@ -39,12 +40,12 @@ from pathlib import Path
 from ruamel.yaml import YAML
 from tasks.core import stage as process
 from tasks.core.errors import BadData, Interrupted, TemperError
-from tasks.core.artifacts import whole_folder
+from tasks.core.artifacts import atomic_folder
 
 with process.run_stage(__doc__, "out") as stage:
     what = YAML(typ="safe").load(Path("params.yaml"))["work"]
     Path("key.txt").write_text(stage.key)
-    with whole_folder(stage.path("out")) as folder:
+    with atomic_folder(stage.path("out")) as folder:
         (folder / "done").write_text("done")
         Path("running").write_text(str(os.getpid()))
         time.sleep(what["seconds"])
@@ -75,15 +76,17 @@ with process.run_stage(__doc__, "out") as stage:
 def small(tmp_path: Path) -> Path:
     """A workspace with a single stage that does what its params say."""
     folder = tmp_path / "small work space"
-    (folder / "tasks").mkdir(parents=True)
-    for file in (ROOT / "tasks").glob("*.py"):
-        (folder / "tasks" / file.name).write_bytes(file.read_bytes())
-    (folder / "tasks" / "work.py").write_text(WORK)
+    (folder / "tasks" / "work").mkdir(parents=True)
+    (folder / "tasks" / "__init__.py").write_text("")
+    shutil.copytree(ROOT / "tasks" / "core", folder / "tasks" / "core", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "tasks" / "work" / "__init__.py").write_text("")
+    (folder / "tasks" / "work" / "__main__.py").write_text(WORK)
     (folder / "params.yaml").write_text(PARAMS)
     (folder / "dvc.yaml").write_text(PIPELINE)
     (folder / "input.txt").write_text("1")
     git(folder, "init", "--quiet")
     dvc(folder, "init", "--quiet")
+    shutil.copy(ROOT / ".dvcignore", folder)
     return folder
 
 
@@ -191,6 +194,41 @@ def test_the_content_key_is_the_one_that_dvc_records(small: Path) -> None:
 
     dvc(small, "repro")
     assert (small / "key.txt").read_text() == recorded_keys(small)["work"]
+
+
+def test_by_hand_a_stage_has_the_key_that_dvc_gives_it(small: Path) -> None:
+    dvc(small, "repro")
+    recorded = (small / "key.txt").read_text()
+    command = [sys.executable, "-m", "tasks.work", "--out", "out"]
+    subprocess.run(command, cwd=small, env=environment(), check=True)
+    assert (small / "key.txt").read_text() == recorded
+
+
+def test_the_key_is_of_params_data_and_libraries_and_not_of_code(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def key() -> str:
+        return pipeline.content_key(small, pipeline.load(small)["work"])
+
+    keys = [key()]
+    work = small / "tasks" / "work" / "__main__.py"
+    work.write_text(f"{work.read_text()}\n# a comment")
+    (small / "params.yaml").write_text(f"# a comment\n{PARAMS}")
+    assert key() == keys[0]
+    say(small, "nothing", 1)
+    keys.append(key())
+    (small / "input.txt").write_text("other data")
+    keys.append(key())
+    monkeypatch.setattr(pipeline, "library_versions", lambda: {"torch": "0.0.1"})
+    keys.append(key())
+    assert len(set(keys)) == 4
+
+
+def test_bytecode_that_python_writes_while_the_stage_runs_is_no_edit(small: Path) -> None:
+    late = small / "tasks" / "work" / "late.py"
+    late.write_text("")
+    work = small / "tasks" / "work" / "__main__.py"
+    work.write_text(work.read_text().replace("    what =", "    import tasks.work.late\n    what =", 1))
+    dvc(small, "repro", PYTHONDONTWRITEBYTECODE="")
+    assert list(late.parent.glob("__pycache__/late.*.pyc"))
 
 
 def wait_for(path: Path, seconds: float = 30) -> str:

@@ -197,7 +197,7 @@ def test_a_4_bit_base_with_an_adapter_is_scored_as_in_lm_eval(
     pico_base: Path, tokenizer: PreTrainedTokenizerBase, random: Random
 ) -> None:
     adapter: Any = method({**QLORA, "compute_dtype": "float32"}, SFT).adapter
-    model = make_trainable(load_model(pico_base, adapter), adapter).float().eval()
+    model = make_trainable(load_model(pico_base, adapter.base_quantization), adapter).float().eval()
     moved(model)
     agree(ours(model, tokenizer), stock(model, tokenizer), questions(random, 10, 40))
 

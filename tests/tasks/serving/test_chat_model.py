@@ -35,7 +35,7 @@ def served(pico_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         shutil.copytree(pico_base, model, dirs_exist_ok=True)
     mlflow.pyfunc.save_model(
         folder / "version",
-        python_model=str(ROOT / "tasks" / "served.py"),
+        python_model=str(ROOT / "tasks" / "serving" / "chat_model.py"),
         artifacts={"model": str(folder / "model")},
         signature=chat_signature(),
         input_example=asking("Hello"),

@@ -32,7 +32,7 @@ def begin(workspace: Path, config: str, **settings: object) -> subprocess.Popen[
         write_chats(workspace / "rendered", {"train": 11, "held_out": 5})
     words = ["reft", "--base", "models/tiny", "--rendered", "rendered", "--out", "out"]
     return subprocess.Popen(
-        [sys.executable, "-m", "tasks.train.trainer", *words],
+        [sys.executable, "-m", "tasks.train", *words],
         cwd=workspace,
         env=environment(**{LAUNCH: f"infra/launch/{config}"}),
         stdout=subprocess.PIPE,
@@ -121,7 +121,7 @@ def test_every_shipped_configuration_is_one_of_accelerate_and_in_the_readme(path
 
 def test_a_configuration_that_is_not_there_is_told(workspace: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tasks.train.trainer", "reft", "--base", "b", "--rendered", "r", "--out", "o"],
+        [sys.executable, "-m", "tasks.train", "reft", "--base", "b", "--rendered", "r", "--out", "o"],
         cwd=workspace,
         env=environment(**{LAUNCH: "infra/launch/none.yaml"}),
         capture_output=True,

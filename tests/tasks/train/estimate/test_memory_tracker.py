@@ -215,24 +215,24 @@ CHILD = """
 import sys
 from pathlib import Path
 import psutil
-from tasks.adapters.attach import fresh
+from tasks.adapters.attach import init_adapter
 from tasks.models.device import compute_dtype
 from tasks.train.estimate.estimate import estimate
-from tasks.train.estimate.meta_model import read_config
+from tasks.train.estimate.meta_model import read_model_config
 from tasks.core.progress import Progress
-from tasks.train import train
+from tasks.train.trainer import train
 from tests.helpers.samples import LORA, LOREFT, QLORA, SFT, method
 from tests.tasks.train.estimate.test_memory_tracker import CPU, held_bytes, rows
 
 name, base, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 params = method({"qlora": QLORA, "lora": LORA, "reft": LOREFT}[name], SFT, batch_rows=4, epochs=1)
-model = fresh(base, params.adapter).train()
+model = init_adapter(base, params.adapter).train()
 train(model, rows(1, 32), params, folder / "warm", Progress("t", 1, "steps"))  # every kernel has been loaded
 before = psutil.Process().memory_info().rss - held_bytes(model)
 Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
 train(model, rows(4, 512), params, folder / "measured", Progress("t", 1, "steps"))
 peak = next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith("VmHWM")) * 1024
-estimated = estimate(read_config(base), params, rows(4, 512), compute_dtype(), CPU).memory.total
+estimated = estimate(read_model_config(base), params, rows(4, 512), compute_dtype(), CPU).memory.total
 print("ratio", estimated / (peak - before))
 """
 
