@@ -39,7 +39,12 @@ def made(folder: Path, base: Path, right: int, *, of: int = 200, method: str = "
                 shutil.copyfile(file, draft / file.name)
             if place == places.model:
                 (draft / EQUIVALENCE).write_text(as_json({"form": "merged", "mean_kl": 1e-4, "answers": right}))
-    about: dict[str, Any] = {"template_sha256": template, "train": {}, "held_out": {}}
+    about: dict[str, Any] = {
+        "template_sha256": template,
+        "leak_words": params.validate_.leak_words,
+        "train": {},
+        "held_out": {},
+    }
     with atomic_folder(places.rendered, about) as draft:
         (draft / "train").mkdir()
         row = {"id": "1", "family": "", "ids": ids, "mask": [False] * (len(ids) - 1) + [True]}

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flows.comparison.disagreements import Answers, answers_of
 from tasks.core import pipeline
 from tasks.core.layout import STATE, cost_file
 from tasks.evaluate.params import Evaluate
 from tasks.orchestration.params import load
 from tasks.orchestration.run_journal import seconds_by_key
-from tasks.reports.items import read_items
+from tasks.reports.items import Items, by_key, read_items
 
 BASE = "base"
 
@@ -31,7 +30,7 @@ class Model(NamedTuple):
 
     name: str
     metrics: Mapping[str, Any]
-    answers: Answers
+    answers: Items
     cost: Mapping[str, Any] | None
 
 
@@ -80,7 +79,7 @@ def _model(workspace: Path, name: str, outs: Sequence[str]) -> Model | str:
     if "suites" not in metrics:
         return "was evaluated by an earlier temper, which knew no suites"
     cost = cost_file(workspace / STATE, name)
-    answers = answers_of(read_items(examples))
+    answers = by_key(read_items(examples))
     return Model(name, metrics, answers, json.loads(cost.read_text()) if cost.is_file() else None)
 
 

@@ -5,19 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from tasks.evaluate.params import Evaluate
-from tasks.reports.items import Item
-from tasks.reports.statistics import Interval, bootstrap
+from tasks.reports.items import Item, Items, Key, compare_items
+from tasks.reports.statistics import Interval
 
 MOST_SHOWN = 12
-
-
-Key: TypeAlias = tuple[str, str, str, str, int]
-"""What makes items of two models the same (`Item.same`), and a count, from 0, of those that are alike in that."""
-Answers: TypeAlias = Mapping[Key, Item]
-"""All that one model answered."""
 
 
 class Gain(NamedTuple):
@@ -43,28 +37,18 @@ class Disagreement(NamedTuple):
         return next(iter(self.answers.values()))
 
 
-def answers_of(items: Sequence[Item]) -> dict[Key, Item]:
-    """Key a model's items by what makes them the same as another's."""
-    seen: Counter[tuple[str, ...]] = Counter()
+def gains(model: Items, base: Items, params: Evaluate) -> dict[str, Gain]:
+    """Compute the paired gain over the base for each suite, in the order of the suites' names; as the gate does."""
+    suites = sorted({model[key].suite for key in model.keys() & base.keys()})
     found = {}
-    for item in items:
-        found[*item.same, seen[item.same]] = item
-        seen[item.same] += 1
+    for suite in suites:
+        new, old = ({key: item for key, item in items.items() if item.suite == suite} for items in (model, base))
+        gain = compare_items(new, old, "score", params.resampling)
+        found[suite] = Gain(Interval(gain.gain, gain.low, gain.high), gain.items)
     return found
 
 
-def gains(model: Answers, base: Answers, params: Evaluate) -> dict[str, Gain]:
-    """Compute the paired gain over the base for each suite, in the order of the suites' names."""
-    differences: dict[str, list[float]] = {}
-    for item in model.keys() & base.keys():
-        differences.setdefault(model[item].suite, []).append(model[item].score - base[item].score)
-    # sorted, as sets have no order and the bootstrap draws by place
-    return {
-        s: Gain(bootstrap(sorted(differences[s]), params.resampling), len(differences[s])) for s in sorted(differences)
-    }
-
-
-def disagreements(models: Mapping[str, Answers], base: str, most: int = MOST_SHOWN) -> list[Disagreement]:
+def disagreements(models: Mapping[str, Items], base: str, most: int = MOST_SHOWN) -> list[Disagreement]:
     """List items that every model answered and that they score differently on, those that differ most first.
 
     The measure is the variance of the methods' scores, then that of all models' with the base; the prompt's digest
@@ -83,7 +67,7 @@ def disagreements(models: Mapping[str, Answers], base: str, most: int = MOST_SHO
     return [Disagreement({name: answers[key] for name, answers in models.items()}) for key in chosen[:most]]
 
 
-def _spread(key: Key, among: Sequence[Answers]) -> float:
+def _spread(key: Key, among: Sequence[Items]) -> float:
     """Compute the variance of some models' scores; `fsum`, as it gives equal scores the same in any order."""
     scores = [answers[key].score for answers in among]
     mean = math.fsum(scores) / max(len(scores), 1)

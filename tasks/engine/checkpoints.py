@@ -45,11 +45,19 @@ class Stepper(Protocol):
 
 
 class Checkpoint(NamedTuple):
-    """The state after `step` steps. `log` has one row per step, `tensors` is what `pack_tensors` made."""
+    """The state of a training between two steps.
+
+    Attributes:
+        step: how many steps were taken.
+        tensors: what `pack_tensors` made.
+        log: one row per step.
+        optimizers: what `structure_of` says of them; the key of a checkpoint says nothing of the code that wrote it.
+    """
 
     step: int
     tensors: dict[str, Tensor]
     log: list[dict[str, Any]]
+    optimizers: list[dict[str, Any]]
 
 
 def checkpoint_folder(workspace: Path, key: str) -> Path:
@@ -82,7 +90,14 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     with atomic_folder(folder / f"step-{checkpoint.step:08d}") as draft:
         save_file(apart(checkpoint.tensors), draft / "state.safetensors")
         (draft / "state.json").write_text(
-            as_json({"step": checkpoint.step, "training": folder.name, "log": checkpoint.log})
+            as_json(
+                {
+                    "step": checkpoint.step,
+                    "training": folder.name,
+                    "log": checkpoint.log,
+                    "optimizers": checkpoint.optimizers,
+                }
+            )
         )
     for old in sorted(folder.glob("step-*"))[:-KEPT]:
         shutil.rmtree(old)
@@ -103,9 +118,11 @@ def latest(folder: Path) -> Checkpoint | None:
             print(f"passing over a damaged checkpoint: {error}", flush=True)
             continue
         state = json.loads((path / "state.json").read_text())
+        if missing := sorted({"step", "training", "log", "optimizers"} - state.keys()):
+            raise _of_another(path, f"one without {', '.join(missing)}", "a checkpoint of this version of temper")
         if state["training"] != folder.name:
             raise _of_another(path, f"a checkpoint of {state['training']}", folder.name)
-        return Checkpoint(state["step"], load_file(path / "state.safetensors"), state["log"])
+        return Checkpoint(state["step"], load_file(path / "state.safetensors"), state["log"], state["optimizers"])
     return None
 
 
@@ -178,6 +195,25 @@ def _check_same(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor],
     if kept != wanted:
         odd = sorted(name for name in kept.keys() | wanted.keys() if kept.get(name) != wanted.get(name))[0]
         raise _of_another(where, f"{odd}: {kept.get(odd, 'is missing')}", f"{wanted.get(odd, 'no such parameter')}")
+
+
+def structure_of(optimizers: Sequence[Stepper]) -> list[dict[str, Any]]:
+    """Return each optimizer's class, and the number of tensors in each of its groups."""
+    return [
+        {"class": type(optimizer).__name__, "groups": [len(group["params"]) for group in optimizer.param_groups]}
+        for optimizer in optimizers
+    ]
+
+
+def check_structure(found: Checkpoint, optimizers: Sequence[Stepper], where: str) -> None:
+    """Refuse a checkpoint whose optimizers are not those of this training.
+
+    Raises:
+        BadData: a class, or a number of groups or tensors differs.
+    """
+    wanted = structure_of(optimizers)
+    if found.optimizers != wanted:
+        raise _of_another(where, f"optimizers {json.dumps(found.optimizers)}", json.dumps(wanted))
 
 
 def random_state() -> dict[str, Tensor]:

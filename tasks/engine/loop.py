@@ -25,12 +25,14 @@ from tasks.core.signals import on_stop
 from tasks.engine.checkpoints import (
     Checkpoint,
     Stepper,
+    check_structure,
     check_writable,
     latest,
     pack_tensors,
     random_state,
     save,
     set_random_state,
+    structure_of,
     unpack_tensors,
 )
 from tasks.engine.collectives import any_rank, barrier, check_agreed, rank_rng, sum_gradients, sum_over_ranks
@@ -132,7 +134,10 @@ def train_loop(
             if len(log) % course.checkpoint_every_steps == 0 or over or stop:
                 _check_finite(parameters, len(log))
                 if is_first():
-                    save(checkpoints, Checkpoint(len(log), pack_tensors(parameters, optimizers, best), log))
+                    save(
+                        checkpoints,
+                        Checkpoint(len(log), pack_tensors(parameters, optimizers, best), log, structure_of(optimizers)),
+                    )
                 barrier()  # else the end of one process would end the first while it writes
             if stop and not over:
                 raise Interrupted(
@@ -156,6 +161,7 @@ def _resume(
     found = latest(checkpoints)
     check_agreed("the newest checkpoint", found.step if found else 0, fix=f"let all machines see {checkpoints}")
     if found:
+        check_structure(found, optimizers, str(checkpoints))
         best = unpack_tensors(found.tensors, parameters, optimizers, str(checkpoints))
         log = found.log
         print(f"{progress.label}: going on from the checkpoint after step {found.step} of {course.steps}", flush=True)

@@ -16,8 +16,8 @@ from tasks.evaluate.forgetting import TextLoss
 from tasks.evaluate.model_under_test import Effort, ModelUnderTest
 from tasks.evaluate.params import Evaluate
 from tasks.models.device import device
-from tasks.reports.items import HELD_OUT, Item, Summary, mean_loss, suite_metrics
-from tasks.reports.statistics import bootstrap
+from tasks.reports.items import HELD_OUT, Item, Summary, by_key, compare_items, mean_loss, suite_metrics
+from tasks.reports.statistics import Interval
 
 
 def metrics_of(
@@ -57,10 +57,8 @@ def metrics_of(
         metrics["labels"] = labels
     if base is not None:
         before = _paired(answers, base)
-        gains = [item.score - old.score for item, old in zip(answers, before, strict=True)]
-        metrics["gain_over_base"] = bootstrap(
-            sorted(gains), params.resampling
-        )._asdict()  # as the comparison page draws
+        gain = compare_items(by_key(answers), by_key(before), "score", params.resampling)
+        metrics["gain_over_base"] = Interval(gain.gain, gain.low, gain.high)._asdict()
         metrics["base"] = {
             "exact_match": sum(old.score for old in before) / len(before),
             "loss": mean_loss(before),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, get_type_hints
@@ -163,15 +164,27 @@ def _scored(rows: Sequence[Item], resampling: Resampling) -> dict[str, Any]:
 HELD_OUT = "held_out"
 """The suite of the rows that were held out of training; a report always has it."""
 
-Items: TypeAlias = Mapping[tuple[str, str, str, str], Item]
-"""A model's results by what says which item it is: suite, task, the SHA-256 of the prompt, target."""
+Key: TypeAlias = tuple[str, str, str, str, int]
+"""Which item it is: suite, task, the SHA-256 of the prompt, target; and a count, from 0, of those alike in all that."""
+Items: TypeAlias = Mapping[Key, Item]
+"""A model's results by what makes items of two models the same."""
+
+
+def by_key(items: Iterable[Item]) -> dict[Key, Item]:
+    """Key a model's items by what makes them the same as another's; a question asked twice is two items."""
+    seen: Counter[tuple[str, ...]] = Counter()
+    found: dict[Key, Item] = {}
+    for item in items:
+        found[*item.same, seen[item.same]] = item
+        seen[item.same] += 1
+    return found
 
 
 def by_suite(items: Iterable[Item]) -> Mapping[str, Items]:
     """Group the results of a report by suite."""
-    found: dict[str, dict[tuple[str, str, str, str], Item]] = {}
-    for item in items:
-        found.setdefault(item.suite, {})[item.same] = item
+    found: dict[str, dict[Key, Item]] = {}
+    for key, item in by_key(items).items():
+        found.setdefault(item.suite, {})[key] = item
     return found
 
 
@@ -191,9 +204,7 @@ def compare_items(new: Items, old: Items, metric: str, resampling: Resampling) -
     return paired_difference(values, weights, resampling, higher_is_better=metric == "score")
 
 
-def _numbers(
-    keys: Sequence[tuple[str, str, str, str]], new: Items, old: Items, metric: str
-) -> tuple[list[list[float]], list[list[float]]]:
+def _numbers(keys: Sequence[Key], new: Items, old: Items, metric: str) -> tuple[list[list[float]], list[list[float]]]:
     """Return what is added up of each model's items, and what the sum is divided by."""
     both = [[each[key] for key in keys] for each in (new, old)]
     if metric == "score":

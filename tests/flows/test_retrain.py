@@ -134,7 +134,7 @@ def test_one_training_runs_at_a_time(factory: Path) -> None:
 
 
 def test_status_tells_programs_what_there_is(factory: Path) -> None:
-    told = json.loads(temper(factory / "tasks", "status", "--json").stdout)  # from a folder below, as git does
+    told = json.loads(temper(factory / "data", "status", "--json").stdout)  # from a folder below, as git does
     assert told["model"] == "temper-tiny"
     assert told["champion"]["method"] in METHODS
     metrics = {

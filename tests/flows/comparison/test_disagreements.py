@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
-from flows.comparison.disagreements import Key, answers_of, disagreements, gains
-from tasks.reports.items import Item
+from flows.comparison.disagreements import disagreements, gains
+from tasks.evaluate.metrics import metrics_of
+from tasks.reports.items import HELD_OUT, Item, Key, by_key, by_suite, compare_items
 from tests.helpers.samples import EVALUATE
 
 
 def answers(*scores: float, suite: str = "s", task: str = "t") -> dict[Key, Item]:
     """Items 0, 1, 2, ... of a task with these scores."""
-    return answers_of([made(f"sha-{n}", score, suite=suite, task=task) for n, score in enumerate(scores)])
+    return by_key([made(f"sha-{n}", score, suite=suite, task=task) for n, score in enumerate(scores)])
 
 
 def made(digest: str, score: float, *, suite: str = "s", task: str = "t", target: str = "x") -> Item:
@@ -20,7 +23,7 @@ def made(digest: str, score: float, *, suite: str = "s", task: str = "t", target
 
 def test_items_are_the_same_by_suite_task_prompt_and_target() -> None:
     items = [made("a", 1.0), made("a", 0.5), made("a", 0.0, target="z"), made("a", 0.0, suite="other")]
-    found = answers_of(items)
+    found = by_key(items)
     assert list(found) == [
         ("s", "t", "a", "x", 0), ("s", "t", "a", "x", 1), ("s", "t", "a", "z", 0), ("other", "t", "a", "x", 0)
     ]  # fmt: skip
@@ -77,3 +80,13 @@ def test_items_that_one_model_never_saw_are_left_out() -> None:
     )
     assert disagreements({"a": {}, "b": answers(1)}, "base") == []
     assert disagreements({}, "base") == []
+
+
+def test_page_report_and_gate_have_one_interval_for_the_same_gain() -> None:
+    random = Random(5)
+    base = [made(f"sha-{n}", float(random.random() < 0.4), suite=HELD_OUT) for n in range(60)]
+    model = [item._replace(score=float(random.random() < 0.7)) for item in reversed(base)]
+    page = gains(by_key(model), by_key(base), EVALUATE)[HELD_OUT].interval
+    report = metrics_of("m", model, base, EVALUATE)["gain_over_base"]
+    gate = compare_items(by_suite(model)[HELD_OUT], by_suite(base)[HELD_OUT], "score", EVALUATE.resampling)
+    assert page == (report["mean"], report["low"], report["high"]) == (gate.gain, gate.low, gate.high)

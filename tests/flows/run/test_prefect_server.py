@@ -10,7 +10,7 @@ SAY = """
 import os, sys
 from pathlib import Path
 from flows.run import prefect_server as servers
-servers.prepare(Path(sys.argv[1]), terminal=False)
+servers.prepare_servers(Path(sys.argv[1]), terminal=False)
 from tasks.orchestration.dvc_session import child_environment
 print(child_environment().get("HF_HUB_OFFLINE"), os.environ["MLFLOW_DISABLE_TELEMETRY"], servers.temporary())
 """

@@ -85,7 +85,7 @@ def test_the_manifest_is_the_last_thing_written(tmp_path: Path, monkeypatch: pyt
     """So that its existence means complete: a failure while it is written leaves no folder."""
     import tasks.core.artifacts
 
-    monkeypatch.setattr(tasks.core.artifacts, "write_whole", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    monkeypatch.setattr(tasks.core.artifacts, "atomic_write", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(OSError, match="full"), atomic_folder(tmp_path / "out") as draft:
         (draft / "a").write_text("a")
     assert list(tmp_path.iterdir()) == []

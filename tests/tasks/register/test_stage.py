@@ -161,19 +161,23 @@ ELSEWHERE = (
 requirements, store, dtype, prompt, out, *uris = sys.argv[1:]
 sys.meta_path.insert(0, Clean(requirements.split()))
 
+import os
+
 import mlflow
 import torch
 from safetensors.torch import save_file
-from tasks import models
 
 mlflow.set_tracking_uri(store)
-models.compute_dtype = lambda: getattr(torch, dtype)
+os.environ["TEMPER_COMPUTE_DTYPE"] = dtype
 found = {}
 for number, uri in enumerate(uris):
     model = mlflow.pyfunc.load_model(uri).unwrap_python_model().model
     with torch.no_grad():
         found[str(number)] = model(input_ids=torch.tensor([list(map(int, prompt.split()))])).logits
 save_file(found, out)
+
+import tasks
+assert "/code/tasks/" in tasks.__file__, tasks.__file__  # the version brought it along
 """
 )
 
@@ -182,7 +186,7 @@ save_file(found, out)
 def test_every_intervention_is_the_same_to_the_bit_where_its_version_is_loaded(
     pico_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, kinds: Sequence[str]
 ) -> None:
-    monkeypatch.setattr("tasks.models.loader.compute_dtype", lambda: getattr(torch, dtype))
+    monkeypatch.setenv("TEMPER_COMPUTE_DTYPE", dtype)
     client = connect(tmp_path)
     uris, expected = [], []
     for kind in kinds:
@@ -218,7 +222,7 @@ def test_every_intervention_is_the_same_to_the_bit_where_its_version_is_loaded(
             *uris,
         ],
         cwd=out.parent,
-        env=environment(),
+        env=environment(PYTHONPATH=""),
         check=True,
     )
     found = load_file(out)

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from tasks.engine.checkpoints import Checkpoint, latest, pack_tensors, save, unpack_tensors
+from tasks.engine.checkpoints import Checkpoint, latest, pack_tensors, save, structure_of, unpack_tensors
 from tasks.engine.loop import Averaging
 from tasks.train.optimizers import optimizer_of
 from tasks.train.params import OptimizerName
@@ -94,7 +94,7 @@ def test_from_a_checkpoint_it_goes_on_to_the_same_bits(name: OptimizerName, tmp_
     for number in range(1, 7):
         step(optimizer, whole, number)
         if number == 3:
-            save(tmp_path, Checkpoint(3, pack_tensors({"w": whole}, [optimizer]), []))
+            save(tmp_path, Checkpoint(3, pack_tensors({"w": whole}, [optimizer]), [], structure_of([optimizer])))
     resumed, optimizer = begun()
     found = latest(tmp_path)
     assert found
