@@ -6,8 +6,9 @@ Every epoch is a new shuffle, a fixed function of the seed: a training that goes
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tasks.core.artifacts import read_manifest
 from tasks.core.errors import BadData, BadParams
@@ -44,13 +45,24 @@ def read_examples(rendered: Path, split: str, method: Method, architecture: Arch
         BadData: there is none, or KTO lacks good or bad replies.
         BadParams: the objective is not for this kind of model.
     """
+    path = rendered / split / f"{kind_of_rows(method, architecture)}.parquet"
+    return examples_of(read_rows(path), method, architecture, str(path), of_both=split == "train")
+
+
+def examples_of(
+    rows: Sequence[Mapping[str, Any]], method: Method, architecture: Architecture, where: str, *, of_both: bool = True
+) -> list[Example]:
+    """Make examples of rendered rows of the kind that a method learns from; `of_both`: KTO needs both labels.
+
+    Raises:
+        BadData: there is none, or KTO has nothing to tell apart.
+        BadParams: the objective is not for this kind of model.
+    """
     kind = kind_of_rows(method, architecture)
-    path = rendered / split / f"{kind}.parquet"
-    rows = read_rows(path)
     if not rows:
         raise BadData(
             f"holds no {kind} rows, which the objective {method.objective.name} learns from",
-            where=str(path),
+            where=where,
             got=f"a base that is of the kind {architecture.name}",
             fix="add a source with such rows, or remove the method from `train`",
         )
@@ -59,10 +71,10 @@ def read_examples(rendered: Path, split: str, method: Method, architecture: Arch
         return [tuple(_joined(row["prompt_ids"], row[reply]) for reply in replies) for row in rows]
     if kind == "labelled":
         labels = {row["label"] for row in rows}
-        if split == "train" and len(labels) == 1:
+        if of_both and len(labels) == 1:
             raise BadData(
                 "holds replies of one label only, so there is nothing to tell apart",
-                where=str(path),
+                where=where,
                 got=f"{len(rows)} replies that are all {'good' if labels == {True} else 'bad'}",
                 expected="good and bad ones",
                 fix="add a source with the others, or learn good replies by the objective sft",

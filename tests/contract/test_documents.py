@@ -101,6 +101,8 @@ def test_every_room_has_its_layer() -> None:
     rooms = {f"tasks.{room.name}" for room in (ROOT / "tasks").iterdir() if (room / "__init__.py").is_file()}
     assert len(layers) <= 10
     assert {name.strip() for layer in layers for name in layer.split("|")} == {"flows", *rooms}
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests", "bench"}
+    assert packages == {"flows", "tasks", "temper"}  # the API stands above all layers, by a contract of its own
 
 
 @pytest.mark.parametrize("stage", STAGES)
