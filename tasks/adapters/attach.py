@@ -165,15 +165,18 @@ def base_identity(model: PreTrainedModel) -> Base:
     return base_of(Path(model.name_or_path)) if model.name_or_path else UNKNOWN
 
 
-def load_packaged(folder: Path, base: Path | None = None) -> Model:
+def load_packaged(folder: Path, base: Path | None = None, *, checked: bool = False) -> Model:
     """Load the model of a folder that `merge` wrote: with its adapter, when it holds one that could not be merged.
 
-    `base` is where the base of such an adapter is, if it is not where the folder says.
+    Args:
+        folder: a model folder.
+        base: where the base of such an adapter is, if it is not where the folder says.
+        checked: `base` is what `base_in` gave for this folder, so its weights are not hashed again.
 
     Raises:
         BadModel: the folder is unsafe or incomplete, or its base is not to be found.
     """
-    model = load_model(base_in(folder, base))
+    model = load_model(base if base and checked else base_in(folder, base))
     # the folder itself says that they belong together
     return attach(model, folder / FOLDER, any_base=True) if (folder / FOLDER).is_dir() else model
 

@@ -176,7 +176,7 @@ def held_out_items(examinee: ModelUnderTest, rendered: Path) -> list[Item]:
     rows = read_questions(rendered, examinee.architecture)[: params.rows]
     items: list[Item] = []
     for start in range(0, len(rows), BATCHES * params.batch_rows):
-        some = rows[start : start + BATCHES * params.batch_rows]
+        some = list(rows[start : start + BATCHES * params.batch_rows])
         asked = [HELD_OUT, params.max_new_tokens, some]
         items += [Item(**each) for each in examinee.recall(asked, partial(answered, some), tokens)]
     return items

@@ -14,7 +14,7 @@ from tasks.adapters.files import CONFIG, WEIGHTS, check_base_folder
 from tasks.adapters.package import FOLDER as PACKAGED
 from tasks.adapters.package import base_in
 from tasks.adapters.params import Int8Adapter, QloraAdapter
-from tasks.core.artifacts import digest
+from tasks.core.artifacts import MANIFEST, digest, read_object
 from tasks.core.errors import BadModel
 from tasks.core.progress import Progress
 from tasks.core.records import Message
@@ -99,18 +99,23 @@ class ModelUnderTest:
             "computes": f"{device().type} {compute_dtype()}",
         }
         prose = ("README", "LICENSE")
+        weights = [file for file in dict.fromkeys(files) if not file.name.startswith(prose)]
+        known = self._checked_digests()
         return {
-            "weights": cache_key(
-                sorted(
-                    [file.name, digest(file)] for file in dict.fromkeys(files) if not file.name.startswith(prose)
-                )
-            ),
+            "weights": cache_key(sorted([file.name, known.get(file) or digest(file)] for file in weights)),
             "adapter": cache_key([{n: digest(each / n) for n in (CONFIG, WEIGHTS) if (each / n).is_file()}
                                for each in adapters]),
             "template": template_digest(self.tokenizer),
             "settings": cache_key(settings),
             "code": code_digest(),
         }  # fmt: skip
+
+    def _checked_digests(self) -> dict[Path, str]:
+        """Give the digests of another folder's files, which `base_in` has just checked against its manifest."""
+        if self._base == self.folder or not (self._base / MANIFEST).is_file():
+            return {}
+        files = read_object(self._base / MANIFEST)["files"]
+        return {self._base / name: told["sha256"] for name, told in files.items()}
 
     @cached_property
     def model(self) -> Model:
@@ -121,7 +126,7 @@ class ModelUnderTest:
         """
         seed_everything(self.params.seed)
         if self.adapter is None:
-            return load_packaged(self.folder, self._base)
+            return load_packaged(self.folder, self._base, checked=True)
         quantization = self._quantized_for.base_quantization if self._quantized_for else None
         return attach(load_model(self.folder, quantization), self.adapter, any_base=self._any_base)
 

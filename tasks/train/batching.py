@@ -6,14 +6,13 @@ Every epoch is a new shuffle, a fixed function of the seed: a training that goes
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tasks.core.artifacts import read_manifest
 from tasks.core.errors import BadData, BadParams
-from tasks.core.parquet import read_rows
-from tasks.inference.rendered_rows import row_of
+from tasks.inference.rendered_rows import RenderedRows, row_of
 from tasks.inference.rows import TokenRow
 from tasks.tokenization.architecture import ENCODER_DECODER, Architecture
 from tasks.train.examples import Example
@@ -38,15 +37,19 @@ def kind_of_rows(method: Method, architecture: Architecture) -> str:
     return "labelled" if isinstance(method.objective, KtoObjective) else "preference"
 
 
-def read_examples(rendered: Path, split: str, method: Method, architecture: Architecture) -> list[Example]:
-    """Read the rows that a method trains on, for a base of this kind.
+def read_examples(rendered: Path, split: str, method: Method, architecture: Architecture) -> RenderedRows[Example]:
+    """Read the rows that a method learns from, on a base of this kind; an example is made when it is asked for.
 
     Raises:
-        BadData: there is none, or KTO lacks good or bad replies.
+        BadData: there is none, or KTO has nothing to tell apart.
         BadParams: the objective is not for this kind of model.
     """
-    path = rendered / split / f"{kind_of_rows(method, architecture)}.parquet"
-    return examples_of(read_rows(path), method, architecture, str(path), of_both=split == "train")
+    kind = kind_of_rows(method, architecture)
+    path = rendered / split / f"{kind}.parquet"
+    rows = RenderedRows.read(path, _EXAMPLES[kind])
+    labels = set(rows.column("label")) if kind == "labelled" and split == "train" else ()
+    _check_rows(len(rows), labels, kind, method, architecture, str(path))
+    return rows
 
 
 def examples_of(
@@ -59,28 +62,29 @@ def examples_of(
         BadParams: the objective is not for this kind of model.
     """
     kind = kind_of_rows(method, architecture)
-    if not rows:
+    labels = {row["label"] for row in rows} if kind == "labelled" and of_both else ()
+    _check_rows(len(rows), labels, kind, method, architecture, where)
+    return [_EXAMPLES[kind](row) for row in rows]
+
+
+def _check_rows(
+    count: int, labels: Collection[bool], kind: str, method: Method, architecture: Architecture, where: str
+) -> None:
+    if not count:
         raise BadData(
             f"holds no {kind} rows, which the objective {method.objective.name} learns from",
             where=where,
             got=f"a base that is of the kind {architecture.name}",
             fix="add a source with such rows, or remove the method from `train`",
         )
-    if kind == "preference":
-        replies = ("chosen_ids", "rejected_ids")
-        return [tuple(_joined(row["prompt_ids"], row[reply]) for reply in replies) for row in rows]
-    if kind == "labelled":
-        labels = {row["label"] for row in rows}
-        if of_both and len(labels) == 1:
-            raise BadData(
-                "holds replies of one label only, so there is nothing to tell apart",
-                where=where,
-                got=f"{len(rows)} replies that are all {'good' if labels == {True} else 'bad'}",
-                expected="good and bad ones",
-                fix="add a source with the others, or learn good replies by the objective sft",
-            )
-        return [(_joined(row["prompt_ids"], row["reply_ids"], desirable=row["label"]),) for row in rows]
-    return [(row_of(row),) for row in rows]
+    if len(labels) == 1:
+        raise BadData(
+            "holds replies of one label only, so there is nothing to tell apart",
+            where=where,
+            got=f"{count} replies that are all {'good' if True in labels else 'bad'}",
+            expected="good and bad ones",
+            fix="add a source with the others, or learn good replies by the objective sft",
+        )
 
 
 def data_digests(rendered: Path, kind: str) -> dict[str, str]:
@@ -94,14 +98,40 @@ def _joined(prompt: list[int], reply: list[int], *, desirable: bool = True) -> T
     return TokenRow(prompt + reply, [False] * len(prompt) + [True] * len(reply), len(prompt), desirable)
 
 
+def _scored(row: Mapping[str, Any]) -> Example:
+    return (row_of(row),)
+
+
+def _preferred(row: Mapping[str, Any]) -> Example:
+    return tuple(_joined(row["prompt_ids"], row[reply]) for reply in ("chosen_ids", "rejected_ids"))
+
+
+def _labelled(row: Mapping[str, Any]) -> Example:
+    return (_joined(row["prompt_ids"], row["reply_ids"], desirable=row["label"]),)
+
+
+_EXAMPLES: Mapping[str, Callable[[Mapping[str, Any]], Example]] = {
+    "chat": _scored,
+    "pair": _scored,
+    "preference": _preferred,
+    "labelled": _labelled,
+}
+"""What an example is made of, by the kind of rows."""
+
+
 def lengths_of(examples: Sequence[Example]) -> list[int]:
-    """Count the tokens of each example, over all its sequences."""
-    return [sum(sequence.tokens for sequence in example) for example in examples]
+    """Count the tokens of each example, over all its sequences; of rows in buffers without making any."""
+    if not isinstance(examples, RenderedRows):
+        return [sum(sequence.tokens for sequence in example) for example in examples]
+    columns = examples.lengths()
+    if "chosen_ids" in columns:  # the prompt stands before both replies
+        columns["prompt_ids"] = [2 * tokens for tokens in columns["prompt_ids"]]
+    return [sum(tokens) for tokens in zip(*columns.values(), strict=True)]
 
 
 def shapes_of(examples: Sequence[Example]) -> list[tuple[int, int]]:
     """Return the tokens of each sequence that a decoder reads, and how many of them are the prompt's."""
-    sequences = [sequence for example in examples for sequence in example if isinstance(sequence, TokenRow)]
+    sequences = (sequence for example in examples for sequence in example if isinstance(sequence, TokenRow))
     return [(sequence.tokens, sequence.prompt_tokens) for sequence in sequences]
 
 

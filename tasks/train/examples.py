@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 
 from tasks.inference.encoder_decoder import PairRow
@@ -64,9 +64,10 @@ def mismatched_pairs(rows: Sequence[TokenRow]) -> list[TokenRow]:
     return found if len(found) > 1 else []
 
 
-def reference_sequences(steps: Sequence[Sequence[Example]], method: Method) -> list[TokenRow]:
-    """Collect all rows that the reference model scores over these steps."""
-    rows = [row for step in steps for row in replies_of(step)]
-    if isinstance(method.objective, KtoObjective):
-        rows += [row for step in steps for row in mismatched_pairs(replies_of(step))]
-    return rows
+def reference_sequences(steps: Iterable[Sequence[Example]], method: Method) -> Iterator[TokenRow]:
+    """All rows that a reference is asked for over these steps, step by step."""
+    for step in steps:
+        replies = replies_of(step)
+        yield from replies
+        if isinstance(method.objective, KtoObjective):
+            yield from mismatched_pairs(replies)

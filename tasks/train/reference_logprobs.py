@@ -7,11 +7,11 @@ in memory and beside the checkpoints.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from tasks.core.artifacts import atomic_folder, read_manifest
 from tasks.core.errors import BadData
@@ -75,7 +75,7 @@ def switched_off(model: Any) -> Iterator[None]:
         parameter.requires_grad_(was)
 
 
-def precomputed(model: Model, rows: Sequence[TokenRow], rows_at_once: int, kept: Path) -> Reference:
+def precomputed(model: Model, rows: Iterable[TokenRow], rows_at_once: int, kept: Path) -> Reference:
     """Precompute the base's log-probabilities of these rows: each once, over all epochs and retries.
 
     Args:
@@ -88,12 +88,16 @@ def precomputed(model: Model, rows: Sequence[TokenRow], rows_at_once: int, kept:
     from peft import PeftModel
 
     known = _read(kept)
-    unique = {_digest(row): row for row in rows}
+    unique: dict[bytes, TokenRow] = {}
+    for row in rows:
+        unique.setdefault(_digest(row), _packed(row))
     if unique.keys() - known.keys():
         ordered = sorted(unique.items(), key=lambda item: (item[1].tokens, item[0]))
         with switched_off(model) if isinstance(model, PeftModel) else nullcontext():
             sums = sums_by_all(
-                lambda some: sums_of(model, some, rows_at_once), [row for _, row in ordered], rows_at_once
+                lambda some: sums_of(model, [_unpacked(row) for row in some], rows_at_once),
+                [row for _, row in ordered],
+                rows_at_once,
             ).cpu()
         known = dict(zip([digest for digest, _ in ordered], sums, strict=True))
         if is_first():
@@ -107,6 +111,15 @@ def precomputed(model: Model, rows: Sequence[TokenRow], rows_at_once: int, kept:
 
 def _digest(row: TokenRow) -> bytes:
     return blake2b(array("q", [row.prompt_tokens, *row.ids]).tobytes(), digest_size=_DIGEST_BYTES).digest()
+
+
+def _packed(row: TokenRow) -> TokenRow:
+    """Pack a row: 5 bytes a token instead of 40."""
+    return row._replace(ids=array("i", row.ids), mask=cast("Sequence[bool]", bytes(row.mask)))
+
+
+def _unpacked(row: TokenRow) -> TokenRow:
+    return row._replace(ids=list(row.ids), mask=[bool(learnt) for learnt in row.mask])
 
 
 def _write(folder: Path, known: dict[bytes, Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ def reference_for(
     """Precompute an untrained model's reference for all that a training needs, where it is to be computed ahead."""
     if not isinstance(method.objective, ReferringObjective) or method.objective.reference != "precomputed":
         return None
-    steps = [[examples[i] for i in chosen] for chosen in all_batches(lengths_of(examples), method)]
-    rows = reference_sequences([*steps, *parts_of(held_out, method.batch_rows)], method)
+    steps = ([examples[i] for i in chosen] for chosen in all_batches(lengths_of(examples), method))
+    rows = reference_sequences(chain(steps, parts_of(held_out, method.batch_rows)), method)
     with fast_products(method):
         return precomputed(model, rows, method.micro_batch_rows, checkpoints / "reference")
 

@@ -135,7 +135,9 @@ def estimate(
     Raises:
         BadModel: the method does not fit the model, or its step cannot be run on the meta device.
     """
-    batches = [[examples[i] for i in chosen] for chosen in all_batches(lengths_of(examples), method)]
+    chosen = all_batches(lengths_of(examples), method)
+    examples = list(examples)  # epochs share what is made of rows
+    batches = [[examples[i] for i in rows] for rows in chosen]
     steps = len(batches) if all_rows else max(len(batches), _least_steps(method.adapter))
     costs = [
         (_padded_tokens(batch), _rehearsed(config, method, examples, batch, dtype, device, steps, recomputing))

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
+from tasks.core.artifacts import atomic_folder, digest
 from tasks.core.errors import BadData
 from tasks.evaluate.answer_cache import IDENTITY, AnswerCache, cache_key, parts
 from tasks.evaluate.model_under_test import ModelUnderTest
 from tasks.evaluate.suites import run_suites
 from tasks.reports.items import Item
 from tests.helpers.samples import CHOICE, EVALUATE, MULTIPLE, rows_suite, write_lines
+from tests.tasks.adapters.test_files import published
 from tests.tasks.evaluate.test_suites import ANIMALS
 
 ONE = {"weights": "a", "template": "t"}
@@ -139,5 +141,28 @@ def test_a_finished_evaluation_needs_no_model(
     pico_base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = items(pico_base, rows, tmp_path)
-    monkeypatch.setattr("tasks.evaluate.model_under_test.load_packaged", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("tasks.evaluate.model_under_test.load_packaged", lambda *_, **__: pytest.fail("loaded"))
     assert items(pico_base, rows, tmp_path) == before
+
+
+def test_the_weights_of_a_packaged_model_s_base_are_hashed_once(
+    pico_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks.adapters.package import package
+
+    with atomic_folder(tmp_path / "base") as draft:
+        shutil.copytree(pico_base, draft, dirs_exist_ok=True)
+    adapter = published(tmp_path / "base", "loreft", tmp_path / "trained")
+    with atomic_folder(tmp_path / "models" / "reft") as draft:
+        package(tmp_path / "base", adapter, draft, tmp_path / "models" / "reft")
+    hashed = []
+
+    def counted(path: Path, algorithm: str = "sha256") -> str:
+        hashed.append(path.resolve())
+        return digest(path, algorithm)
+
+    for module in ("core.artifacts", "adapters.files", "evaluate.model_under_test"):
+        monkeypatch.setattr(f"tasks.{module}.digest", counted)
+    examinee = ModelUnderTest(tmp_path / "models" / "reft", EVALUATE, None, chats=True)
+    assert examinee.model.peft_config
+    assert hashed.count((tmp_path / "base" / "model.safetensors").resolve()) == 1

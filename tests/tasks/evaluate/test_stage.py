@@ -243,7 +243,7 @@ def test_a_report_holds_all_suites_and_is_the_same_twice(
     cost = json.loads((tmp_path / "state" / "costs" / "base.json").read_text())
     assert cost["tokens_per_s"] == pytest.approx(cost["tokens"] / cost["seconds"])
     assert not (tmp_path / "state" / "costs" / "m.json").exists()  # it is the same model, so nothing was asked
-    monkeypatch.setattr("tasks.evaluate.model_under_test.load_packaged", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("tasks.evaluate.model_under_test.load_packaged", lambda *_, **__: pytest.fail("loaded"))
     before = {file: file.read_bytes() for file in (tmp_path / "m").iterdir()}
     evaluate_model(model, rendered, tmp_path / "m", "m", tmp_path / "base" / EXAMPLES, with_suites, tmp_path / "state")
     assert {file: file.read_bytes() for file in (tmp_path / "m").iterdir()} == before

@@ -252,7 +252,7 @@ def test_rows_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:
         tmp_path, "chat", [{"id": "1", "family": "", "ids": [1, 2], "mask": [False, True], "prompt_tokens": 1}]
     )
     write_rendered(tmp_path, "preference", [])
-    assert read_examples(tmp_path, "train", METHODS["qlora"], DECODER) == [(TokenRow([1, 2], [False, True], 1),)]
+    assert list(read_examples(tmp_path, "train", METHODS["qlora"], DECODER)) == [(TokenRow([1, 2], [False, True], 1),)]
     with pytest.raises(BadData, match="holds no preference rows, which the objective orpo learns from"):
         read_examples(tmp_path, "train", METHODS["orpo"], DECODER)
 
@@ -260,7 +260,7 @@ def test_rows_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:
 def test_pairs_become_two_sequences_with_one_prompt(tmp_path: Path) -> None:
     row = {"id": "1", "family": "", "prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]}
     write_rendered(tmp_path, "preference", [row])
-    assert read_examples(tmp_path, "train", METHODS["orpo"], DECODER) == [
+    assert list(read_examples(tmp_path, "train", METHODS["orpo"], DECODER)) == [
         (TokenRow([1, 2, 3], [False, False, True], 2), TokenRow([1, 2, 4, 5], [False, False, True, True], 2))
     ]
 
@@ -273,7 +273,7 @@ def labelled(*labels: bool) -> list[dict[str, Any]]:
 
 def test_labelled_replies_keep_their_labels(tmp_path: Path) -> None:
     write_rendered(tmp_path, "labelled", labelled(True, False))
-    assert read_examples(tmp_path, "train", METHODS["kto"], DECODER) == [
+    assert list(read_examples(tmp_path, "train", METHODS["kto"], DECODER)) == [
         (TokenRow([1, 2, 3], [False, False, True], 2, desirable),) for desirable in (True, False)
     ]
 
