@@ -167,7 +167,7 @@ def report(name: str, setting: Setting, model: Any, tokenizer: Any, count: int, 
         return questions_of(setting, questions, model.config.vocab_size)
 
     def our_pass(questions: Sequence[Any]) -> Pass:
-        return Pass(language_model(model, tokenizer, batch_rows=1, generation=GREEDY), questions)
+        return Pass(language_model(model, tokenizer, batch_size=1, generation=GREEDY), questions)
 
     requests = requests_of(count)
     ours, before = our_pass(requests), peak_flops(model)

@@ -41,7 +41,7 @@ def made(folder: Path, base: Path, right: int, *, of: int = 200, method: str = "
                 (draft / EQUIVALENCE).write_text(as_json({"form": "merged", "mean_kl": 1e-4, "answers": right}))
     about: dict[str, Any] = {
         "template_sha256": template,
-        "leak_words": params.validate_.leak_words,
+        "contamination_ngram": params.validate_.contamination_ngram,
         "train": {},
         "held_out": {},
     }

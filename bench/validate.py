@@ -57,7 +57,7 @@ def seconds(table: Any, *, near: bool) -> tuple[float, int]:
 
     params = load(ROOT / "recipes" / "quickstart.yaml").validate_
     if near:
-        params = params.model_copy(update={"duplicates": params.duplicates.model_copy(update={"near": "merge"})})
+        params = params.model_copy(update={"duplicates": params.duplicates.model_copy(update={"near": "drop"})})
     tables = {kind: record_schema(kind).empty_table() for kind in KINDS} | {"chat": table}
     benchmark = questions_of({"chat": rows(1000, generated=True)})
     with tempfile.TemporaryDirectory() as name:

@@ -11,26 +11,24 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def params_page() -> str:
-    """Document every key of params.yaml: type, range, its value in the quickstart, meaning."""
-    from tasks.orchestration.params import Params, load
+    """Every key of params.yaml: type, range, meaning, default."""
+    from tasks.orchestration.params import Params
 
     schema = Params.model_json_schema()
-    quickstart = load(ROOT / "recipes" / "quickstart.yaml").model_dump(by_alias=True)
     lines = [
         "# params.yaml",
         "",
-        "Written by `make docs` from `tasks/orchestration/params.py`. Every key must be given.",
-        "`temper run --set KEY=VALUE` changes one. The last column: its value in `recipes/quickstart.yaml`.",
+        "Written by `make docs` from `tasks/orchestration/params.py`. A file states what differs from the defaults.",
+        "`temper run --set KEY=VALUE` changes one; `temper params` prints what each is, and where that comes from.",
     ]
     for section in schema["properties"]:
         for path, body in _tables(section, schema["properties"][section], schema["$defs"]):
             lines += ["", f"## {path}{_choice(body)}", "", body["description"], ""]
-            lines += ["| key | value | meaning | quickstart |", "|---|---|---|---|"]
+            lines += ["| key | value | meaning | default |", "|---|---|---|---|"]
             for key, field in body["properties"].items():
                 if not _sections(field, schema["$defs"]) and "description" in field:
-                    value = _value(quickstart, path, key, body)
                     meaning = " ".join(field["description"].split())  # a row of a table is one line
-                    lines.append(f"| `{key}` | {_kind(field)} | {meaning} | {value} |")
+                    lines.append(f"| `{key}` | {_kind(field)} | {meaning} | {_default(key, body)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -77,24 +75,11 @@ def _kind(field: dict[str, Any]) -> str:
     return " ".join([{"string": "text"}.get(field["type"], field["type"]), ", ".join(limits)]).strip()
 
 
-def _value(quickstart: Any, path: str, key: str, body: dict[str, Any]) -> str:
-    """Format the quickstart's values for a key; more than one where NAME stands for several sections that differ."""
-    nodes = [quickstart]
-    for part in path.split("."):
-        steps = [_within(node, part) for node in nodes]
-        nodes = [inner for step in steps for inner in step]
-    choice = next((name for name in ("kind", "name") if name in body["properties"]), None)
-    if choice:
-        own = body["properties"][choice]
-        nodes = [node for node in nodes if node[choice] in own.get("enum", [own.get("const")])]
-    return ", ".join(f"`{value}`" for value in dict.fromkeys(_plain(node[key]) for node in nodes))
-
-
-def _within(node: Any, part: str) -> list[Any]:
-    """Look up a part of a path: all that the user named, the items of a list, or one value."""
-    if part == "NAME":
-        return list(node.values())
-    return list(node) if part == "ITEM" else [node[part]] if part in node else []
+def _default(key: str, body: dict[str, Any]) -> str:
+    if key in body.get("required", []):
+        return "must be given"
+    value = body["properties"][key].get("default")
+    return "as its meaning says" if value is None else f"`{_plain(value)}`"
 
 
 def _plain(value: Any) -> str:

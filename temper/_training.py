@@ -125,8 +125,8 @@ def train(
             "adapter": adapter_section(adapter or LoRA()),
             "objective": objective_section(objective or SFT()),
             "epochs": epochs,
-            "batch_rows": batch_size,
-            "micro_batch_rows": batch_size if micro_batch_size is None else micro_batch_size,
+            "batch_size": batch_size,
+            "micro_batch_size": batch_size if micro_batch_size is None else micro_batch_size,
             "optimizer": optimizer,
             "learning_rate": learning_rate,
             "schedule": schedule,
@@ -176,10 +176,10 @@ def _trained(base: Base, data: Data, method: Method, checkpoints: Path) -> Adapt
     fix = "set fit_memory=True, or a lower micro_batch_size"
     with (
         explain_out_of_memory(where="temper.train", fix=fix),
-        adaptive_micro_batch(method.micro_batch_rows, fit=method.fit_memory, checkpoints=checkpoints) as rows,
+        adaptive_micro_batch(method.micro_batch_size, fit=method.fit_memory, checkpoints=checkpoints) as rows,
     ):
         seed_everything(method.seed)
-        steps = method.epochs * steps_per_epoch(len(examples), method.batch_rows)
+        steps = method.epochs * steps_per_epoch(len(examples), method.batch_size)
         recomputing = rows.recomputing(lambda: must_recompute(read_model_config(base.folder), method, examples))
         model = init_adapter(base.folder, method.adapter, steps)
         if recomputing:

@@ -31,7 +31,7 @@ ELSEWHERE = {
 }
 SAID = {
     "temper run": r"nothing has changed since the last run",
-    "temper run --set train.orpo.objective.weight=0.2": r"\n\+ +weight: 0\.2 # the paper's lambda; TRL calls it beta\n",
+    "temper run --set train.orpo.objective.weight=0.2": r"\n\+ +weight: 0\.2\n",
     "temper status": r"champion: +version \d \((qlora|orpo|reft)\)",
     "temper merge data/base data/adapters/qlora merged": r"merged: \d+\.\d MB, merged onto the dequantized weights",
     "temper export data/models/qlora gguf --dtype q8_0": r"gguf: GGUF in q8_0",

@@ -38,9 +38,9 @@ def test_every_recipe_is_run_somewhere() -> None:
 
 SMALL = (
     "merge.max_mean_kl=0.5",
-    "merge.probe_rows=2",
+    "merge.probe_examples=2",
     "evaluate.rows=8",
-    "evaluate.batch_rows=8",
+    "evaluate.batch_size=8",
     "evaluate.max_new_tokens=4",
 )
 """For models that know nothing: what is compared is little, and what they say is cut short."""
@@ -264,7 +264,7 @@ def test_ones_own_llama_from_plain_texts_to_a_champion(workspace: Path) -> None:
         "base.warmup_steps=2",
         "train.lora.adapter.rank=4",
         "train.lora.epochs=1",
-        "merge.probe_rows=2",
+        "merge.probe_examples=2",
         "evaluate.max_new_tokens=4",
     ]
     said = run_stages(workspace, "scratch-llama.yaml", *settings)

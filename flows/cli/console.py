@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from flows.retrain import RunReport
     from flows.run.doctor import Diagnosis
     from flows.run.schedule import Scheduled
+    from flows.run.show_params import Resolved
 
 
 def difference(text: str) -> None:
@@ -26,6 +28,14 @@ def difference(text: str) -> None:
     for line in text.splitlines():
         typer.secho(line, fg=colours.get(line[:1]))
     typer.echo("")
+
+
+def params(found: Sequence[Resolved]) -> None:
+    """Every param, its value and its origin."""
+    rows = [(each.key, json.dumps(each.value, ensure_ascii=False), each.origin) for each in found]
+    widths = [min(max(len(row[column]) for row in rows), 60) for column in (0, 1)]
+    for key, value, origin in rows:
+        typer.echo(f"{key:<{widths[0]}}  {value:<{widths[1]}}  {origin}")
 
 
 def evaluation(found: Mapping[str, Any]) -> None:

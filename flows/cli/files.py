@@ -180,7 +180,7 @@ def score(
     source: Annotated[Path, typer.Argument(help="A Parquet file with a column messages, prompt or input.")],
     target: Annotated[Path, typer.Argument(help="The Parquet file to write.")],
     max_tokens: Annotated[int, typer.Option(min=1, help="A reply is at most so long.")] = 128,
-    batch_rows: Annotated[int, typer.Option(min=1, help="Rows in a forward pass.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a forward pass.")] = 32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Also where the file to write exists.")] = False,
     workspace: Workspace = None,
 ) -> None:
@@ -197,5 +197,5 @@ def score(
         raise BadParams("exists already", where=str(target), fix="name a new file, or say --overwrite")
     folder = local_model(model, workspace)
     loaded, tokenizer = load_packaged(folder), load_tokenizer(folder)
-    rows = score_file(loaded, tokenizer, source, target, max_tokens=max_tokens, batch_rows=batch_rows)
+    rows = score_file(loaded, tokenizer, source, target, max_tokens=max_tokens, batch_size=batch_size)
     typer.echo(f"{rows} rows written to {target}")

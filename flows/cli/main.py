@@ -89,6 +89,30 @@ def status(
 
 
 @app.command()
+def params(
+    schema: Annotated[bool, typer.Option("--schema", help="Write params.schema.json, which editors read.")] = False,
+    migrate: Annotated[
+        bool, typer.Option("--migrate", help="Rewrite a params.yaml of an older temper in the present words.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    workspace: Workspace = None,
+) -> None:
+    """Show every value of params.yaml and where it comes from: a line of the file, or a default."""
+    from flows.run.show_params import migrate_params, resolved, write_schema
+
+    root = enter(workspace)
+    if schema:
+        typer.echo(write_schema(root))
+    elif migrate:
+        console.difference(migrate_params(root)[1] or "nothing to rewrite")
+    elif as_json:
+        found = {each.key: {"value": each.value, "origin": each.origin} for each in resolved(root)}
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        console.params(resolved(root))
+
+
+@app.command()
 def page(workspace: Workspace = None) -> None:
     """Write the page that compares all models, from what was trained and evaluated so far, and print its path.
 

@@ -53,25 +53,25 @@ def score_file(
     target: Path,
     *,
     max_tokens: int,
-    batch_rows: int,
+    batch_size: int,
     generation: Generation = GREEDY,
 ) -> int:
-    """Answer every row of a Parquet file; the result appears whole or not at all.
+    """Answers every row of a Parquet file; the result appears whole or not at all.
 
     Args:
         model: a decoder or an encoder-decoder.
         tokenizer: its own.
         source: the file to read.
         target: the file to write: all columns of the source, and those of WRITTEN.
-        max_tokens: the most tokens in a reply.
-        batch_rows: rows in a forward pass.
+        max_tokens: a reply is at most so long.
+        batch_size: rows in a forward pass.
         generation: how replies are generated.
 
     Returns:
         How many rows there were.
 
     Raises:
-        BadData: the file is no Parquet file, lacks the columns, or has a row that cannot be answered; none is written.
+        BadData: the file is no Parquet file, lacks the columns, or has a row that cannot be asked; nothing is written.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -85,13 +85,13 @@ def score_file(
         schema = _schema(file.schema_arrow)
         row = 0
         with atomic_file(target) as out, pq.ParquetWriter(out, schema, compression="zstd") as writer:
-            for block in file.iter_batches(batch_size=_WINDOW * batch_rows):
+            for block in file.iter_batches(batch_size=_WINDOW * batch_size):
                 rows = block.to_pylist()
                 prepared = [
                     _prepared(model, tokenizer, each, column, f"{source}, row {row + n}")
                     for n, each in enumerate(rows, 1)
                 ]
-                told = _answered(model, tokenizer, prepared, max_tokens, batch_rows, generation, progress)
+                told = _answered(model, tokenizer, prepared, max_tokens, batch_size, generation, progress)
                 made = [{**each, **said._asdict()} for each, said in zip(rows, told, strict=True)]
                 writer.write_table(pa.Table.from_pylist([{n: r[n] for n in schema.names} for r in made], schema=schema))
                 row += len(rows)
@@ -157,14 +157,14 @@ def _answered(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[_Prepared],
     max_tokens: int,
-    batch_rows: int,
+    batch_size: int,
     generation: Generation,
     progress: Progress,
 ) -> list[PredictionSummary]:
     """Generate the replies to some rows, in their order; rows of like length are answered together."""
     write = generate_targets if architecture_of(model) is ENCODER_DECODER else continuations
     found: dict[int, PredictionSummary] = {}
-    for places in _batches(rows, batch_rows):
+    for places in _batches(rows, batch_size):
         replies = write(model, tokenizer, [rows[place].prompt for place in places], max_tokens, generation)
         logps = _logps(model, [rows[place].scored for place in places])
         for place, new, (logp, tokens) in zip(places, replies, logps, strict=True):
@@ -174,10 +174,10 @@ def _answered(
     return [found[place] for place in range(len(rows))]
 
 
-def _batches(rows: Sequence[_Prepared], batch_rows: int) -> Iterator[list[int]]:
+def _batches(rows: Sequence[_Prepared], batch_size: int) -> Iterator[list[int]]:
     order = sorted(range(len(rows)), key=lambda place: (len(rows[place].prompt), place))
-    for start in range(0, len(order), batch_rows):
-        yield order[start : start + batch_rows]
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
 
 
 def _logps(model: Model, rows: Sequence[Row | None]) -> list[tuple[float | None, int | None]]:

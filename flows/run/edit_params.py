@@ -7,13 +7,18 @@ import shutil
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tasks.core import pipeline
 from tasks.core.artifacts import atomic_write
 from tasks.core.errors import BadParams, did_you_mean
-from tasks.core.params_file import read_yaml
-from tasks.orchestration.params import check
+from tasks.core.params_file import SHARED, effective, read_yaml, stands
+from tasks.core.params_tree import fields_at
+from tasks.orchestration.params import Params, check
+from tasks.train.params import Method
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
 
 
 def change_params(workspace: Path, recipe: Path | None, settings: Sequence[str]) -> str:
@@ -28,8 +33,8 @@ def change_params(workspace: Path, recipe: Path | None, settings: Sequence[str])
         The difference, in unified form; empty when nothing changed.
 
     Raises:
-        BadParams: a setting names no key, or the result is not valid or names a path where there is nothing; then
-            nothing was written.
+        BadParams: a setting names no key that params.yaml may have, or the result is not valid or names a path where
+            there is nothing; then nothing was written.
     """
     path = workspace / pipeline.PARAMS
     content = read_yaml(recipe or path)
@@ -37,8 +42,13 @@ def change_params(workspace: Path, recipe: Path | None, settings: Sequence[str])
         _apply(content, setting)
     check(content, str(recipe or path) + (" with --set" if settings else ""))
     pipeline.check_sources(workspace, pipeline.load(workspace, content))
+    text = dump(content) if settings else (recipe or path).read_text(encoding="utf-8")
+    return replace_params(path, text.replace("$schema=../", "$schema=", 1) if recipe else text)  # seen from here
+
+
+def replace_params(path: Path, new: str) -> str:
+    """Write params.yaml, keep what it was as params.yaml.before, and return the difference; none if nothing changed."""
     old = path.read_text(encoding="utf-8") if path.is_file() else ""
-    new = _dump(content) if settings else (recipe or path).read_text(encoding="utf-8")
     if new == old:
         return ""
     if old:
@@ -64,20 +74,51 @@ def _apply(content: Any, setting: str) -> None:
         raise BadParams("its value is not YAML", where=f"--set {setting}", got=str(error).split("\n")[0]) from error
     *parents, last = dotted.split(".")
     node = content
-    for place, key in enumerate([*parents, last]):
-        if not isinstance(node, dict) or key not in node:
-            known = list(node) if isinstance(node, dict) else []
+    for depth, key in enumerate([*parents, last]):
+        above = tuple(parents[:depth])
+        known = dict.fromkeys([*node, *_known(above, content)]) if isinstance(node, dict) else {}
+        if key not in known:
             raise BadParams(
-                f'has no key "{key}"{did_you_mean(key, known)}',
-                where="--set " + ".".join([*parents, last][: place + 1]),
+                f'has no key "{key}"{did_you_mean(key, list(known))}',
+                where="--set " + ".".join([*parents, last][: depth + 1]),
                 expected=", ".join(known),
             )
-        if place < len(parents):
-            node = node[key]
-    node[last] = value
+        if depth == len(parents):
+            _put(node, key, value)
+        elif node.get(key) is None:
+            _put(node, key, _begun((*above, key), content))
+        node = node[key]
 
 
-def _dump(content: Any) -> str:
+def _known(place: tuple[str, ...], content: Any) -> dict[str, FieldInfo]:
+    """Return the keys that may stand in a section, whether or not they do."""
+    values = effective(content)
+    whole, below = (Method, place[1:]) if place[:1] == (SHARED,) else (Params, place)
+    return fields_at(whole, below, values[SHARED] if whole is Method else values)
+
+
+def _begun(place: tuple[str, ...], content: Any) -> Any:
+    """Return a section that is to be written down: empty, or with the `name` that it has by default."""
+    from ruamel.yaml.comments import CommentedMap
+
+    section = CommentedMap()
+    field = _known(place[:-1], content).get(place[-1])
+    default = field.get_default(call_default_factory=False) if field else None
+    if (name := getattr(default, "name", None)) and not stands(place, effective(content)):
+        section["name"] = name
+    return section
+
+
+def _put(node: Any, key: str, value: Any) -> None:
+    """Set a value. A new key comes first: after the last one stand the comments of what follows."""
+    if key in node:
+        node[key] = value
+    else:
+        node.insert(0, key, value)
+
+
+def dump(content: Any) -> str:
+    """Return a params file's text, with its comments."""
     from ruamel.yaml import YAML
 
     yaml = YAML(typ="rt", pure=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from tasks.adapters.positions import LAYERS, parse_positions
 from tasks.core.params import Count, NotNegative, Positive, Section
@@ -61,21 +61,22 @@ class FullAdapter(Section):
     """No adapter: the base's own weights are trained, in float32, and computed with in the machine's fast format."""
 
     name: Literal["full"]
-    modules: Names
+    modules: Names = "all"
     """Every parameter (`all`), those of modules with these names, or of modules that a regular expression matches."""
 
 
 class LowRank(Section):
     """Fields that low-rank updates of weights have in common."""
 
-    rank: Ranks
+    rank: Ranks = 16
     """The paper's r; or one for each pattern of module names, such as {others: 8, "layers.0.*q_proj": 16}."""
-    alpha: Alphas
+    alpha: Alphas = 32.0
     """The update is scaled by alpha / rank; or one for each pattern."""
-    dropout: Dropout
+    dropout: Dropout = 0.0
     """Share of the update's inputs that is zeroed in training."""
-    targets: Targets
-    """Every linear layer but the head (`all-linear`), names such as `[q_proj, embed_tokens]`, a regular expression, or
+    targets: Targets = "all-linear"
+    """Every linear layer but the head (`all-linear`, as section 4 of the QLoRA paper found to be needed), names such as
+    `[q_proj, embed_tokens]`, a regular expression, or
     what is updated of fused projections: {qkv_proj: [q, v], o_proj: all}."""
 
     @model_validator(mode="after")
@@ -107,11 +108,11 @@ class QloraAdapter(LowRank):
     """Low-rank updates on a 4-bit base (arXiv:2305.14314)."""
 
     name: Literal["qlora"]
-    quantization: Literal["nf4", "fp4"]
+    quantization: Literal["nf4", "fp4"] = "nf4"
     """The 4-bit data type of the frozen weights."""
-    double_quantization: bool
+    double_quantization: bool = True
     """Whether the quantization constants are quantized too (section 3 of the paper)."""
-    compute_dtype: Literal["auto", "bfloat16", "float32"]
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """What the 4-bit weights are multiplied in; `auto` is what the machine is fast at."""
 
     @property
@@ -124,7 +125,7 @@ class Int8Adapter(LowRank):
     """Low-rank updates on an 8-bit base, LLM.int8() (arXiv:2208.07339)."""
 
     name: Literal["lora8bit"]
-    outlier_threshold: NotNegative
+    outlier_threshold: NotNegative = 6.0
     """Columns of inputs with a number above it are multiplied in 16 bits (section 3.2 of the paper: 6.0)."""
 
     @property
@@ -137,25 +138,25 @@ class AdaloraAdapter(Section):
     """Low-rank updates whose ranks are moved to where they matter (arXiv:2303.10512)."""
 
     name: Literal["adalora"]
-    rank: Rank
+    rank: Rank = 12
     """Of every update in the beginning."""
-    target_rank: Rank
+    target_rank: Rank = 8
     """What the ranks are on average in the end; below `rank`."""
-    alpha: Positive
+    alpha: Positive = 32.0
     """The update is scaled by alpha / rank."""
-    dropout: Dropout
+    dropout: Dropout = 0.0
     """Share of the update's inputs that is zeroed in training."""
-    targets: Names
+    targets: Names = "all-linear"
     """Every linear layer but the head (`all-linear`), names such as `[q_proj, v_proj]`, or a regular expression."""
-    warmup_steps: Annotated[int, Field(ge=0)]
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
     """Steps before the first rank is taken away, the paper's t_i."""
-    final_steps: Annotated[int, Field(ge=0)]
+    final_steps: Annotated[int, Field(ge=0)] = 200
     """Steps at the end in which ranks stay as they are, the paper's t_f."""
-    every_steps: Count
+    every_steps: Count = 10
     """Ranks are moved each so many steps."""
-    orthogonality: NotNegative
+    orthogonality: NotNegative = 0.5
     """Weight of the penalty on singular vectors that are not orthogonal (equation 4, gamma)."""
-    smoothing: Annotated[float, Field(gt=0, lt=1)]
+    smoothing: Annotated[float, Field(gt=0, lt=1)] = 0.85
     """Of the importance of weights over steps (equations 9 and 10, beta)."""
 
     @model_validator(mode="after")
@@ -169,9 +170,9 @@ class Ia3Adapter(Section):
     """Learnt factors of keys, values and the MLP's inner values (arXiv:2205.05638)."""
 
     name: Literal["ia3"]
-    targets: Names
+    targets: Names = ["k_proj", "v_proj", "down_proj"]
     """Modules whose outputs are scaled, such as `[k_proj, v_proj, down_proj]`, or a regular expression."""
-    inputs_of: list[str] | Pattern
+    inputs_of: list[str] | Pattern = ["down_proj"]
     """Those of them whose inputs are scaled instead, such as `[down_proj]`."""
 
     @model_validator(mode="after")
@@ -186,11 +187,11 @@ class PromptTuningAdapter(Section):
     """Learnt embeddings before each prompt (arXiv:2104.08691)."""
 
     name: Literal["prompt_tuning"]
-    tokens: Count
+    tokens: Count = 20
     """How many."""
-    start: Literal["random", "text", "vocabulary"]
+    start: Literal["random", "text", "vocabulary"] = "vocabulary"
     """What they are in the beginning: random numbers, the embeddings of `text`, or of random words."""
-    text: str
+    text: str = ""
     """For `start: text`, repeated or cut to the number of tokens; else empty."""
 
     @model_validator(mode="after")
@@ -204,13 +205,13 @@ class PTuningAdapter(Section):
     """Learnt embeddings before each prompt, as a small network writes them: P-tuning v1 (arXiv:2103.10385)."""
 
     name: Literal["p_tuning"]
-    tokens: Count
+    tokens: Count = 20
     """How many."""
-    encoder: Literal["mlp", "lstm"]
+    encoder: Literal["mlp", "lstm"] = "mlp"
     """The network; after the training it is left out."""
-    hidden_size: Count
+    hidden_size: Count = 128
     """Its width."""
-    dropout: Dropout
+    dropout: Dropout = 0.0
     """Of the LSTM's inner values."""
 
 
@@ -218,9 +219,9 @@ class PrefixAdapter(Section):
     """Learnt keys and values before each prompt, in every layer, as a network writes them (arXiv:2101.00190)."""
 
     name: Literal["prefix"]
-    tokens: Count
+    tokens: Count = 20
     """How many."""
-    hidden_size: Count
+    hidden_size: Count = 512
     """Width of the network; after the training it is left out."""
 
 
@@ -228,7 +229,7 @@ class PTuningV2Adapter(Section):
     """Learnt keys and values before each prompt, in every layer, without a network: P-tuning v2 (arXiv:2110.07602)."""
 
     name: Literal["p_tuning_v2"]
-    tokens: Count
+    tokens: Count = 20
     """How many."""
 
 
@@ -237,22 +238,22 @@ class ReftAdapter(Section):
 
     name: Literal["loreft", "noreft", "consreft", "lobireft", "direft", "nodireft"]
     """The intervention: loreft is equation 2 of the paper, direft equation 3, the others leave parts of these out."""
-    rank: Rank
+    rank: Rank = 8
     """Dimensions of the edited subspace, the paper's r."""
-    layers: Layers
+    layers: Layers = "all"
     """Which layers are edited, from 0: `all`, a range such as 4-7, or a list."""
-    component: Literal["block_output", "attention_output", "mlp_output"]
+    component: Literal["block_output", "attention_output", "mlp_output"] = "block_output"
     """What is edited in them."""
-    positions: str
+    positions: str = "last"
     """Of the prompt: `last`, `all`, `fN` (the first N tokens), `lN` or `fN+lM`. Of a prompt of p tokens at most p / 2,
     rounded down, are first ones, and at most p / 2, rounded up, last ones, as in pyreft."""
-    share_weights: bool
+    share_weights: bool = False
     """Whether first and last tokens have one edit a layer instead of two."""
-    bias: bool
+    bias: bool = True
     """Whether the learnt map has a bias, the paper's b; consreft and lobireft learn nothing else."""
-    dropout: Dropout
+    dropout: Dropout = 0.0
     """Share of the edit that is zeroed in training."""
-    cache_mib: Annotated[int, Field(ge=0)]
+    cache_mib: Annotated[int, Field(ge=0)] = 256
     """Memory for hidden states where the first edit is made, the same in every epoch; with less none are kept."""
 
     @field_validator("positions")
@@ -266,17 +267,17 @@ class BottleneckAdapter(Section):
     """Small networks with a residual connection inside the layers."""
 
     name: Literal["bottleneck"]
-    form: Literal["houlsby", "pfeiffer", "parallel"]
+    form: Literal["houlsby", "pfeiffer", "parallel"] = "pfeiffer"
     """After attention and MLP (arXiv:1902.00751), after layers (arXiv:2005.00052), beside MLPs (arXiv:2110.04366)."""
-    reduction_factor: Positive
+    reduction_factor: Positive = 16.0
     """The hidden size divided by the network's own."""
-    non_linearity: Literal["relu", "silu", "gelu", "tanh"]
+    non_linearity: Literal["relu", "silu", "gelu", "tanh"] = "relu"
     """What stands between its two linear maps."""
-    scaling: Positive
+    scaling: Positive = 1.0
     """What the network's output is multiplied by."""
-    layers: Layers
+    layers: Layers = "all"
     """Which layers get one, from 0: `all`, a range such as 4-7, or a list."""
-    dropout: Dropout
+    dropout: Dropout = 0.0
     """Share of the network's inner values that is zeroed in training."""
 
 
@@ -286,7 +287,7 @@ class PeftAdapter(Section):
     name: Literal["peft"]
     method: Text
     """PEFT's name of the method, such as OFT or VERA."""
-    config: dict[str, Any]
+    config: dict[str, Any] = {}
     """The fields of its configuration class."""
 
 
@@ -306,3 +307,15 @@ AnyAdapter: TypeAlias = Annotated[
     | PeftAdapter,
     Field(discriminator="name"),
 ]
+
+
+DEFAULT_ADAPTER = QloraAdapter(name="qlora")
+"""What a method trains that names no adapter: it fits the most into the least memory."""
+
+
+class Adapted(Section):
+    """What those read of a method who need its adapter alone."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    adapter: AnyAdapter = DEFAULT_ADAPTER

@@ -19,7 +19,7 @@ class LocalBase(Section):
     kind: Literal["local"]
     path: FilePath
     """The folder: config.json, safetensors, a tokenizer."""
-    template: Name
+    template: Name = "own"
     """`own` for the chat template that the model brings, or the name of one in data/templates/."""
 
 
@@ -27,13 +27,13 @@ class HubBase(Section):
     """A model of the Hugging Face hub, pinned to a commit."""
 
     kind: Literal["hub"]
-    path: Literal["data/remote.md"]
+    path: Literal["data/remote.md"] = "data/remote.md"
     """Stands in for what is not on this disk: a DVC dependency cannot be left out."""
     id: HubName
     """Owner and name."""
     revision: Commit
     """The whole commit hash; branches and tags move and are refused."""
-    template: Name
+    template: Name = "own"
     """`own` for the chat template that the model brings, or the name of one in data/templates/."""
 
 
@@ -45,23 +45,23 @@ class CheckpointBase(Section):
     """The folder with both files."""
     weights: FileName
     """The state dict: `base_model.layers.0.self_attn.q_proj.weight` and so on; also within {model: ...}."""
-    tokenizer: FileName
+    tokenizer: FileName = "tokenizer.json"
     """The JSON file of the library `tokenizers`."""
     heads: Count
     """Attention heads; they divide the hidden size."""
     kv_heads: Count
     """Heads of keys and values; they divide `heads`."""
-    rms_norm_eps: Positive
+    rms_norm_eps: Positive = 1e-5
     """What RMSNorm adds to the mean square."""
-    rope_theta: Positive
+    rope_theta: Positive = 10000.0
     """The base of the rotary angles."""
-    rotation: Literal["half_split", "interleaved"]
+    rotation: Literal["half_split", "interleaved"] = "half_split"
     """What is rotated together: numbers half a head apart, as in Hugging Face's code, or neighbours, as in Meta's."""
     context_tokens: Annotated[int, Field(ge=2)]
     """The longest text that it was trained on."""
     stop_token: Token
     """The token of the tokenizer that ends a text."""
-    template: Name
+    template: Name = "own"
     """The name of a chat template in data/templates/, or `own` for none."""
 
     @model_validator(mode="after")
@@ -74,29 +74,29 @@ class CheckpointBase(Section):
 class Pretraining(Section):
     """Settings of every training on whole texts: which rows, what is held out, and the course."""
 
-    path: FilePath
+    path: FilePath = "data/clean"
     """The clean rows: `data/clean`."""
-    rows: Annotated[list[Literal["text", "chat"]], Field(min_length=1)]
+    rows: Annotated[list[Literal["text", "chat"]], Field(min_length=1)] = ["text"]
     """The kinds of rows that are learnt: plain texts, chats in the form of the chat template, or both."""
-    held_out: Share
+    held_out: Share = 0.1
     """The share of groups that is never learnt; with that of `render` it is the same groups. 0 measures nothing."""
-    held_out_rows: Count
+    held_out_rows: Count = 1000
     """Held-out rows on which loss and perplexity are measured, at most."""
-    context_tokens: Annotated[int, Field(ge=2)]
+    context_tokens: Annotated[int, Field(ge=2)] = 512
     """Length of the blocks that texts are packed into."""
     tokens: Count
     """How many tokens to train on in all; the rows are repeated as often as that takes."""
-    batch_tokens: Count
+    batch_tokens: Count = 32768
     """Tokens in a step; a multiple of `context_tokens`."""
-    learning_rate: Positive
+    learning_rate: Positive = 1e-3
     """The peak, after warm-up; then cosine to zero."""
-    warmup_steps: Annotated[int, Field(ge=0)]
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
     """Steps of linear warm-up."""
-    weight_decay: NotNegative
+    weight_decay: NotNegative = 0.1
     """Decoupled, on matrices."""
-    checkpoint_every_steps: Count
+    checkpoint_every_steps: Count = 100
     """What a kill loses at most."""
-    seed: Seed
+    seed: Seed = 1
     """Of the initial weights and the order of the blocks."""
 
     @model_validator(mode="after")
@@ -110,17 +110,17 @@ class PretrainBase(Pretraining):
     """A Llama and its byte-level BPE tokenizer, trained here from the clean text and chat rows."""
 
     kind: Literal["pretrain"]
-    vocabulary: Annotated[int, Field(ge=300)]
+    vocabulary: Annotated[int, Field(ge=300)] = 16384
     """Entries of the tokenizer, special tokens included."""
-    hidden_size: Count
+    hidden_size: Count = 768
     """Width; a multiple of `heads`."""
-    mlp_size: Count
+    mlp_size: Count = 2048
     """Width between the MLP's two halves."""
-    layers: Count
+    layers: Count = 12
     """Decoder layers."""
-    heads: Count
+    heads: Count = 12
     """Attention heads; a multiple of `kv_heads`."""
-    kv_heads: Count
+    kv_heads: Count = 4
     """Heads of keys and values."""
 
     @model_validator(mode="after")
@@ -138,18 +138,18 @@ class PinnedBase(Section):
     """The folder: config.json, safetensors, a tokenizer."""
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
     """Of the names and digests of its files; another one is refused, and the message says what it is."""
-    template: Name
+    template: Name = "own"
     """`own` for the chat template that the model brings, if any, or the name of one in data/templates/."""
 
 
 class Growth(Section):
     """Tokens that the vocabulary gets before the training; an embedding row and an output row for each."""
 
-    tokens: list[Token]
+    tokens: list[Token] = []
     """Texts that become one token each, wherever they stand; [] for none."""
-    learnt: Annotated[int, Field(ge=0)]
+    learnt: Annotated[int, Field(ge=0)] = 0
     """How many more are learnt from the rows, by going on with the merges of the tokenizer's byte-pair encoding."""
-    begin_as: Literal["pieces", "all"]
+    begin_as: Literal["pieces", "all"] = "pieces"
     """A new row is the mean of the rows of the tokens that it stands for, or of all rows."""
 
 
@@ -164,8 +164,8 @@ class ContinueBase(Pretraining):
 
     kind: Literal["continue"]
     of: Annotated[PinnedBase | HubBase, Field(discriminator="kind")]
-    growth: Growth
-    adapter: Annotated[AllWeights | LoraAdapter, Field(discriminator="name")]
+    growth: Growth = Growth()
+    adapter: Annotated[AllWeights | LoraAdapter, Field(discriminator="name")] = LoraAdapter(name="lora")
 
 
 AnyBase: TypeAlias = Annotated[

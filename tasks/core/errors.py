@@ -23,8 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-EXAMPLES_SHOWN = 5
-
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Suggest the nearest known name after "unknown NAME", if one is near."""
@@ -43,10 +41,11 @@ class TemperError(Exception):
         got: what was found there.
         expected: what would have been right.
         fix: what to do next.
-        examples: further places of the same kind; five are shown, the rest is counted.
+        examples: further places of the same kind; `examples_shown` of them are shown, the rest is counted.
     """
 
     exit_code = 1
+    examples_shown = 5
 
     def __init__(
         self,
@@ -69,9 +68,9 @@ class TemperError(Exception):
     def __str__(self) -> str:
         """Format the error as one readable block, without a traceback."""
         lines = [f"{self.where}: {self.what}" if self.where else self.what]
-        lines += [f"  - {example}" for example in self.examples[:EXAMPLES_SHOWN]]
-        if len(self.examples) > EXAMPLES_SHOWN:
-            lines.append(f"  and {len(self.examples) - EXAMPLES_SHOWN} more")
+        lines += [f"  - {example}" for example in self.examples[: self.examples_shown]]
+        if len(self.examples) > self.examples_shown:
+            lines.append(f"  and {len(self.examples) - self.examples_shown} more")
         labelled = (("got", self.got), ("expected", self.expected), ("to fix", self.fix))
         lines += [f"  {label + ':':<9} {text}" for label, text in labelled if text]
         return "\n".join(lines)
@@ -85,6 +84,8 @@ class BadInput(TemperError):
 
 class BadParams(BadInput):
     """params.yaml or a command-line argument is wrong."""
+
+    examples_shown = 25  # they are in one file, and are corrected together
 
 
 class BadData(BadInput):

@@ -24,10 +24,17 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
+class HeldOut(Section):
+    """The share of rows that no training sees."""
+
+    held_out: Share = 0.1
+    """The share of groups that is kept for evaluation; which ones is a fixed function of their names."""
+
+
 class SourceFacts(Section):
     """What a source of rows says of their use, whatever its kind."""
 
-    use: Literal["train", "benchmark"]
+    use: Literal["train", "benchmark"] = "train"
     """Rows to learn from, or questions of a benchmark that no row to learn from may contain."""
-    licence: Annotated[str, StringConstraints(min_length=1)]
+    licence: Annotated[str, StringConstraints(min_length=1)] = "unknown"
     """What the rows may be used for, as an SPDX name; noted in the manifest."""

@@ -11,6 +11,10 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from tasks.core.errors import BadParams
+from tasks.core.params_tree import fields_at
+
+METHODS, SHARED = "train", "train_defaults"
+"""The sections with the methods, and with the values that they share."""
 
 
 def read_yaml(path: Path) -> Mapping[str, Any]:
@@ -54,6 +58,56 @@ def _refuse_tricks(event: Any, path: Path) -> None:
         )
 
 
+def effective(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that a file means: every method of `train` laid over `train_defaults`; an empty section is {}.
+
+    A method's own value wins. Of `adapter` and `objective` single keys are laid over where both have the same `name`,
+    or the method gives none; everything else is taken whole.
+    """
+    values = {key: {} if value is None else value for key, value in plain(content).items()}
+    shared, methods = values.get(SHARED, {}), values.get(METHODS)
+    if isinstance(shared, dict) and isinstance(methods, dict):
+        values[METHODS] = {name: _laid_over(shared, {} if own is None else own) for name, own in methods.items()}
+    return values
+
+
+def _laid_over(shared: dict[str, Any], own: Any) -> Any:
+    if not isinstance(own, dict):
+        return own
+    values = shared | own
+    for key in {"adapter", "objective"} & shared.keys() & own.keys():
+        below, above = shared[key], own[key]
+        if (
+            isinstance(below, dict)
+            and isinstance(above, dict)
+            and above.get("name", below.get("name")) == below.get("name")
+        ):
+            values[key] = below | above
+    return values
+
+
+def origin(place: tuple[str, ...], content: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return where a value of a method really stands: at its own place, or at that of `train_defaults`."""
+    below = (SHARED, *place[2:])
+    return (
+        below
+        if place[:1] == (METHODS,) and len(place) > 2 and stands(below, content) and not stands(place, content)
+        else place
+    )
+
+
+def stands(place: tuple[str, ...], content: Any) -> bool:
+    """Return whether something stands at a place."""
+    for key in place:
+        if isinstance(content, list) and key.isdigit() and int(key) < len(content):
+            content = content[int(key)]
+        elif isinstance(content, Mapping) and key in content:
+            content = content[key]
+        else:
+            return False
+    return True
+
+
 def validated(kind: Any, content: Mapping[str, Any], where: str, place: tuple[str, ...] = ()) -> Any:
     """Check what stands at a place of a params file, and return it typed.
 
@@ -61,20 +115,28 @@ def validated(kind: Any, content: Mapping[str, Any], where: str, place: tuple[st
         kind: the type it must have: a `Section`, or anything that pydantic knows.
         content: of the whole file.
         where: names the file in errors.
-        place: the keys that lead to it; none for the whole file.
+        place: the keys that lead to it; none for the whole file. A section may be left out, what is in it may not.
 
     Raises:
         BadParams: one or more keys are wrong or missing; all of them are named, each with its line.
     """
-    for depth, key in enumerate(place):
-        if not isinstance(_at(place[:depth], content), Mapping) or key not in _at(place[:depth], content):
+    values = effective(content)
+    if len(place) == 1:
+        values.setdefault(place[0], {})
+    for depth in range(len(place)):
+        if not stands(place[: depth + 1], values):
             missing = place[: depth + 1]
             raise wrong_keys([f"line {line_of(missing, content)}: {'.'.join(missing)}: is missing"], where)
     adapter = TypeAdapter(kind)
     try:
-        return adapter.validate_python(plain(_at(place, content)))
+        return adapter.validate_python(_at(place, values))
     except ValidationError as error:
-        raise wrong_keys(_problems(error.errors(), content, adapter, place), where) from error
+        errors = [each for each in error.errors() if each["type"] != "default_factory_not_called"]
+        told = _problems(errors, values, adapter, kind, place)
+        lines = {(origin(at, content), text) for at, text in told.items()}
+        raise wrong_keys(
+            [f"line {line_of(at, content)}: {'.'.join(at)}: {text}" for at, text in sorted(lines)], where
+        ) from error
 
 
 def wrong_keys(problems: Sequence[str], where: str) -> BadParams:
@@ -83,7 +145,7 @@ def wrong_keys(problems: Sequence[str], where: str) -> BadParams:
         f"{len(problems)} {'key is' if len(problems) == 1 else 'keys are'} wrong",
         where=where,
         examples=problems,
-        fix="see the comments in recipes/quickstart.yaml",
+        fix="docs/params.md has every key; `temper params` shows what each is now",
     )
 
 
@@ -100,14 +162,15 @@ def plain(value: Any) -> Any:
 
 
 def _problems(
-    errors: list[ErrorDetails], content: Mapping[str, Any], adapter: TypeAdapter[Any], above: tuple[str, ...]
-) -> list[str]:
-    """Say each problem in a line. An unknown key next to a missing one of a similar name is a misspelling: said once.
+    errors: list[ErrorDetails], content: Mapping[str, Any], adapter: TypeAdapter[Any], kind: Any, above: tuple[str, ...]
+) -> dict[tuple[str, ...], str]:
+    """Say what is wrong at each place. An unknown key that is like a known one that is absent is a misspelling.
 
     Args:
         errors: pydantic's, of what stands at `above`.
-        content: of the whole file.
+        content: the values of the whole file.
         adapter: what checked it.
+        kind: the type it was made of.
         above: the keys that lead to what was checked.
     """
     places = [_place((*above, *error["loc"]), content, missing=error["type"] == "missing") for error in errors]
@@ -116,13 +179,13 @@ def _problems(
     lines: dict[tuple[str, ...], str] = {}
     for place, error in zip(places, errors, strict=True):
         if error["type"] == "extra_forbidden":
-            siblings = {other[-1]: other for other in missing if other[:-1] == place[:-1]}
-            if near := _nearest(place[-1], siblings):
+            section = _at(place[:-1], content)
+            known = fields_at(kind, place[len(above) : -1], _at(above, content)).keys()
+            if near := _nearest(place[-1], known - section.keys()):
                 lines[place] = f'unknown key; did you mean "{near}"?'
-                missing.discard(siblings[near])
+                missing.discard((*place[:-1], near))
             else:
-                present = [key for key in _at(place[:-1], content) if (*place[:-1], key) not in unknown]
-                near = _nearest(place[-1], present)
+                near = _nearest(place[-1], [key for key in section if (*place[:-1], key) not in unknown])
                 lines[place] = "unknown key" + (
                     f'; the nearest known one is "{near}", which is given too' if near else ""
                 )
@@ -142,8 +205,7 @@ def _problems(
     lines |= dict.fromkeys(missing, "is missing")
     # what is wrong inside says more than that the whole is not the other thing it could be
     inner = {place[:n] for place in lines for n in range(len(place))}
-    lines = {place: text for place, text in lines.items() if place not in inner}
-    return [f"line {line_of(place, content)}: {'.'.join(place)}: {text}" for place, text in sorted(lines.items())]
+    return {place: text for place, text in lines.items() if place not in inner}
 
 
 def _nearest(key: str, known: Iterable[str]) -> str | None:
@@ -201,6 +263,7 @@ def line_of(place: tuple[str, ...], content: Mapping[str, Any]) -> int:
     for key in place:
         if not isinstance(node, Mapping) or key not in node:
             break
-        line = node.lc.key(key)[0] + 1 if hasattr(node, "lc") else line
+        lines = getattr(getattr(node, "lc", None), "data", None) or {}  # what --set put in has no line of its own
+        line = lines[key][0] + 1 if key in lines else line
         node = node[key]
     return line

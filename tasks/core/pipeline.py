@@ -55,15 +55,20 @@ def find_workspace(start: Path) -> Path:
 
 
 def load(workspace: Path, values: Mapping[str, Any] | None = None) -> dict[str, Node]:
-    """Load all stages by their DVC name (`train@qlora`), in the order of dvc.yaml.
+    """All stages by their DVC name (`train@qlora`), in the order of dvc.yaml.
 
     Args:
         workspace: the folder with dvc.yaml.
         values: the content of params.yaml, if it is not to be read from the workspace.
+
+    Raises:
+        BadParams: params.yaml lacks keys that dvc.yaml names; DVC refuses that, too. All of them are named.
     """
     values = values or _read(workspace / PARAMS)
+    stages = _read(workspace / PIPELINE)["stages"]
+    _check_keys(stages, values)
     nodes: dict[str, Node] = {}
-    for name, body in _read(workspace / PIPELINE)["stages"].items():
+    for name, body in stages.items():
         for full_name, definition, scope in _instances(name, body, values):
             nodes[full_name] = Node(
                 name=full_name,
@@ -75,6 +80,41 @@ def load(workspace: Path, values: Mapping[str, Any] | None = None) -> dict[str, 
                 ),
             )
     return nodes
+
+
+def _check_keys(stages: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Refuses values that lack a key which a stage depends on: DVC knows no defaults."""
+    missing: dict[str, None] = {}
+    for name, body in stages.items():
+        try:
+            for _, definition, scope in _instances(name, body, values):
+                for text in [definition["cmd"], *definition.get("deps", []), *definition.get("params", [])]:
+                    for key in re.findall(r"\$\{(.+?)\}", text):
+                        if not _stands(key, scope):
+                            missing[key.replace("item", f"{_each(body)}.{scope.get('key', '')}", 1)] = None
+                keys = [_fill(key, scope) for key in definition.get("params", [])]
+                missing |= dict.fromkeys(key for key in keys if not _stands(key, values))
+        except KeyError:
+            missing[_each(body)] = None
+    if missing:
+        raise BadParams(
+            "lacks keys by which DVC tells what to run again",
+            where=PARAMS,
+            examples=list(missing),
+            fix="write them down: a section with nothing to say as `evaluate: {}`; docs/params.md has the defaults",
+        )
+
+
+def _each(body: Mapping[str, Any]) -> str:
+    return str(body.get("foreach", "")).removeprefix("${").removesuffix("}")
+
+
+def _stands(dotted: str, scope: Mapping[str, Any]) -> bool:
+    try:
+        _lookup(dotted, scope)
+    except (KeyError, TypeError):
+        return False
+    return True
 
 
 def code_folders(workspace: Path, stage: str) -> list[str]:
@@ -227,7 +267,7 @@ def _instances(
     if "foreach" not in body:
         yield name, body, values
         return
-    for key, item in _lookup(body["foreach"].removeprefix("${").removesuffix("}"), values).items():
+    for key, item in _lookup(_each(body), values).items():
         yield f"{name}@{key}", body["do"], {**values, "key": key, "item": item}
 
 

@@ -95,14 +95,14 @@ class AdaptiveMicroBatch:
         if not self._fit or self.rows == 1:
             return False
         self.rows //= 2
-        print(f"memory ran out ({why}); going on with micro_batch_rows={self.rows}: the same gradients", flush=True)
+        print(f"memory ran out ({why}); going on with micro_batch_size={self.rows}: the same gradients", flush=True)
         self.note(kills_for_memory())
         return True
 
     def note(self, kills: int | None) -> None:
         """Record the row count for the next attempt; `kills` is None once this one has ended by itself."""
         if self._file:
-            attempt = {"micro_batch_rows": self.rows, "recomputing": self._recomputing, "kills_for_memory": kills}
+            attempt = {"micro_batch_size": self.rows, "recomputing": self._recomputing, "kills_for_memory": kills}
             atomic_write(self._file, json.dumps(attempt) + "\n")
 
 
@@ -119,10 +119,10 @@ def adaptive_micro_batch(rows: int, *, fit: bool, checkpoints: Path) -> Iterator
         yield AdaptiveMicroBatch(rows, fit=False)
         return
     file = checkpoints / "attempt.json"
-    last: dict[str, Any] = {"micro_batch_rows": rows, "recomputing": None, "kills_for_memory": None}
+    last: dict[str, Any] = {"micro_batch_size": rows, "recomputing": None, "kills_for_memory": None}
     if file.is_file():
         last = json.loads(file.read_text())
-    now = AdaptiveMicroBatch(min(rows, last["micro_batch_rows"]), fit=True, file=file, recomputing=last["recomputing"])
+    now = AdaptiveMicroBatch(min(rows, last["micro_batch_size"]), fit=True, file=file, recomputing=last["recomputing"])
     killed = last["kills_for_memory"] is not None and kills_for_memory() > last["kills_for_memory"]
     if killed and not now.halve("the kernel ended the last attempt for it"):
         now.note(None)

@@ -40,7 +40,7 @@ def general_loss(examinee: ModelUnderTest, text: GeneralText) -> TextLoss:
     if examinee.encodes:
         raise BadParams("an encoder-decoder has no loss on a text alone", where="evaluate.general_text", fix="none")
     windows = _windows(examinee, text)
-    batch, logp = examinee.params.batch_rows, 0.0
+    batch, logp = examinee.params.batch_size, 0.0
     for start in range(0, len(windows), BATCHES * batch):
         some = windows[start : start + BATCHES * batch]
         logp += examinee.recall(["general_text", some], partial(_logp, examinee, some, batch), partial(_read, some))
@@ -68,12 +68,12 @@ def _windows(examinee: ModelUnderTest, text: GeneralText) -> list[list[int]]:
     return [ids[start : start + size] for start in range(0, len(ids) - 1, size - 1)]
 
 
-def _logp(examinee: ModelUnderTest, windows: list[list[int]], batch_rows: int) -> float:
+def _logp(examinee: ModelUnderTest, windows: list[list[int]], batch_size: int) -> float:
     import torch
 
     total = 0.0
-    for start in range(0, len(windows), batch_rows):
-        rows = [TokenRow(ids, [False] + [True] * (len(ids) - 1), 1) for ids in windows[start : start + batch_rows]]
+    for start in range(0, len(windows), batch_size):
+        rows = [TokenRow(ids, [False] + [True] * (len(ids) - 1), 1) for ids in windows[start : start + batch_size]]
         with torch.no_grad():
             total += score_tokens(examinee.model, rows).logp.double().sum().item()
     return total

@@ -50,7 +50,7 @@ def answer_rows(
     targets = [decode(tokenizer, row["ids"][len(prompt) :]) for row, prompt in zip(rows, prompts, strict=True)]
     texts = [str(tokenizer.decode(ids)) for ids in prompts]
     answers = generate_answers(model, tokenizer, dict(zip(texts, prompts, strict=True)), texts, params)
-    logps = token_logps(model, rows, params.batch_rows)
+    logps = token_logps(model, rows, params.batch_size)
     return [
         _item(row, text, target, answer, logp, sum(row["mask"][1:]))
         for row, text, target, answer, logp in zip(rows, texts, targets, answers, logps, strict=True)
@@ -68,13 +68,13 @@ def answer_pairs(
     check_room(model, [(row["id"], row["input_ids"]) for row in rows], params.max_new_tokens)
     answers: list[str] = []
     with Progress("answer", len(rows), "rows") as progress:
-        for start in range(0, len(rows), params.batch_rows):
-            inputs = [row["input_ids"] for row in rows[start : start + params.batch_rows]]
+        for start in range(0, len(rows), params.batch_size):
+            inputs = [row["input_ids"] for row in rows[start : start + params.batch_size]]
             answered = generate_targets(model, tokenizer, inputs, params.max_new_tokens, params.generation)
             answers += [decode(tokenizer, ids) for ids in answered]
             progress.step(by=len(inputs))
     made = []
-    for row, answer, logp in zip(rows, answers, token_logps(model, rows, params.batch_rows), strict=True):
+    for row, answer, logp in zip(rows, answers, token_logps(model, rows, params.batch_size), strict=True):
         given, target = decode(tokenizer, row["input_ids"]), decode(tokenizer, row["target_ids"])
         made.append(_item(row, given, target, answer, logp, len(row["target_ids"])))
     return made
@@ -121,7 +121,7 @@ def generate_answers(
             model=language_model(
                 model,
                 tokenizer,
-                batch_rows=params.batch_rows,
+                batch_size=params.batch_size,
                 generation=params.generation,
                 progress=progress,
                 tokens=tokens,
@@ -134,14 +134,14 @@ def generate_answers(
     return [sample["filtered_resps"][0].strip() for sample in samples]
 
 
-def token_logps(model: Model, rows: Sequence[Mapping[str, Any]], batch_rows: int) -> list[float]:
+def token_logps(model: Model, rows: Sequence[Mapping[str, Any]], batch_size: int) -> list[float]:
     """Compute the log-probability of each row's scored tokens together, in nats."""
     import torch
 
     logps: list[float] = []
     with torch.no_grad(), Progress("score", len(rows), "rows") as progress:
-        for start in range(0, len(rows), batch_rows):
-            batch = [row_of(row) for row in rows[start : start + batch_rows]]
+        for start in range(0, len(rows), batch_size):
+            batch = [row_of(row) for row in rows[start : start + batch_size]]
             logps += score_rows(model, batch).row_sums().tolist()
             progress.step(by=len(batch))
     return logps
@@ -175,8 +175,8 @@ def held_out_items(examinee: ModelUnderTest, rendered: Path) -> list[Item]:
 
     rows = read_questions(rendered, examinee.architecture)[: params.rows]
     items: list[Item] = []
-    for start in range(0, len(rows), BATCHES * params.batch_rows):
-        some = list(rows[start : start + BATCHES * params.batch_rows])
+    for start in range(0, len(rows), BATCHES * params.batch_size):
+        some = list(rows[start : start + BATCHES * params.batch_size])
         asked = [HELD_OUT, params.max_new_tokens, some]
         items += [Item(**each) for each in examinee.recall(asked, partial(answered, some), tokens)]
     return items

@@ -47,7 +47,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval's class is untyped
         self,
         model: Model,
         tokenizer: PreTrainedTokenizerBase,
-        batch_rows: int,
+        batch_size: int,
         generation: Generation,
         progress: Progress | None,
         tokens: Mapping[str, Sequence[int]],
@@ -58,9 +58,9 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval's class is untyped
             pretrained=model,
             tokenizer=tokenizer,
             backend="seq2seq" if self._writes else "causal",
-            batch_size=batch_rows,
+            batch_size=batch_size,
         )
-        self._generation, self._rows, self._tokens = generation, batch_rows, tokens
+        self._generation, self._rows, self._tokens = generation, batch_size, tokens
         self._done: Callable[[int], None] = (
             (lambda count: progress.step(by=count)) if progress else (lambda count: None)
         )
@@ -234,7 +234,7 @@ def language_model(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    batch_rows: int,
+    batch_size: int,
     generation: Generation,
     progress: Progress | None = None,
     tokens: Mapping[str, Sequence[int]] = {},
@@ -244,11 +244,11 @@ def language_model(
     Args:
         model: a decoder or an encoder-decoder, with or without an adapter.
         tokenizer: its own.
-        batch_rows: answers that are generated at once; what is scored goes by tokens.
-        generation: how answers are generated where a task does not specify it.
+        batch_size: answers that are generated at once; what is scored goes by tokens.
+        generation: how answers are generated where a task does not say.
         progress: counts requests that are done.
         tokens: of texts those that training saw: made of a text anew they may be others, as where SentencePiece puts a
             space after a control token. Texts that are not in it are made into tokens as lm-eval does.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    return HarnessModel(model, tokenizer, batch_rows, generation, progress, tokens)
+    return HarnessModel(model, tokenizer, batch_size, generation, progress, tokens)

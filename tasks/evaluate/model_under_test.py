@@ -93,7 +93,7 @@ class ModelUnderTest:
         """Return everything that an answer depends on besides the question."""
         adapters = [adapter for adapter in (self.folder / PACKAGED, self.adapter) if adapter and adapter.is_dir()]
         settings = {
-            "batch_rows": self.params.batch_rows,
+            "batch_size": self.params.batch_size,
             "generation": self.params.generation.model_dump(),
             "quantized_for": self._quantized_for.model_dump() if self._quantized_for else None,
             "computes": f"{device().type} {compute_dtype()}",
@@ -179,7 +179,7 @@ class ModelUnderTest:
         found: dict[int, Any] = {}
         contexts = [str(request.arguments[0]) for request in requests]
         with Progress(label, len(requests), "requests") as progress:
-            for places in parts([len(text) for text in contexts], contexts, BATCHES * self.params.batch_rows):
+            for places in parts([len(text) for text in contexts], contexts, BATCHES * self.params.batch_size):
                 asked = [requests[place] for place in places]
                 known = [self.tokens.get(contexts[place]) for place in places]
                 tokens = partial(self._read_and_written, asked)
@@ -230,7 +230,7 @@ class ModelUnderTest:
         return language_model(
             self.model,
             self.tokenizer,
-            batch_rows=self.params.batch_rows,
+            batch_size=self.params.batch_size,
             generation=self.params.generation,
             tokens=self.tokens,
         )

@@ -16,23 +16,23 @@ from tasks.reports.statistics import Resampling
 class Evaluate(Section):
     """Answers to the held-out rows."""
 
-    rows: Count
+    rows: Count = 400
     """Held-out rows to answer, at most."""
-    batch_rows: Count
+    batch_size: Count = 32
     """Rows in a forward pass."""
-    max_new_tokens: Count
+    max_new_tokens: Count = 256
     """Tokens in an answer, at most."""
-    bootstrap_samples: Count
+    bootstrap_samples: Count = 2000
     """Resamples behind an interval."""
-    confidence: Annotated[float, Field(gt=0, lt=1)]
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """Of the intervals."""
-    seed: Seed
+    seed: Seed = 1
     """Of the resampling."""
-    generation: Generation
+    generation: Generation = Generation()
     """How answers are generated."""
-    suites: dict[Name, Suite]
+    suites: dict[Name, Suite] = {}
     """What the model is asked besides, by names of your own; data/suites/ holds ready ones."""
-    general_text: GeneralText | Literal["none"]
+    general_text: GeneralText | Literal["none"] = "none"
     """Text on which base and tuned model are compared, to tell what was forgotten."""
 
     @field_validator("suites")

@@ -48,10 +48,10 @@ class Choice(Section):
     """Multiple choice: the likeliest ending is the model's answer."""
 
     name: Literal["choice"]
-    endings: Literal["letters", "texts", "contexts"]
+    endings: Literal["letters", "texts", "contexts"] = "texts"
     """letters: the prompt lists the choices and the model names one; texts: it goes on with one; contexts: the choices
     stand before one common ending, the column `target` (Winograd)."""
-    normalise: Literal["none", "characters", "tokens"]
+    normalise: Literal["none", "characters", "tokens"] = "characters"
     """What an ending's log-probability is divided by before they are compared."""
 
 
@@ -59,7 +59,7 @@ class LikelihoodMetric(Section):
     """Likelihood of the right continuation, the column `answer`."""
 
     name: Literal["loglikelihood"]
-    score: Literal["logp", "greedy"]
+    score: Literal["logp", "greedy"] = "logp"
     """logp: nats per token; greedy: 1 where the model would write it by itself."""
 
 
@@ -86,13 +86,13 @@ class Generate(Section):
     """The model writes; the answer is cut out of it and compared with the column `answer`, the best of several."""
 
     name: Literal["generate"]
-    extract: Extract
+    extract: Extract = "whole"
     """What of the text is the model's answer."""
-    target: Extract
+    target: Extract = "whole"
     """What of the column is the right answer."""
-    match: Literal["exact", "normalised", "numeric", "bleu", "chrf", "rouge1", "rouge2", "rougeL"]
+    match: Literal["exact", "normalised", "numeric", "bleu", "chrf", "rouge1", "rouge2", "rougeL"] = "exact"
     """normalised: without case, punctuation and articles; numeric: the same number, however it is written."""
-    stop: list[str]
+    stop: list[str] = []
     """Texts that end the answer, besides the model's stop token."""
 
 
@@ -100,7 +100,7 @@ class Preference(Section):
     """Preference of the column `chosen`: whether it is likelier than `rejected`."""
 
     name: Literal["preference"]
-    normalise: Literal["none", "tokens"]
+    normalise: Literal["none", "tokens"] = "none"
     """Whether log-probabilities are divided by tokens before they are compared."""
 
 
@@ -130,13 +130,13 @@ COLUMNS: dict[str, frozenset[str]] = {
 class Shots(Section):
     """Solved questions that stand before each question."""
 
-    count: Count
+    count: Count = 5
     """How many; the first ones of the file."""
     path: FilePath
     """A file, archive or folder, with the same columns."""
-    files: str
+    files: str = "*"
     """Which of its files, as in the suite's own `files`; `*` stands for the same task."""
-    sha256: Digest | Literal["none"]
+    sha256: Digest | Literal["none"] = "none"
     """Of the file; of a folder, over those of its files. With `none` a change of it goes unnoticed."""
 
 
@@ -146,9 +146,9 @@ class RowsPart(Section):
     kind: Literal["rows"]
     path: FilePath
     """A file of rows, an archive or a folder, in any format that ingest reads."""
-    sha256: Digest | Literal["none"]
+    sha256: Digest | Literal["none"] = "none"
     """Of the file; of a folder, over those of its files. With `none` a change of it goes unnoticed."""
-    files: str
+    files: str = "*"
     """Which files of an archive or folder: a path in it, where one `*` may stand for a part of a name."""
     task: Annotated[str, StringConstraints(min_length=1, max_length=100)]
     """What the questions are reported as; `*` stands for what it stands for in `files`."""
@@ -157,13 +157,13 @@ class RowsPart(Section):
     `text` and `target` mean what the metric says, `id` is the question's own; others are for the prompt."""
     prompt: Shown
     """A Jinja template over those names, and `letters`."""
-    delimiter: Annotated[str, StringConstraints(max_length=8)]
+    delimiter: Annotated[str, StringConstraints(max_length=8)] = " "
     """What stands between a prompt and its ending; nothing where the chat template is used."""
     metric: Metric
     """What is asked, and how it is scored."""
-    shots: Shots | Literal["none"]
+    shots: Shots | Literal["none"] = "none"
     """Solved questions that stand before each question."""
-    max_new_tokens: Count
+    max_new_tokens: Count = 256
     """Tokens in an answer, at most, where the model writes one."""
 
     @model_validator(mode="after")
@@ -203,18 +203,18 @@ class HarnessPart(Section):
     kind: Literal["harness"]
     tasks: Annotated[list[str], Field(min_length=1)]
     """Their names in lm-eval; of groups, too."""
-    datasets: list[HubName]
+    datasets: list[HubName] = []
     """Datasets of the hub that they read."""
-    metric: str
+    metric: str = "acc"
     """Which of their metrics is the score: NAME, or NAME,FILTER."""
-    shots: Annotated[int, Field(ge=0)] | Literal["own"]
+    shots: Annotated[int, Field(ge=0)] | Literal["own"] = "own"
     """Solved questions before each question; own: as many as the task says."""
 
 
 class _Asked(Section):
-    limit: Limit
+    limit: Limit = "none"
     """Questions of each task, at most; or none."""
-    chat_template: bool
+    chat_template: bool = True
     """Whether questions are put through the model's own chat template, solved ones as earlier turns."""
 
 
@@ -235,11 +235,11 @@ class TaskFileSuite(_Asked):
     kind: Literal["task_file"]
     path: FilePath
     """The YAML file; the files of rows that it names lie beside it, or below."""
-    sha256: Digest | Literal["none"]
+    sha256: Digest | Literal["none"] = "none"
     """Of the YAML file. With `none` a change of it goes unnoticed."""
-    metric: str
+    metric: str = "acc"
     """Which of its metrics is the score: NAME, or NAME,FILTER."""
-    shots: Annotated[int, Field(ge=0)] | Literal["own"]
+    shots: Annotated[int, Field(ge=0)] | Literal["own"] = "own"
     """Solved questions before each question; own: as many as the file says."""
 
 
@@ -251,7 +251,7 @@ class ReadySuite(_Asked):
     """Its name there."""
     data: FilePath
     """The folder with its files, laid out as the suite's own file says."""
-    missing: Literal["refuse", "skip"]
+    missing: Literal["refuse", "skip"] = "refuse"
     """What to do where the folder lacks some of them; what is skipped is said in the report."""
 
 
@@ -266,7 +266,7 @@ class Ready(Section):
     """What the suite asks, in a sentence."""
     source: str
     """Where it comes from: paper and repository."""
-    licence: str
+    licence: str = "unknown"
     """Of its data."""
     parts: Annotated[list[Part], Field(min_length=1)]
     """Its tasks."""
@@ -277,7 +277,7 @@ class GeneralText(Section):
 
     path: FilePath
     """A file of rows with a column `text`, or of plain text."""
-    sha256: Digest | Literal["none"]
+    sha256: Digest | Literal["none"] = "none"
     """Of the file. With `none` a change of it goes unnoticed."""
-    max_tokens: Count
+    max_tokens: Count = 20000
     """So many of its first tokens are read."""

@@ -136,7 +136,12 @@ def _leaks(version: VersionRecord, params: Promote) -> Iterator[CheckResult]:
     for suite in dict.fromkeys([params.suite, *params.guarded, *params.floors]):
         share = version.leaked.get(suite, math.nan)
         found = "not looked for" if math.isnan(share) else f"{share:.2%} of its items stand in rows that were learnt"
-        yield CheckResult("leaks", suite, share <= params.max_leaked, f"{found}, at most {params.max_leaked:.2%}")
+        yield CheckResult(
+            "contamination",
+            suite,
+            share <= params.max_contamination,
+            f"{found}, at most {params.max_contamination:.2%}",
+        )
 
 
 def _against_base(version: VersionRecord, params: Promote) -> CheckResult:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from tasks.core.params import Count, NotNegative, Positive, Section, Seed, Share
+from tasks.reports.items import HELD_OUT
 from tasks.reports.statistics import Resampling
 
 SuiteName = Annotated[str, StringConstraints(min_length=1)]
@@ -15,29 +16,30 @@ SuiteName = Annotated[str, StringConstraints(min_length=1)]
 class Promote(Section):
     """Conditions that a challenger must meet: figures are of items, paired where two models answered the same."""
 
-    suite: SuiteName
+    suite: SuiteName = HELD_OUT
     """The suite that decides: there a version must be better than the base, and not worse than the champion."""
-    metric: Literal["score", "loss"]
-    """Of the deciding suite: the score of its items (exact match, of held-out rows), or the loss per token."""
-    margin: NotNegative
+    metric: Literal["score", "loss"] = "loss"
+    """Of the deciding suite: the score of its items (exact match, of held-out rows), or the loss per
+    token, which fits answers that have no single right form."""
+    margin: NotNegative = 0.0
     """How much worse than the champion a version may be on the deciding suite, in the metric's own unit."""
-    confidence: Annotated[float, Field(gt=0, lt=1)]
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """Of the bootstrap interval of a difference, and of the noise floor."""
-    bootstrap_samples: Annotated[int, Field(ge=100)]
+    bootstrap_samples: Annotated[int, Field(ge=100)] = 2000
     """Resamples behind either."""
-    seed: Seed
+    seed: Seed = 1
     """Of the resampling."""
-    max_noise: Positive
+    max_noise: Positive = 0.5
     """A comparison whose noise floor is higher, as with few items, tells nothing: the gate stays shut."""
-    floors: dict[SuiteName, Annotated[float, Field(allow_inf_nan=False)]]
+    floors: dict[SuiteName, Annotated[float, Field(allow_inf_nan=False)]] = {}
     """The least mean score, by suite."""
-    guarded: dict[SuiteName, NotNegative]
+    guarded: dict[SuiteName, NotNegative] = {}
     """How much worse than the champion (the base, where there is none) the mean score may be, by suite."""
-    max_leaked: Share
+    max_contamination: Share = 0.0
     """The share of a suite's items that may stand in the rows that were learnt; of every suite named above."""
-    approval: Literal["none", "human"]
+    approval: Literal["none", "human"] = "none"
     """`human`: a version that passed waits in Prefect until somebody approves of it."""
-    approval_timeout_s: Count
+    approval_timeout_s: Count = 86400
     """So long it waits."""
 
     @property

@@ -17,17 +17,17 @@ LEAST_TEMPERATURE = 0.001
 class Generation(Section):
     """Options by which each next token is chosen: the most likely one (greedy), or one sampled by its probability."""
 
-    temperature: NotNegative
+    temperature: NotNegative = 0.0
     """What logits are divided by before a token is drawn; 0 is greedy, with `top_k` and `top_p` off."""
-    top_k: Annotated[int, Field(ge=0)]
+    top_k: Annotated[int, Field(ge=0)] = 0
     """Drawn from so many of the likeliest tokens (arXiv:1805.04833); 0: from all."""
-    top_p: Annotated[float, Field(gt=0, le=1)]
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Drawn from the fewest tokens that have this probability together (arXiv:1904.09751); 1: from all."""
-    repetition_penalty: Positive
+    repetition_penalty: Positive = 1.0
     """Above 1, tokens that were generated before become less likely (arXiv:1909.05858, 4.1, which has 1.2); 1: none."""
-    repetition_range: Annotated[int, Field(ge=0)]
+    repetition_range: Annotated[int, Field(ge=0)] = 0
     """How many of the last generated tokens the penalty looks at; 0: all generated ones. It never looks at prompts."""
-    seed: Seed
+    seed: Seed = 1
     """Of the draws: the same seed and prompt give the same text, alone or in any batch."""
 
     @model_validator(mode="after")
@@ -39,7 +39,7 @@ class Generation(Section):
         return self
 
 
-GREEDY = Generation(temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, repetition_range=0, seed=0)
+GREEDY = Generation(seed=0)
 """How a reply is generated that is asked for with no options."""
 
 

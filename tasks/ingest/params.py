@@ -20,13 +20,13 @@ class GeneratorSource(AnySource):
     """Rows made from a seed (synthetic.py); `path` is the lexicon, a YAML file of the words it draws from."""
 
     kind: Literal["generator"]
-    rows: Literal["chat", "preference", "text", "talk"]
+    rows: Literal["chat", "preference", "text", "talk"] = "chat"
     """Chats, preference pairs, plain text of facts, or small talk as plain text."""
-    count: Count
+    count: Count = 1000
     """Rows to make."""
-    seed: Seed
+    seed: Seed = 1
     """The same seed, count and lexicon give the same rows."""
-    withheld: Share
+    withheld: Share = 0.0
     """Facts in this share of the hash range are never drawn; at least `render.held_out` keeps held-out facts unseen."""
 
 
@@ -58,20 +58,22 @@ class Shuffled(Section):
 
     shuffled: Count
     """So many rows, the first of a random order."""
-    seed: Seed
+    seed: Seed = 42
     """Of that order."""
 
 
 class RowsOfFiles(AnySource):
     """Settings of how files of rows are read."""
 
-    format: Format | Annotated[dict[Field_, str], Field(min_length=1)]
+    format: Format | Annotated[dict[Field_, str], Field(min_length=1)] = "auto"
     """How rows are written; `auto` looks at the first of each file; or which column is what: {prompt: Q, reply: A}."""
-    encoding: Literal["utf-8", "latin-1", "cp1252", "mac-roman", "gb18030", "big5", "shift-jis", "euc-jp", "euc-kr"]
+    encoding: Literal["utf-8", "latin-1", "cp1252", "mac-roman", "gb18030", "big5", "shift-jis", "euc-jp", "euc-kr"] = (
+        "utf-8"
+    )
     """Of text files."""
-    max_refused: Share
+    max_refused: Share = 0.01
     """The stage fails when a larger share of the rows is malformed; the others are listed in refused.parquet."""
-    take: Literal["all"] | First | Shuffled
+    take: Literal["all"] | First | Shuffled = "all"
     """Which rows: `all`, {first: 10000}, or {shuffled: 1000, seed: 42}, as `datasets` shuffles them."""
 
 
@@ -85,7 +87,7 @@ class FolderSource(RowsOfFiles):
     """Rows of the files of a folder."""
 
     kind: Literal["folder"]
-    glob: Annotated[str, StringConstraints(min_length=1)]
+    glob: Annotated[str, StringConstraints(min_length=1)] = "**/*"
     """Which files, such as `*.jsonl` or `**/*.parquet`."""
 
 
@@ -93,13 +95,13 @@ class RemoteSource(RowsOfFiles):
     """Rows of one file elsewhere, pinned to its content."""
 
     kind: Literal["remote"]
-    path: Literal["data/remote.md"]
+    path: Literal["data/remote.md"] = "data/remote.md"
     """Stands in for what is not on this disk: a DVC dependency cannot be left out."""
     url: Annotated[str, StringConstraints(pattern=r"^(https|s3|gs|gcs|az|abfs|abfss)://[^\s@]+$")]
     """Where it is; object stores need the library of fsspec that knows them, and its environment variables."""
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
     """Of the whole file; anything else is refused."""
-    max_bytes: Count
+    max_bytes: Count = 2**34
     """A larger file is refused while it comes."""
 
 
@@ -107,13 +109,13 @@ class HubSource(RowsOfFiles):
     """Rows of the files of a dataset of the Hugging Face hub, pinned to a commit."""
 
     kind: Literal["hub"]
-    path: Literal["data/remote.md"]
+    path: Literal["data/remote.md"] = "data/remote.md"
     """Stands in for what is not on this disk: a DVC dependency cannot be left out."""
     id: HubName
     """Owner and name."""
     revision: Commit
     """The whole commit hash; branches and tags move and are refused."""
-    glob: Annotated[str, StringConstraints(min_length=1)]
+    glob: Annotated[str, StringConstraints(min_length=1)] = "**/*.parquet"
     """Which files, such as `data/train-*.parquet`."""
 
 

@@ -3,7 +3,7 @@
 Reads:  data/base/, data/adapters/METHOD/, held-out rows of data/rendered/ as probes.
 Writes: data/models/METHOD/: a model folder; equivalence.json. What cannot be merged (ReFT edits depend on the input) is
         packaged instead: `adapter/`, and reference.json, which names the base. data/exports/METHOD/: further forms.
-Params: merge, train.METHOD.adapter
+Params: merge, train.METHOD, train_defaults (their adapter)
 Fails:  a merged model that differs from the adapter model by more than merge.max_mean_kl (65, never retried); the hub
         does not answer (75, retried).
 """
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks.adapters.attach import is_mergeable, load_adapted, load_packaged
 from tasks.adapters.package import package
-from tasks.adapters.params import AnyAdapter
+from tasks.adapters.params import Adapted
 from tasks.core.artifacts import as_json, atomic_folder, read_manifest
 from tasks.core.errors import NotEquivalent
 from tasks.core.layout import EQUIVALENCE
@@ -152,13 +152,13 @@ def main() -> None:
     """Run the stage `merge@METHOD`."""
     with run_stage(__doc__, "base", "adapter", "rendered", "out", "exports", item="method", may_fetch=True) as stage:
         params = stage.section("merge", Merge)
-        adapter = stage.section(f"train.{stage.item}.adapter", AnyAdapter)
+        adapter = stage.section(f"train.{stage.item}", Adapted).adapter
         base, trained = stage.path("base"), stage.path("adapter")
         for folder in (base, trained):
             read_manifest(folder)
         seed_everything(0)
         architecture = architecture_in(base)
-        rows = read_questions(stage.path("rendered"), architecture)[: params.probe_rows]
+        rows = read_questions(stage.path("rendered"), architecture)[: params.probe_examples]
         probes = [{name: row[column] for name, column in PROBES[architecture.rows].items()} for row in rows]
         model = load_adapted(base, trained, adapter)
         known: dict[str, str] = {}

@@ -13,13 +13,14 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from tasks.base.params import AnyBase
-from tasks.core.errors import did_you_mean
+from tasks.core.errors import BadParams, did_you_mean
 from tasks.core.params import Name, Section
 from tasks.core.params_file import line_of, read_yaml, validated, wrong_keys
 from tasks.evaluate.params import Evaluate
 from tasks.gate.params import Promote
 from tasks.ingest.params import Ingest
 from tasks.merge.params import Merge
+from tasks.orchestration.params_migration import outdated
 from tasks.register.params import Register
 from tasks.registry.names import method_alias
 from tasks.render.params import Render
@@ -41,14 +42,16 @@ class Params(Section):
     """The whole of params.yaml."""
 
     ingest: Ingest
-    validate_: Annotated[Validate, Field(alias="validate")]
+    validate_: Annotated[Validate, Field(alias="validate")] = Validate()
     base: AnyBase
-    render: Render
+    render: Render = Render()
+    train_defaults: dict[str, Any] = {}
+    """What all methods share; a method's own value wins."""
     train: Annotated[dict[MethodName, Method], Field(min_length=1)]
-    merge: Merge
-    evaluate: Evaluate
-    register_: Annotated[Register, Field(alias="register")]
-    promote: Promote
+    merge: Merge = Merge()
+    evaluate: Evaluate = Evaluate()
+    register_: Annotated[Register, Field(alias="register")] = Register()
+    promote: Promote = Promote()
 
     def unasked_suites(self) -> list[tuple[str, ...]]:
         """List where `promote` names a suite that no model is evaluated on, as paths of keys; the last is the name."""
@@ -57,6 +60,16 @@ class Params(Section):
         named += [("promote", "floors", suite) for suite in self.promote.floors]
         named += [("promote", "guarded", suite) for suite in self.promote.guarded]
         return [place for place in named if place[-1] not in asked]
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of a params file, as editors read it: every key with its type, default and meaning."""
+    schema = Params.model_json_schema()
+    about = schema["properties"]["train_defaults"]["description"]
+    schema["properties"]["train_defaults"] = {"$ref": "#/$defs/Method", "default": {}, "description": about}
+    for key in schema["properties"].keys() - {"ingest", "base", "promote"}:  # DVC asks for these, if only as `{}`
+        schema["required"] = sorted({*schema["required"], key})
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 def load(path: Path) -> Params:
@@ -74,6 +87,13 @@ def check(content: Mapping[str, Any], where: str) -> Params:
     Raises:
         BadParams: one or more keys are wrong; all of them are named, each with its line.
     """
+    if old := outdated(content):
+        raise BadParams(
+            "is written in the words of an older temper",
+            where=where,
+            examples=[f"line {line_of(each.place, content)}: {each}" for each in old],
+            fix="temper params --migrate rewrites it",
+        )
     params: Params = validated(Params, content, where)
     if unasked := params.unasked_suites():
         suites = [HELD_OUT, *params.evaluate.suites]

@@ -77,7 +77,7 @@ def lineage_of(
             "model": template_digest(tokenizer),
         },
         "evaluation": _evaluation(made, metrics),
-        "leaked": contamination_by_suite(items, made.rendered, tokenizer, rendered["leak_words"]),
+        "leaked": contamination_by_suite(items, made.rendered, tokenizer, rendered["contamination_ngram"]),
         "files": {name: file["sha256"] for name, file in model["files"].items()},
         "manifest_sha256": digest(made.model / MANIFEST),
     }

@@ -13,7 +13,7 @@ from tasks.registry.names import registry_name
 class Register(Section):
     """The name in the MLflow registry."""
 
-    model: Annotated[str, AfterValidator(registry_name)]
+    model: Annotated[str, AfterValidator(registry_name)] = "temper"
     """All methods of this file are versions of it. A-Z, a-z, 0-9, `.`, `_` and `-`, at most 100 characters."""
 
 

@@ -272,7 +272,7 @@ def main() -> None:
         about: dict[str, Any] = {
             **counts,
             "template_sha256": template_digest(tokenizer),
-            "leak_words": clean["leak_words"],
+            "contamination_ngram": clean["contamination_ngram"],
         }
         with atomic_folder(stage.path("out"), about) as folder:
             for (split, kind), rows in rendered.items():

@@ -40,12 +40,12 @@ PATTERNS: Mapping[str, tuple[Pattern, ...]] = {
     "emails": (
         Pattern(r"\b[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){0,8}\.[A-Za-z]{2,24}", "@"),
     ),
-    "telephones": (
+    "phone_numbers": (
         Pattern(r"(?:\+\d{1,3}[ .-]?)?\(\d{3}\) ?\d{3}[ .-]\d{4}\b", "("),
         Pattern(r"(?:\b|\+)(?:\d{1,3}[ .-])?\d{3}[.-]\d{3}[.-]\d{4}\b|\+\d{1,3}(?:[ .-]?\d{2,4}){3,4}\b"),
         Pattern(r"\b1[3-9]\d{9}\b"),
     ),
-    "keys": (
+    "secrets": (
         Pattern(r"\b(?:sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{36,}|hf_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16})\b"),
         Pattern(
             r"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----[^-]*(?:-----END (?:[A-Z]+ )?PRIVATE KEY-----)?", "-----BEGIN"

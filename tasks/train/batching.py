@@ -137,11 +137,11 @@ def shapes_of(examples: Sequence[Example]) -> list[tuple[int, int]]:
 
 def all_batches(lengths: Sequence[int], method: Method) -> list[list[int]]:
     """Return the rows of every step: fixed by the method, so that a resumed training sees what it would have seen."""
-    epochs = (batches_of(epoch, lengths, method.batch_rows, method.seed) for epoch in range(method.epochs))
+    epochs = (batches_of(epoch, lengths, method.batch_size, method.seed) for epoch in range(method.epochs))
     return [rows for epoch in epochs for rows in epoch]
 
 
-def batches_of(epoch: int, lengths: Sequence[int], batch_rows: int, seed: int) -> list[list[int]]:
+def batches_of(epoch: int, lengths: Sequence[int], batch_size: int, seed: int) -> list[list[int]]:
     """Return the rows of an epoch's steps.
 
     Every epoch is a new shuffle; within runs of sixteen batches rows are grouped by length, so that little is padding.
@@ -150,16 +150,16 @@ def batches_of(epoch: int, lengths: Sequence[int], batch_rows: int, seed: int) -
 
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(lengths), generator=generator).tolist()
-    window = 16 * batch_rows
+    window = 16 * batch_size
     grouped = [
         i
         for start in range(0, len(order), window)
         for i in sorted(order[start : start + window], key=lengths.__getitem__)
     ]
-    places = torch.randperm(steps_per_epoch(len(lengths), batch_rows), generator=generator).tolist()
-    return [grouped[which * batch_rows : (which + 1) * batch_rows] for which in places]
+    places = torch.randperm(steps_per_epoch(len(lengths), batch_size), generator=generator).tolist()
+    return [grouped[which * batch_size : (which + 1) * batch_size] for which in places]
 
 
-def steps_per_epoch(rows: int, batch_rows: int) -> int:
+def steps_per_epoch(rows: int, batch_size: int) -> int:
     """Return the number of batches that cover all rows once."""
-    return math.ceil(rows / batch_rows)
+    return math.ceil(rows / batch_size)

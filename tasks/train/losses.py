@@ -1,6 +1,6 @@
 """Objectives on a model: from the rows of a step to the scalars that are differentiated, and what is logged of them.
 
-A step is computed in parts of `micro_batch_rows`, whose losses and gradients add up to those of the whole step: a mean
+A step is computed in parts of `micro_batch_size`, whose losses and gradients add up to those of the whole step: a mean
 over tokens is weighed by a part's share of the step's tokens, a mean over rows or pairs by its share of those. KTO's
 baseline is one number for the whole step, worked out before its first part. Where several processes train, each has
 some of the parts.
@@ -93,7 +93,7 @@ def losses_of(
     below: FrozenLayerCache | None = None,
     reference: Reference | None = None,
 ) -> Iterator[LossTerm]:
-    """Compute the objective on a step's examples, in parts of `micro_batch_rows` that add up over all processes.
+    """Compute the objective on a step's examples, in parts of `micro_batch_size` that add up to it over all processes.
 
     Args:
         model: in training or in evaluation.
@@ -120,7 +120,7 @@ def loss_of(
     reference: Reference | None = None,
 ) -> LossTerm:
     """Compute the objective alone on all examples of a step at once."""
-    together = method.model_copy(update={"micro_batch_rows": len(examples)})
+    together = method.model_copy(update={"micro_batch_size": len(examples)})
     loss, logged, _ = next(_objective(model, examples, together, below, reference))
     return loss, logged
 
@@ -137,7 +137,7 @@ def held_out_loss(
     model.eval()
     total = 0.0
     with torch.no_grad():
-        for step in parts_of(examples, method.batch_rows):
+        for step in parts_of(examples, method.batch_size):
             parts = _objective(model, step, method, None, reference)
             total += len(step) * sum(loss.item() for loss, _, _ in parts)
     model.train()
@@ -152,9 +152,9 @@ def _objective(
     reference: Reference | None,
 ) -> Iterator[tuple[Tensor, dict[str, float], float]]:
     """Yield the parts of a step that this process has, each with its share of the rows: 0 where it does not count."""
-    reference = reference or adapter_off(model, method.micro_batch_rows)
+    reference = reference or adapter_off(model, method.micro_batch_size)
     whole = None
-    for some, counts in shard(examples, method.micro_batch_rows, world()):
+    for some, counts in shard(examples, method.micro_batch_size, world()):
         with fast_products(method):
             whole = whole or _whole(model, examples, method, reference)
             loss, logged = _LOSSES[method.objective.name](
@@ -183,10 +183,10 @@ def _baseline(model: Model, others: Sequence[TokenRow], method: Method, referenc
         return torch.zeros((), device=model.device)
 
     def gaps(some: Sequence[TokenRow]) -> Tensor:
-        policy = sums_of(model, some, method.micro_batch_rows)
+        policy = sums_of(model, some, method.micro_batch_size)
         return policy - reference(some).to(policy.device)
 
-    return kl_baseline(sums_by_all(gaps, others, method.micro_batch_rows))
+    return kl_baseline(sums_by_all(gaps, others, method.micro_batch_size))
 
 
 def fast_products(method: Method) -> AbstractContextManager[object]:

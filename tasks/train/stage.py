@@ -3,7 +3,7 @@
 Reads:  data/base/, data/rendered/.
 Writes: data/adapters/METHOD/: adapter_model.safetensors, adapter_config.json, log.jsonl (one row per step),
         summary.json, samples.jsonl where replies were asked for.
-Params: train.METHOD
+Params: train.METHOD, train_defaults
 Fails:  rows of the wrong kind, labelled replies of one label, an objective that is not for this kind of model, a loss
         or gradient that is not finite, a checkpoint of another training (65, never retried); too little memory (71,
         never retried); a signal (75, after a checkpoint).
@@ -66,7 +66,7 @@ def check_launched(name: str, method: Method) -> None:
             where=f"train.{name}.fit_memory",
             got=f"true, in {ranks.world().size} processes",
             expected="false",
-            fix=f"set it so, and micro_batch_rows to what `temper estimate --method {name}` says would fit",
+            fix=f"set it so, and micro_batch_size to what `temper estimate --method {name}` says would fit",
         )
     fsdp.check_can_shard(method.adapter)
 
@@ -115,7 +115,7 @@ def main() -> None:
         keep_freed_blocks()
         with (
             explain_out_of_memory(where=f"train.{stage.item}", fix=fix),
-            adaptive_micro_batch(method.micro_batch_rows, fit=method.fit_memory, checkpoints=checkpoints) as rows,
+            adaptive_micro_batch(method.micro_batch_size, fit=method.fit_memory, checkpoints=checkpoints) as rows,
         ):
             _train_stage(stage, method, checkpoints, rows)
 
@@ -127,12 +127,12 @@ def _train_stage(stage: StageContext, method: Method, checkpoints: Path, rows: A
     data = data_digests(rendered, kind_of_rows(method, architecture))
     examples = read_examples(rendered, "train", method, architecture)
     held_out = read_examples(rendered, "held_out", method, architecture)[:HELD_OUT_ROWS]
-    if method.batch_rows > len(examples):
+    if method.batch_size > len(examples):
         print(
-            f"{title}: every step takes all {len(examples)} rows, fewer than batch_rows={method.batch_rows}", flush=True
+            f"{title}: every step takes all {len(examples)} rows, fewer than batch_size={method.batch_size}", flush=True
         )
     seed_everything(method.seed)
-    steps = method.epochs * steps_per_epoch(len(examples), method.batch_rows)
+    steps = method.epochs * steps_per_epoch(len(examples), method.batch_size)
     recomputing = rows.recomputing(lambda: must_recompute(read_model_config(base), method, examples))
     model = init_adapter(base, method.adapter, steps)
     if recomputing:

@@ -31,9 +31,9 @@ def reference_for(
     if not isinstance(method.objective, ReferringObjective) or method.objective.reference != "precomputed":
         return None
     steps = ([examples[i] for i in chosen] for chosen in all_batches(lengths_of(examples), method))
-    rows = reference_sequences(chain(steps, parts_of(held_out, method.batch_rows)), method)
+    rows = reference_sequences(chain(steps, parts_of(held_out, method.batch_size)), method)
     with fast_products(method):
-        return precomputed(model, rows, method.micro_batch_rows, checkpoints / "reference")
+        return precomputed(model, rows, method.micro_batch_size, checkpoints / "reference")
 
 
 def train(
@@ -62,7 +62,7 @@ def train(
     chosen = all_batches(lengths, method)
     steps = len(chosen)
     below = frozen_layer_cache_for(model, examples, method)
-    at_once = rows or AdaptiveMicroBatch(method.micro_batch_rows, fit=method.fit_memory)
+    at_once = rows or AdaptiveMicroBatch(method.micro_batch_size, fit=method.fit_memory)
 
     course = TrainingPlan(
         steps=steps,
@@ -103,4 +103,4 @@ def learning_rate(step: int, steps: int, method: Method) -> float:
 
 def taking(method: Method, rows: AdaptiveMicroBatch) -> Method:
     """Return the method with as many rows in a forward pass as there is memory for."""
-    return method.model_copy(update={"micro_batch_rows": rows.rows})
+    return method.model_copy(update={"micro_batch_size": rows.rows})

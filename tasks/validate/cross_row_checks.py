@@ -26,12 +26,12 @@ _BLOCK_ROWS, _THREADS = 8192, 2
 
 
 class Contamination(NamedTuple):
-    """Contamination of the training rows by one benchmark.
+    """How much of a benchmark stands in the rows to learn from.
 
     Attributes:
         questions: how many it has.
         exact: how many stand there word for word.
-        overlapping: how many share a run of `validate.leak_words` words with a row.
+        overlapping: how many share a run of `validate.contamination_ngram` words with a row.
         rows: how many rows hold one.
     """
 
@@ -80,8 +80,8 @@ def cross_row_checks(
     near: list[Duplicate] = []
     prompts = {kind: _prompts(table, kind) for kind, table in tables.items()}
     withheld = {kind: _withheld(table, prompts[kind], held_out_share) for kind, table in tables.items()}
-    asked = {} if params.checks.leaks.action == "ignore" else _questions(tables, benchmarks, prompts, withheld)
-    search = _Search(asked, params.leak_words)
+    asked = {} if params.checks.contamination.action == "ignore" else _questions(tables, benchmarks, prompts, withheld)
+    search = _Search(asked, params.contamination_ngram)
     first = 0
     for kind, table in tables.items():
         if not len(table):

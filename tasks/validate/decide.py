@@ -77,7 +77,7 @@ def apply_checks(
     for name in ("id", "source"):
         table[name] = np.concatenate([tables[kind][name].to_numpy() for kind in tables])
     marks = cross_row_checks(tables, benchmarks, held_out, params)
-    table["contradiction"], table["leaks"] = marks.contradiction, marks.leaks
+    table["contradiction"], table["contamination"] = marks.contradiction, marks.leaks
     table["length_outlier"] = _outliers(table, params.outlier_deviations)
     for name, duplicates in (("exact_duplicate", marks.exact), ("near_duplicate", marks.near)):
         table[name] = 0
@@ -96,7 +96,7 @@ def apply_checks(
         for row in outcome.rows:
             why = (
                 f"it contains a question of {', '.join(marks.leaked_from[row])}"
-                if name == "leaks"
+                if name == "contamination"
                 else REASONS[name][1]
             )
             reasons.setdefault(row, []).append(why)
@@ -146,7 +146,7 @@ def _outliers(table: pd.DataFrame, deviations: float) -> NDArray[np.int64]:
 def _merge(marks: CrossRowFlags, reasons: Mapping[int, object], params: Validate) -> list[Duplicate]:
     """Return the duplicates merged into a row that stays; rows in quarantine neither merge nor are merged into."""
     chosen = params.duplicates
-    found = [*(marks.exact if chosen.exact == "merge" else []), *(marks.near if chosen.near == "merge" else [])]
+    found = [*(marks.exact if chosen.exact == "drop" else []), *(marks.near if chosen.near == "drop" else [])]
     merged: dict[int, Duplicate] = {}
     instead: dict[int, int] = {}  # of a row in quarantine, the first of its duplicates that is not
     for each in found:

@@ -4,94 +4,94 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from tasks.core.params import Count, Positive, Section, Share
+from tasks.core.params import Count, HeldOut, Positive, Section, Share
 
 
 class Check(Section):
     """Action on rows in which a check finds something."""
 
-    action: Literal["reject", "warn", "ignore"]
+    action: Literal["reject", "warn", "ignore"] = "reject"
     """To quarantine; counted in the report; or not looked at in the report either."""
-    mostly: Share
+    mostly: Share = 0.9
     """The share of rows that must pass; below it the stage fails, or with `warn` the report says so."""
 
 
 class RepairableCheck(Section):
     """Action on rows in which a check finds something that can be repaired."""
 
-    action: Literal["reject", "repair", "warn", "ignore"]
+    action: Literal["reject", "repair", "warn", "ignore"] = "reject"
     """To quarantine; repaired, with a record of each change; counted in the report; or not looked at."""
-    mostly: Share
+    mostly: Share = 0.9
     """The share of rows that must pass; below it the stage fails, or with `warn` the report says so."""
 
 
 class Checks(Section):
     """What is looked for in every row; tasks/validate/row_features.py says how each is told."""
 
-    roles: Check
+    roles: Check = Check(action="reject", mostly=0.9)
     """Turns out of order: an optional system turn, then user and assistant in turn, calls before tools' results."""
-    turns: Check
+    turns: Check = Check(action="reject", mostly=0.9)
     """More turns than `max_turns`."""
-    characters: Check
+    characters: Check = Check(action="reject", mostly=0.9)
     """No characters, or more than `max_characters`."""
-    blank_turns: Check
+    blank_turns: Check = Check(action="reject", mostly=0.9)
     """A turn that says nothing."""
-    outer_space: RepairableCheck
+    outer_space: RepairableCheck = RepairableCheck(action="warn", mostly=0.0)
     """White space at an end of a text; repaired by taking it off."""
-    control_tokens: Check
+    control_tokens: Check = Check(action="reject", mostly=0.9)
     """What looks like a control token of a chat template, such as <|im_end|>."""
-    template_text: Check
+    template_text: Check = Check(action="warn", mostly=0.99)
     """A prompt template that is already in the text, such as `### Instruction:`."""
-    placeholders: Check
+    placeholders: Check = Check(action="reject", mostly=0.9)
     """An unfilled `{{name}}`."""
-    html: Check
+    html: Check = Check(action="warn", mostly=0.95)
     """Tags and entities of HTML."""
-    replacement_characters: Check
+    replacement_characters: Check = Check(action="reject", mostly=0.9)
     """U+FFFD, left by a wrong decoding."""
-    mojibake: RepairableCheck
+    mojibake: RepairableCheck = RepairableCheck(action="warn", mostly=0.99)
     """UTF-8 read as Latin-1; repaired by ftfy."""
-    control_characters: RepairableCheck
+    control_characters: RepairableCheck = RepairableCheck(action="repair", mostly=0.9)
     """Characters below U+0020 but tab and line ends; repaired by taking them out."""
-    unnormalised: RepairableCheck
+    unicode_normalization: RepairableCheck = RepairableCheck(action="repair", mostly=0.9)
     """Letters not in Unicode's composed form; repaired to NFC."""
-    refusals: Check
+    refusals: Check = Check(action="warn", mostly=0.95)
     """A reply that begins by declining, in English or Chinese."""
-    language_mismatch: Check
+    language_mismatch: Check = Check(action="warn", mostly=0.95)
     """A reply in another script than its question."""
-    length_outliers: Check
+    length_outliers: Check = Check(action="warn", mostly=0.99)
     """A length further from its kind's median than `outlier_deviations`."""
-    emails: RepairableCheck
+    emails: RepairableCheck = RepairableCheck(action="warn", mostly=0.95)
     """E-mail addresses; repaired to [email]."""
-    telephones: RepairableCheck
-    """Telephone numbers; repaired to [telephone]."""
-    keys: RepairableCheck
-    """Secret keys of well-known services; repaired to [key]."""
-    same_replies: Check
+    phone_numbers: RepairableCheck = RepairableCheck(action="warn", mostly=0.95)
+    """Telephone numbers; repaired to [phone_number]."""
+    secrets: RepairableCheck = RepairableCheck(action="reject", mostly=0.9)
+    """Secret keys of well-known services; repaired to [secret]."""
+    same_replies: Check = Check(action="reject", mostly=0.9)
     """Chosen and rejected that are the same."""
-    prefix_replies: Check
+    prefix_replies: Check = Check(action="warn", mostly=0.99)
     """Chosen and rejected of which one begins with the other."""
-    contradictions: Check
+    contradictions: Check = Check(action="reject", mostly=0.9)
     """The same reply labelled good and bad, or a pair that stands the other way round elsewhere."""
-    leaks: Check
-    """A question of a benchmark or of the held-out rows, whole or by `leak_words` words in a row."""
+    contamination: Check = Check(action="reject", mostly=0.9)
+    """A question of a benchmark or of the held-out rows, whole or by `contamination_ngram` words in a row."""
 
 
 class Duplicates(Section):
     """Rows that say the same, across all sources."""
 
-    exact: Literal["merge", "warn", "ignore"]
+    exact: Literal["drop", "warn", "ignore"] = "drop"
     """The same words, whatever case, width and punctuation."""
-    near: Literal["merge", "warn", "ignore"]
+    near: Literal["drop", "warn", "ignore"] = "ignore"
     """Nearly the same words."""
-    similarity: Annotated[float, Field(gt=0, le=1)]
+    similarity: Annotated[float, Field(gt=0, le=1)] = 0.8
     """The least share of runs of three words that near duplicates have in common (Jaccard index)."""
-    permutations: Count
+    permutations: Count = 128
     """Hashes in a MinHash sketch; a multiple of `bands`."""
-    bands: Count
+    bands: Count = 16
     """Groups of hashes, of which one must agree before two rows are compared."""
-    keep: Literal["first", "longest"]
+    keep: Literal["first", "longest"] = "first"
     """Which one stays."""
 
     @model_validator(mode="after")
@@ -101,20 +101,26 @@ class Duplicates(Section):
         return self
 
 
+class Split(HeldOut):
+    """What is read of `render`: rows that will be held out are looked for among those to learn from."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
 class Validate(Section):
     """Rules that a row must meet, and how many may fail."""
 
-    max_quarantined: Share
+    max_quarantined: Share = 0.05
     """The stage fails when a larger share of all rows goes to quarantine."""
-    max_turns: Count
+    max_turns: Count = 64
     """Messages in a row."""
-    max_characters: Count
+    max_characters: Count = 40000
     """Characters in a row, over all its messages."""
-    outlier_deviations: Positive
+    outlier_deviations: Positive = 6.0
     """How many robust standard deviations of the logarithm of its length make a row an outlier."""
-    leak_words: Annotated[int, Field(ge=5)]
-    """Words in a row, shared with a question, that make a leak (13 in arXiv:2005.14165)."""
-    checks: Checks
+    contamination_ngram: Annotated[int, Field(ge=5)] = 13
+    """Words in a row, shared with a question, that count as one (13 in arXiv:2005.14165)."""
+    checks: Checks = Checks()
     """Each with what is done about it."""
-    duplicates: Duplicates
+    duplicates: Duplicates = Duplicates()
     """How they are told, and which one stays."""

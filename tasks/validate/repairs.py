@@ -58,12 +58,12 @@ def _mask(check: str, word: str) -> Callable[[str], str]:
 
 REPAIRS: Mapping[str, Callable[[str], str]] = {
     "control_characters": remove_control_characters,
-    "unnormalised": compose,
+    "unicode_normalization": compose,
     "outer_space": strip,
     "mojibake": decode_again,
     "emails": _mask("emails", "[email]"),
-    "telephones": _mask("telephones", "[telephone]"),
-    "keys": _mask("keys", "[key]"),
+    "phone_numbers": _mask("phone_numbers", "[phone_number]"),
+    "secrets": _mask("secrets", "[secret]"),
 }
 """What `action: repair` does, by check; the others cannot be repaired."""
 

@@ -118,7 +118,7 @@ COLUMNS = (
     "blank_turns",
     "outer_space",
     "control_characters",
-    "unnormalised",
+    "unicode_normalization",
     "refusals",
     "language_mismatch",
     "same_replies",
@@ -155,7 +155,7 @@ def _facts(table: pa.Table, kind: str) -> pd.DataFrame:
         "blank_turns": total((letters["visible"] == 0) & ~calling),  # who only calls a tool says nothing by right
         "outer_space": total(matches(turns.text, Pattern(r"\A\s|\s\z"))),
         "control_characters": total(letters["control"]),
-        "unnormalised": total(_unnormalised(turns.text)),
+        "unicode_normalization": total(_unnormalised(turns.text)),
         "calls": total(calling),
     }
     replies = np.isin(turns.letter, np.frombuffer(b"acr", np.uint8))

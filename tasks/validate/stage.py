@@ -1,4 +1,4 @@
-"""Holds every row against Great Expectations, merges duplicates, finds leaks; what fails goes to quarantine.
+"""Holds every row against Great Expectations, merges duplicates, finds contamination; what fails goes to quarantine.
 
 Reads:  data/raw/SOURCE/ of every source in params.
 Writes: data/clean/ and data/quarantine/ (KIND.parquet for every kind of row; quarantine also reasons.parquet: id,
@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.core.artifacts import as_json, atomic_folder, read_manifest
 from tasks.core.errors import BadData
-from tasks.core.params import Share
 from tasks.core.parquet import REFUSED, read_rows, read_table, record_schema, text_schema, write_rows, write_table
 from tasks.core.records import KINDS
 from tasks.core.stage import run_stage
 from tasks.validate.cross_row_checks import questions_of
 from tasks.validate.decide import ValidationResult, apply_checks
 from tasks.validate.feature_cache import FeatureCache
-from tasks.validate.params import Validate
+from tasks.validate.params import Split, Validate
 from tasks.validate.profile import measure, profile_page
 from tasks.validate.repairs import Repair
 
@@ -94,7 +93,7 @@ def read_raw(raw: Path, sources: Iterable[str]) -> tuple[dict[str, pa.Table], di
     for name in (name for name, about in manifests.items() if about["use"] == "benchmark"):
         benchmarks[name] = questions_of({kind: read_table(raw / name / f"{kind}.parquet") for kind in KINDS})
         if not benchmarks[name]:
-            raise BadData("asks nothing, so no leak of it could be found", where=f"ingest.sources.{name}")
+            raise BadData("asks nothing, so no contamination by it could be found", where=f"ingest.sources.{name}")
     return tables, benchmarks, manifests
 
 
@@ -115,7 +114,7 @@ def main() -> None:
     """Run the stage `validate`."""
     with run_stage(__doc__, "raw", "clean", "quarantine", "validation") as stage:
         params, sources = stage.section("validate", Validate), stage.section("ingest.sources", dict[str, Any])
-        held_out = stage.section("render.held_out", Share)
+        held_out = stage.section("render", Split).held_out
         tables, benchmarks, manifests = read_raw(stage.path("raw"), sources)
         memory = FeatureCache(stage.workspace / ".temper" / "validated")
         with atomic_folder(stage.path("validation")) as validation:
@@ -141,7 +140,7 @@ def main() -> None:
         kept = sum(len(table) for table in clean.values())
         if kept + len(verdict.reasons) + len(merged) != len(verdict.facts):
             raise AssertionError("rows in are not rows out, quarantined and merged")
-        with atomic_folder(stage.path("clean"), {"leak_words": params.leak_words}) as folder:
+        with atomic_folder(stage.path("clean"), {"contamination_ngram": params.contamination_ngram}) as folder:
             for kind, table in clean.items():
                 write_table(folder / f"{kind}.parquet", table)
         print(

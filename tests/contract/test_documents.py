@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import compileall
+import json
 import re
 import shutil
 import subprocess
@@ -14,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
+from flows.run.show_params import schema_text
 from tasks.core import pipeline
+from tasks.core.errors import BadParams
 from tasks.orchestration.params import Params, load
-from tests.conftest import ROOT, git
+from tests.conftest import ROOT, dvc, git
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 PIPELINE = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
@@ -119,7 +123,7 @@ def keys(model: type[BaseModel]) -> set[str]:
 
 
 def test_every_section_of_params_belongs_to_a_stage_or_to_promotion() -> None:
-    assert keys(Params) - {"promote"} <= set(STAGES)
+    assert keys(Params) - {"promote", "train_defaults"} <= set(STAGES)
     assert set(STAGES) - keys(Params) == {"baseline"}  # it is `evaluate` of the base, with the same params
 
 
@@ -141,7 +145,19 @@ def _lookup(content: Any, dotted: str) -> Any:
     return content
 
 
-def test_no_defaults_hide_in_python() -> None:
+MUST_BE_SAID = {
+    "kind", "name", "path", "url", "sha256", "id", "revision",  # what a thing is, and where it lies
+    "first", "shuffled",  # alternatives of `take`
+    "weights", "heads", "kv_heads", "context_tokens", "stop_token",  # facts of a checkpoint
+    "tokens", "of",  # how long a pretraining takes, and what is continued
+    "sources", "ingest", "base", "train",
+    "method",  # of PEFT
+    "task", "tasks", "columns", "prompt", "metric", "data", "revisions", "regex", "about", "source", "parts",
+}  # fmt: skip
+"""What nobody can guess; some of these have a default where they mean something else."""
+
+
+def test_every_param_has_a_default_but_those_that_nobody_can_guess() -> None:
     def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
         yield model
         for other in model.__subclasses__():
@@ -149,9 +165,14 @@ def test_no_defaults_hide_in_python() -> None:
 
     from tasks.core.params import Section
 
-    for section in sections(Section):
-        for name, field in section.model_fields.items():
-            assert field.is_required(), f"{section.__name__}.{name} has a default"
+    required = {
+        name
+        for section in sections(Section)
+        if section.__module__.startswith("tasks.")
+        for name, field in section.model_fields.items()
+        if field.is_required()
+    }
+    assert required == MUST_BE_SAID
 
 
 def test_every_knob_is_explained_beside_its_declaration() -> None:
@@ -186,7 +207,25 @@ def test_every_row_of_a_table_of_the_params_page_is_one_whole_line() -> None:
 
 
 def test_the_quickstart_is_what_a_clone_begins_with() -> None:
-    assert (ROOT / "params.yaml").read_bytes() == (ROOT / "recipes" / "quickstart.yaml").read_bytes()
+    quickstart = (ROOT / "recipes" / "quickstart.yaml").read_text()
+    assert (ROOT / "params.yaml").read_text() == quickstart.replace("$schema=../", "$schema=", 1)
+
+
+def test_the_shipped_schema_is_that_of_the_code_and_every_params_file_names_it() -> None:
+    assert (ROOT / "params.schema.json").read_text() == schema_text()
+    for path in (ROOT / "params.yaml", *RECIPES):
+        first = path.read_text().partition("\n")[0]
+        named = first.removeprefix("# yaml-language-server: $schema=")
+        assert (path.parent / named).resolve() == ROOT / "params.schema.json"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_a_recipe_is_valid_by_the_shipped_schema(path: Path) -> None:
+    """As an editor checks it: by a JSON schema library, not by pydantic."""
+    schema = json.loads((ROOT / "params.schema.json").read_text())
+    assert [error.message for error in Draft202012Validator(schema).iter_errors(YAML(typ="safe").load(path))] == []
+    wrong = YAML(typ="safe").load(path) | {"evaluates": {}}
+    assert not Draft202012Validator(schema).is_valid(wrong)
 
 
 def test_our_reading_of_the_graph_is_dvcs(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,3 +301,33 @@ def test_nothing_shipped_names_a_package_host_or_a_path_of_this_machine() -> Non
             text = re.sub(r"--no-emit-[a-z-]+", "", path.read_text(errors="replace"))
             assert not re.search(hosts, text), name
             assert not re.search(r"/(?:work|home|root)/" + "[a-z]", text), name
+
+
+NINE_LINES = """\
+ingest: {sources: {mine: {kind: file, path: my.jsonl}}}
+validate: {}
+base: {kind: local, path: models/tiny}
+render: {held_out: 0.1}
+train_defaults: {}
+train: {mine: {}}
+merge: {}
+evaluate: {max_new_tokens: 4}
+register: {model: mine}
+"""
+
+
+def test_nine_lines_on_rows_of_ones_own_are_a_params_file_for_dvc(workspace: Path) -> None:
+    """DVC runs every stage by itself; the base knows nothing, and a rank of 16 moves it far enough."""
+    rows = [{"instruction": f"How much is {n} and {m}?", "output": str(n + m)} for n in range(12) for m in range(10)]
+    (workspace / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (workspace / "params.yaml").write_text(NINE_LINES)
+    dvc(workspace, "repro")
+    assert (workspace / "data" / "reports" / "mine" / "registered.json").is_file()
+    assert load(workspace / "params.yaml").train["mine"].adapter.name == "qlora"
+
+
+def test_a_key_that_dvc_needs_is_asked_for_by_name(workspace: Path) -> None:
+    (workspace / "params.yaml").write_text(NINE_LINES.replace("merge: {}\n", "").replace("{held_out: 0.1}", "{}"))
+    with pytest.raises(BadParams) as caught:
+        pipeline.load(workspace)
+    assert caught.value.examples == ("render.held_out", "merge")

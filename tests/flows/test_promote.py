@@ -17,6 +17,7 @@ from bench.registered import made, model_and_sources, workspace_at
 from flows.promote import promote, rollback
 from flows.registry import history
 from flows.registry.evidence import broken
+from flows.run.edit_params import change_params
 from tasks.core.artifacts import digests
 from tasks.core.errors import AliasMoved, BadModel, BadParams, GateRefused
 from tasks.register.stage import register
@@ -281,10 +282,7 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def ask_a_person(workspace: Path, timeout_s: int) -> None:
-    text = (workspace / "params.yaml").read_text().replace("approval: none", "approval: human")
-    (workspace / "params.yaml").write_text(
-        text.replace("approval_timeout_s: 86400", f"approval_timeout_s: {timeout_s}")
-    )
+    change_params(workspace, None, ["promote.approval=human", f"promote.approval_timeout_s={timeout_s}"])
 
 
 def waiting(answer: bool, note: str) -> threading.Thread:

@@ -85,7 +85,6 @@ def test_defaults_are_those_of_the_quickstart() -> None:
     assert params.train["qlora"].objective.model_dump() == temper.SFT().section()
     assert params.train["orpo"].objective.model_dump() == temper.ORPO().section()
     method = params.train["qlora"].model_dump()
-    method["batch_size"] = method.pop("batch_rows")
     given = {n: p.default for n, p in inspect.signature(temper.train).parameters.items()}
     assert {n: given[n] for n in given if n in method} == {n: method[n] for n in given if n in method} | {
         "adapter": None,
@@ -123,7 +122,7 @@ def test_a_trained_adapter_is_the_stages_to_the_bit(
             (folder / split).mkdir()
             for kind, rows in kinds.items():
                 write_rows(folder / split / f"{kind}.parquet", [dict(row) for row in rows], rendered_schema(kind))
-    values = {"adapter": adapter.section(), "batch_rows": 8, "micro_batch_rows": 8, "warmup_steps": 1, "epochs": 1}
+    values = {"adapter": adapter.section(), "batch_size": 8, "micro_batch_size": 8, "warmup_steps": 1, "epochs": 1}
     values |= {"learning_rate": SMALL["learning_rate"], "checkpoint_every_steps": 50}
     change_params(workspace, None, [f"train.reft.{name}={json.dumps(value)}" for name, value in values.items()])
     monkeypatch.chdir(workspace)
@@ -224,7 +223,7 @@ def test_an_export_is_that_of_the_flow(base: temper.Base, tmp_path: Path) -> Non
 def test_errors_say_what_is_wrong(base: temper.Base, data: temper.Data, lora: Path, tmp_path: Path) -> None:
     with pytest.raises(temper.BadParams, match=r"(?s)QLoRA: .*rank.*got 0"):
         temper.QLoRA(rank=0)
-    with pytest.raises(temper.BadParams, match="micro_batch_rows must be at most"):
+    with pytest.raises(temper.BadParams, match="micro_batch_size must be at most"):
         temper.train(base, data, batch_size=2, micro_batch_size=4)
     with pytest.raises(temper.BadData, match="holds no preference rows"):
         temper.train(base, data, objective=temper.ORPO())

@@ -158,10 +158,10 @@ def _least_steps(adapter: AnyAdapter) -> int:
 def full_rows(method: Method, max_tokens: int, *, pairs: bool = False) -> list[Example]:
     """Build one step's rows at their longest, all target tokens, for when no rows have been rendered yet."""
     if pairs:
-        return [(PairRow([0] * max_tokens, [0] * max_tokens),)] * method.batch_rows
+        return [(PairRow([0] * max_tokens, [0] * max_tokens),)] * method.batch_size
     row = TokenRow([0] * max_tokens, [False] + [True] * (max_tokens - 1), 1)
     replies = 2 if isinstance(method.objective, PairObjective) else 1
-    return [(row,) * replies] * method.batch_rows
+    return [(row,) * replies] * method.batch_size
 
 
 def cut(examples: Sequence[Example], max_tokens: int) -> list[Example]:
@@ -345,18 +345,18 @@ def suggest(
     whole, room = total(method, None), machine.room_bytes
 
     def with_rows(adapter: AnyAdapter, rows: int) -> int:
-        return total(method.model_copy(update={"adapter": adapter, "micro_batch_rows": rows}), None)
+        return total(method.model_copy(update={"adapter": adapter, "micro_batch_size": rows}), None)
 
-    at_once = method.micro_batch_rows
+    at_once = method.micro_batch_size
     fewer = largest(partial(with_rows, method.adapter), at_once, whole, room)
     if fewer:
-        yield Suggestion(f"train.{name}.micro_batch_rows={fewer[0]}", fewer[1])
+        yield Suggestion(f"train.{name}.micro_batch_size={fewer[0]}", fewer[1])
     for adapter in _lighter(method.adapter):
         needed = with_rows(adapter, at_once)
         if needed <= room:
             yield Suggestion(f"train.{name}.adapter: {_named(adapter)}", needed)
         elif needed < whole and (rows := largest(partial(with_rows, adapter), at_once, needed, room)):
-            yield Suggestion(f"train.{name}.adapter: {_named(adapter)}, micro_batch_rows={rows[0]}", rows[1])
+            yield Suggestion(f"train.{name}.adapter: {_named(adapter)}, micro_batch_size={rows[0]}", rows[1])
     shorter = largest(partial(total, method), longest, whole, room, least=min(longest, 16))
     if shorter:
         yield Suggestion(f"render.max_tokens={shorter[0]}", shorter[1])

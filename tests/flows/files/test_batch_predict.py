@@ -32,7 +32,7 @@ def test_every_row_gets_the_reply_that_it_gets_alone(
 ) -> None:
     source = written(tmp_path / "in.parquet", number=range(5), prompt=ASKED)
     model = load_model(pico_base).float()
-    assert score_file(model, tokenizer, source, tmp_path / "out.parquet", max_tokens=6, batch_rows=2) == 5
+    assert score_file(model, tokenizer, source, tmp_path / "out.parquet", max_tokens=6, batch_size=2) == 5
     rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
     assert [row["number"] for row in rows] == list(range(5))
     assert list(rows[0]) == ["number", "prompt", "reply", "finish_reason"]
@@ -40,7 +40,7 @@ def test_every_row_gets_the_reply_that_it_gets_alone(
         alone = answer(model, tokenizer, [Message("user", row["prompt"])], 6)
         assert (row["reply"], row["finish_reason"] == "stop") == (alone.text, alone.stopped)
     first = (tmp_path / "out.parquet").read_bytes()
-    score_file(model, tokenizer, source, tmp_path / "out.parquet", max_tokens=6, batch_rows=2)
+    score_file(model, tokenizer, source, tmp_path / "out.parquet", max_tokens=6, batch_size=2)
     assert (tmp_path / "out.parquet").read_bytes() == first
 
 
@@ -53,7 +53,7 @@ def test_a_target_is_as_likely_as_plain_transformers_says(
     targets = ["pig", None, "a cow", "Hi there", "四"]
     source = written(tmp_path / "in.parquet", messages=turns, target=targets)
     model = load_model(pico_base).float()
-    score_file(model, tokenizer, source, tmp_path / "out.parquet", max_tokens=2, batch_rows=4)
+    score_file(model, tokenizer, source, tmp_path / "out.parquet", max_tokens=2, batch_size=4)
     for text, target, row in zip(ASKED, targets, pq.read_table(tmp_path / "out.parquet").to_pylist(), strict=True):
         if target is None:
             assert row["target_logp"] is row["target_tokens"] is None
@@ -83,7 +83,7 @@ def test_a_file_that_cannot_be_asked_is_refused_and_nothing_is_written(
 ) -> None:
     source = written(tmp_path / "in.parquet", **columns)
     with pytest.raises(BadData, match=said) as caught:
-        score_file(load_model(pico_base), tokenizer, source, tmp_path / "out.parquet", max_tokens=2, batch_rows=1)
+        score_file(load_model(pico_base), tokenizer, source, tmp_path / "out.parquet", max_tokens=2, batch_size=1)
     assert str(source) in caught.value.where
     if len(next(iter(columns.values()))) == 2:
         assert caught.value.where == f"{source}, row 2"
@@ -101,7 +101,7 @@ def test_what_is_no_parquet_file_is_refused(
             tmp_path / "in.parquet",
             tmp_path / "out.parquet",
             max_tokens=2,
-            batch_rows=1,
+            batch_size=1,
         )
 
 
@@ -131,7 +131,7 @@ def test_an_encoder_decoder_reads_inputs(tmp_path: Path) -> None:
     base = make_base(tmp_path / "t5", "t5", texts)
     model, tokenizer = load_model(base).float(), load_tokenizer(base)
     source = written(tmp_path / "in.parquet", input=texts, target=["cow", "that", "pig"])
-    score_file(model, tokenizer, source, tmp_path / "out.parquet", max_tokens=4, batch_rows=2)
+    score_file(model, tokenizer, source, tmp_path / "out.parquet", max_tokens=4, batch_size=2)
     for row in pq.read_table(tmp_path / "out.parquet").to_pylist():
         assert row["reply"] == answer_text(model, tokenizer, row["input"], 4).text
         ids, labels = (torch.tensor([tokenizer(row[name])["input_ids"]]) for name in ("input", "target"))

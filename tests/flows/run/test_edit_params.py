@@ -11,12 +11,13 @@ from tasks.orchestration.params import load
 from tests.conftest import ROOT
 
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
+COPIED = (ROOT / "params.yaml").read_text()
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """What change_params looks at: params.yaml, dvc.yaml, and the paths that they name."""
-    (tmp_path / "params.yaml").write_text(QUICKSTART.read_text())
+    (tmp_path / "params.yaml").write_text(COPIED)
     (tmp_path / "data").mkdir()
     for name in ("dvc.yaml", "data/lexicon.yaml"):
         shutil.copyfile(ROOT / name, tmp_path / name)
@@ -29,20 +30,39 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_one_value_changes_and_every_comment_stays(folder: Path) -> None:
-    difference = change_params(folder, None, ["train.orpo.objective.weight=0.25"])
-    before, after = (path.read_text().splitlines() for path in (QUICKSTART, folder / "params.yaml"))
+    difference = change_params(folder, None, ["validate.max_quarantined=0.25"])
+    before, after = COPIED.splitlines(), (folder / "params.yaml").read_text().splitlines()
     changed = [(a, b) for a, b in zip(before, after, strict=True) if a != b]
     assert changed == [
         (
-            "      weight: 0.1 # the paper's lambda; TRL calls it beta",
-            "      weight: 0.25 # the paper's lambda; TRL calls it beta",
+            "  max_quarantined: 0.01 # the stage fails when a larger share of all rows goes to quarantine",
+            "  max_quarantined: 0.25 # the stage fails when a larger share of all rows goes to quarantine",
         )
     ]
     assert [line for line in difference.splitlines() if line.startswith(("+ ", "- "))] == [
         f"-{changed[0][0]}",
         f"+{changed[0][1]}",
     ]
-    assert load(folder / "params.yaml").train["orpo"].objective.weight == 0.25  # type: ignore[union-attr]
+    assert load(folder / "params.yaml").validate_.max_quarantined == 0.25
+
+
+@pytest.mark.parametrize(
+    ("setting", "added"),
+    [
+        ("train.orpo.objective.weight=0.25", ["      weight: 0.25"]),
+        ("train.orpo.adapter.rank=4", ["    adapter:", "      rank: 4", "      name: qlora"]),
+        ("train_defaults.epochs=3", ["  epochs: 3"]),
+        ("promote.floors={held_out: 0.5}", ["  floors:", "    held_out: 0.5"]),
+        ("validate.checks.emails.action=repair", ["  checks:", "    emails:", "      action: repair"]),
+    ],
+)
+def test_a_key_that_the_file_leaves_out_is_put_into_its_section(folder: Path, setting: str, added: list[str]) -> None:
+    change_params(folder, None, [setting])
+    after = (folder / "params.yaml").read_text().splitlines()
+    start = after.index(added[0])
+    assert after[start : start + len(added)] == added
+    assert after[:start] + after[start + len(added) :] == COPIED.splitlines()
+    load(folder / "params.yaml")
 
 
 def test_values_are_yaml(folder: Path) -> None:
@@ -56,10 +76,10 @@ def test_values_are_yaml(folder: Path) -> None:
 
 
 def test_a_recipe_takes_the_place_and_the_old_file_is_kept(folder: Path, tmp_path: Path) -> None:
-    own = QUICKSTART.read_text().replace("temper-tiny", "mine")
+    own = COPIED.replace("temper-tiny", "mine")
     (folder / "params.yaml").write_text(own)
     assert change_params(folder, QUICKSTART, [])
-    assert (folder / "params.yaml").read_text() == QUICKSTART.read_text()
+    assert (folder / "params.yaml").read_text() == COPIED
     assert (folder / "params.yaml.before").read_text() == own
 
 
@@ -86,11 +106,11 @@ def test_a_bad_setting_changes_nothing(folder: Path, setting: str, said: str) ->
     with pytest.raises(BadParams) as caught:
         change_params(folder, None, ["register.model=other", setting])
     assert said in str(caught.value)
-    assert (folder / "params.yaml").read_text() == QUICKSTART.read_text()
+    assert (folder / "params.yaml").read_text() == COPIED
     assert not (folder / "params.yaml.before").exists()
 
 
 def test_a_missing_recipe_changes_nothing(folder: Path) -> None:
     with pytest.raises(BadParams, match="cannot be read"):
         change_params(folder, folder / "nothing.yaml", [])
-    assert (folder / "params.yaml").read_text() == QUICKSTART.read_text()
+    assert (folder / "params.yaml").read_text() == COPIED

@@ -127,7 +127,7 @@ def test_after_a_kill_for_memory_the_next_attempt_takes_half(tmp_path: Path, mon
         raise AssertionError
     assert json.loads((tmp_path / "attempt.json").read_text()) == {
         "kills_for_memory": None,
-        "micro_batch_rows": 1,
+        "micro_batch_size": 1,
         "recomputing": None,
     }
 
@@ -149,7 +149,7 @@ DROPS = {**LORA, "dropout": 0.3, "targets": "all-linear"}
 def test_computed_again_they_give_the_same_gradients_to_the_bit_in_less_memory(
     pico_base: Path, adapter: dict[str, Any], objective: dict[str, Any]
 ) -> None:
-    params = method(adapter, objective, batch_rows=8)
+    params = method(adapter, objective, batch_size=8)
     learnt = examples("qlora" if objective is SFT else "orpo", 8)
     found = []
     for recomputing in (False, True):
@@ -246,7 +246,7 @@ def test_a_training_that_runs_out_of_memory_keeps_its_loss_curve(
     """The allocator gives no more than what passes of two rows take, first in a forward pass and then in a backward."""
     from tasks.train.losses import _LOSSES
 
-    params = method(adapter, objective, batch_rows=8, fit_memory=True, epochs=3)
+    params = method(adapter, objective, batch_size=8, fit_memory=True, epochs=3)
     learnt = examples("orpo" if objective is ORPO else "qlora", 16)
     real = _LOSSES[params.objective.name]
     passes: list[int] = []
@@ -274,8 +274,8 @@ def test_a_training_that_runs_out_of_memory_keeps_its_loss_curve(
     assert fitted == pytest.approx(whole, abs=1e-5)
     assert max(passes[-12:]) == 2
     said = capsys.readouterr().out
-    assert "going on with micro_batch_rows=4: the same gradients" in said
-    assert "going on with micro_batch_rows=2: the same gradients" in said
+    assert "going on with micro_batch_size=4: the same gradients" in said
+    assert "going on with micro_batch_size=2: the same gradients" in said
     assert said.count("memory ran out") == 2
 
 
@@ -329,7 +329,7 @@ def test_an_allocator_that_the_system_caps(tmp_path: Path) -> None:
     assert fitted == pytest.approx(free, abs=1e-5)
     before, after = done.stdout.split("LOSSES")[:2]
     assert "memory ran out" not in before
-    assert "going on with micro_batch_rows=" in after
+    assert "going on with micro_batch_size=" in after
     assert "\nerror: memory ran out\n  got:      " in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -20,7 +20,7 @@ from tasks.reports.items import suite_metrics, write_items
 from tests.helpers.samples import CHOICE, EVALUATE, MULTIPLE, rows_suite
 
 WRITTEN = {"name": "generate", "extract": "whole", "target": "whole", "match": "rougeL", "stop": []}
-PARAMS = EVALUATE.model_copy(update={"batch_rows": 2})
+PARAMS = EVALUATE.model_copy(update={"batch_size": 2})
 
 
 def evaluation(base: str, rows: str, folder: str) -> None:

@@ -115,7 +115,7 @@ def test_the_same_weights_with_another_template_get_their_own_scores(
     assert keys[0]["template"] != keys[1]["template"]
 
 
-@pytest.mark.parametrize("changes", [{"batch_rows": 2}, {"generation": {"temperature": 1.0}}])
+@pytest.mark.parametrize("changes", [{"batch_size": 2}, {"generation": {"temperature": 1.0}}])
 def test_other_settings_are_another_identity(pico_base: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     params = EVALUATE.model_copy(
         update={k: EVALUATE.generation.model_copy(update=v) if isinstance(v, dict) else v for k, v in changes.items()}

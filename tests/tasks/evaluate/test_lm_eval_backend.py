@@ -107,7 +107,7 @@ def stock(model: Any, tokenizer: Any, **more: Any) -> Any:
 
 
 def ours(model: Any, tokenizer: Any, **more: Any) -> Any:
-    return language_model(model, tokenizer, **{"batch_rows": 4, "generation": GREEDY, **more})
+    return language_model(model, tokenizer, **{"batch_size": 4, "generation": GREEDY, **more})
 
 
 def agree(mine: Any, theirs: Any, groups: Sequence[Sequence[Pair]]) -> int:
@@ -304,7 +304,7 @@ def test_answers_are_those_of_lm_eval_one_at_a_time_in_any_batch(
         {"until": "\n", "max_gen_toks": 7, "do_sample": False},
     ]
     requests = asked([(context or "Once", kind) for kind in kinds for context in contexts], "generate_until")
-    found = ours(*stories, batch_rows=rows).generate_until(requests)
+    found = ours(*stories, batch_size=rows).generate_until(requests)
     assert found == stock(*stories, batch_size=1).generate_until(requests, disable_tqdm=True)
     assert any("." not in answer and len(answer) > 3 for answer in found)
 

@@ -72,15 +72,15 @@ def test_answers_are_those_that_serving_gives(
         assert question in one.prompt
 
 
-@pytest.mark.parametrize("batch_rows", [1, 3, 4])
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
 def test_drawn_answers_are_those_that_serving_gives_in_any_batch(
-    pico_base: Path, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], batch_rows: int
+    pico_base: Path, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], batch_size: int
 ) -> None:
     """lm-eval sorts rows by length and pads them; a row's draws depend on the seed and its prompt alone."""
     model = load_model(pico_base).float()
     options = {"temperature": 1.0, "top_p": 0.95, "repetition_penalty": 1.2, "repetition_range": 4, "seed": 5}
     generation = GREEDY.model_copy(update=options)
-    params = EVALUATE.model_copy(update={"batch_rows": batch_rows, "max_new_tokens": 12, "generation": generation})
+    params = EVALUATE.model_copy(update={"batch_size": batch_size, "max_new_tokens": 12, "generation": generation})
     found = [each.prediction for each in answer_rows(model, tokenizer, rows, params)]
     served = [answer(model, tokenizer, [Message("user", q)], 12, generation).text for q, _ in QUESTIONS]
     assert found == served

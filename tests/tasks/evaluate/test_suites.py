@@ -37,7 +37,7 @@ ANIMALS: list[dict[str, Any]] = [
     {"question": "狗?", "choices": ["dog", "cat", "a bird"], "answer": "dog"},
     {"question": "What is 1 plus 2?", "choices": ["3", "12", "It is 3."], "answer": ["A", "C"]},
 ]
-PARAMS = EVALUATE.model_copy(update={"batch_rows": 3})
+PARAMS = EVALUATE.model_copy(update={"batch_size": 3})
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ def params(**changes: Any) -> Promote:
         "max_noise": 0.2,
         "floors": {},
         "guarded": {},
-        "max_leaked": 0.0,
+        "max_contamination": 0.0,
         "approval": "none",
         "approval_timeout_s": 60,
     }
@@ -213,13 +213,13 @@ def test_guarded_suites_may_not_lose_more_than_their_margin() -> None:
     assert failed(challenger, champion, guarded={"exam": 0.3}) == []
     assert failed(challenger, None, guarded={"exam": 0.05}) == []  # the base is no better
     assert failed(version("2", 40, 3), None, guarded={"exam": 0.05}) == ["guarded"]
-    assert failed(challenger, champion, guarded={"unheard of": 0.05}) == ["leaks", "guarded"]
+    assert failed(challenger, champion, guarded={"unheard of": 0.05}) == ["contamination", "guarded"]
 
 
 def test_floors() -> None:
     assert failed(GOOD, floors={HELD_OUT: 0.9}) == []
     assert failed(GOOD, floors={HELD_OUT: 0.91}) == ["floor"]
-    assert failed(GOOD, floors={"unheard of": 0.0}) == ["leaks", "floor"]
+    assert failed(GOOD, floors={"unheard of": 0.0}) == ["contamination", "floor"]
 
 
 @pytest.mark.parametrize(
@@ -229,9 +229,9 @@ def test_floors() -> None:
         ({"mean_kl": 0.02}, "merge", "mean KL 0.02, at most 0.01"),
         ({"templates": {}}, "template", "training, evaluation, model: missing, missing, missing"),
         ({"templates": {"training": "a", "evaluation": "a", "model": "b"}}, "template", "a, a, b"),
-        ({"leaked": {}}, "leaks", "not looked for"),
-        ({"leaked": {HELD_OUT: math.nan}}, "leaks", "not looked for"),
-        ({"leaked": {HELD_OUT: 0.01}}, "leaks", "1.00% of its items stand in rows that were learnt"),
+        ({"leaked": {}}, "contamination", "not looked for"),
+        ({"leaked": {HELD_OUT: math.nan}}, "contamination", "not looked for"),
+        ({"leaked": {HELD_OUT: 0.01}}, "contamination", "1.00% of its items stand in rows that were learnt"),
         ({"broken": "model.safetensors was changed"}, "files", "was changed"),
         ({"base": {}}, "against base", "no items in common with base"),
         ({"suites": {}}, "against base", "no items in common with base"),

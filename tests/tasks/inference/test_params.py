@@ -43,7 +43,7 @@ def test_a_bad_option_is_refused_by_its_name(options: dict[str, object], said: s
 def test_params_refuse_it_with_its_path(tmp_path: Path, options: dict[str, object], said: str) -> None:
     yaml = YAML()
     content = yaml.load(ROOT / "recipes" / "quickstart.yaml")
-    content["evaluate"]["generation"].update(options)
+    content["evaluate"]["generation"] = options
     yaml.dump(content, tmp_path / "params.yaml")
     with pytest.raises(BadParams) as caught:
         load(tmp_path / "params.yaml")

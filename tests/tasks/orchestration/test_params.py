@@ -8,7 +8,44 @@ from tasks.core.errors import BadParams
 from tasks.orchestration.params import load
 from tests.conftest import ROOT
 
-QUICKSTART = (ROOT / "recipes" / "quickstart.yaml").read_text()
+QUICKSTART = """\
+ingest:
+  sources:
+    chats: {kind: generator, path: data/lexicon.yaml}
+validate:
+  max_turns: 32
+base:
+  kind: local
+  path: models/tiny
+render:
+  held_out: 0.1
+train_defaults:
+  micro_batch_size: 32
+train:
+  qlora:
+    adapter:
+      name: qlora
+      rank: 16
+      targets: all-linear
+    objective:
+      name: sft
+    epochs: 1
+    learning_rate: 3.0e-3
+  reft:
+    adapter:
+      name: loreft
+    objective:
+      name: sft
+merge: {}
+evaluate:
+  suites: {}
+register:
+  model: temper-tiny
+promote:
+  suite: held_out
+  floors: {}
+"""
+"""Some of everything."""
 
 
 def problems(tmp_path: Path, text: str) -> BadParams:
@@ -76,7 +113,7 @@ NAMES = (
         (
             "      name: sft\n",
             "      names: sft\n",
-            "train.reft.objective.name: is missing; one of: sft, orpo, dpo, simpo, kto",
+            "train.qlora.objective.name: is missing; one of: sft, orpo, dpo, simpo, kto",
         ),
         ("  kind: local", "  kin: local", "base.kind: is missing; one of: local, hub, checkpoint, pretrain, continue"),
         ("      rank: 16\n", "      ranks: 16\n", 'train.qlora.adapter.ranks: unknown key; did you mean "rank"?'),
@@ -170,3 +207,44 @@ def test_a_reserved_name_of_a_method_is_told_with_its_line(tmp_path: Path, name:
     (told,) = problems(tmp_path, text).examples
     assert told.startswith(f"line {line_of(text, f'  {name}:')}: train.{name}: ")
     assert "call the method otherwise" in told
+
+
+def test_a_method_is_laid_over_what_methods_share(tmp_path: Path) -> None:
+    """A method's own value wins; single keys of adapter and objective are shared only under the same name."""
+    path = tmp_path / "params.yaml"
+    adapter = "{name: lora, rank: 4, dropout: 0.1}"
+    shared = f"train_defaults: {{epochs: 3, batch_size: 64, adapter: {adapter}, schedule: {{wsd: 0.5}}}}"
+    methods = "train: {a: {epochs: 1, adapter: {rank: 8}}, b: {adapter: {name: dora, rank: 2}, schedule: linear}, c: }"
+    path.write_text(f"{SMALLEST}{shared}\n{methods}\n")
+    a, b, c = load(path).train.values()
+    assert (a.epochs, a.batch_size, a.adapter.model_dump()["dropout"], a.adapter.model_dump()["rank"]) == (
+        1,
+        64,
+        0.1,
+        8,
+    )
+    assert (b.epochs, b.adapter.name, b.adapter.model_dump()["dropout"], b.schedule) == (3, "dora", 0.0, "linear")
+    assert (c.adapter.name, c.adapter.model_dump()["rank"]) == ("lora", 4)
+    assert c.schedule.model_dump() == {"wsd": 0.5}  # type: ignore[union-attr]
+
+
+SMALLEST = "ingest: {sources: {mine: {kind: file, path: my.jsonl}}}\nbase: {kind: local, path: models/tiny}\n"
+
+
+def test_what_is_wrong_in_shared_values_is_told_once_and_at_their_line(tmp_path: Path) -> None:
+    error = problems(tmp_path, f"{SMALLEST}train_defaults:\n  epoch: 3\n  seed: -1\ntrain: {{a: {{}}, b: {{}}}}\n")
+    assert error.examples == (
+        'line 4: train_defaults.epoch: unknown key; did you mean "epochs"?',
+        "line 5: train_defaults.seed: Input should be greater than or equal to 0; got -1",
+    )
+
+
+@pytest.mark.parametrize(
+    ("adapter", "rate"), [("qlora", 2e-4), ("full", 2e-5), ("loreft", 9e-4), ("ia3", 3e-3), ("bottleneck", 1e-4)]
+)
+def test_the_learning_rate_is_what_is_usual_for_the_adapter(tmp_path: Path, adapter: str, rate: float) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(f"{SMALLEST}train: {{a: {{adapter: {{name: {adapter}}}}}}}\n")
+    method = load(path).train["a"]
+    assert method.learning_rate == rate
+    assert (method.batch_size, method.micro_batch_size) == (32, 8)

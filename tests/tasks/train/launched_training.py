@@ -31,7 +31,7 @@ from tasks.train.trainer import train
 from tests.helpers.samples import ADALORA, DPO, KTO, LORA, LOREFT, ORPO, QLORA, SFT, method
 from tests.tasks.train.test_trainer import examples
 
-SMALL = {"micro_batch_rows": 2, "epochs": 2}
+SMALL = {"micro_batch_size": 2, "epochs": 2}
 METHODS = {
     "sft": method(LORA, SFT, **SMALL),
     "orpo": method(LORA, ORPO, **SMALL),

@@ -230,7 +230,7 @@ def trained(model: Any) -> dict[str, Tensor]:
 def test_losses_gradients_and_twenty_steps_are_trls(pico_base: Path, tmp_path: Path, name: str) -> None:
     make, objective, examples_of = CASES[name]
     their_model, their_loss, their_log = make(pico_base, tmp_path)
-    params = method(LORA, objective, batch_rows=ROWS, micro_batch_rows=ROWS)
+    params = method(LORA, objective, batch_size=ROWS, micro_batch_size=ROWS)
     model = init_adapter(pico_base, params.adapter).float().train()
     their_model.train()
     torch.manual_seed(3)
@@ -259,7 +259,7 @@ def test_losses_gradients_and_twenty_steps_are_trls(pico_base: Path, tmp_path: P
         for optimizer in optimizers:
             optimizer.zero_grad()
         total = 0.0
-        for part, _ in losses_of(model, examples_of(step), params.model_copy(update={"micro_batch_rows": 2})):
+        for part, _ in losses_of(model, examples_of(step), params.model_copy(update={"micro_batch_size": 2})):
             part.backward()
             total += part.item()
         expected = their_loss(step)

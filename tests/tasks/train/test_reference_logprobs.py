@@ -130,7 +130,7 @@ def test_both_references_train_the_same_adapter(pico_base: Path, tmp_path: Path,
     """In float32, 6 steps; KTO's mismatched replies of every epoch are among what is computed before."""
     logs = []
     for number, reference in enumerate(("adapter_off", "precomputed")):
-        params = method({**LORA}, {**objective, "reference": reference}, epochs=2, batch_rows=2, micro_batch_rows=2)
+        params = method({**LORA}, {**objective, "reference": reference}, epochs=2, batch_size=2, micro_batch_size=2)
         torch.manual_seed(1)
         made = rows(6)
         if objective is KTO:

@@ -64,7 +64,7 @@ def stage(
     monkeypatch.setattr("tasks.core.stage.die_with_owner", lambda: None)
 
     def run(**settings: Any) -> tuple[int, str]:
-        small = {"batch_rows": 4, "micro_batch_rows": 4, "checkpoint_every_steps": 2, "warmup_steps": 1}
+        small = {"batch_size": 4, "micro_batch_size": 4, "checkpoint_every_steps": 2, "warmup_steps": 1}
         values = [f"train.reft.{name}={json.dumps(value)}" for name, value in (small | settings).items()]
         change_params(workspace, None, values)
         out = str(workspace / "data" / "adapters" / "reft")
@@ -138,9 +138,9 @@ def test_a_loss_that_grew_by_more_than_a_blind_guess_has_publishes_nothing(
 
 
 def test_a_batch_larger_than_the_data_takes_all_of_it(stage: Any, workspace: Path) -> None:
-    code, said = stage(batch_rows=64, micro_batch_rows=64, epochs=2)
+    code, said = stage(batch_size=64, micro_batch_size=64, epochs=2)
     assert code == 0, said
-    assert f"train reft: every step takes all {ROWS} rows, fewer than batch_rows=64" in said
+    assert f"train reft: every step takes all {ROWS} rows, fewer than batch_size=64" in said
     assert "2 of 2 steps" in said
 
 

@@ -44,7 +44,7 @@ METHODS = {
     "qlora": method(QLORA, SFT),
     "orpo": method(QLORA, ORPO),
     "reft": method(LOREFT, SFT),
-    "in small parts": method(QLORA, ORPO, micro_batch_rows=1, optimizer="paged_adamw_8bit"),
+    "in small parts": method(QLORA, ORPO, micro_batch_size=1, optimizer="paged_adamw_8bit"),
     "full": method({"name": "full", "modules": "all"}, SFT),
     "lora8bit": method({**LORA, "name": "lora8bit", "outlier_threshold": 6.0}, SFT),
     "adalora": method({**ADALORA, "final_steps": 0}, SFT, learning_rate=0.05),
@@ -57,7 +57,7 @@ METHODS = {
     "orpo by p_tuning_v2": method({"name": "p_tuning_v2", "tokens": 4}, ORPO, learning_rate=0.1),
 }
 METHODS |= {
-    "smoothed and noisy": method(LORA, {**SFT, "label_smoothing": 0.1, "neftune_alpha": 5.0}, micro_batch_rows=2),
+    "smoothed and noisy": method(LORA, {**SFT, "label_smoothing": 0.1, "neftune_alpha": 5.0}, micro_batch_size=2),
     "noise before edits": method(LOREFT, {**SFT, "neftune_alpha": 5.0}),
     "orpo with prompts": method(LOREFT, {**ORPO, "likelihood": "prompt_and_reply"}, learning_rate=0.02),
     "dpo": method(QLORA, {**DPO, "beta": 0.5}),
@@ -69,8 +69,8 @@ METHODS |= {
         {"name": "full", "modules": "all"}, {**DPO, "loss": "ipo", "beta": 0.5, "reference": "precomputed"}
     ),
     "hinge": method({**LORA, "dropout": 0.1}, {**DPO, "loss": "hinge", "reference": "precomputed"}),
-    "simpo": method(ADALORA | {"final_steps": 0}, SIMPO, learning_rate=0.05, micro_batch_rows=2),
-    "kto": method(QLORA, KTO | {"beta": 0.5}, micro_batch_rows=2, learning_rate=0.05),
+    "simpo": method(ADALORA | {"final_steps": 0}, SIMPO, learning_rate=0.05, micro_batch_size=2),
+    "kto": method(QLORA, KTO | {"beta": 0.5}, micro_batch_size=2, learning_rate=0.05),
     "kto by reft": method(LOREFT, KTO | {"beta": 0.5}, learning_rate=0.05),
     "kto by ia3": method(IA3, KTO | {"beta": 0.5}, learning_rate=0.1),
     "kto by all weights": method({"name": "full", "modules": "all"}, {**KTO, "reference": "precomputed", "beta": 0.5}),
@@ -155,7 +155,7 @@ def test_the_order_of_rows_in_a_batch_and_their_padding_do_not_matter(
     seed_everything(1)
     model = init_adapter(pico_base, METHODS[name].adapter, 3).float().eval()
     rows = examples(name, 6)
-    reference = reference_for(model, rows, (), METHODS[name].model_copy(update={"batch_rows": 6}), tmp_path)
+    reference = reference_for(model, rows, (), METHODS[name].model_copy(update={"batch_size": 6}), tmp_path)
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter += 0.02 * torch.randn_like(parameter)
@@ -197,7 +197,7 @@ def test_gradients_added_up_are_those_of_the_whole_batch(pico_base: Path, name: 
     """Rows with replies of different lengths: a token weighs the same whichever part it is in."""
     found = []
     for at_once in (8, rows_at_once):
-        params = ADDED[name].model_copy(update={"micro_batch_rows": at_once})
+        params = ADDED[name].model_copy(update={"micro_batch_size": at_once})
         seed_everything(1)
         model = init_adapter(pico_base, params.adapter, 3).float().train()
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -315,7 +315,7 @@ def test_real_preferences_are_learnt(
     """From the file to rewards that tell the replies apart which were learnt from."""
     records = Reading("s", file_source(real_data / "llama_factory" / file, take={"first": 40})).records()
     rendered, _ = render_rows(records, tokenizer, RENDER.model_copy(update={"max_tokens": 4096, "too_long": "drop"}))
-    params = method(LORA, objective, epochs=4, batch_rows=8, learning_rate=0.02)
+    params = method(LORA, objective, epochs=4, batch_size=8, learning_rate=0.02)
     kind = kind_of_rows(params, DECODER)
     ids = ("prompt_ids", "reply_ids", "chosen_ids", "rejected_ids")
     rows = [{k: v[-24:] if k in ids else v for k, v in row.items()} for row in rendered["train", kind]]
@@ -349,7 +349,7 @@ def test_params_are_logged_under_dotted_names() -> None:
 def test_tokens_of_all_steps_by_hand() -> None:
     """Rows of 3, 5, 7 and 9 tokens in steps of two: 24 tokens in each of three epochs; a pair counts both replies."""
     rows: list[Example] = [(TokenRow([1] * count, [True] * count, 1),) for count in (3, 5, 7, 9)]
-    asked = method(LORA, SFT, batch_rows=2, epochs=3)
+    asked = method(LORA, SFT, batch_size=2, epochs=3)
     assert [tokens_of(rows, asked, steps) for steps in (0, 2, 4, 6)] == [0, 24, 48, 72]
     pair: Example = (TokenRow([1] * 4, [True] * 4, 1), TokenRow([1] * 6, [True] * 6, 1))
-    assert tokens_of([pair], method(LORA, ORPO, batch_rows=1), 1) == 10
+    assert tokens_of([pair], method(LORA, ORPO, batch_size=1), 1) == 10

@@ -208,7 +208,7 @@ def test_repairs_are_made_and_recorded(tmp_path: Path) -> None:
         source="s",
         messages=(Message("user", " cafe\u0301\x07 "), Message("assistant", "mail a@b.org, itâ€™s ok")),
     )
-    repaired = ("outer_space", "unnormalised", "control_characters", "emails", "mojibake")
+    repaired = ("outer_space", "unicode_normalization", "control_characters", "emails", "mojibake")
     given = tables([chat("x", "ua"), broken])
     found = apply_checks(
         given, {}, 0.0, validate_params(dict.fromkeys(repaired, "repair")), tmp_path, FeatureCache(None)
@@ -296,11 +296,11 @@ def test_a_key_is_masked_whole_and_found_in_calls(tmp_path: Path) -> None:
         ChatExample(id="call", source="s", messages=(Message("user", "log in"), call)),
     ]
     given = tables(chats)
-    apply_checks(given, {}, 0.0, validate_params({"keys": "repair"}), tmp_path, FeatureCache(None))
+    apply_checks(given, {}, 0.0, validate_params({"secrets": "repair"}), tmp_path, FeatureCache(None))
     kept = str(list(as_records("chat", given["chat"])))
     assert "SECRET" not in kept
     assert secret not in kept
-    assert "see [key] there" in kept
+    assert "see [secret] there" in kept
 
 
 QUESTION = "Janet has sixteen ducks and each of them lays one egg a day: how many eggs does she get in a week?"
@@ -427,7 +427,7 @@ def test_the_known_defects_of_other_real_files(real_data: Path, tmp_path: Path) 
     assert len(english.marks.exact) == 5
     texts = verdict_on(real(folder / "c4_demo.jsonl"), tmp_path / "4", WIDE)
     assert texts.outcomes["emails"].found == 7
-    assert texts.outcomes["telephones"].found >= 3
+    assert texts.outcomes["phone_numbers"].found >= 3
     alpaca = verdict_on(real(real_data / "stanford_alpaca" / "alpaca_5000.json"), tmp_path / "5", WIDE)
     assert alpaca.outcomes["blank_turns"].found == 2
     assert alpaca.outcomes["html"].found >= 18

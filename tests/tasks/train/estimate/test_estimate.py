@@ -36,7 +36,7 @@ def total(params: Method, max_tokens: int | None = None) -> int:
 
 def test_rows_that_are_not_rendered_yet_are_taken_at_their_longest() -> None:
     for objective, replies in ((SFT, 1), (ORPO, 2)):
-        examples = full_rows(method(QLORA, objective, batch_rows=3), 7)
+        examples = full_rows(method(QLORA, objective, batch_size=3), 7)
         assert len(examples) == 3
         for example in examples:
             assert len(example) == replies
@@ -47,7 +47,7 @@ def test_the_largest_step_of_an_epoch_counts_and_time_is_of_the_mean_one() -> No
     def row(tokens: int) -> Example:
         return (TokenRow([1] * tokens, [False] + [True] * (tokens - 1), 1),)
 
-    params = method(LORA, SFT, batch_rows=2, epochs=3)
+    params = method(LORA, SFT, batch_size=2, epochs=3)
     long, short = [row(40)] * 2, [row(10)] * 6
     mixed = estimate(CONFIG, params, long + short, torch.float32, CPU)
     alone = estimate(CONFIG, params, long, torch.float32, CPU)
@@ -63,15 +63,15 @@ def test_learnt_tokens_can_make_a_step_the_largest() -> None:
     )
     prompts = (TokenRow([1] * 60, [False] * 58 + [True] * 2, 58),)
     replies = (TokenRow([1] * 50, [False] + [True] * 49, 1),)
-    params = method(LORA, SFT, batch_rows=1)
+    params = method(LORA, SFT, batch_size=1)
     both, one = (estimate(config, params, each, torch.float32, CPU) for each in ([prompts, replies], [replies]))
     assert both.memory == one.memory
 
 
 def test_what_reft_keeps_from_epoch_to_epoch_counts() -> None:
-    rows = full_rows(method(LOREFT, SFT, batch_rows=40), 32)
+    rows = full_rows(method(LOREFT, SFT, batch_size=40), 32)
     once, twice = (
-        estimate(CONFIG, method(LOREFT, SFT, batch_rows=4, epochs=epochs), rows, torch.float32, CPU).memory
+        estimate(CONFIG, method(LOREFT, SFT, batch_size=4, epochs=epochs), rows, torch.float32, CPU).memory
         for epochs in (1, 2)
     )
     kept = 40 * 32 * 64 * 4  # a hidden state of 64 floats for every token
@@ -123,10 +123,10 @@ def test_an_encoder_decoder_reads_and_writes() -> None:
 
 
 def test_fewer_rows_at_once_take_less_and_states_in_8_bits_do_too() -> None:
-    params = method({"name": "full", "modules": "all"}, SFT, batch_rows=8, micro_batch_rows=8)
+    params = method({"name": "full", "modules": "all"}, SFT, batch_size=8, micro_batch_size=8)
     whole = estimate(CONFIG, params, full_rows(params, 64), torch.bfloat16, CPU).memory
     parts = estimate(
-        CONFIG, params.model_copy(update={"micro_batch_rows": 1}), full_rows(params, 64), torch.bfloat16, CPU
+        CONFIG, params.model_copy(update={"micro_batch_size": 1}), full_rows(params, 64), torch.bfloat16, CPU
     ).memory
     assert parts.activations + parts.logits < (whole.activations + whole.logits) / 4
     assert (parts.weights, parts.gradients, parts.optimizer) == (whole.weights, whole.gradients, whole.optimizer)
@@ -162,19 +162,19 @@ def by_change(params: Method, machine: Machine) -> dict[str, Suggestion]:
 
 
 def test_suggestions_were_estimated_and_fit() -> None:
-    params = method(LORA, SFT, batch_rows=8, micro_batch_rows=8)
+    params = method(LORA, SFT, batch_size=8, micro_batch_size=8)
     needed = total(params)
     machine = Machine("cpu", needed // 2 + 1000, 1000)
     found = by_change(params, machine)
-    assert next(iter(found)) == "train.mine.micro_batch_rows"
+    assert next(iter(found)) == "train.mine.micro_batch_size"
     assert list(found)[-1].startswith("a machine with")
     for change, each in list(found.items())[:-1]:
         assert each.total_bytes <= machine.room_bytes, change
-    rows = int(found["train.mine.micro_batch_rows"].change.split("=")[1])
+    rows = int(found["train.mine.micro_batch_size"].change.split("=")[1])
     assert (
-        total(params.model_copy(update={"micro_batch_rows": rows})) == found["train.mine.micro_batch_rows"].total_bytes
+        total(params.model_copy(update={"micro_batch_size": rows})) == found["train.mine.micro_batch_size"].total_bytes
     )
-    assert total(params.model_copy(update={"micro_batch_rows": rows + 1})) > machine.room_bytes
+    assert total(params.model_copy(update={"micro_batch_size": rows + 1})) > machine.room_bytes
     tokens = int(found["render.max_tokens"].change.split("=")[1])
     assert total(params, tokens) == found["render.max_tokens"].total_bytes
 
@@ -187,7 +187,7 @@ def test_where_weights_alone_are_too_much_only_fewer_bits_or_a_larger_machine_he
     def need(params: Method, tokens: int | None) -> int:
         return estimate(config, params, full_rows(params, tokens or 16), torch.float32, CPU).memory.total
 
-    params = method(LORA, SFT, batch_rows=2)
+    params = method(LORA, SFT, batch_size=2)
     machine = Machine("cpu", need(params, None) // 2, 0)
     changes = [each.change for each in suggest(need, "mine", params, 16, machine)]
     assert changes == ["train.mine.adapter: qlora of rank 2", "a machine with 8 GiB of memory free"]

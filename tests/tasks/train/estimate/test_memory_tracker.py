@@ -94,13 +94,13 @@ def held_bytes(model: Any) -> int:
         (LORA, SFT, {}),
         (DORA, SFT, {}),
         (LOREFT, SFT, {"epochs": 2}),
-        ({**LOREFT, "positions": "f2+l3", "layers": [5]}, SFT, {"epochs": 2, "batch_rows": 4}),
+        ({**LOREFT, "positions": "f2+l3", "layers": [5]}, SFT, {"epochs": 2, "batch_size": 4}),
         (BOTTLENECK, SFT, {}),
-        (QLORA, ORPO, {"batch_rows": 1}),
+        (QLORA, ORPO, {"batch_size": 1}),
         ({**LORA, "dropout": 0.1}, SFT, {}),
         (IA3, SFT, {}),
         (LORA, {**SFT, "label_smoothing": 0.1, "neftune_alpha": 5.0}, {}),
-        (LORA, DPO, {"batch_rows": 1}),
+        (LORA, DPO, {"batch_size": 1}),
         (LORA, {**KTO, "reference": "precomputed"}, {}),
         (LORA_8_BIT, SFT, {}),
         (LEARNT_PROMPTS["prompt_tuning"], SFT, {}),
@@ -127,7 +127,7 @@ def held_bytes(model: Any) -> int:
 def test_the_estimated_memory_is_that_of_a_real_training(
     small_base: Path, tmp_path: Path, adapter: dict[str, Any], objective: dict[str, Any], changes: dict[str, Any]
 ) -> None:
-    params = method(adapter, objective, **{"batch_rows": 2, **changes})
+    params = method(adapter, objective, **{"batch_size": 2, **changes})
     given = rows(4, 512, 2 if objective in (ORPO, DPO) else 1)
     estimated = estimate(read_model_config(small_base), params, given, compute_dtype(), CPU).memory
     model = init_adapter(small_base, params.adapter).train()
@@ -142,7 +142,7 @@ def test_the_estimated_memory_is_that_of_a_real_training(
 def test_so_it_is_where_activations_are_computed_again(
     small_base: Path, tmp_path: Path, adapter: dict[str, Any]
 ) -> None:
-    params, given = method(adapter, SFT, batch_rows=2), rows(4, 512)
+    params, given = method(adapter, SFT, batch_size=2), rows(4, 512)
     estimated = estimate(read_model_config(small_base), params, given, compute_dtype(), CPU, recomputing=True).memory
     model = init_adapter(small_base, params.adapter).train()
     recompute_activations(model)
@@ -157,7 +157,7 @@ def test_so_it_is_of_pico_models_of_other_shapes(
     request: pytest.FixtureRequest, tmp_path: Path, base: str, adapter: dict[str, Any]
 ) -> None:
     folder: Path = request.getfixturevalue(base)
-    params = method(adapter, SFT, batch_rows=4, epochs=2)
+    params = method(adapter, SFT, batch_size=4, epochs=2)
     given = rows(4, 96)
     estimated = estimate(read_model_config(folder), params, given, compute_dtype(), CPU).memory
     model = init_adapter(folder, params.adapter).train()
@@ -225,7 +225,7 @@ from tests.helpers.samples import LORA, LOREFT, QLORA, SFT, method
 from tests.tasks.train.estimate.test_memory_tracker import CPU, held_bytes, rows
 
 name, base, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-params = method({"qlora": QLORA, "lora": LORA, "reft": LOREFT}[name], SFT, batch_rows=4, epochs=1)
+params = method({"qlora": QLORA, "lora": LORA, "reft": LOREFT}[name], SFT, batch_size=4, epochs=1)
 model = init_adapter(base, params.adapter).train()
 train(model, rows(1, 32), params, folder / "warm", Progress("t", 1, "steps"))  # every kernel has been loaded
 before = psutil.Process().memory_info().rss - held_bytes(model)
@@ -253,7 +253,7 @@ def test_a_process_has_as_much_resident(small_base: Path, tmp_path: Path, name: 
 
 
 def test_arithmetic_is_what_pytorch_counts_on_a_real_step(pico_base: Path) -> None:
-    params = method({**LORA, "rank": 4}, SFT, batch_rows=2)
+    params = method({**LORA, "rank": 4}, SFT, batch_size=2)
     given = rows(2, 64)
     estimated = estimate(read_model_config(pico_base), params, given, compute_dtype(), CPU)
     model = init_adapter(pico_base, params.adapter).train()
