@@ -35,8 +35,9 @@ format: install ## put the code into its form
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-docs: install ## write docs/params.md and docs/cli.md from the code
+docs: install ## write docs/params.md, docs/cli.md and params.schema.json from the code
 	@$(BIN)/python infra/make_docs.py
+	@$(BIN)/temper params --schema
 
 pictures: install ## take the README's pictures of what this workspace has run (needs Chromium)
 	@$(BIN)/python infra/make_pictures.py
