@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: run test kills registry check format docs pictures install lock base pyreft clean help
+.PHONY: run test quick portable kills registry check format docs pictures install lock base pyreft clean help
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -15,6 +15,13 @@ run: install ## from a clone to a registered, promoted model
 
 test: check ## all checks and all tests
 	@$(BIN)/python -m pytest
+
+quick: install ## the tests that take seconds, for one's own loop
+	@$(BIN)/python -m pytest tests/contract tests/tasks/core tests/tasks/text tests/tasks/readers tests/tasks/ingest tests/tasks/gate \
+		tests/tasks/html tests/tasks/orchestration tests/flows/comparison tests/flows/run/test_edit_params.py
+
+portable: install ## the tests as on a CPU with AVX2 only
+	@ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(BIN)/python -m pytest
 
 kills: install ## kill -9 at random moments: 30 times each kind of training, 50 a merge, 20 an evaluation: the same, to the bit
 	@TEMPER_KILLS=30 $(BIN)/python -m pytest -n0 -s tests/tasks/train/test_kills.py

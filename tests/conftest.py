@@ -35,6 +35,36 @@ FIRST_RUN = Path(".temper", "first-run.txt")
 REAL_DATA = Path(os.environ.get("TEMPER_REAL_DATA", ROOT.parent / "shared" / "data"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _threads_that_flush_nothing() -> None:
+    """torch's threads keep the mode of the one that starts them, so they start before a training sets it."""
+    if torch := sys.modules.get("torch"):
+        torch.ones(torch.get_num_threads() << 16).exp()
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_new_process() -> Iterator[None]:
+    """What a test or what it calls sets for the whole process ends with it, so that their order does not matter."""
+    variables, folder = dict(os.environ), Path.cwd()
+    forget_numeric_settings()  # those of a fixture that several tests share
+    yield
+    forget_numeric_settings()
+    os.chdir(folder)
+    for name in os.environ.keys() - variables.keys():
+        del os.environ[name]
+    os.environ |= variables
+
+
+def forget_numeric_settings() -> None:
+    """Give torch the settings and the seed of a new process, where it is in use at all."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
+        torch.set_flush_denormal(False)
+        torch.use_deterministic_algorithms(False)
+        torch.set_default_dtype(torch.float32)
+        torch.set_grad_enabled(True)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Real public files, where they lie beside the clone; tests that need them are skipped elsewhere."""
@@ -69,21 +99,6 @@ def tokenizer(pico_base: Path) -> PreTrainedTokenizerBase:
     from tasks.tokenization.chat_template import load_tokenizer
 
     return load_tokenizer(pico_base)
-
-
-@pytest.fixture(autouse=True)
-def numeric_state() -> Iterator[None]:
-    """Give back what a test changed of the process: how it computes must not depend on the tests before."""
-    torch = sys.modules.get("torch")
-    threads = torch.get_num_threads() if torch else None
-    yield
-    if torch := sys.modules.get("torch"):
-        torch.set_flush_denormal(False)
-        torch.use_deterministic_algorithms(False)
-        torch.set_default_dtype(torch.float32)
-        torch.set_grad_enabled(True)
-        if threads:
-            torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -51,10 +51,11 @@ def compute_dtype() -> torch.dtype:
 
 
 def has_fast_bf16() -> bool:
-    """Return whether this CPU multiplies bf16 faster than fp32."""
+    """Whether this CPU multiplies bf16 faster than fp32, and torch may use it: ATEN_CPU_CAPABILITY can forbid it."""
     import torch
 
-    return bool(torch.cpu.get_capabilities().get(FAST_BF16))
+    allowed = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return allowed and bool(torch.cpu.get_capabilities().get(FAST_BF16))
 
 
 def seed_everything(seed: int) -> None:

@@ -219,7 +219,9 @@ def widened(raw: NDArray[Any], dtype: str) -> NDArray[Any]:
         bits = raw.view(np.uint16).astype(np.uint32)
         bits <<= 16  # a bfloat16 is the upper half of a float32
         return bits.view(np.float32)
-    numbers: NDArray[Any] = raw.view({"F64": np.float64, "F32": np.float32, "F16": np.float16}[dtype])
+    if dtype == "F64":
+        return _from_float64(raw.view(np.float64))
+    numbers: NDArray[Any] = raw.view({"F32": np.float32, "F16": np.float16}[dtype])
     return numbers.astype(np.float32, copy=False)
 
 
@@ -243,7 +245,7 @@ def rounded(numbers: NDArray[Any], dtype: str) -> NDArray[Any]:
         finite = bool((narrow & 0x7FFF).max(initial=0) < 0x7F80)
     else:
         with np.errstate(over="ignore"):
-            narrow = flat.astype({"F64": np.float64, "F32": np.float32, "F16": np.float16}[dtype])
+            narrow = _to_float64(flat) if dtype == "F64" else flat.astype({"F32": np.float32, "F16": np.float16}[dtype])
         finite = bool(np.isfinite(narrow).all())
     if not finite:
         lost = not np.isfinite(flat).all()
@@ -253,3 +255,28 @@ def rounded(numbers: NDArray[Any], dtype: str) -> NDArray[Any]:
             fix="" if lost else "choose a format with a larger range, such as BF16",
         )
     return narrow.view(np.uint8)
+
+
+# A processor that was told to flush subnormal numbers (`device.settle`) takes float32 below 2^-126 for zero when it
+# converts them. As whole multiples of 2^-149, the least of them, they are normal numbers in float64.
+
+
+def _to_float64(numbers: NDArray[Any]) -> NDArray[Any]:
+    """float32 as float64, exactly."""
+    import numpy as np
+
+    bits, wide = numbers.view(np.uint32), numbers.astype(np.float64)
+    small = (bits & 0x7F800000) == 0
+    wide[small] = np.copysign(np.ldexp((bits[small] & 0x7FFFFF).astype(np.float64), -149), numbers[small])
+    return wide
+
+
+def _from_float64(numbers: NDArray[Any]) -> NDArray[Any]:
+    """float64 as float32, rounded to nearest, ties to even."""
+    import numpy as np
+
+    narrow = numbers.astype(np.float32)
+    small = np.abs(numbers) < 2.0**-126
+    multiples = np.rint(np.ldexp(np.abs(numbers[small]), 149)).astype(np.uint32)
+    narrow.view(np.uint32)[small] = multiples | np.signbit(numbers[small]).astype(np.uint32) << 31
+    return narrow

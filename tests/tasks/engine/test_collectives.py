@@ -28,6 +28,7 @@ from tests.tasks.train.launched_training import METHODS, ROWS, SHARDED, STOPPED,
 TOGETHER = ["sft", "orpo", "kto", "dpo", "adalora", "reft", "dropout", STOPPED]
 SHARED_OUT = ["orpo", "kto", "qlora"]
 PLACES = [*TOGETHER, *(f"{SHARDED}-{name}" for name in SHARED_OUT)]
+OF_A_REFERENCE = ["kto", "dpo"]
 HELD_TO_ONE = [place for place in PLACES if place not in ("dropout", STOPPED)]
 
 
@@ -63,6 +64,8 @@ def note(folder: Path, rank: int = 0) -> dict[str, Any]:
 def test_two_processes_give_the_curve_of_one(launched: Path, alone: Path, place: str) -> None:
     one, two = (note(folder)["log"] for folder in (alone / place.removeprefix(f"{SHARDED}-"), launched / place))
     assert len(one) == len(two) == 6
+    if place.removeprefix(f"{SHARDED}-") in OF_A_REFERENCE:
+        del one[0]["accuracy"], two[0]["accuracy"]  # of margins that are zero until the first update, but for rounding
     for expected, found in zip(one, two, strict=True):
         assert found == pytest.approx(expected, abs=1e-5)
 

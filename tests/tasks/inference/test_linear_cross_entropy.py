@@ -199,6 +199,7 @@ def test_products_are_in_the_type_of_the_weights_or_of_autocast_where_the_machin
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     case, half = Case(torch.float32), Case(torch.bfloat16)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     for unit, expected in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda unit=unit: {"amx_bf16": unit})
         assert product_dtype(half.hidden, Head(half.weight)) == expected

@@ -8,6 +8,7 @@ import os
 import struct
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,23 +61,52 @@ def test_a_copy_has_the_same_bytes_and_its_digest_is_told(folder: Path, tmp_path
     assert digests == {"model.safetensors": digest(out / "model.safetensors")}
 
 
+def bits_of_subnormals(bits: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
+    """What float32 below 2^-126, given by their bits, are in a format: in whole numbers, which nothing flushes."""
+    sign, multiple = bits >> 31, bits & 0x7FFFFF  # of 2^-149; of 2^-133 in bfloat16
+    if dtype == "F64":
+        exact: np.ndarray[Any, Any] = np.ldexp(np.where(sign, -1.0, 1.0) * multiple, -149).view(np.uint64)
+        return exact
+    if dtype == "F32":
+        return bits
+    nearest = np.rint(multiple / (1 << 16)) if dtype == "BF16" else np.zeros(len(bits))
+    half: np.ndarray[Any, Any] = (sign << 15).astype(np.uint16) | nearest.astype(np.uint16)
+    return half
+
+
+@pytest.mark.parametrize("flushes", [False, True])
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
-def test_numbers_are_rounded_as_torch_rounds_them(dtype: str) -> None:
+def test_numbers_are_rounded_as_torch_rounds_them_whatever_the_process_flushes(dtype: str, flushes: bool) -> None:
     """All patterns of the upper half with lower halves around the middle, where ties are decided.
 
-    Not of numbers too small to be normal, which torch flushes to zero once a training in this process said so.
+    Numbers too small to be normal are held to whole numbers: torch flushes them in a thread that was told to, as every
+    training does, and on CPUs with instructions for bfloat16 always.
     """
+    torch.set_flush_denormal(flushes)
     low = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=np.uint32)
     bits = ((np.arange(1 << 16, dtype=np.uint32)[:, None] << 16) + low).reshape(-1)
-    numbers = bits.view(np.float32)
     limit = {"BF16": 3.3895e38, "F16": 65504.0}.get(dtype, np.inf)
-    numbers = numbers[np.isfinite(numbers) & (np.abs(numbers) <= limit)]
-    numbers = numbers[(numbers == 0) | (np.abs(numbers) >= np.finfo(np.float32).tiny)]
+    bits = bits[np.isfinite(bits.view(np.float32)) & (np.abs(bits.view(np.float32)) <= limit)]
     kind = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}[dtype]
-    want = torch.from_numpy(numbers.copy()).to(kind)
-    got = torch.frombuffer(bytearray(rounded(numbers, dtype).tobytes()), dtype=kind)
-    assert torch.equal(got, want)
-    assert np.array_equal(widened(rounded(numbers, dtype), dtype), want.float().numpy())
+    whole = {2: np.uint16, 4: np.uint32, 8: np.uint64}[kind.itemsize]
+    small = (bits & 0x7F800000) == 0
+    want = torch.from_numpy(bits.view(np.float32).copy()).to(kind).view(torch.uint8).numpy().view(whole)
+    want[small] = bits_of_subnormals(bits[small], dtype)
+    found = rounded(bits.view(np.float32), dtype)
+    assert np.array_equal(found.view(whole), want)
+    back = torch.frombuffer(bytearray(found), dtype=kind).float().numpy().view(np.uint32)
+    if dtype == "F64":
+        back[small] = bits[small]
+    assert np.array_equal(widened(found, dtype).view(np.uint32), back)
+
+
+@pytest.mark.parametrize("flushes", [False, True])
+def test_float64_too_small_for_a_normal_float32_are_rounded_to_even(flushes: bool) -> None:
+    torch.set_flush_denormal(flushes)
+    least = 2.0**-149
+    numbers = np.array([0.5, 0.75, 1.5, 2.5, -0.75, -0.25, (1 << 23) - 0.25, (1 << 23) - 1, 1 << 23]) * least
+    expected = [0, 1, 2, 2, (1 << 31) + 1, 1 << 31, 1 << 23, (1 << 23) - 1, 1 << 23]
+    assert widened(numbers.view(np.uint8), "F64").view(np.uint32).tolist() == expected
 
 
 @pytest.mark.parametrize(
