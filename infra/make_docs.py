@@ -1,8 +1,10 @@
-"""Writes docs/params.md and docs/cli.md from the code; with --check only tells whether they say what it does."""
+"""Writes docs/params.md, cli.md and architecture.md from the code; with --check only tells whether they are current."""
 
 from __future__ import annotations
 
+import ast
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,10 +111,68 @@ def cli_page() -> str:
     return "\n".join(line.rstrip() for line in "\n".join(lines).split("\n")) + "\n"
 
 
+# The way of a row: the type that it has in each room, by the module that defines it.
+ROW = (
+    ("a file, a line, a cell", "tasks/readers/text_files.py", "Row", "what a file holds, with its place: file and row"),
+    ("ingest", "tasks/core/records.py", "Record", "a chat, a preference pair, a labelled reply, a text, or a pair"),
+    (
+        "validate",
+        "tasks/validate/decide.py",
+        "ValidationResult",
+        "kept, repaired, dropped as a duplicate, or quarantined",
+    ),
+    ("render", "tasks/tokenization/chat_template.py", "Rendered", "token ids, the loss mask, where the prompt ends"),
+    ("train", "tasks/inference/rows.py", "TokenRow", "one sequence of a step, made when the step asks for it"),
+    ("a forward pass", "tasks/inference/prefix_sharing.py", "PackedBatch", "sequences without padding; prompts shared"),
+    ("evaluate", "tasks/reports/items.py", "Item", "an answer and its score, with the log-probability of the target"),
+)
+
+
+def architecture_page() -> str:
+    """Render the rooms with what is in each, the drawing of their layers, and the way of a row."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = next(each["layers"] for each in contracts if each["type"] == "layers")
+    lines = [
+        "# Architecture",
+        "",
+        "Written by `make docs` from the packages' docstrings and the layers in pyproject.toml. `make check` holds all",
+        "imports to them: what stands above may import what stands below; rooms of one layer do not know each other.",
+        "",
+        "```mermaid",
+        "flowchart TB",
+    ]
+    for number, layer in enumerate(layers):
+        rooms = [name.strip() for name in layer.split("|")]
+        lines.append(f'  subgraph layer{number}[" "]')
+        lines += [f'    {room.replace(".", "_")}["{room.removeprefix("tasks.")}"]' for room in rooms]
+        lines.append("  end")
+    lines += [f"  layer{number} --> layer{number + 1}" for number in range(len(layers) - 1)]
+    lines += ["```", "", "| room | what is in it |", "|---|---|"]
+    lines += [f"| `{room}` | {_said(room)} |" for layer in layers for room in map(str.strip, layer.split("|"))]
+    lines += [
+        "",
+        "`temper/` stands beside them: the Python API, which nothing imports.",
+        "",
+        "## The way of a row",
+        "",
+        "| where | it is | in | |",
+        "|---|---|---|---|",
+    ]
+    lines += [f"| {where} | `{name}` | `{file}` | {what} |" for where, file, name, what in ROW]
+    return "\n".join(lines) + "\n"
+
+
+def _said(room: str) -> str:
+    """Return the docstring of a package, on one line."""
+    tree = ast.parse((ROOT / room.replace(".", "/") / "__init__.py").read_text())
+    return " ".join((ast.get_docstring(tree) or "").split())
+
+
 def main() -> int:
     """Write the pages, or compare them."""
     stale = []
-    for name, text in (("params.md", params_page()), ("cli.md", cli_page())):
+    pages = (("params.md", params_page()), ("cli.md", cli_page()), ("architecture.md", architecture_page()))
+    for name, text in pages:
         path = ROOT / "docs" / name
         if not path.is_file() or path.read_text() != text:
             stale.append(name)

@@ -1,4 +1,4 @@
-"""Every command in the README is run, in the README's order, on a copy of a finished workspace."""
+"""Every command in the README and the pages of docs/ is run, in their order, on a copy of a finished workspace."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from flows.run.edit_params import change_params
 from tasks.orchestration.params import check
 from tests.conftest import ROOT, temper
 
-BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+TASKS = ("data", "base", "methods", "merging", "evaluation", "promotion", "servers", "distributed")
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in TASKS)]
+TEXT = "\n".join(page.read_text() for page in PAGES)
+BLOCKS = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
 COMMANDS = [line.partition("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
 
 ELSEWHERE = {
@@ -90,7 +93,7 @@ def test_a_command_does_what_it_says(used: Path, command: str) -> None:
         assert sorted(ran) == ["evaluate@orpo", "merge@orpo", "register@orpo", "train@orpo"]
 
 
-SNIPPETS = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+SNIPPETS = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
@@ -105,3 +108,16 @@ def test_what_the_readme_puts_into_params_is_valid(snippet: str) -> None:
 @pytest.mark.parametrize("command", ["make run", "make test"])
 def test_make_knows_its_targets(command: str) -> None:
     subprocess.run([*command.split(), "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_the_readme_is_short_and_names_every_page() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 130
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"](docs/{page.name})" in readme, page.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert "://" in link or (page.parent / link).exists(), link

@@ -51,7 +51,7 @@ def compute_dtype() -> torch.dtype:
 
 
 def has_fast_bf16() -> bool:
-    """Whether this CPU multiplies bf16 faster than fp32, and torch may use it: ATEN_CPU_CAPABILITY can forbid it."""
+    """Return whether this CPU multiplies bf16 faster than fp32, if ATEN_CPU_CAPABILITY lets torch use that."""
     import torch
 
     allowed = torch.backends.cpu.get_cpu_capability().startswith("AVX512")

@@ -257,12 +257,12 @@ def rounded(numbers: NDArray[Any], dtype: str) -> NDArray[Any]:
     return narrow.view(np.uint8)
 
 
-# A processor that was told to flush subnormal numbers (`device.settle`) takes float32 below 2^-126 for zero when it
+# A processor that was told to flush subnormal numbers (`seed_everything`) takes float32 below 2^-126 for zero when it
 # converts them. As whole multiples of 2^-149, the least of them, they are normal numbers in float64.
 
 
 def _to_float64(numbers: NDArray[Any]) -> NDArray[Any]:
-    """float32 as float64, exactly."""
+    """Convert float32 to float64, exactly."""
     import numpy as np
 
     bits, wide = numbers.view(np.uint32), numbers.astype(np.float64)
@@ -272,7 +272,7 @@ def _to_float64(numbers: NDArray[Any]) -> NDArray[Any]:
 
 
 def _from_float64(numbers: NDArray[Any]) -> NDArray[Any]:
-    """float64 as float32, rounded to nearest, ties to even."""
+    """Convert float64 to float32, rounded to nearest, ties to even."""
     import numpy as np
 
     narrow = numbers.astype(np.float32)

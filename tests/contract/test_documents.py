@@ -6,6 +6,7 @@ import ast
 import compileall
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -331,3 +332,12 @@ def test_a_key_that_dvc_needs_is_asked_for_by_name(workspace: Path) -> None:
     with pytest.raises(BadParams) as caught:
         pipeline.load(workspace)
     assert caught.value.examples == ("render.held_out", "merge")
+
+
+def test_the_way_of_a_row_names_what_there_is() -> None:
+    for _, file, name, _ in runpy.run_path(str(ROOT / "infra" / "make_docs.py"))["ROW"]:
+        names = set()
+        for node in ast.parse((ROOT / file).read_text()).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            names |= {getattr(node, "name", ""), *(target.id for target in targets if isinstance(target, ast.Name))}
+        assert name in names, (file, name)
