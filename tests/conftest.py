@@ -249,7 +249,7 @@ def _first_run(target: Path) -> None:
     (target / FIRST_RUN).write_text(done.stdout + done.stderr)
 
 
-_ALL_STAGES = """
+ALL_STAGES = """
 import os, runpy, shlex, sys
 from pathlib import Path
 from tasks.core import pipeline as graph
@@ -270,7 +270,7 @@ def run_stages(workspace: Path, recipe: str, *settings: str) -> str:
 
     change_params(workspace, workspace / "recipes" / recipe, list(settings))
     done = subprocess.run(
-        [sys.executable, "-c", _ALL_STAGES],
+        [sys.executable, "-c", ALL_STAGES],
         cwd=workspace,
         env=environment(),
         capture_output=True,

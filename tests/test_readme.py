@@ -23,6 +23,7 @@ BLOCKS = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
 COMMANDS = [line.partition("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
 
 ELSEWHERE = {
+    "temper init --from chats.jsonl": "tests/flows/run/test_init_params.py",
     "make run": "it is what a session's workspace is made by, as `temper run`",
     "make test": "it runs this test",
     'temper schedule --cron "0 3 * * *"': "tests/flows/run/test_schedule.py",

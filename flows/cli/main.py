@@ -89,6 +89,22 @@ def status(
 
 
 @app.command()
+def init(
+    source: Annotated[Path, typer.Option("--from", help="A file of rows of yours, or a folder of files.")],
+    base: Annotated[Path | None, typer.Option(help="The model folder that is tuned; models/tiny without it.")] = None,
+    workspace: Workspace = None,
+) -> None:
+    """Write a first params.yaml for your own rows: their format, their lengths, and the methods that suit them."""
+    from flows.run.init_params import init_params
+    from tasks.core.stage import quiet_libraries
+
+    quiet_libraries()
+    source, base = source.resolve(), base.resolve() if base else None  # before the workspace becomes the current folder
+    root = enter(workspace)
+    typer.echo(init_params(root, source, base or root / "models" / "tiny"))
+
+
+@app.command()
 def params(
     schema: Annotated[bool, typer.Option("--schema", help="Write params.schema.json, which editors read.")] = False,
     migrate: Annotated[

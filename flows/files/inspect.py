@@ -53,7 +53,7 @@ def inspect(path: Path, against: Sequence[Path]) -> dict[str, Any]:
     from tasks.validate.feature_cache import FeatureCache
 
     params = nearest_params()
-    files, records, refused = _look_into(path)
+    files, records, refused = look_into(path)
     found = {
         "path": str(path),
         "format": _named({file.path: file.format for file in files if file.format}),
@@ -87,7 +87,7 @@ def inspect(path: Path, against: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def _look_into(path: Path) -> tuple[list[FileFound], list[Record], list[BadData]]:
+def look_into(path: Path) -> tuple[list[FileFound], list[Record], list[BadData]]:
     """Read the files; return them, their rows, and why rows were refused."""
     files: list[FileFound] = []
     records: list[Record] = []

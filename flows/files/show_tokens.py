@@ -37,7 +37,7 @@ def render(path: Path, tokenizer_folder: Path, show: int) -> tuple[list[Shown], 
     for record in Reading("", any_file(path)).records():
         counts["rows"] += 1
         try:
-            parts = _rendered(record, tokenizer)
+            parts = rendered(record, tokenizer)
         except BadData as error:
             refused[error.what] += 1
             continue
@@ -50,7 +50,7 @@ def render(path: Path, tokenizer_folder: Path, show: int) -> tuple[list[Shown], 
     return shown, counts, refused
 
 
-def _rendered(record: Record, tokenizer: Any) -> list[tuple[str, list[int], list[bool]]]:
+def rendered(record: Record, tokenizer: Any) -> list[tuple[str, list[int], list[bool]]]:
     """Render a row as token ids with its loss mask: of two replies both, and of an input and its target both."""
     from tasks.render.stage import tokens_of_pairs
     from tasks.tokenization.chat_template import Answered, Chat, render_chat, render_replies
