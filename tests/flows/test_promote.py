@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 from bench.registered import made, model_and_sources, workspace_at
 from flows.promote import promote, rollback
 from flows.registry import history
 from flows.registry.evidence import broken
-from flows.run.edit_params import change_params
 from tasks.core.artifacts import digests
 from tasks.core.errors import AliasMoved, BadModel, BadParams, GateRefused
 from tasks.register.stage import register
@@ -282,7 +282,10 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def ask_a_person(workspace: Path, timeout_s: int) -> None:
-    change_params(workspace, None, ["promote.approval=human", f"promote.approval_timeout_s={timeout_s}"])
+    file, yaml = workspace / "params.yaml", YAML(typ="safe")
+    content = yaml.load(file)
+    content["promote"] |= {"approval": "human", "approval_timeout_s": timeout_s}
+    yaml.dump(content, file)
 
 
 def waiting(answer: bool, note: str) -> threading.Thread:

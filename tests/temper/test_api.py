@@ -89,6 +89,7 @@ def test_defaults_are_those_of_the_quickstart() -> None:
     assert {n: given[n] for n in given if n in method} == {n: method[n] for n in given if n in method} | {
         "adapter": None,
         "objective": None,
+        "micro_batch_size": None,  # that of the batch
     }
     render = {n: p.default for n, p in inspect.signature(temper.render).parameters.items() if n in Render.model_fields}
     assert render == params.render.model_dump()
@@ -249,7 +250,7 @@ def test_a_workspace_runs_to_its_champion(copy: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     status = json.loads(
         subprocess.run(
-            [sys.executable, "-m", "flows.cli.main", "status", "--json"],
+            [sys.executable, "-m", "flows.cli", "status", "--json"],
             cwd=copy, env=environment(), capture_output=True, text=True, check=True,
         ).stdout
     )  # fmt: skip

@@ -161,7 +161,13 @@ def test_a_checkpoint_of_other_shapes_is_refused(tmp_path: Path) -> None:
     wide = nn.Sequential(nn.Linear(4, 9), nn.Dropout(0.3), nn.Linear(9, 1))
     course = TrainingPlan(STEPS, lambda step: 0.01, lambda step: [], lambda step: [], 1.0, 3)
     with pytest.raises(BadData, match="the checkpoint is of another training") as caught:
-        train_loop(course, dict(wide.named_parameters()), [], tmp_path, Progress("t", 1, "steps"))
+        train_loop(
+            course,
+            dict(wide.named_parameters()),
+            [torch.optim.AdamW(wide.parameters())],
+            tmp_path,
+            Progress("t", 1, "s"),
+        )
     assert (caught.value.got, caught.value.expected) == ("0.bias: (8,)", "(9,)")
 
 
