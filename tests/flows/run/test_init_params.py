@@ -44,7 +44,7 @@ def test_methods_suit_the_kinds_of_rows(workspace: Path, rows: list[dict[str, An
 
 def test_max_tokens_holds_the_longest_row_and_no_more_than_the_model_reads(workspace: Path) -> None:
     base = workspace / "models" / "tiny"
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer: Any = AutoTokenizer.from_pretrained(base)
     init_params(workspace, written(workspace, "rows.jsonl", CHATS), base)
     longest = max(len(tokenizer.apply_chat_template(row["messages"], tokenize=True)["input_ids"]) for row in CHATS)
     assert longest <= load(workspace / "params.yaml").render.max_tokens < longest + 64
