@@ -7,11 +7,12 @@ contract test holds this reading against DVC's own, stage by stage and hash by h
 
 from __future__ import annotations
 
+import ast
 import fcntl
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -151,14 +152,15 @@ def check_sources(workspace: Path, nodes: Mapping[str, Node]) -> None:
 def content_key(workspace: Path, node: Node) -> str:
     """Compute the identity of what determines a stage's result: command, params, data and library versions.
 
-    Code is not in it: whether a stage reruns when code changes is DVC's decision, by the folders of code among its
-    dependencies; a checkpoint of the same key goes on after a comment was changed.
+    Params are what the file says and the defaults of what it does not say. Other code is not in the key: whether a
+    stage reruns when code changes is DVC's decision, by the folders of code among its dependencies; a checkpoint of the
+    same key goes on after a comment was changed.
 
     Returns:
         16 hex digits.
     """
     data = {dep: dvc_hash(workspace / dep) for dep in node.deps if not is_code(dep)}
-    return key_of(node.command, data, node.params)
+    return key_of(node.command, data, node.params, declared_defaults(workspace, node.deps))
 
 
 def recorded_keys(workspace: Path) -> dict[str, str]:
@@ -168,6 +170,7 @@ def recorded_keys(workspace: Path) -> dict[str, str]:
             e["cmd"],
             {dep["path"]: dep["md5"] for dep in e.get("deps", []) if not is_code(dep["path"])},
             e.get("params", {}).get(PARAMS, {}),
+            declared_defaults(workspace, [dep["path"] for dep in e.get("deps", [])]),
         )
         for name, e in _recorded(workspace).items()
     }
@@ -209,10 +212,37 @@ def overlap(one: str, other: str) -> bool:
     return a[: len(b)] == b or b[: len(a)] == a
 
 
-def key_of(command: str, data: Mapping[str, str], params: Mapping[str, Any]) -> str:
+def key_of(command: str, data: Mapping[str, str], params: Mapping[str, Any], defaults: Mapping[str, str]) -> str:
     """Compute the key for hashes that are known already, such as those in dvc.lock, under the libraries of now."""
-    read = json.dumps([command, sorted(data.items()), sorted(params.items()), library_versions()], sort_keys=True)
-    return hashlib.sha256(read.encode()).hexdigest()[:16]
+    read = [command, sorted(data.items()), sorted(params.items()), sorted(defaults.items()), library_versions()]
+    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def declared_defaults(workspace: Path, deps: Iterable[str]) -> dict[str, str]:
+    """Return a digest of each module that declares params in the folders of code among some dependencies.
+
+    It is of what such a module says to Python: another default changes it, a comment or a docstring does not.
+    """
+    files = [file for dep in deps if is_code(dep) for file in sorted((workspace / dep).glob("*params.py"))]
+    return {str(file.relative_to(workspace)): _statements(file, file.stat().st_mtime_ns) for file in files}
+
+
+@lru_cache
+def _statements(file: Path, changed_ns: int) -> str:
+    """Digest a module without its comments and docstrings; parsed again only when the file has changed."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            node.body = [each for each in node.body if not _is_text(each)]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    )
 
 
 @lru_cache
@@ -225,8 +255,8 @@ def library_versions() -> Mapping[str, str]:
 
 
 def is_code(dep: str) -> bool:
-    """Return whether a dependency is a folder of code."""
-    return dep.startswith("tasks/")
+    """Return whether a dependency is a folder of code, and not data that somebody put below one."""
+    return re.fullmatch(r"tasks/[a-z]+", dep) is not None
 
 
 def dvc_hash(path: Path) -> str:

@@ -211,7 +211,10 @@ def _key_by_hand(workspace: Path, nodes: Mapping[str, pipeline.Node], arguments:
     data = [path for name, path in arguments.items() if name not in ("item", "out") and Path(path).exists()]
     command = f"{words[0]} {sorted(arguments.items())}"
     hashes = {path: pipeline.dvc_hash(workspace / path) for path in data}
-    return pipeline.key_of(command, hashes, pipeline.read_values(workspace))
+    rooms = [f"tasks/{room.name}" for room in sorted((workspace / "tasks").iterdir())]
+    return pipeline.key_of(
+        command, hashes, pipeline.read_values(workspace), pipeline.declared_defaults(workspace, rooms)
+    )
 
 
 def module_of_main() -> str:

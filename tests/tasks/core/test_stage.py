@@ -222,6 +222,19 @@ def test_the_key_is_of_params_data_and_libraries_and_not_of_code(small: Path, mo
     assert len(set(keys)) == 4
 
 
+def test_a_default_that_changes_is_in_the_key_and_words_about_it_are_not(small: Path) -> None:
+    file = small / "tasks" / "work" / "params.py"
+
+    def key(text: str, written: int) -> str:
+        file.write_text(text)
+        os.utime(file, ns=(0, written))  # so that a second write within a step of the clock is seen
+        return pipeline.content_key(small, pipeline.load(small)["work"])
+
+    before = key('class Work:\n    """Work."""\n\n    rate: float = 0.1\n    """Of learning."""\n', 1)
+    assert key('class Work:\n    """Other."""\n\n    rate: float = 0.1  # said otherwise\n', 2) == before
+    assert key('class Work:\n    """Work."""\n\n    rate: float = 0.2\n    """Of learning."""\n', 3) != before
+
+
 def test_bytecode_that_python_writes_while_the_stage_runs_is_no_edit(small: Path) -> None:
     late = small / "tasks" / "work" / "late.py"
     late.write_text("")
