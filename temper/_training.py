@@ -150,20 +150,15 @@ def train(
 
 def _trained(base: Base, data: Data, method: Method, checkpoints: Path) -> Adapter:
     """Take the steps of the stage, without its tracker."""
-    from tasks.adapters.attach import init_adapter, published_state
     from tasks.core.errors import BadParams
     from tasks.core.memory import explain_out_of_memory
     from tasks.core.progress import Progress
     from tasks.engine.checkpoints import check_writable
-    from tasks.engine.memory import adaptive_micro_batch, recompute_activations
+    from tasks.engine.memory import adaptive_micro_batch
     from tasks.models.device import seed_everything
     from tasks.tokenization.architecture import architecture_in
-    from tasks.train.batching import examples_of, kind_of_rows, steps_per_epoch
-    from tasks.train.estimate.estimate import must_recompute
-    from tasks.train.estimate.meta_model import read_model_config
-    from tasks.train.losses import held_out_loss
-    from tasks.train.stage import HELD_OUT_ROWS, check_outcome
-    from tasks.train.trainer import reference_for, taking, train
+    from tasks.train.batching import examples_of, kind_of_rows
+    from tasks.train.trainer import HELD_OUT_ROWS, check_outcome, prepare, train
 
     if base.adapter is not None:
         raise BadParams("a base that has an adapter is not trained", where=str(base.adapter), fix="merge it first")
@@ -178,18 +173,7 @@ def _trained(base: Base, data: Data, method: Method, checkpoints: Path) -> Adapt
         explain_out_of_memory(where="temper.train", fix=fix),
         adaptive_micro_batch(method.micro_batch_size, fit=method.fit_memory, checkpoints=checkpoints) as rows,
     ):
-        seed_everything(method.seed)
-        steps = method.epochs * steps_per_epoch(len(examples), method.batch_size)
-        recomputing = rows.recomputing(lambda: must_recompute(read_model_config(base.folder), method, examples))
-        model = init_adapter(base.folder, method.adapter, steps)
-        if recomputing:
-            recompute_activations(model)
-        reference = reference_for(model, examples, held_out, method, checkpoints)
-
-        def loss() -> float:
-            return rows.fitted(lambda: held_out_loss(model, held_out, taking(method, rows), reference))
-
-        initial = {name: tensor.clone() for name, tensor in published_state(model).items()}
+        model, steps, reference, initial, loss = prepare(base.folder, method, examples, held_out, checkpoints, rows)
         before = loss() if held_out else None
         with Progress("train", steps, "steps") as progress:
             seed_everything(method.seed)

@@ -12,46 +12,36 @@ Fails:  rows of the wrong kind, labelled replies of one label, an objective that
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.adapters.attach import init_adapter, published_state, save_adapter
+from tasks.adapters.attach import save_adapter
 from tasks.core import ranks
 from tasks.core.artifacts import as_json, atomic_folder
-from tasks.core.errors import BadInput, BadParams, Diverged
+from tasks.core.errors import BadParams
 from tasks.core.memory import explain_out_of_memory
 from tasks.core.progress import Progress
 from tasks.core.stage import StageContext, run_stage
 from tasks.engine import collectives
 from tasks.engine.checkpoints import check_writable, checkpoint_folder
 from tasks.engine.evaluation_hooks import EvalHooks
-from tasks.engine.memory import AdaptiveMicroBatch, adaptive_micro_batch, keep_freed_blocks, recompute_activations
+from tasks.engine.memory import AdaptiveMicroBatch, adaptive_micro_batch, keep_freed_blocks
 from tasks.models.device import seed_everything
-from tasks.models.loader import Model
 from tasks.registry.client import KEPT_LOSS, flat
 from tasks.reports.training_log import Log
 from tasks.tokenization.architecture import architecture_in
 from tasks.tokenization.chat_template import load_tokenizer
 from tasks.train import fsdp, launcher
-from tasks.train.batching import data_digests, kind_of_rows, read_examples, steps_per_epoch
-from tasks.train.estimate.estimate import must_recompute
-from tasks.train.estimate.meta_model import read_model_config
+from tasks.train.batching import data_digests, kind_of_rows, read_examples
 from tasks.train.hooks import FILE as SAMPLES_FILE
 from tasks.train.hooks import lines_of, watch_for
 from tasks.train.loggers import check_installed, reports
-from tasks.train.losses import held_out_loss
 from tasks.train.mlflow_logger import Tracker
 from tasks.train.params import Method, Samples
-from tasks.train.trainer import reference_for, taking, tokens_of, train
+from tasks.train.trainer import HELD_OUT_ROWS, check_outcome, prepare, tokens_of, train
 
 if TYPE_CHECKING:
-    import torch
-
-
-HELD_OUT_ROWS = 128
-"""Held-out loss is read on so many rows, before and after."""
+    pass
 
 
 def check_launched(name: str, method: Method) -> None:
@@ -69,25 +59,6 @@ def check_launched(name: str, method: Method) -> None:
             fix=f"set it so, and micro_batch_size to what `temper estimate --method {name}` says would fit",
         )
     fsdp.check_can_shard(method.adapter)
-
-
-def check_outcome(initial: Mapping[str, torch.Tensor], model: Model, before: float, after: float) -> None:
-    """Refuse to publish a training without a result.
-
-    Raises:
-        BadInput: the training changed nothing.
-        Diverged: it ended much worse than it began: by more than a blind guess among all tokens loses, ln(vocabulary).
-    """
-    now = published_state(model)
-    if all(tensor.shape == initial[name].shape and tensor.equal(initial[name]) for name, tensor in now.items()):
-        raise BadInput("the training changed nothing", where="train", fix="raise learning_rate")
-    if not after - before < math.log(model.config.get_text_config().vocab_size):
-        raise Diverged(
-            "the training diverged; nothing was published",
-            where="its end",
-            got=f"a held-out loss of {after:.3f}, which was {before:.3f} before",
-            fix="lower learning_rate or raise warmup_steps",
-        )
 
 
 def say_what_was_kept(name: str, log: Log, watch: EvalHooks, steps: int, before: float, after: float) -> None:
@@ -131,21 +102,8 @@ def _train_stage(stage: StageContext, method: Method, checkpoints: Path, rows: A
         print(
             f"{title}: every step takes all {len(examples)} rows, fewer than batch_size={method.batch_size}", flush=True
         )
-    seed_everything(method.seed)
-    steps = method.epochs * steps_per_epoch(len(examples), method.batch_size)
-    recomputing = rows.recomputing(lambda: must_recompute(read_model_config(base), method, examples))
-    model = init_adapter(base, method.adapter, steps)
-    if recomputing:
-        recompute_activations(model)
-    if ranks.shards_weights():
-        fsdp.shard(model)
-    reference = reference_for(model, examples, held_out, method, checkpoints)
-
-    def loss() -> float:
-        return rows.fitted(lambda: held_out_loss(model, held_out, taking(method, rows), reference))
-
-    watch = watch_for(model, load_tokenizer(base), held_out, method, loss)
-    initial, before = {name: tensor.clone() for name, tensor in published_state(model).items()}, loss()
+    model, steps, reference, initial, loss = prepare(base, method, examples, held_out, checkpoints, rows)
+    watch, before = watch_for(model, load_tokenizer(base), held_out, method, loss), loss()
     tags = {"temper.method": stage.item, "temper.stage": f"train@{stage.item}"}
     params = flat(method.model_dump())
     with (

@@ -112,11 +112,11 @@ def test_the_code_is_that_of_the_process_that_knows_why(codes: list[int], code: 
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.iterdir()), ids=lambda path: path.name)
-def test_every_shipped_configuration_is_one_of_accelerate_and_in_the_readme(path: Path) -> None:
+def test_every_shipped_configuration_is_one_of_accelerate_and_in_its_page(path: Path) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
     assert load_config_from_file(str(path)).num_processes == 2
-    assert f"| `{path.name}` |" in (ROOT / "README.md").read_text()
+    assert f"| `{path.name}` |" in (ROOT / "docs" / "distributed.md").read_text()
 
 
 def test_a_configuration_that_is_not_there_is_told(workspace: Path) -> None:

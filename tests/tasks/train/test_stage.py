@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-import tasks.train.stage
+import tasks.train.trainer
 from flows.run.edit_params import change_params
 from tasks.adapters.attach import init_adapter
 from tasks.core.artifacts import atomic_folder, read_manifest
@@ -113,7 +113,7 @@ def test_it_evaluates_samples_and_keeps_the_best(stage: Any, workspace: Path) ->
 
 def test_it_stops_early_and_says_so(stage: Any, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([5.0, 4.0, 4.5, 4.25, 4.0, 4.0])  # before; after each epoch; of what was kept
-    monkeypatch.setattr(tasks.train.stage, "held_out_loss", lambda *_: next(losses))
+    monkeypatch.setattr(tasks.train.trainer, "held_out_loss", lambda *_: next(losses))
     code, said = stage(epochs=9, evaluation={"every_steps": 3, "patience": 2, "keep": "last"})
     assert code == 0, said
     assert "train reft: stopped early: no lower held-out loss in 2 evaluations" in said
@@ -128,7 +128,7 @@ def test_a_loss_that_grew_by_more_than_a_blind_guess_has_publishes_nothing(
     blind = math.log(json.loads((pico_base / "config.json").read_text())["vocab_size"])
     for after, expected in ((1.0 + blind + 0.01, 65), (1.0 + blind - 0.01, 0)):
         losses = iter([1.0, after])
-        monkeypatch.setattr(tasks.train.stage, "held_out_loss", lambda *_, given=losses: next(given))
+        monkeypatch.setattr(tasks.train.trainer, "held_out_loss", lambda *_, given=losses: next(given))
         code, said = stage()
         assert code == expected, said
         assert adapter(workspace).exists() == (code == 0)
