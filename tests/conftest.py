@@ -249,7 +249,7 @@ def _first_run(target: Path) -> None:
     (target / FIRST_RUN).write_text(done.stdout + done.stderr)
 
 
-ALL_STAGES = """
+_ALL_STAGES = """
 import os, runpy, shlex, sys
 from pathlib import Path
 from tasks.core import pipeline as graph
@@ -269,8 +269,13 @@ def run_stages(workspace: Path, recipe: str, *settings: str) -> str:
     from flows.run.edit_params import change_params
 
     change_params(workspace, workspace / "recipes" / recipe, list(settings))
+    return run_all_stages(workspace)
+
+
+def run_all_stages(workspace: Path) -> str:
+    """Runs the commands of all stages, as params.yaml stands, in one process. Returns what was printed."""
     done = subprocess.run(
-        [sys.executable, "-c", ALL_STAGES],
+        [sys.executable, "-c", _ALL_STAGES],
         cwd=workspace,
         env=environment(),
         capture_output=True,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from transformers import AutoTokenizer
 from flows.run.init_params import init_params
 from tasks.core.errors import BadData
 from tasks.orchestration.params import load
-from tests.conftest import ALL_STAGES, environment
+from tests.conftest import run_all_stages
 
 CHATS = [
     {"messages": [{"role": "user", "content": f"What is {n} plus 2?"}, {"role": "assistant", "content": f"{n + 2}"}]}
@@ -72,13 +70,5 @@ def test_texts_are_refused_with_where_to_begin(workspace: Path) -> None:
 
 def test_the_stages_run_on_it_without_an_edit(workspace: Path) -> None:
     init_params(workspace, written(workspace, "rows.jsonl", CHATS), workspace / "models" / "tiny")
-    done = subprocess.run(
-        [sys.executable, "-c", ALL_STAGES],
-        cwd=workspace,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run_all_stages(workspace)
     assert (workspace / "data" / "reports" / "qlora" / "registered.json").is_file()

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from tasks.base import continued_pretraining
 from tasks.base.corpus import own_token_ids, read_corpus, text_bytes
@@ -69,17 +68,6 @@ def made(out: Path, base: ContinueBase) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     return clean(tmp_path_factory.mktemp("corpus") / "clean", texts(300))
-
-
-@pytest.fixture(params=[True, False], ids=["tied", "untied"])
-def base(request: pytest.FixtureRequest, pico_base: Path, tmp_path: Path) -> Path:
-    """The pico base, in float32, with an output head of its own or not."""
-    folder = tmp_path / "base"
-    shutil.copytree(pico_base, folder)
-    config = LlamaConfig.from_pretrained(pico_base, tie_word_embeddings=request.param)
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).float().save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("growth", [NOTHING, GROWTH], ids=["same", "grown"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from tasks.base.continued_pretraining import grow
 from tasks.base.params import Growth
@@ -31,17 +31,6 @@ def corpus(count: int = 300) -> list[Any]:
 
 def growth(tokens: list[str] | None = None, learnt: int = 0, begin_as: str = "pieces") -> Growth:
     return Growth.model_validate({"tokens": tokens or [], "learnt": learnt, "begin_as": begin_as})
-
-
-@pytest.fixture(params=[True, False], ids=["tied", "untied"])
-def base(request: pytest.FixtureRequest, pico_base: Path, tmp_path: Path) -> Path:
-    """The pico base, with an output head of its own or not; in float32."""
-    folder = tmp_path / "base"
-    shutil.copytree(pico_base, folder)
-    config = LlamaConfig.from_pretrained(pico_base, tie_word_embeddings=request.param)
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).float().save_pretrained(folder)
-    return folder
 
 
 # --- what is learnt ---------------------------------------------------------------------------------------------------
