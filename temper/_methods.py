@@ -1,4 +1,6 @@
-"""Adapters and objectives as small typed objects; their defaults are those of recipes/quickstart.yaml.
+"""Adapters and objectives as small typed objects; their defaults are those of the sections, which a test compares.
+
+They are no sections themselves: making one should import no library.
 
 Each becomes the section of the same name that docs/params.md explains, and is checked as such when it is made.
 """
@@ -191,7 +193,7 @@ class SimPO(_CheckedObjective):
 
     name = "simpo"
     beta: float = 2.0
-    gamma: float = 0.5
+    gamma: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

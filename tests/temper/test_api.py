@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 from safetensors.torch import load_file
 
 import temper
 from flows.run.edit_params import change_params
 from tasks.adapters.attach import attach, load_packaged
+from tasks.adapters.params import AnyAdapter
 from tasks.core.artifacts import atomic_folder, read_manifest
 from tasks.core.parquet import write_rows
 from tasks.core.records import Message
@@ -24,7 +26,9 @@ from tasks.orchestration.params import load
 from tasks.render.params import Render
 from tasks.render.stage import render_rows, rendered_schema
 from tasks.tokenization.chat_template import load_tokenizer
+from tasks.train.params import AnyObjective
 from tasks.train.stage import main
+from temper import DPO, KTO, ORPO, SFT, Full, LoRA, QLoRA, ReFT, SimPO
 from tests.conftest import ROOT, environment
 from tests.helpers.samples import file_source, write_lines
 
@@ -73,6 +77,14 @@ def test_every_public_name_is_there_and_explained() -> None:
         assert getattr(temper, name).__doc__, name
     with pytest.raises(AttributeError, match="has no attribute"):
         temper.__getattr__("nothing")
+
+
+@pytest.mark.parametrize("kind", [LoRA, QLoRA, ReFT, Full, SFT, ORPO, DPO, SimPO, KTO])
+def test_defaults_are_those_of_the_sections(kind: Any) -> None:
+    """What params.yaml means by a name alone is what the object means that is made without an argument."""
+    section = kind().section()
+    union: Any = AnyAdapter if kind in (LoRA, QLoRA, ReFT, Full) else AnyObjective
+    assert TypeAdapter(union).validate_python({"name": section["name"]}).model_dump() == section
 
 
 def test_defaults_are_those_of_the_quickstart() -> None:
