@@ -1,4 +1,4 @@
-"""What is done with whole model folders: merging, evaluating and exporting them."""
+"""Operations on whole model folders: merging, evaluating and exporting them."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ Targets = str | list[str] | dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class _Named:
-    """What has a section in params, told apart by `name`."""
+    """An object with a section in params, told apart by `name`."""
 
     name: ClassVar[str]
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class HasModel(Protocol):
-    """What `generate` can ask: a base, a trained adapter, or a pool of adapters."""
+    """A model that `generate` can ask: a base, a trained adapter, or a pool of adapters."""
 
     @property
     def model(self) -> Model:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run came to.
+    """The results of a run.
 
     Attributes:
         outcomes: what became of every stage.

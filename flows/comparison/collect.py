@@ -18,7 +18,7 @@ BASE = "base"
 
 
 class Training(NamedTuple):
-    """What a training left: its summary, the bytes of its weights; seconds where it ran here."""
+    """Results of a training: its summary, the bytes of its weights; seconds where it ran here."""
 
     summary: Mapping[str, Any]
     weights_bytes: int

@@ -27,7 +27,7 @@ class Gain(NamedTuple):
 
 
 class Disagreement(NamedTuple):
-    """What each model made of one item, by the model's name."""
+    """Answers of each model to one item, by the model's name."""
 
     answers: Mapping[str, Item]
 

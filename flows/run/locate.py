@@ -1,4 +1,4 @@
-"""Where a command works: its workspace, paths as they are seen from there, and the folder of a model."""
+"""The place of a command: its workspace, paths as they are seen from there, and the folder of a model."""
 
 from __future__ import annotations
 

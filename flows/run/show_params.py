@@ -1,4 +1,4 @@
-"""What every param is now, and where that comes from; and how an old file gets the present words."""
+"""Values of every param with their origins, and the migration of an old file to the present words."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ class QloraAdapter(LowRank):
 
     @property
     def base_quantization(self) -> Quantization:
-        """How the weights of the base are held."""
+        """Return how the weights of the base are held."""
         return Quantization(self.quantization, double=self.double_quantization, compute_dtype=self.compute_dtype)
 
 
@@ -130,7 +130,7 @@ class Int8Adapter(LowRank):
 
     @property
     def base_quantization(self) -> Quantization:
-        """How the weights of the base are held."""
+        """Return how the weights of the base are held."""
         return Quantization("int8", outlier_threshold=self.outlier_threshold)
 
 
@@ -314,7 +314,7 @@ DEFAULT_ADAPTER = QloraAdapter(name="qlora")
 
 
 class Adapted(Section):
-    """What those read of a method who need its adapter alone."""
+    """The part of a method that stages read which need its adapter alone."""
 
     model_config = ConfigDict(extra="ignore")
 

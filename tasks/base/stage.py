@@ -1,4 +1,4 @@
-"""Puts the base model into the workspace: a folder, a pinned hub revision, an import, or trained here.
+"""Put the base model into the workspace: a folder, a pinned hub revision, an import, or trained here.
 
 Reads:  base.path: a model folder (local), a checkpoint and its tokenizer (checkpoint), the clean rows (pretrain,
         continue); the hub's cache or the hub itself (hub); the model that base.of pins (continue); data/templates/,

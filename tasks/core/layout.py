@@ -1,4 +1,4 @@
-"""Where things lie: the clone, and the files that one stage writes and another reads."""
+"""Places: the clone, and the files that one stage writes and another reads."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class HeldOut(Section):
 
 
 class SourceFacts(Section):
-    """What a source of rows says of their use, whatever its kind."""
+    """Facts about a source of rows, whatever its kind: their use and licence."""
 
     use: Literal["train", "benchmark"] = "train"
     """Rows to learn from, or questions of a benchmark that no row to learn from may contain."""

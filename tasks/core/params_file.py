@@ -1,4 +1,4 @@
-"""Reads and checks a params file: plain YAML, every wrong key named at once, each with its line and its dotted path."""
+"""Read and check a params file: plain YAML, every wrong key named at once, each with its line and its dotted path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which keys may stand at a place of a params file: a walk through the types of its sections."""
+"""Keys that may stand at a place of a params file: a walk through the types of its sections."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _sections(kind: Any, value: Any) -> Iterator[type[BaseModel]]:
 
 
 def _is_meant(section: type[BaseModel], value: Any) -> bool:
-    """Whether the `kind` or `name` that a value gives, if any, is one of this section's."""
+    """Return whether the `kind` or `name` that a value gives, if any, is one of this section's."""
     if not isinstance(value, Mapping):
         return True
     for key in ("kind", "name"):

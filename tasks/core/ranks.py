@@ -1,4 +1,4 @@
-"""Which of several processes this is, and how they were launched."""
+"""The rank of this process among several, and how they were launched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What answers are like, right or not (length, refusals, repetition), and what generated labels are worth."""
+"""Metrics of answers whether right or not (length, refusals, repetition), and of generated labels."""
 
 from __future__ import annotations
 

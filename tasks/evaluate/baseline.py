@@ -1,4 +1,4 @@
-"""Evaluates the untouched base model, once: the yardstick of every method and of the gate.
+"""Evaluate the untouched base model, once: the yardstick of every method and of the gate.
 
 Reads:  data/base/, held-out chats of data/rendered/ (of an encoder-decoder model: pairs).
 Writes: data/reports/base/examples.parquet and metrics.json.

@@ -44,5 +44,5 @@ class Evaluate(Section):
 
     @property
     def resampling(self) -> Resampling:
-        """How intervals are computed."""
+        """Return how intervals are computed."""
         return Resampling(self.bootstrap_samples, self.seed, self.confidence)

@@ -1,4 +1,4 @@
-"""Lets a model answer the held-out rows and scores it, against the base model too.
+"""Let a model answer the held-out rows and score it, against the base model too.
 
 Reads:  data/models/METHOD/ (or data/base/ for the stage `baseline`), held-out chats of data/rendered/ (where there are
         none: chosen replies; of an encoder-decoder model: pairs), the base's report, and what suites of params name.

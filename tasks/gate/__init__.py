@@ -1,1 +1,1 @@
-"""Whether a version may be promoted."""
+"""The decision whether a version may be promoted."""

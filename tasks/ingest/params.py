@@ -1,4 +1,4 @@
-"""What a source of rows says of itself: one section for each kind."""
+"""Params of a source of rows: one section for each kind."""
 
 from __future__ import annotations
 

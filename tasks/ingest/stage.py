@@ -1,4 +1,4 @@
-"""Reads one source and writes its rows, typed.
+"""Read one source and write its rows, typed.
 
 Reads:  one entry of `ingest.sources`: a file or folder of rows here or elsewhere, or the generator's lexicon.
 Writes: data/raw/SOURCE/: KIND.parquet for every kind of row (chat, preference, labelled, text, pair), refused.parquet

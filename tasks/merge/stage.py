@@ -1,4 +1,4 @@
-"""Folds an adapter into the base model, where that is possible, and measures that nothing was lost.
+"""Fold an adapter into the base model, where that is possible, and measure that nothing was lost.
 
 Reads:  data/base/, data/adapters/METHOD/, held-out rows of data/rendered/ as probes.
 Writes: data/models/METHOD/: a model folder; equivalence.json. What cannot be merged (ReFT edits depend on the input) is

@@ -1,4 +1,4 @@
-"""What a published adapter does to the weights of its base: for each weight's name, what takes its place.
+"""Changes that a published adapter makes to the weights of its base: for each weight's name, what takes its place.
 
 Nothing is computed here: a change is a function from a weight to the source (`lazy_tensors`) that is written instead.
 Names are those of the base's files. What the adapter says and what the base has are held against each other first:

@@ -21,7 +21,7 @@ _WIDEST_GAP = 0.34
 
 
 class Quantization(NamedTuple):
-    """How bitsandbytes holds the weights of a base.
+    """The form in which bitsandbytes holds the weights of a base.
 
     Attributes:
         kind: NormalFloat or floating point in 4 bits (arXiv:2305.14314), or integers in 8 (arXiv:2208.07339).

@@ -1,4 +1,4 @@
-"""What keys of params.yaml were called before, and how an old file becomes a new one."""
+"""Former names of the keys of params.yaml, and the migration of an old file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What became of each stage and how long it took, kept for status and estimates."""
+"""The journal of runs: each stage's end and duration, kept for status and estimates."""
 
 from __future__ import annotations
 

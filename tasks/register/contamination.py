@@ -22,7 +22,7 @@ _AT_ONCE = 4096
 def contamination_by_suite(
     items: Sequence[Item], rendered: Path, tokenizer: PreTrainedTokenizerBase, run_words: int
 ) -> dict[str, float]:
-    """Of each suite, the share of items whose prompt stands in the rows to learn from.
+    """Compute for each suite the share of items whose prompt stands in the rows to learn from.
 
     A prompt stands there when a row's prompt has the same words, or a row has a run of `run_words` words of it that is
     in no more than ten prompts. The held-out rows are only looked for whole: rows of one source share phrases, and what

@@ -1,4 +1,4 @@
-"""What a registered version leaves in MLflow: tags, report, adapter, model."""
+"""The records of a registered version in MLflow: tags, report, adapter, model."""
 
 from __future__ import annotations
 

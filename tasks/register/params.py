@@ -18,7 +18,7 @@ class Register(Section):
 
 
 class Source(SourceFacts):
-    """What the lineage of a version tells of a source; where its rows lie is the matter of `ingest`."""
+    """Facts about a source for a version's lineage; where its rows lie is the matter of `ingest`."""
 
     model_config = ConfigDict(extra="ignore")
 

@@ -1,4 +1,4 @@
-"""Registers a model in MLflow with its evidence and its lineage, once for the same content.
+"""Register a model in MLflow with its evidence and its lineage, once for the same content.
 
 Reads:  data/models/METHOD/, data/reports/METHOD/ and the base model's examples, data/adapters/METHOD/, data/base/,
         data/rendered/ (what was learnt is looked through for evaluation items).

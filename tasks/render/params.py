@@ -1,4 +1,4 @@
-"""How rows become token ids, loss masks and the split."""
+"""Params of rendering: token ids, loss masks and the split."""
 
 from __future__ import annotations
 

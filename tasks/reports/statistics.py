@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Resampling(NamedTuple):
-    """How rows are drawn with replacement, and how sure an interval is to hold the figure.
+    """Settings of a bootstrap: how rows are drawn with replacement, and an interval's confidence.
 
     Attributes:
         samples: how often as many rows are drawn as there are.

@@ -1,1 +1,1 @@
-"""What MLflow runs when it serves a version."""
+"""The code that MLflow runs when it serves a version."""

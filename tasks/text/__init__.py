@@ -1,1 +1,1 @@
-"""What can be said of a text without a model: words, shared n-grams, patterns, refusals."""
+"""Features of texts that need no model: words, shared n-grams, patterns, refusals."""

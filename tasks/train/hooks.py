@@ -1,4 +1,4 @@
-"""What is looked at in the course of a training: held-out loss, and what the model replies to a few prompts."""
+"""Evaluation in the course of a training: held-out loss, and replies to a few prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a method of params.yaml says: its adapter, its objective, and how it is optimised."""
+"""Params of a method: its adapter, its objective, and how it is optimised."""
 
 from __future__ import annotations
 

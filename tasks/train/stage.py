@@ -1,4 +1,4 @@
-"""Trains one method: an adapter by an objective, on the rendered training rows.
+"""Train one method: an adapter by an objective, on the rendered training rows.
 
 Reads:  data/base/, data/rendered/.
 Writes: data/adapters/METHOD/: adapter_model.safetensors, adapter_config.json, log.jsonl (one row per step),

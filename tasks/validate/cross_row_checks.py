@@ -26,7 +26,7 @@ _BLOCK_ROWS, _THREADS = 8192, 2
 
 
 class Contamination(NamedTuple):
-    """How much of a benchmark stands in the rows to learn from.
+    """The share of a benchmark that stands in the rows to learn from.
 
     Attributes:
         questions: how many it has.

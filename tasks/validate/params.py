@@ -1,4 +1,4 @@
-"""What is done about rows in which a check finds something."""
+"""Params of validation: actions on rows in which a check finds something."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RepairableCheck(Section):
 
 
 class Checks(Section):
-    """What is looked for in every row; tasks/validate/row_features.py says how each is told."""
+    """Checks of every row; tasks/validate/row_features.py says how each is computed."""
 
     roles: Check = Check(action="reject", mostly=0.9)
     """Turns out of order: an optional system turn, then user and assistant in turn, calls before tools' results."""
@@ -102,7 +102,7 @@ class Duplicates(Section):
 
 
 class Split(HeldOut):
-    """What is read of `render`: rows that will be held out are looked for among those to learn from."""
+    """The part of `render` that is read here: rows that will be held out are looked for among those to learn from."""
 
     model_config = ConfigDict(extra="ignore")
 

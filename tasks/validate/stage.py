@@ -1,4 +1,4 @@
-"""Holds every row against Great Expectations, merges duplicates, finds contamination; what fails goes to quarantine.
+"""Hold every row against Great Expectations, drop duplicates, find contamination; what fails goes to quarantine.
 
 Reads:  data/raw/SOURCE/ of every source in params.
 Writes: data/clean/ and data/quarantine/ (KIND.parquet for every kind of row; quarantine also reasons.parquet: id,

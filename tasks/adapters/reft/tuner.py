@@ -1,4 +1,4 @@
-"""Puts edits into a model as PEFT puts any adapter: the method's configuration, its layers, its registration."""
+"""Put edits into a model as PEFT puts any adapter: the method's configuration, its layers, its registration."""
 
 from __future__ import annotations
 

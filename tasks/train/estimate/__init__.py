@@ -1,1 +1,1 @@
-"""What a training will take, computed without its weights."""
+"""Memory and time of a training, computed without its weights."""
