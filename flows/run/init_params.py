@@ -34,11 +34,14 @@ class Lengths(NamedTuple):
     longest: int
     context: int
 
-    @property
-    def max_tokens(self) -> int:
-        """The next multiple of 64 that holds the longest row, and no more than the model can read."""
+    def max_new_tokens(self, wanted: int) -> int:
+        """Return how long an answer may be: at most a third of what the model reads."""
+        return min(wanted, self.context // 3) if self.context else wanted
+
+    def max_tokens(self, new_tokens: int) -> int:
+        """Return the next multiple of 64 that holds the longest row, if the model can still answer a prompt as long."""
         wanted = -(-self.longest // TOKENS_STEP) * TOKENS_STEP
-        return min(wanted, self.context) if self.context else wanted
+        return min(wanted, self.context - new_tokens) if self.context else wanted
 
 
 def init_params(workspace: Path, source: Path, base: Path) -> str:
@@ -102,7 +105,10 @@ def _text(
     methods: Sequence[tuple[str, str]],
 ) -> str:
     lengths, name = lengths_of(records, base), _name(source)
-    cut = "; the model reads no more, so that is cut" if lengths.longest > lengths.max_tokens else ""
+    exact = median(_reply_words(records)) <= SHORT_WORDS
+    new_tokens = lengths.max_new_tokens(32 if exact else 128)
+    max_tokens = lengths.max_tokens(new_tokens)
+    cut = "; that is cut, as the model reads no more and has to answer" if lengths.longest > max_tokens else ""
     steps = 32 if len(records) >= 256 else 8
     lines = [
         "# yaml-language-server: $schema=params.schema.json",
@@ -124,7 +130,7 @@ def _text(
         f"  path: {_path(base, workspace)}",
         "render:",
         "  held_out: 0.1 # of the rows, for evaluation",
-        f"  max_tokens: {lengths.max_tokens} # the longest row that was looked at has {lengths.longest}{cut}",
+        f"  max_tokens: {max_tokens} # the longest row that was looked at has {lengths.longest}{cut}",
         "train_defaults:",
         f"  batch_size: {steps}",
         f"  micro_batch_size: {steps}",
@@ -135,10 +141,9 @@ def _text(
     lines.append("train: # an adapter (by default qlora) and an objective (by default sft) for each method")
     for objective, method in methods:
         lines.append(f"  {method}: {{}}" if objective == "sft" else f"  {method}: {{objective: {{name: {objective}}}}}")
-    exact = median(_reply_words(records)) <= SHORT_WORDS
     lines += [
         "merge: {}",
-        f"evaluate: {{max_new_tokens: {32 if exact else 128}}}",
+        f"evaluate: {{max_new_tokens: {new_tokens}}}",
         f"register: {{model: {name}}}",
         f"promote: {{metric: {'score' if exact else 'loss'}, max_noise: {0.1 if exact else 1.0}}}"
         + (" # exact match" if exact else " # nats a token; long replies are never equal to their targets"),
