@@ -203,15 +203,18 @@ def _note(workspace: Path, pid: int, *, temporary: bool, api: str = "") -> None:
     import psutil
 
     about = {"pid": pid, "created": psutil.Process(pid).create_time(), "temporary": temporary, "api": api}
+    about["workspace"] = str(workspace.resolve())  # a copy of the folder has the note, but not the server
     atomic_write(_note_file(workspace), as_json(about))
 
 
 def _noted(workspace: Path) -> dict[str, Any] | None:
-    """Return the recorded server with its `process`, if it is alive: a process of that id that began at that time."""
+    """Return this workspace's recorded server with its `process`, if it is alive: of that id and begun at that time."""
     import psutil
 
     try:
         note: dict[str, Any] = json.loads(_note_file(workspace).read_text())
+        if note["workspace"] != str(workspace.resolve()):
+            return None
         process = psutil.Process(note["pid"])
         alive = process.create_time() == note["created"] and process.status() != psutil.STATUS_ZOMBIE
     except (OSError, ValueError, KeyError, psutil.Error):

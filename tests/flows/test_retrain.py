@@ -162,14 +162,14 @@ def test_no_process_of_a_run_asks_the_network_for_anything(factory: Path) -> Non
 # --- run again --------------------------------------------------------------------------------------------------------
 
 
-def test_again_with_nothing_changed_nothing_runs(factory: Path) -> None:
-    before = digests(factory, "data", "models")
-    said = temper(factory, "run").stdout
+def test_again_with_nothing_changed_nothing_runs(copy: Path) -> None:
+    before = digests(copy, "data", "models")
+    said = temper(copy, "run").stdout
     assert "nothing has changed since the last run" in said
     assert "completed" not in said
-    assert digests(factory, "data", "models") == before
-    assert dvc(factory, "status").strip() == "Data and pipelines are up to date."
-    assert "Running stage" not in dvc(factory, "repro")
+    assert digests(copy, "data", "models") == before
+    assert dvc(copy, "status").strip() == "Data and pipelines are up to date."
+    assert "Running stage" not in dvc(copy, "repro")
 
 
 def test_a_second_clone_gives_the_same_bytes_with_dvc_alone(

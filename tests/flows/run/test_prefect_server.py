@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+from flows.run.prefect_server import end_old_server, note_server
 from tests.conftest import environment
 
 SAY = """
@@ -29,3 +31,17 @@ def test_a_stage_may_fetch_what_params_pin_and_others_may_not_unless_the_user_sa
     assert prepared(tmp_path) == ["None", "true", "True"]
     assert prepared(tmp_path, HF_HUB_OFFLINE="1")[0] == "1"
     assert prepared(tmp_path, PREFECT_API_URL="http://127.0.0.1:1/api")[2] == "False"
+
+
+def test_a_copy_of_a_workspace_does_not_end_the_server_of_the_original(tmp_path: Path) -> None:
+    """A workspace that is copied while it runs has the note of the server that the original still talks to."""
+    original, copied = tmp_path / "original", tmp_path / "a copy"
+    (original / ".temper").mkdir(parents=True)
+    sleeping = [sys.executable, "-c", "import time; time.sleep(60)", "prefect.server"]  # as a server's command reads
+    with subprocess.Popen(sleeping) as server:
+        note_server(original)
+        shutil.copytree(original, copied)
+        assert not end_old_server(copied)
+        assert server.poll() is None
+        assert end_old_server(original)
+        server.wait(timeout=10)
