@@ -62,7 +62,8 @@ $(INSTALLED): requirements.lock
 		--editable .
 	@touch $@
 
-lock: install ## write requirements.lock from pyproject.toml
+lock: install ## write requirements.lock from pyproject.toml; what is pinned in it stays as it is
+	@cp requirements.lock requirements.lock.new
 	@$(BIN)/pip-compile --quiet --extra dev --strip-extras --no-header --no-emit-index-url --no-emit-find-links \
 		--no-emit-trusted-host --allow-unsafe --output-file requirements.lock.new pyproject.toml
 	@sed -E 's/^(torch==[0-9.]+)\+[a-z0-9]+/\1/' requirements.lock.new > requirements.lock

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -11,6 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from tasks.core.artifacts import as_json, atomic_write
 from tasks.core.errors import WorkspaceBusy
 
 
@@ -39,29 +41,34 @@ def held(workspace: Path, purpose: str, name: str = "lock") -> Iterator[None]:
     Raises:
         WorkspaceBusy: another process holds it; the message names it.
     """
-    lock = state_folder(workspace) / name
-    if lock in _held:
+    file = state_folder(workspace) / name
+    if file in _held:
         yield
         return
-    with lock.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _busy(workspace, file.name) from None
-        file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "purpose": purpose, "since": time.strftime("%H:%M:%S on %Y-%m-%d")}))
-        file.flush()
-        _held.add(lock)
-        try:
-            yield
-        finally:
-            _held.discard(lock)
-
-
-def _busy(workspace: Path, lock: str) -> WorkspaceBusy:
+    lock = FileLock(file, timeout=0)
     try:
-        holder: dict[str, Any] = json.loads(Path(lock).read_text())
-    except ValueError:
+        lock.acquire()
+    except Timeout:
+        raise _busy(workspace, file) from None
+    try:
+        holder = {"pid": os.getpid(), "purpose": purpose, "since": time.strftime("%H:%M:%S on %Y-%m-%d")}
+        atomic_write(_holder_note(file), as_json(holder))
+        _held.add(file)
+        yield
+    finally:
+        _held.discard(file)
+        lock.release()
+
+
+def _holder_note(lock: Path) -> Path:
+    """Name the file beside a lock that says who holds it, or who held it last."""
+    return lock.with_name(f"{lock.name}.holder.json")
+
+
+def _busy(workspace: Path, lock: Path) -> WorkspaceBusy:
+    try:
+        holder: dict[str, Any] = json.loads(_holder_note(lock).read_text())
+    except (OSError, ValueError):
         holder = {"pid": "unknown", "purpose": "another run", "since": "a moment ago"}
     return WorkspaceBusy(
         f"{holder['purpose']} (process {holder['pid']}) holds the workspace since {holder['since']}",

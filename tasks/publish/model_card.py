@@ -23,9 +23,7 @@ def card(folder: Path) -> str:
     summary = json.loads((folder / SUMMARY).read_text()) if (folder / SUMMARY).is_file() else {}
     adapter = summary.get("params", {}).get("adapter", {})
     method = str(adapter.get("name") or config["peft_type"]).lower()
-    head: dict[str, Any] = {"library_name": "peft", "tags": ["temper", method]}
-    if base.name:
-        head["base_model"] = base.name
+    head = {"library_name": "peft", "tags": ["temper", method], "base_model": base.name}
     facts = {
         "method": method,
         "base": base.name,
@@ -53,7 +51,9 @@ def _model_card(folder: Path) -> str:
 def _page(
     head: Mapping[str, Any], title: str, facts: Mapping[str, Any], params: Mapping[str, Any] | None = None
 ) -> str:
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "", f"# {title}", ""]
+    from huggingface_hub import ModelCardData
+
+    lines = ["---", ModelCardData(**head).to_yaml(), "---", "", f"# {title}", ""]
     lines += ["Made by temper.", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in facts.items() if value is not None]
     if params:
@@ -72,9 +72,7 @@ def version_card(lineage: Mapping[str, Any]) -> str:
     """
     base, data = lineage["base"], lineage["data"]
     licences = sorted({str(source["licence"]) for source in data["sources"].values()})
-    head: dict[str, Any] = {"library_name": "transformers", "tags": ["temper", lineage["method"]]}
-    if base["name"]:
-        head["base_model"] = base["name"]
+    head = {"library_name": "transformers", "tags": ["temper", lineage["method"]], "base_model": base["name"]}
     facts = {
         "method": f"{lineage['method']}: {lineage['adapter']} by {lineage['objective']}",
         "form": lineage["merge"]["form"],

@@ -67,7 +67,7 @@ def describe(lineage: Mapping[str, Any], model: Path, folder: Path) -> Path:
     folder.mkdir()
     (folder / CARD).write_text(version_card(lineage), encoding="utf-8")
     (folder / LINEAGE).write_text(as_json(lineage), encoding="utf-8")
-    (folder / SBOM).write_text(as_json(sbom()), encoding="utf-8")
+    (folder / SBOM).write_text(sbom(), encoding="utf-8")
     if key := signing_key():
         sign(model, folder / SIGNATURE, key)
     return folder

@@ -8,37 +8,41 @@ from __future__ import annotations
 import re
 import sysconfig
 import uuid
+import warnings
 from collections.abc import Iterable
 from importlib.metadata import Distribution, distributions
-from typing import Any
+from typing import TYPE_CHECKING
 
-from tasks.core.artifacts import as_json
+if TYPE_CHECKING:
+    from cyclonedx.model.component import Component
 
 SBOM = "sbom.cdx.json"
 
 
-def sbom(installed: Iterable[Distribution] | None = None) -> dict[str, Any]:
-    """Build the SBOM of this environment: its packages, and which needs which.
+def sbom(installed: Iterable[Distribution] | None = None) -> str:
+    """Build the SBOM of this environment, as JSON: its packages, and which needs which.
 
     Args:
         installed: packages; by default all of this environment, the first of each name.
     """
+    from cyclonedx.model.bom import Bom
+    from cyclonedx.model.component import Component, ComponentType
+    from cyclonedx.output.json import JsonV1Dot6
+
     packages: dict[str, Distribution] = {}
     for package in _installed() if installed is None else installed:
         packages.setdefault(normalised(package.metadata["Name"]), package)
-    chosen = dict(sorted(packages.items()))
-    content: dict[str, Any] = {
-        "bomFormat": "CycloneDX",
-        "specVersion": "1.6",
-        "version": 1,
-        "metadata": {"component": {"type": "application", "name": "temper", "bom-ref": "temper-model"}},
-        "components": [_component(name, package) for name, package in chosen.items()],
-        "dependencies": [
-            {"ref": _reference(name, package), "dependsOn": _needed(package, chosen)}
-            for name, package in chosen.items()
-        ],
-    }
-    return {**content, "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_URL, as_json(content))}"}
+    components = {name: _component(name, package) for name, package in packages.items()}
+    bom = Bom(components=components.values(), serial_number=uuid.UUID(int=0))
+    bom.metadata.component = Component(name="temper", type=ComponentType.APPLICATION, bom_ref="temper-model")
+    bom.metadata.timestamp = None  # type: ignore[assignment]
+    for name, package in packages.items():
+        bom.register_dependency(components[name], [components[needed] for needed in _needed(package, packages)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nothing is said of what the model itself needs
+        unnumbered = JsonV1Dot6(bom).output_as_string()
+        bom.serial_number = uuid.uuid5(uuid.NAMESPACE_URL, unnumbered)
+        return JsonV1Dot6(bom).output_as_string(indent=2) + "\n"
 
 
 def _installed() -> Iterable[Distribution]:
@@ -51,32 +55,28 @@ def normalised(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _reference(name: str, package: Distribution) -> str:
-    return f"pkg:pypi/{name}@{package.version.replace('+', '%2B')}"
+def _component(name: str, package: Distribution) -> Component:
+    from cyclonedx.contrib.license.factories import LicenseFactory
+    from cyclonedx.model.component import Component
+    from packageurl import PackageURL
 
-
-def _component(name: str, package: Distribution) -> dict[str, Any]:
-    reference = _reference(name, package)
-    component: dict[str, Any] = {
-        "type": "library",
-        "bom-ref": reference,
-        "name": package.metadata["Name"],
-        "version": package.version,
-        "purl": reference,
-    }
+    purl = PackageURL("pypi", None, name, package.version)
     told = package.metadata.json  # names in lower case with _; what is absent is no key
-    licence = " ".join(str(told.get("license", "")).split())
-    if expression := told.get("license_expression"):
-        component["licenses"] = [{"expression": expression}]
-    elif licence and len(licence) < 100:
-        component["licenses"] = [{"license": {"name": licence}}]  # longer: some put the whole text there
-    return component
+    licence = " ".join(str(told.get("license_expression") or told.get("license", "")).split())
+    known = licence and len(licence) < 100  # longer: some put the whole text there
+    return Component(
+        name=package.metadata["Name"],
+        version=package.version,
+        bom_ref=str(purl),
+        purl=purl,
+        licenses=[LicenseFactory().make_from_string(licence)] if known else [],
+    )
 
 
 def _needed(package: Distribution, packages: dict[str, Distribution]) -> list[str]:
-    """List the packages that this one requires here, without its extras."""
+    """Name the packages that this one requires here, without its extras."""
     from packaging.requirements import Requirement
 
     asked = [Requirement(line) for line in package.requires or []]
     names = {normalised(each.name) for each in asked if not each.marker or each.marker.evaluate({"extra": ""})}
-    return sorted(_reference(name, packages[name]) for name in names & packages.keys())
+    return sorted(names & packages.keys())

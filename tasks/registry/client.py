@@ -7,7 +7,6 @@ the run from it. Where several processes train, only the first tracks.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+
+from filelock import FileLock
 
 from tasks.core.errors import BadParams, RegistryUnreachable
 from tasks.reports.training_log import SAMPLES, numbers_of
@@ -82,8 +83,7 @@ def connect(workspace: Path) -> MlflowClient:
 @contextmanager
 def _one_at_a_time(workspace: Path) -> Iterator[None]:
     (workspace / ".temper").mkdir(mode=0o700, exist_ok=True)
-    with (workspace / ".temper" / "mlflow.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with FileLock(workspace / ".temper" / "mlflow.lock"):
         yield
 
 

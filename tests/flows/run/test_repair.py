@@ -177,12 +177,12 @@ def test_the_second_one_is_told_who_holds_the_workspace_and_a_kill_frees_it(tmp_
     freed = time.monotonic()
     with held(tmp_path, "another"):
         assert time.monotonic() - freed < 5
-        assert json.loads((tmp_path / ".temper" / "lock").read_text())["pid"] == os.getpid()
+        assert json.loads((tmp_path / ".temper" / "lock.holder.json").read_text())["pid"] == os.getpid()
 
 
 def test_what_holds_it_may_hold_it_again(tmp_path: Path) -> None:
     with held(tmp_path, "outer"), held(tmp_path, "inner"):
-        assert json.loads((tmp_path / ".temper" / "lock").read_text())["purpose"] == "outer"
+        assert json.loads((tmp_path / ".temper" / "lock.holder.json").read_text())["purpose"] == "outer"
 
 
 def test_the_state_folder_is_for_this_user_alone(tmp_path: Path) -> None:

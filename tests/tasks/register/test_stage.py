@@ -13,6 +13,7 @@ from typing import Any
 import mlflow
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from bench.registered import made, model_and_sources, workspace_at
@@ -64,7 +65,7 @@ def test_a_version_holds_all_that_belongs_to_it(
     assert version.description == card
     for said in ("## Figures", "| held_out | 200 | exact_match | 0.750 |", "Apache-2.0", "## Limits", "## Licence"):
         assert said in card
-    assert card.startswith("---\nlibrary_name:")
+    assert vars(ModelCard(card).data)["library_name"] == "transformers"
     lineage = json.loads((about / LINEAGE).read_text())
     assert lineage["base"]["weights_sha256"] == version.tags[tag.BASE_WEIGHTS]
     assert lineage["templates"] == dict.fromkeys(("training", "evaluation", "model"), version.tags[tag.TEMPLATE])
