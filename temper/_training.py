@@ -158,27 +158,28 @@ def _trained(base: Base, data: Data, method: Method, checkpoints: Path) -> Adapt
     from tasks.models.device import seed_everything
     from tasks.tokenization.architecture import architecture_in
     from tasks.train.batching import examples_of, kind_of_rows
-    from tasks.train.trainer import HELD_OUT_ROWS, check_outcome, prepare, train
+    from tasks.train.trainer import HELD_OUT_ROWS, check_outcome, initial_state, prepare, train
 
     if base.adapter is not None:
         raise BadParams("a base that has an adapter is not trained", where=str(base.adapter), fix="merge it first")
     architecture = architecture_in(base.folder)
-    kind = kind_of_rows(method, architecture)
-    examples = examples_of(data.train[kind], method, architecture, "temper.train")
+    kind = kind_of_rows(method.objective, architecture)
+    examples = examples_of(data.train[kind], method.objective, architecture, "temper.train")
     held = data.held_out[kind][:HELD_OUT_ROWS]
-    held_out = examples_of(held, method, architecture, "temper.train", of_both=False) if held else []
+    held_out = examples_of(held, method.objective, architecture, "temper.train", of_both=False) if held else []
     check_writable(checkpoints)
     fix = "set fit_memory=True, or a lower micro_batch_size"
     with (
         explain_out_of_memory(where="temper.train", fix=fix),
         adaptive_micro_batch(method.micro_batch_size, fit=method.fit_memory, checkpoints=checkpoints) as rows,
     ):
-        model, steps, reference, initial, loss = prepare(base.folder, method, examples, held_out, checkpoints, rows)
-        before = loss() if held_out else None
-        with Progress("train", steps, "steps") as progress:
+        training = prepare(base.folder, method, examples, held_out, checkpoints, rows)
+        model, initial = training.model, initial_state(training.model)
+        before = training.losses.held_out(held_out, method.batch_size) if held_out else None
+        with Progress("train", training.plan.steps, "steps") as progress:
             seed_everything(method.seed)
-            log = train(model, examples, method, checkpoints, progress, reference=reference, rows=rows)
-        after = loss() if held_out else None
+            log = train(training, checkpoints, progress)
+        after = training.losses.held_out(held_out, method.batch_size) if held_out else None
     check_outcome(initial, model, before or 0.0, after or 0.0)
     losses = None if before is None or after is None else (before, after)
     return Adapter(base, model.eval(), method, log, losses)

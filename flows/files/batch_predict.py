@@ -15,8 +15,9 @@ from tasks.core.errors import BadData
 from tasks.core.progress import Progress
 from tasks.core.records import Message, conversation
 from tasks.inference.encoder_decoder import PairRow, generate_targets
+from tasks.inference.logprobs import score_rows
 from tasks.inference.params import GREEDY, Generation
-from tasks.inference.rendered_rows import Row, score_rows
+from tasks.inference.rendered_rows import Row
 from tasks.inference.rows import TokenRow
 from tasks.inference.sampling import continuations
 from tasks.models.loader import Model

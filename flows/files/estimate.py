@@ -174,7 +174,7 @@ def _rows(rendered: Path, method: Method, config: PreTrainedConfig) -> Callable[
     from tasks.train.batching import read_examples
 
     architecture = ENCODER_DECODER if config.is_encoder_decoder else DECODER
-    examples = read_examples(rendered, "train", method, architecture)
+    examples = read_examples(rendered, "train", method.objective, architecture)
     return lambda _: examples
 
 

@@ -247,7 +247,7 @@ def _measure(
         list(own_token_ids(tokenizer, documents)),
         text_bytes(documents),
         context_tokens=params.context_tokens,
-        batch_tokens=params.batch_tokens,
+        batch_tokens=params.micro_batch_size * params.context_tokens,
     )
 
 

@@ -8,6 +8,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from tasks.adapters.params import LoraAdapter
 from tasks.core.params import Commit, Count, FilePath, HubName, Name, NotNegative, Positive, Section, Seed, Share
+from tasks.engine.params import Schedule
 
 FileName = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f/\\]+$")]
 Token = Annotated[str, StringConstraints(min_length=1)]
@@ -71,6 +72,9 @@ class CheckpointBase(Section):
         return self
 
 
+MICRO_BATCH_SIZE = 8
+
+
 class Pretraining(Section):
     """Settings of every training on whole texts: which rows, what is held out, and the course."""
 
@@ -88,8 +92,15 @@ class Pretraining(Section):
     """How many tokens to train on in all; the rows are repeated as often as that takes."""
     batch_tokens: Count = 32768
     """Tokens in a step; a multiple of `context_tokens`."""
+    micro_batch_size: Count = Field(
+        default_factory=lambda known: min(known["batch_tokens"] // known["context_tokens"], MICRO_BATCH_SIZE)
+    )
+    """Blocks in a forward pass; 8 at most, unless it is said. A step adds up the gradients of as many passes as it
+    takes."""
     learning_rate: Positive = 1e-3
-    """The peak, after warm-up; then cosine to zero."""
+    """The peak, after warm-up."""
+    schedule: Schedule = "cosine"
+    """From the peak on; linear and cosine end at zero; so does {wsd: 0.2}, which goes down in the last fifth only."""
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     """Steps of linear warm-up."""
     weight_decay: NotNegative = 0.1
@@ -103,6 +114,8 @@ class Pretraining(Section):
     def _batch_fits(self) -> Pretraining:
         if self.batch_tokens % self.context_tokens:
             raise ValueError("batch_tokens must be a multiple of context_tokens")
+        if self.micro_batch_size > self.batch_tokens // self.context_tokens:
+            raise ValueError("micro_batch_size must be at most batch_tokens / context_tokens")
         return self
 
 

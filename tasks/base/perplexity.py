@@ -10,6 +10,8 @@ from tasks.core.errors import Diverged
 from tasks.models.device import compute_dtype
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tasks.models.loader import Model
 
 _LARGEST_LOSS = 700.0
@@ -62,28 +64,46 @@ def perplexity(
         Diverged: the loss is not finite.
     """
     import torch
-    from torch.nn import functional as F
 
     read = sorted((window for row in rows for window in _windows(row, context_tokens)), key=len, reverse=True)
     tokens = sum(len(window) - 1 for window in read)
     if not tokens:
         return None
-    nats, training, dtype = 0.0, model.training, compute_dtype()
+    nats, training = 0.0, model.training
     model.eval()
-    with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+    with torch.no_grad():
         for batch in _batches(read, batch_tokens):
             padded = [[*window, *[0] * (len(batch[0]) - len(window))] for window in batch]
             ids = torch.tensor(padded, device=model.device)
             real = torch.arange(ids.shape[1], device=ids.device) < torch.tensor([[len(w)] for w in batch]).to(ids)
-            # no attention mask: nothing looks ahead, so what stands before the padding is not touched by it
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-            targets = ids[:, 1:].masked_fill(~real[:, 1:], -100)
-            nats += F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum").item()
+            nats -= next_token_logp(model, ids)[real[:, 1:]].sum().item()
     model.train(training)
     loss = nats / tokens
     if not loss <= _LARGEST_LOSS:
         raise Diverged("the loss on the held-out rows is not a number that means anything", got=f"{loss} nats a token")
     return PerplexityFigures(len(rows), tokens, loss, math.exp(loss), nats / math.log(2) / max(1, text_bytes))
+
+
+def next_token_logp(model: Model, ids: Tensor) -> Tensor:
+    """Score every token but the first of each row, given what stands before it.
+
+    Args:
+        model: a causal language model, which computes in bf16 where this machine is fast at it.
+        ids: token ids, (rows, tokens), int64, without padding on the left.
+
+    Returns:
+        Log-probabilities in nats, (rows, tokens - 1), float32. Their logits never exist as a whole.
+    """
+    import torch
+
+    from tasks.inference.logprobs import score_hidden
+
+    dtype = compute_dtype()
+    with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+        # no attention mask: nothing looks ahead, so what stands before padding is not touched by it
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        logp = score_hidden(model, hidden.flatten(0, 1), ids[:, 1:].flatten()).logp
+    return logp.view(len(ids), -1)
 
 
 def _windows(row: Sequence[int], context_tokens: int) -> Iterator[Sequence[int]]:

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.base.corpus import AT_ONCE, Document, pack_blocks, read_corpus, text_bytes
 from tasks.base.params import PretrainBase, Pretraining
-from tasks.base.perplexity import PerplexityFigures, perplexity
+from tasks.base.perplexity import PerplexityFigures, next_token_logp, perplexity
 from tasks.core.progress import Progress
 from tasks.core.records import TextExample
-from tasks.engine.loop import TrainingPlan, schedule, train_loop
-from tasks.models.device import compute_dtype, device, seed_everything
+from tasks.engine.loop import TrainingPlan, train_loop
+from tasks.engine.schedules import learning_rates
+from tasks.models.device import device, seed_everything
 
 if TYPE_CHECKING:
     import numpy as np
@@ -139,9 +140,7 @@ def train_on_blocks(
         The log of the loop, one row per step.
     """
     import torch
-    from torch.nn import functional as F
 
-    dtype, target = compute_dtype(), model.device
     model.train()
     batch, steps = params.batch_tokens // params.context_tokens, steps_of(params)
     place = Shuffle(len(blocks), params.seed)
@@ -149,16 +148,17 @@ def train_on_blocks(
     def chosen(step: int) -> list[int]:
         return [place(n) for n in range(step * batch, (step + 1) * batch)]
 
-    def losses(step: int) -> list[tuple[Tensor, dict[str, float]]]:
-        ids = torch.from_numpy(blocks[chosen(step)]).long().to(target)  # (batch, context)
-        with torch.autocast(target.type, dtype, enabled=dtype != torch.float32):
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        return [(F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten()), {})]
+    def losses(step: int) -> Iterator[tuple[Tensor, dict[str, float]]]:
+        picked = chosen(step)
+        predicted = batch * (params.context_tokens - 1)
+        for start in range(0, batch, params.micro_batch_size):
+            ids = torch.from_numpy(blocks[picked[start : start + params.micro_batch_size]]).long().to(model.device)
+            yield -next_token_logp(model, ids).sum() / predicted, {}
 
     course = TrainingPlan(
         steps=steps,
-        learning_rate=lambda step: schedule(
-            step, steps, peak=params.learning_rate, warmup_steps=params.warmup_steps, shape="cosine"
+        learning_rate=learning_rates(
+            params.schedule, peak=params.learning_rate, warmup_steps=params.warmup_steps, steps=steps
         ),
         losses=losses,
         describe=lambda step: [f"block {block}" for block in chosen(step)],
@@ -197,7 +197,7 @@ def make_model(params: PretrainBase, out: Path, checkpoints: Path) -> dict[str, 
         list(token_ids(tokenizer, corpus.held_out)),
         text_bytes(corpus.held_out),
         context_tokens=params.context_tokens,
-        batch_tokens=params.batch_tokens,
+        batch_tokens=params.micro_batch_size * params.context_tokens,
     )
     tokenizer.save_pretrained(out)
     model.bfloat16().save_pretrained(out)
@@ -252,12 +252,14 @@ def course_rows(
 ) -> dict[str, str]:
     """Return the rows of a model card about the training."""
     last = log[-100:]
+    shape = params.schedule if isinstance(params.schedule, str) else "warm-up, stable, decay"
+    rate = f"peak rate {params.learning_rate:g}, {shape}, {params.warmup_steps} warm-up steps"
     loss = sum(row["loss"] for row in last) / len(last)
     return {
         "text": f"{corpus_tokens:,} tokens, packed into blocks of {params.context_tokens}",
         "tokens seen": f"{len(log) * params.batch_tokens:,} in {len(log):,} steps of {params.batch_tokens:,}",
         "loss": f"{loss:.4f} nats per token, mean of the last {len(last)} steps",
-        "optimizer": f"{optimizer}, peak rate {params.learning_rate:g}, cosine, {params.warmup_steps} warm-up steps",
+        "optimizer": f"{optimizer}, {rate}",
         "seed": str(params.seed),
     }
 

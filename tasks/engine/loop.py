@@ -282,29 +282,3 @@ def stop_signals() -> Iterator[threading.Event]:
     stopping = threading.Event()
     with on_stop(lambda *_: stopping.set()):
         yield stopping
-
-
-def schedule(step: int, steps: int, *, peak: float, warmup_steps: int, shape: str, decay: float = 1.0) -> float:
-    """Compute the learning rate at a step: a linear warm-up to `peak`, and from there by shape.
-
-    Args:
-        step: from 0.
-        steps: of the whole training.
-        peak: the highest rate.
-        warmup_steps: the steps of the warm-up.
-        shape: `constant`; `linear` or `cosine` to zero; or `wsd`, warm-up, stable, decay: constant and then down by
-            1 - sqrt to zero (arXiv:2405.18392, section 3).
-        decay: the share of all steps in which `wsd` goes down.
-    """
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, steps - warmup_steps)
-    decay_steps = min(decay * steps, steps - warmup_steps)
-    decayed = max(0.0, 1 - (steps - step) / decay_steps) if decay_steps > 0 else 0.0
-    shapes = {
-        "constant": 1.0,
-        "linear": 1 - done,
-        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
-        "wsd": 1 - math.sqrt(decayed),
-    }
-    return peak * shapes[shape]

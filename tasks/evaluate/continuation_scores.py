@@ -76,7 +76,7 @@ def _score(
     """Score endings whose rows stand at these places of the hidden states, (places, hidden)."""
     import torch
 
-    from tasks.inference.lm_head import score_hidden
+    from tasks.inference.logprobs import score_hidden
 
     device = hidden.device
     before = [place for row, ending in zip(places, endings, strict=True) for place in row[-len(ending) :]]

@@ -15,7 +15,8 @@ from tasks.evaluate.lm_eval_backend import language_model
 from tasks.evaluate.model_under_test import ModelUnderTest
 from tasks.evaluate.params import Evaluate
 from tasks.inference.encoder_decoder import check_room, generate_targets
-from tasks.inference.rendered_rows import last_turn, read_questions, row_of, score_rows
+from tasks.inference.logprobs import score_rows
+from tasks.inference.rendered_rows import last_turn, read_questions, row_of
 from tasks.models.loader import Model
 from tasks.reports.items import HELD_OUT, Item, prompt_digest
 from tasks.tokenization.architecture import positions_of

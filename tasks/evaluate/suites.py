@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -197,8 +197,3 @@ def read_ready(path: Path) -> Ready:
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
         raise BadParams("is no suite", where=str(path), examples=wrong) from error
-
-
-def uses_chat(suites: Sequence[Suite]) -> bool:
-    """Return whether any of them goes through the chat template."""
-    return any(suite.chat_template for suite in suites)

@@ -68,7 +68,7 @@ def score_pairs(
     The decoder reads the target shifted right by the model's own start token; its mean is the loss that transformers
     computes from `labels`. `with_mean` also gives the mean over the vocabulary, `with_likeliest` what is the arg-max.
     """
-    from tasks.inference.lm_head import score_logits
+    from tasks.inference.linear_cross_entropy import score_logits
 
     labels = padded([row.target_ids for row in rows], IGNORED, model.device).ids
     logits = model(

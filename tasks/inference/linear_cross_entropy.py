@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from tasks.models.device import has_fast_bf16
 
@@ -77,6 +78,16 @@ def score_targets(
     needed = torch.is_grad_enabled() and hidden.requires_grad
     how = _How(head.scale, head.cap, product_dtype(hidden, head), with_mean, with_likeliest, needed)
     return TokenScores(*_Scores.apply(hidden, head.weight, head.bias, targets, how))  # type: ignore[no-untyped-call]
+
+
+def score_logits(
+    logits: Tensor, targets: Tensor, *, with_mean: bool = False, with_likeliest: bool = False
+) -> TokenScores:
+    """Score each target's log-probability from logits that exist already, (tokens, vocabulary)."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logp = -F.cross_entropy(logits, targets, reduction="none")
+    mean = logits.mean(1) - logits.logsumexp(1) if with_mean else None
+    return TokenScores(logp, mean, logits.argmax(1) == targets if with_likeliest else None)
 
 
 def product_dtype(hidden: Tensor, head: Head) -> torch.dtype:

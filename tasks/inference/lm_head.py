@@ -1,4 +1,4 @@
-"""Vocabulary heads: how a model makes logits of hidden states, and log-probabilities by the shortest correct way.
+"""Vocabulary heads: how a model makes logits of hidden states.
 
 Most models multiply hidden states by one matrix, some then scale or cap the logits. A model's form is found by its
 own forward pass, run once on stand-ins for everything but the part after its layers. Where the head is not one plain
@@ -14,46 +14,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from tasks.inference.linear_cross_entropy import Head, TokenScores, score_targets
+from tasks.inference.linear_cross_entropy import Head
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-
-def score_hidden(
-    model: PreTrainedModel | PeftModel,
-    hidden: Tensor,
-    targets: Tensor,
-    *,
-    with_mean: bool = False,
-    with_likeliest: bool = False,
-) -> TokenScores:
-    """Score each target's log-probability, as the model gives it for a hidden state of its decoder.
-
-    Args:
-        model: a decoder, with or without an adapter.
-        hidden: the output of its layers, (tokens, hidden).
-        targets: token ids, (tokens,) int64.
-        with_mean: whether to compute the means over the vocabulary, as label smoothing needs them.
-        with_likeliest: whether to compute if each target is the arg-max.
-    """
-    asked = {"with_mean": with_mean, "with_likeliest": with_likeliest}
-    if head := head_of(model):
-        return score_targets(hidden, head, targets, **asked)
-    return score_logits(logits_of(model, hidden), targets, **asked)
-
-
-def score_logits(
-    logits: Tensor, targets: Tensor, *, with_mean: bool = False, with_likeliest: bool = False
-) -> TokenScores:
-    """Score each target's log-probability from logits that exist already, (tokens, vocabulary)."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    logp = -F.cross_entropy(logits, targets, reduction="none")
-    mean = logits.mean(1) - logits.logsumexp(1) if with_mean else None
-    return TokenScores(logp, mean, logits.argmax(1) == targets if with_likeliest else None)
 
 
 def head_of(model: PreTrainedModel | PeftModel) -> Head | None:

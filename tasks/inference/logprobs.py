@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from tasks.inference.encoder_decoder import PairRow, score_pairs
+from tasks.inference.rendered_rows import Row
 from tasks.inference.rows import Scored, TokenRow
 from tasks.models.loader import Model
 
@@ -13,7 +15,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tasks.inference.frozen_layer_cache import FrozenLayerCache
+    from tasks.inference.linear_cross_entropy import TokenScores
     from tasks.inference.prefix_sharing import PackedBatch
+
+
+def score_rows(
+    model: Model, rows: Sequence[Row], below: FrozenLayerCache | None = None, *, with_mean: bool = False
+) -> Scored:
+    """Score the log-probability of every scored token of some rows, which are all of one kind.
+
+    `below` keeps what a decoder's adapter cannot change; `with_mean` also gives the mean over the vocabulary.
+    """
+    if pairs := [row for row in rows if isinstance(row, PairRow)]:
+        return score_pairs(model, pairs, with_mean=with_mean)
+    return score_tokens(model, [row for row in rows if isinstance(row, TokenRow)], below, with_mean=with_mean)
 
 
 def score_tokens(
@@ -27,14 +42,38 @@ def score_tokens(
     """
     import torch
 
-    from tasks.inference.lm_head import score_hidden
-
     joined = _joined(model, rows) if below is None else None
     hidden = _joined_hidden(model, rows, joined) if joined else _padded_hidden(model, rows, below)
     targets = [token for row in rows for token, learnt in zip(row.ids[1:], row.mask[1:], strict=True) if learnt]
     whose = [number for number, row in enumerate(rows) for _ in range(row.scored_tokens)]
     scores = score_hidden(model, hidden, torch.tensor(targets, device=model.device), with_mean=with_mean)
     return Scored(scores.logp, torch.tensor(whose, device=model.device), len(rows), scores.mean_logp)
+
+
+def score_hidden(
+    model: Model,
+    hidden: Tensor,
+    targets: Tensor,
+    *,
+    with_mean: bool = False,
+    with_likeliest: bool = False,
+) -> TokenScores:
+    """Score each target's log-probability, as the model gives it for a hidden state of its decoder.
+
+    Args:
+        model: a decoder, with or without an adapter.
+        hidden: the output of its layers, (tokens, hidden).
+        targets: token ids, (tokens,) int64.
+        with_mean: whether to compute the means over the vocabulary, as label smoothing needs them.
+        with_likeliest: whether to compute if each target is the arg-max.
+    """
+    from tasks.inference.linear_cross_entropy import score_logits, score_targets
+    from tasks.inference.lm_head import head_of, logits_of
+
+    asked = {"with_mean": with_mean, "with_likeliest": with_likeliest}
+    if head := head_of(model):
+        return score_targets(hidden, head, targets, **asked)
+    return score_logits(logits_of(model, hidden), targets, **asked)
 
 
 def _joined(model: Model, rows: Sequence[TokenRow]) -> PackedBatch | None:

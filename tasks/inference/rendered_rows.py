@@ -1,7 +1,4 @@
-"""Rendered rows in the buffers of their columns, and scored by whichever kind of model they are for.
-
-Chats are read by decoders, pairs by encoder-decoders.
-"""
+"""Rendered rows in the buffers of their columns: chats are read by decoders, pairs by encoder-decoders."""
 
 from __future__ import annotations
 
@@ -11,17 +8,13 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar, 
 
 from tasks.core.errors import BadData
 from tasks.core.parquet import read_table
-from tasks.inference.encoder_decoder import PairRow, score_pairs
-from tasks.inference.logprobs import score_tokens
-from tasks.inference.rows import Scored, TokenRow
-from tasks.models.loader import Model
+from tasks.inference.encoder_decoder import PairRow
+from tasks.inference.rows import TokenRow
 from tasks.tokenization.architecture import DECODER, Architecture
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
-
-    from tasks.inference.frozen_layer_cache import FrozenLayerCache
 
 
 Row: TypeAlias = "TokenRow | PairRow"
@@ -153,18 +146,6 @@ def _chosen_reply(row: dict[str, Any]) -> dict[str, Any]:
         "mask": [False] * len(row["prompt_ids"]) + [True] * len(row["chosen_ids"]),
         "prompt_tokens": len(row["prompt_ids"]),
     }
-
-
-def score_rows(
-    model: Model, rows: Sequence[Row], below: FrozenLayerCache | None = None, *, with_mean: bool = False
-) -> Scored:
-    """Score the log-probability of every scored token of some rows, which are all of one kind.
-
-    `below` keeps what a decoder's adapter cannot change; `with_mean` also gives the mean over the vocabulary.
-    """
-    if pairs := [row for row in rows if isinstance(row, PairRow)]:
-        return score_pairs(model, pairs, with_mean=with_mean)
-    return score_tokens(model, [row for row in rows if isinstance(row, TokenRow)], below, with_mean=with_mean)
 
 
 def last_turn(row: Mapping[str, Any]) -> int:

@@ -3,7 +3,7 @@
 Reads:  data/clean/ (chat, preference, labelled, pair), the tokenizer of data/base/.
 Writes: data/rendered/{train,held_out}/ (every file with id, family): chat.parquet (ids, mask, prompt_tokens),
         preference.parquet (prompt_ids, chosen_ids, rejected_ids), labelled.parquet (prompt_ids, reply_ids, label),
-        pair.parquet (input_ids, target_ids); manifest.json (counts, lengths, tokens per epoch, packing, template's
+        pair.parquet (input_ids, target_ids); manifest.json (counts, lengths, tokens per epoch, template's
         digest).
 Params: render
 Fails:  a row with nothing to learn, a template that does not fit, rows that this kind of base cannot learn (65, never
@@ -25,7 +25,6 @@ from tasks.core.parquet import read_records, write_rows
 from tasks.core.progress import Progress
 from tasks.core.records import ChatExample, LabelledReply, PreferencePair, Record, SeqPair, held_out
 from tasks.core.stage import run_stage
-from tasks.render.packing import efficiency
 from tasks.render.params import Render
 from tasks.tokenization.architecture import ENCODER_DECODER, Architecture, architecture_in
 from tasks.tokenization.chat_template import (
@@ -244,8 +243,8 @@ def check_kinds(records: Iterable[Record], base: Architecture) -> None:
         )
 
 
-def report(rows: Sequence[Mapping[str, Any]], kind: str, max_tokens: int) -> dict[str, Any]:
-    """Report the lengths of one kind's rows: tokens per epoch, and how full packed blocks of `max_tokens` would be."""
+def report(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any]:
+    """Report the lengths of one kind's rows, and the tokens of an epoch."""
     columns = [name for name in rendered_schema(kind).names if name == "ids" or name.endswith("_ids")]
     lengths = sorted(sum(len(row[name]) for name in columns) for row in rows)
     if not lengths:
@@ -254,7 +253,6 @@ def report(rows: Sequence[Mapping[str, Any]], kind: str, max_tokens: int) -> dic
     about: dict[str, Any] = {"rows": len(rows), "tokens": sum(lengths), **at, "longest": lengths[-1]}
     if kind == "chat":
         about["learnt_tokens"] = sum(sum(row["mask"]) for row in rows)
-        about["packing_efficiency"] = round(efficiency(lengths, max_tokens), 4)
     return about
 
 
@@ -278,7 +276,7 @@ def main() -> None:
             for (split, kind), rows in rendered.items():
                 (folder / split).mkdir(exist_ok=True)
                 write_rows(folder / split / f"{kind}.parquet", rows, rendered_schema(kind))
-                about.setdefault(split, {})[kind] = report(rows, kind, params.max_tokens)
+                about.setdefault(split, {})[kind] = report(rows, kind)
         summary = ", ".join(f"{len(rows)} {split} {kind}" for (split, kind), rows in rendered.items() if rows)
         print(
             f"render: {summary}; {counts['truncated']} truncated, {counts['dropped']} dropped as too long", flush=True

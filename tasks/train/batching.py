@@ -16,63 +16,70 @@ from tasks.inference.rendered_rows import RenderedRows, row_of
 from tasks.inference.rows import TokenRow
 from tasks.tokenization.architecture import ENCODER_DECODER, Architecture
 from tasks.train.examples import Example
-from tasks.train.params import KtoObjective, Method, SftObjective
+from tasks.train.params import AnyObjective, KtoObjective, SftObjective
 
 
-def kind_of_rows(method: Method, architecture: Architecture) -> str:
-    """Return the kind of rows that a method trains on: for SFT what the base answers, else pairs or labelled replies.
+def kind_of_rows(objective: AnyObjective, architecture: Architecture) -> str:
+    """Return the kind of rows that an objective learns from: for SFT what the base answers, else pairs or labels.
 
     Raises:
         BadParams: the objective is not for this kind of model.
     """
-    if isinstance(method.objective, SftObjective):
+    if isinstance(objective, SftObjective):
         return architecture.rows
     if architecture is ENCODER_DECODER:
         raise BadParams(
             "preferences are learnt by decoders only",
             where="train.*.objective",
-            got=f"{method.objective.name} on an {architecture.name} base",
+            got=f"{objective.name} on an {architecture.name} base",
             expected="sft, which learns inputs and their targets",
         )
-    return "labelled" if isinstance(method.objective, KtoObjective) else "preference"
+    return "labelled" if isinstance(objective, KtoObjective) else "preference"
 
 
-def read_examples(rendered: Path, split: str, method: Method, architecture: Architecture) -> RenderedRows[Example]:
-    """Read the rows that a method learns from, on a base of this kind; an example is made when it is asked for.
+def read_examples(
+    rendered: Path, split: str, objective: AnyObjective, architecture: Architecture
+) -> RenderedRows[Example]:
+    """Read the rows that an objective learns from, on a base of this kind; an example is made when it is asked for.
 
     Raises:
         BadData: there is none, or KTO has nothing to tell apart.
         BadParams: the objective is not for this kind of model.
     """
-    kind = kind_of_rows(method, architecture)
+    kind = kind_of_rows(objective, architecture)
     path = rendered / split / f"{kind}.parquet"
     rows = RenderedRows.read(path, _EXAMPLES[kind])
     labels = set(rows.column("label")) if kind == "labelled" and split == "train" else ()
-    _check_rows(len(rows), labels, kind, method, architecture, str(path))
+    _check_rows(len(rows), labels, kind, objective, architecture, str(path))
     return rows
 
 
 def examples_of(
-    rows: Sequence[Mapping[str, Any]], method: Method, architecture: Architecture, where: str, *, of_both: bool = True
+    rows: Sequence[Mapping[str, Any]],
+    objective: AnyObjective,
+    architecture: Architecture,
+    where: str,
+    *,
+    of_both: bool = True,
 ) -> list[Example]:
-    """Make examples of rendered rows of the kind that a method learns from; `of_both`: KTO needs both labels.
+    """Make examples of rendered rows of the kind that an objective learns from; `of_both`: KTO needs both labels.
 
     Raises:
         BadData: there is none, or KTO has nothing to tell apart.
         BadParams: the objective is not for this kind of model.
     """
-    kind = kind_of_rows(method, architecture)
+    kind = kind_of_rows(objective, architecture)
     labels = {row["label"] for row in rows} if kind == "labelled" and of_both else ()
-    _check_rows(len(rows), labels, kind, method, architecture, where)
+    _check_rows(len(rows), labels, kind, objective, architecture, where)
     return [_EXAMPLES[kind](row) for row in rows]
 
 
 def _check_rows(
-    count: int, labels: Collection[bool], kind: str, method: Method, architecture: Architecture, where: str
+    count: int, labels: Collection[bool], kind: str, objective: AnyObjective, architecture: Architecture, where: str
 ) -> None:
     if not count:
         raise BadData(
-            f"holds no {kind} rows, which the objective {method.objective.name} learns from",
+            f"holds no {kind} rows, which the objective {objective.name} learns from",
             where=where,
             got=f"a base that is of the kind {architecture.name}",
             fix="add a source with such rows, or remove the method from `train`",
@@ -135,10 +142,9 @@ def shapes_of(examples: Sequence[Example]) -> list[tuple[int, int]]:
     return [(sequence.tokens, sequence.prompt_tokens) for sequence in sequences]
 
 
-def all_batches(lengths: Sequence[int], method: Method) -> list[list[int]]:
-    """Return the rows of every step: fixed by the method, so that a resumed training sees what it would have seen."""
-    epochs = (batches_of(epoch, lengths, method.batch_size, method.seed) for epoch in range(method.epochs))
-    return [rows for epoch in epochs for rows in epoch]
+def all_batches(lengths: Sequence[int], *, epochs: int, batch_size: int, seed: int) -> list[list[int]]:
+    """Return the rows of every step, fixed by these numbers: a resumed training sees what it would have seen."""
+    return [rows for epoch in range(epochs) for rows in batches_of(epoch, lengths, batch_size, seed)]
 
 
 def batches_of(epoch: int, lengths: Sequence[int], batch_size: int, seed: int) -> list[list[int]]:

@@ -9,7 +9,7 @@ from hashlib import blake2b
 from tasks.inference.encoder_decoder import PairRow
 from tasks.inference.rendered_rows import Row
 from tasks.inference.rows import TokenRow
-from tasks.train.params import KtoObjective, Method, OrpoObjective
+from tasks.train.params import AnyObjective, KtoObjective, OrpoObjective
 
 Example = tuple[Row, ...]
 """What one row of the data gives to learn from: one sequence, or a chosen and a rejected one with the same prompt."""
@@ -20,22 +20,22 @@ def parts_of(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
     return [examples[start : start + size] for start in range(0, len(examples), size)]
 
 
-def target_tokens(examples: Sequence[Example], method: Method) -> int:
+def target_tokens(examples: Sequence[Example], objective: AnyObjective) -> int:
     """Count the tokens of the likelihood that is a part of the loss, or is logged beside it."""
-    return sum(row.scored_tokens for row in positive_sequences(examples, method))
+    return sum(row.scored_tokens for row in positive_sequences(examples, objective))
 
 
-def positive_sequences(examples: Sequence[Example], method: Method) -> list[Row]:
+def positive_sequences(examples: Sequence[Example], objective: AnyObjective) -> list[Row]:
     """Return the sequences to become likely, scored where the likelihood is: of KTO's replies the good ones."""
     first = [example[0] for example in examples]
-    if isinstance(method.objective, KtoObjective):
+    if isinstance(objective, KtoObjective):
         return [row for row in first if isinstance(row, TokenRow) and row.desirable]
-    return [_with_prompt(row) for row in first] if learns_prompts(method) else first
+    return [_with_prompt(row) for row in first] if learns_prompts(objective) else first
 
 
-def learns_prompts(method: Method) -> bool:
+def learns_prompts(objective: AnyObjective) -> bool:
     """Return whether the likelihood is also of prompts."""
-    return isinstance(method.objective, OrpoObjective) and method.objective.likelihood == "prompt_and_reply"
+    return isinstance(objective, OrpoObjective) and objective.likelihood == "prompt_and_reply"
 
 
 def _with_prompt(row: Row) -> Row:
@@ -64,10 +64,10 @@ def mismatched_pairs(rows: Sequence[TokenRow]) -> list[TokenRow]:
     return found if len(found) > 1 else []
 
 
-def reference_sequences(steps: Iterable[Sequence[Example]], method: Method) -> Iterator[TokenRow]:
+def reference_sequences(steps: Iterable[Sequence[Example]], objective: AnyObjective) -> Iterator[TokenRow]:
     """All rows that a reference is asked for over these steps, step by step."""
     for step in steps:
         replies = replies_of(step)
         yield from replies
-        if isinstance(method.objective, KtoObjective):
+        if isinstance(objective, KtoObjective):
             yield from mismatched_pairs(replies)

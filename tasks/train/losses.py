@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks.adapters.params import AdaloraAdapter, FullAdapter, ReftAdapter
 from tasks.core.ranks import shards_weights, world
 from tasks.engine.collectives import shard, sum_over_ranks
+from tasks.engine.memory import AdaptiveMicroBatch
 from tasks.inference.encoder_decoder import PairRow
-from tasks.inference.rendered_rows import score_rows
+from tasks.inference.logprobs import score_rows
+from tasks.inference.rendered_rows import Row
 from tasks.inference.rows import Scored, TokenRow
 from tasks.models.device import compute_dtype, device
 from tasks.models.loader import Model
@@ -31,7 +34,15 @@ from tasks.train.examples import (
     target_tokens,
 )
 from tasks.train.neftune import noisy_embeddings
-from tasks.train.params import DpoObjective, KtoObjective, Method, OrpoObjective, SftObjective, SimpoObjective
+from tasks.train.params import (
+    AnyObjective,
+    DpoObjective,
+    KtoObjective,
+    Method,
+    OrpoObjective,
+    SftObjective,
+    SimpoObjective,
+)
 from tasks.train.reference_logprobs import Reference, adapter_off, sums_by_all, sums_of
 
 if TYPE_CHECKING:
@@ -65,14 +76,99 @@ class StepTotals(NamedTuple):
     baseline: Tensor | None
 
 
+@dataclass(frozen=True)
+class StepLosses:
+    """An objective on a model, and how its losses are computed: settled once, before the first step.
+
+    Attributes:
+        model: in training or in evaluation.
+        objective: what is minimised.
+        rows: how many of them a forward pass takes; they may become fewer.
+        reference: of DPO and KTO.
+        below: keeps hidden states that do not change from epoch to epoch.
+        orthogonality: the weight of AdaLoRA's penalty; None for other adapters, which have none.
+        fast_products: whether float32 weights are multiplied in the machine's fast format: where all are trained.
+    """
+
+    model: Model
+    objective: AnyObjective
+    rows: AdaptiveMicroBatch
+    reference: Reference
+    below: FrozenLayerCache | None = None
+    orthogonality: float | None = None
+    fast_products: bool = False
+
+    def of_step(self, examples: Sequence[Example]) -> Iterator[LossTerm]:
+        """Compute the losses of a step, in parts that add up to it over all processes, each with what is logged."""
+        for loss, logged, share in self._parts(examples):
+            if self.orthogonality is None:
+                yield loss, logged
+            else:
+                from tasks.adapters.adalora import orthogonality_penalty
+
+                penalty = orthogonality_penalty(self.model) * share
+                yield loss + self.orthogonality * penalty, {**logged, "penalty": penalty.item()}
+
+    def held_out(self, examples: Sequence[Example], batch_size: int) -> float:
+        """Compute the objective's mean over held-out examples, without dropout: a step weighs as many rows as it has.
+
+        The same in all processes, of which each computes some parts.
+        """
+        return self.rows.fitted(lambda: replace(self, below=None)._mean(examples, batch_size))
+
+    def _mean(self, examples: Sequence[Example], batch_size: int) -> float:
+        import torch
+
+        self.model.eval()
+        total = 0.0
+        with torch.no_grad():
+            for step in parts_of(examples, batch_size):
+                total += len(step) * sum(loss.item() for loss, _, _ in self._parts(step))
+        self.model.train()
+        return sum_over_ranks({"loss": total})["loss"] / len(examples)
+
+    def _parts(self, examples: Sequence[Example]) -> Iterator[tuple[Tensor, dict[str, float], float]]:
+        """Yield the parts of a step that this process has, each with its share of the rows: 0 where it does not count.
+
+        The penalty of AdaLoRA is not in them.
+        """
+        whole = None
+        for some, counts in shard(examples, self.rows.rows, world()):
+            with fast_products(enabled=self.fast_products):
+                whole = whole or self._totals(examples)
+                loss, logged = _LOSSES[self.objective.name](MicroBatch(self, some, whole), self.objective)
+            if counts:
+                yield loss, logged, len(some) / len(examples)
+            else:
+                yield loss * 0, dict.fromkeys(logged, 0.0), 0.0
+
+    def _totals(self, examples: Sequence[Example]) -> StepTotals:
+        kto = isinstance(self.objective, KtoObjective)
+        baseline = self._baseline(mismatched_pairs(replies_of(examples))) if kto else None
+        good = sum(isinstance(example[0], PairRow) or example[0].desirable for example in examples)
+        return StepTotals(len(examples), target_tokens(examples, self.objective), good, baseline)
+
+    def _baseline(self, others: Sequence[TokenRow]) -> Tensor:
+        """Compute KTO's baseline for a step with these mismatched rows; 0 where there is none."""
+        import torch
+
+        from tasks.train.objectives import kl_baseline
+
+        if not others:
+            return torch.zeros((), device=self.model.device)
+
+        def gaps(some: Sequence[TokenRow]) -> Tensor:
+            policy = sums_of(self.model, some, self.rows.rows)
+            return policy - self.reference(some).to(policy.device)
+
+        return kl_baseline(sums_by_all(gaps, others, self.rows.rows))
+
+
 class MicroBatch(NamedTuple):
     """Some examples of a step, with all that an objective needs to tell their loss."""
 
-    model: Model
+    how: StepLosses
     examples: Sequence[Example]
-    method: Method
-    below: FrozenLayerCache | None
-    reference: Reference
     whole: StepTotals
 
     @property
@@ -83,117 +179,46 @@ class MicroBatch(NamedTuple):
     @property
     def token_share(self) -> float:
         """Return the share of these rows in the tokens of the step's likelihood."""
-        return target_tokens(self.examples, self.method) / self.whole.tokens
+        return target_tokens(self.examples, self.how.objective) / self.whole.tokens
+
+    def scored(self, rows: Sequence[Row], *, with_mean: bool = False) -> Scored:
+        """Score the log-probabilities of these examples' rows."""
+        return score_rows(self.how.model, rows, self.how.below, with_mean=with_mean)
 
 
-def losses_of(
+def losses_for(
     model: Model,
     examples: Sequence[Example],
     method: Method,
-    below: FrozenLayerCache | None = None,
+    rows: AdaptiveMicroBatch,
     reference: Reference | None = None,
-) -> Iterator[LossTerm]:
-    """Compute the objective on a step's examples, in parts of `micro_batch_size` that add up to it over all processes.
+) -> StepLosses:
+    """Settle how a method's losses on a model are computed in a training on these examples.
 
     Args:
-        model: in training or in evaluation.
-        examples: the rows of the step.
-        method: says what the objective is.
-        below: keeps what does not change from epoch to epoch.
+        model: with the method's adapter.
+        examples: all that it is trained on.
+        method: as it is in params.
+        rows: how many of them a forward pass takes.
         reference: of DPO and KTO; without one, the adapter is switched off.
     """
-    for loss, logged, share in _objective(model, examples, method, below, reference):
-        if isinstance(method.adapter, AdaloraAdapter):
-            from tasks.adapters.adalora import orthogonality_penalty
-
-            penalty = orthogonality_penalty(model) * share
-            yield loss + method.adapter.orthogonality * penalty, {**logged, "penalty": penalty.item()}
-        else:
-            yield loss, logged
-
-
-def loss_of(
-    model: Model,
-    examples: Sequence[Example],
-    method: Method,
-    below: FrozenLayerCache | None = None,
-    reference: Reference | None = None,
-) -> LossTerm:
-    """Compute the objective alone on all examples of a step at once."""
-    together = method.model_copy(update={"micro_batch_size": len(examples)})
-    loss, logged, _ = next(_objective(model, examples, together, below, reference))
-    return loss, logged
+    adapter = method.adapter
+    return StepLosses(
+        model,
+        method.objective,
+        rows,
+        reference or adapter_off(model, rows),
+        frozen_layer_cache_for(model, examples, method),
+        adapter.orthogonality if isinstance(adapter, AdaloraAdapter) else None,
+        isinstance(adapter, FullAdapter),
+    )
 
 
-def held_out_loss(
-    model: Model, examples: Sequence[Example], method: Method, reference: Reference | None = None
-) -> float:
-    """Compute the objective's mean over held-out examples, without dropout: a step weighs as many rows as it has.
-
-    The same in all processes, of which each computes some parts.
-    """
+def fast_products(*, enabled: bool) -> AbstractContextManager[object]:
+    """Multiply float32 weights in the machine's fast format within this block."""
     import torch
 
-    model.eval()
-    total = 0.0
-    with torch.no_grad():
-        for step in parts_of(examples, method.batch_size):
-            parts = _objective(model, step, method, None, reference)
-            total += len(step) * sum(loss.item() for loss, _, _ in parts)
-    model.train()
-    return sum_over_ranks({"loss": total})["loss"] / len(examples)
-
-
-def _objective(
-    model: Model,
-    examples: Sequence[Example],
-    method: Method,
-    below: FrozenLayerCache | None,
-    reference: Reference | None,
-) -> Iterator[tuple[Tensor, dict[str, float], float]]:
-    """Yield the parts of a step that this process has, each with its share of the rows: 0 where it does not count."""
-    reference = reference or adapter_off(model, method.micro_batch_size)
-    whole = None
-    for some, counts in shard(examples, method.micro_batch_size, world()):
-        with fast_products(method):
-            whole = whole or _whole(model, examples, method, reference)
-            loss, logged = _LOSSES[method.objective.name](
-                MicroBatch(model, some, method, below, reference, whole), method.objective
-            )
-        if counts:
-            yield loss, logged, len(some) / len(examples)
-        else:
-            yield loss * 0, dict.fromkeys(logged, 0.0), 0.0
-
-
-def _whole(model: Model, examples: Sequence[Example], method: Method, reference: Reference) -> StepTotals:
-    kto = isinstance(method.objective, KtoObjective)
-    baseline = _baseline(model, mismatched_pairs(replies_of(examples)), method, reference) if kto else None
-    good = sum(isinstance(example[0], PairRow) or example[0].desirable for example in examples)
-    return StepTotals(len(examples), target_tokens(examples, method), good, baseline)
-
-
-def _baseline(model: Model, others: Sequence[TokenRow], method: Method, reference: Reference) -> Tensor:
-    """Compute KTO's baseline for a step with these mismatched rows; 0 where there is none."""
-    import torch
-
-    from tasks.train.objectives import kl_baseline
-
-    if not others:
-        return torch.zeros((), device=model.device)
-
-    def gaps(some: Sequence[TokenRow]) -> Tensor:
-        policy = sums_of(model, some, method.micro_batch_size)
-        return policy - reference(some).to(policy.device)
-
-    return kl_baseline(sums_by_all(gaps, others, method.micro_batch_size))
-
-
-def fast_products(method: Method) -> AbstractContextManager[object]:
-    """Multiply float32 weights in the machine's fast format where all of them are trained."""
-    import torch
-
-    if not isinstance(method.adapter, FullAdapter):
+    if not enabled:
         return nullcontext()
     return torch.autocast(device().type, compute_dtype(), enabled=compute_dtype() != torch.float32)
 
@@ -205,7 +230,7 @@ def frozen_layer_cache_for(model: Model, examples: Sequence[Example], method: Me
     objective = method.objective
     noisy = isinstance(objective, SftObjective) and objective.neftune_alpha > 0
     # noise makes them others every time, and where prompts are learnt all of their tokens must be there
-    if method.epochs == 1 or noisy or learns_prompts(method):
+    if method.epochs == 1 or noisy or learns_prompts(objective):
         return None
     from tasks.inference.frozen_layer_cache import FrozenLayerCache
 
@@ -224,8 +249,8 @@ def _sft(given: MicroBatch, objective: SftObjective) -> LossTerm:
 
     rows = [example[0] for example in given.examples]
     lengths = [len(row.input_ids) if isinstance(row, PairRow) else row.tokens for row in rows]
-    with noisy_embeddings(given.model, lengths, objective.neftune_alpha):
-        scored = score_rows(given.model, rows, given.below, with_mean=objective.label_smoothing > 0)
+    with noisy_embeddings(given.how.model, lengths, objective.neftune_alpha):
+        scored = given.scored(rows, with_mean=objective.label_smoothing > 0)
     if scored.mean_logp is None:
         return sft_loss(scored.logp) * given.token_share, {}
     loss = smoothed_loss(scored.logp, scored.mean_logp, smoothing=objective.label_smoothing)
@@ -240,7 +265,7 @@ def _orpo(given: MicroBatch, objective: OrpoObjective) -> LossTerm:
     chosen, rejected = means.chunk(2)
     # of a reply alone it is a mean over pairs, with its prompt one over all tokens of the step: so each has its source
     with_prompt = -likelihood.mean() * (given.token_share / given.row_share)
-    nll = with_prompt if learns_prompts(given.method) else -chosen.mean()
+    nll = with_prompt if learns_prompts(given.how.objective) else -chosen.mean()
     terms = orpo_loss(chosen, rejected, nll, weight=objective.weight)
     logged = {"nll": nll.item() * given.row_share, "odds_penalty": terms.odds_penalty.item() * given.row_share}
     return terms.loss * given.row_share, _logged(given, scored, likelihood, means, objective.weight) | logged
@@ -249,7 +274,7 @@ def _orpo(given: MicroBatch, objective: OrpoObjective) -> LossTerm:
 def _dpo(given: MicroBatch, objective: DpoObjective) -> LossTerm:
     from tasks.train.objectives import hinge_loss, ipo_loss, sigmoid_loss
 
-    expected = given.reference(replies_of(given.examples))
+    expected = given.how.reference(replies_of(given.examples))
     scored, likelihood = _pairs(given)
     ratio = scored.row_sums() - expected.to(scored.logp.device)
     chosen, rejected = ratio.chunk(2)
@@ -277,10 +302,10 @@ def _pairs(given: MicroBatch) -> tuple[Scored, Tensor]:
     import torch
 
     rows, pairs = replies_of(given.examples), len(given.examples)
-    if not learns_prompts(given.method):
-        scored = score_rows(given.model, rows, given.below)
+    if not learns_prompts(given.how.objective):
+        scored = given.scored(rows)
         return scored, scored.logp[scored.row < pairs]
-    scored = score_rows(given.model, [*positive_sequences(given.examples, given.method), *rows[pairs:]], given.below)
+    scored = given.scored([*positive_sequences(given.examples, given.how.objective), *rows[pairs:]])
     replies = [learnt for row in rows[:pairs] for learnt in row.mask[1:]]
     replies += [True] * sum(row.scored_tokens for row in rows[pairs:])
     of_reply = torch.tensor(replies, device=scored.row.device)
@@ -311,8 +336,8 @@ def _kto(given: MicroBatch, objective: KtoObjective) -> LossTerm:
     baseline, rows = given.whole.baseline, replies_of(given.examples)
     if baseline is None:
         raise AssertionError("a step of KTO has a baseline")
-    expected = given.reference(rows)
-    scored = score_rows(given.model, rows, given.below)
+    expected = given.how.reference(rows)
+    scored = given.scored(rows)
     ratio = scored.row_sums() - expected.to(scored.logp.device)
     good = torch.tensor([row.desirable for row in rows], device=ratio.device)
     loss = kto_loss(

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from tasks.adapters.params import DEFAULT_ADAPTER, AdaloraAdapter, AnyAdapter, FullAdapter
 from tasks.core.params import Count, NotNegative, Positive, Section, Seed
+from tasks.engine.params import Schedule
 
 
 class ReferringObjective(Section):
@@ -92,13 +93,6 @@ OptimizerName = Literal[
 ]
 
 
-class WarmupStableDecay(Section):
-    """The peak until the last steps, and from there to zero (arXiv:2405.18392)."""
-
-    wsd: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """The share of all steps in which the rate goes down, by 1 - sqrt; 0.2 in section 3 of the paper."""
-
-
 class Evaluation(Section):
     """The loss on held-out rows in the course of a training, and what follows from it."""
 
@@ -162,7 +156,7 @@ class Method(Section):
     )
     """The peak, after warm-up; AdamW moves every weight by about so much a step. By default what is usual for the
     adapter, such as 2e-4 for LoRA and QLoRA (tasks/train/params.py, LEARNING_RATES)."""
-    schedule: Literal["constant", "linear", "cosine"] | WarmupStableDecay = Field(
+    schedule: Schedule = Field(
         default_factory=lambda known: "constant" if known["optimizer"] == "adamw_schedule_free" else "cosine"
     )
     """From the peak on; linear and cosine end at zero; so does {wsd: 0.2}, which goes down in the last fifth only."""

@@ -17,6 +17,7 @@ from tasks.core.artifacts import atomic_folder, read_manifest
 from tasks.core.errors import BadData
 from tasks.core.ranks import is_first, world
 from tasks.engine.collectives import all_reduce, shard
+from tasks.engine.memory import AdaptiveMicroBatch
 from tasks.inference.logprobs import score_tokens
 from tasks.inference.rows import TokenRow
 from tasks.models.loader import Model
@@ -55,12 +56,12 @@ def sums_by_all(of: Reference, rows: Sequence[TokenRow], rows_at_once: int) -> T
     return all_reduce(found)
 
 
-def adapter_off(model: Any, rows_at_once: int) -> Reference:
+def adapter_off(model: Any, micro_batch: AdaptiveMicroBatch) -> Reference:
     """Build the reference that is the base under an adapter, computed on each call; `model` is a PeftModel."""
 
     def reference(rows: Sequence[TokenRow]) -> Tensor:
         with switched_off(model):
-            return sums_of(model, rows, rows_at_once)
+            return sums_of(model, rows, micro_batch.rows)
 
     return reference
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tasks.adapters.attach import save_adapter
 from tasks.core import ranks
@@ -38,10 +38,7 @@ from tasks.train.hooks import lines_of, watch_for
 from tasks.train.loggers import check_installed, reports
 from tasks.train.mlflow_logger import Tracker
 from tasks.train.params import Method, Samples
-from tasks.train.trainer import HELD_OUT_ROWS, check_outcome, prepare, tokens_of, train
-
-if TYPE_CHECKING:
-    pass
+from tasks.train.trainer import HELD_OUT_ROWS, check_outcome, initial_state, prepare, train
 
 
 def check_launched(name: str, method: Method) -> None:
@@ -95,19 +92,24 @@ def _train_stage(stage: StageContext, method: Method, checkpoints: Path, rows: A
     """Run the stage's work, once it is known how much memory it may take."""
     base, rendered, title = stage.path("base"), stage.path("rendered"), f"train {stage.item}"
     architecture = architecture_in(base)
-    data = data_digests(rendered, kind_of_rows(method, architecture))
-    examples = read_examples(rendered, "train", method, architecture)
-    held_out = read_examples(rendered, "held_out", method, architecture)[:HELD_OUT_ROWS]
+    data = data_digests(rendered, kind_of_rows(method.objective, architecture))
+    examples = read_examples(rendered, "train", method.objective, architecture)
+    held_out = read_examples(rendered, "held_out", method.objective, architecture)[:HELD_OUT_ROWS]
     if method.batch_size > len(examples):
         print(
             f"{title}: every step takes all {len(examples)} rows, fewer than batch_size={method.batch_size}", flush=True
         )
-    model, steps, reference, initial, loss = prepare(base, method, examples, held_out, checkpoints, rows)
+    training = prepare(base, method, examples, held_out, checkpoints, rows)
+    model, initial = training.model, initial_state(training.model)
+
+    def loss() -> float:
+        return training.losses.held_out(held_out, method.batch_size)
+
     watch, before = watch_for(model, load_tokenizer(base), held_out, method, loss), loss()
     tags = {"temper.method": stage.item, "temper.stage": f"train@{stage.item}"}
     params = flat(method.model_dump())
     with (
-        Progress(title, steps, "steps") as progress,
+        Progress(title, training.plan.steps, "steps") as progress,
         Tracker(stage.workspace, stage.key, title, tags, params, data) as tracker,
         reports(method.report_to, stage.workspace, stage.key, title, params) as others,
     ):
@@ -118,7 +120,7 @@ def _train_stage(stage: StageContext, method: Method, checkpoints: Path, rows: A
                 other.log(row)
 
         seed_everything(method.seed)
-        log = train(model, examples, method, checkpoints, progress, on_row, reference, watch, rows)
+        log = train(training, checkpoints, progress, on_row, watch)
         after = loss()
         check_outcome(initial, model, before, after)
         tracker.log({"step": watch.kept_step(log), KEPT_LOSS: after})
@@ -126,10 +128,10 @@ def _train_stage(stage: StageContext, method: Method, checkpoints: Path, rows: A
         "key": stage.key,
         "method": stage.item,
         "steps": len(log),
-        "planned_steps": steps,
+        "planned_steps": training.plan.steps,
         "kept_step": watch.kept_step(log),
         "rows": len(examples),
-        "tokens": tokens_of(examples, method, len(log)),
+        "tokens": sum(training.tokens[: len(log)]),
         "data": data,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "held_out_loss_before": before,
@@ -144,4 +146,4 @@ def _train_stage(stage: StageContext, method: Method, checkpoints: Path, rows: A
             if isinstance(method.samples, Samples):
                 (folder / SAMPLES_FILE).write_text(lines_of(log))
     collectives.barrier()  # what was read must stay as it is until all is written
-    say_what_was_kept(stage.item, log, watch, steps, before, after)
+    say_what_was_kept(stage.item, log, watch, training.plan.steps, before, after)

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks.adapters.attach import init_adapter, published_state
-from tasks.adapters.params import AdaloraAdapter
+from tasks.adapters.params import AdaloraAdapter, FullAdapter
 from tasks.core import ranks
 from tasks.core.errors import BadInput, BadModel, Diverged
 from tasks.core.progress import Progress
 from tasks.engine.checkpoints import Stepper
 from tasks.engine.evaluation_hooks import EvalHooks
-from tasks.engine.loop import NOTHING, TrainingPlan, schedule, train_loop
+from tasks.engine.loop import NOTHING, TrainingPlan, train_loop
 from tasks.engine.memory import AdaptiveMicroBatch, recompute_activations
+from tasks.engine.schedules import learning_rates
 from tasks.models.device import seed_everything
 from tasks.models.loader import Model
 from tasks.train import fsdp
@@ -24,9 +25,9 @@ from tasks.train.batching import all_batches, lengths_of, steps_per_epoch
 from tasks.train.estimate.estimate import must_recompute
 from tasks.train.estimate.meta_model import read_model_config
 from tasks.train.examples import Example, parts_of, reference_sequences
-from tasks.train.losses import fast_products, frozen_layer_cache_for, held_out_loss, losses_of
+from tasks.train.losses import StepLosses, fast_products, losses_for
 from tasks.train.optimizers import optimizer_for
-from tasks.train.params import Method, ReferringObjective, WarmupStableDecay
+from tasks.train.params import Method, ReferringObjective
 from tasks.train.reference_logprobs import Reference, precomputed
 from tasks.train.throughput import Meter
 
@@ -38,22 +39,26 @@ HELD_OUT_ROWS = 128
 """Held-out loss is read on so many rows, before and after."""
 
 
-class Prepared(NamedTuple):
-    """A training before its first step.
+class Training(NamedTuple):
+    """A training, settled before its first step: nothing of its method is asked again.
 
     Attributes:
-        model: the base with a fresh adapter.
-        steps: how many will be taken.
-        reference: of objectives that need one ahead.
-        initial: copies of the tensors that would be published now.
-        loss: computes the held-out loss of the model as it is, nats per token.
+        model: the base with its adapter.
+        parameters: what is trained, by name.
+        losses: computes the losses of a step.
+        plan: the course of its steps.
+        optimizers: what changes the parameters at each step.
+        tokens: how many each step goes through.
+        micro_batch: the rows of a forward pass.
     """
 
     model: Model
-    steps: int
-    reference: Reference | None
-    initial: Mapping[str, Tensor]
-    loss: Callable[[], float]
+    parameters: Mapping[str, Tensor]
+    losses: StepLosses
+    plan: TrainingPlan
+    optimizers: Sequence[Stepper]
+    tokens: Sequence[int]
+    micro_batch: AdaptiveMicroBatch
 
 
 def prepare(
@@ -62,24 +67,23 @@ def prepare(
     examples: Sequence[Example],
     held_out: Sequence[Example],
     checkpoints: Path,
-    rows: AdaptiveMicroBatch,
-) -> Prepared:
-    """Load the base, put a fresh adapter on it in the memory that there is, and compute the reference."""
+    micro_batch: AdaptiveMicroBatch,
+) -> Training:
+    """Load the base, put a fresh adapter on it in the memory that there is, compute the reference, and plan the steps.
+
+    Raises:
+        BadModel: there is nothing to train.
+    """
     seed_everything(method.seed)
     steps = method.epochs * steps_per_epoch(len(examples), method.batch_size)
-    recomputing = rows.recomputing(lambda: must_recompute(read_model_config(base), method, examples))
+    recomputing = micro_batch.recomputing(lambda: must_recompute(read_model_config(base), method, examples))
     model = init_adapter(base, method.adapter, steps)
     if recomputing:
         recompute_activations(model)
     if ranks.shards_weights():
         fsdp.shard(model)
     reference = reference_for(model, examples, held_out, method, checkpoints)
-    initial = {name: tensor.clone() for name, tensor in published_state(model).items()}
-
-    def loss() -> float:
-        return rows.fitted(lambda: held_out_loss(model, held_out, taking(method, rows), reference))
-
-    return Prepared(model, steps, reference, initial, loss)
+    return plan_training(model, examples, method, micro_batch, reference)
 
 
 def reference_for(
@@ -88,80 +92,85 @@ def reference_for(
     """Precompute an untrained model's reference for all that a training needs, where it is to be computed ahead."""
     if not isinstance(method.objective, ReferringObjective) or method.objective.reference != "precomputed":
         return None
-    steps = ([examples[i] for i in chosen] for chosen in all_batches(lengths_of(examples), method))
-    rows = reference_sequences(chain(steps, parts_of(held_out, method.batch_size)), method)
-    with fast_products(method):
+    steps = ([examples[i] for i in chosen] for chosen in _batches(examples, method))
+    rows = reference_sequences(chain(steps, parts_of(held_out, method.batch_size)), method.objective)
+    with fast_products(enabled=isinstance(method.adapter, FullAdapter)):
         return precomputed(model, rows, method.micro_batch_size, checkpoints / "reference")
 
 
-def train(
+def plan_training(
     model: Model,
     examples: Sequence[Example],
     method: Method,
-    checkpoints: Path,
-    progress: Progress,
-    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
-    reference: Reference | None = None,
-    watch: EvalHooks = NOTHING,
-    rows: AdaptiveMicroBatch | None = None,
-) -> list[dict[str, Any]]:
-    """Train the model's adapter in place; go on from the newest checkpoint. Return the log of the loop.
-
-    `on_row` also gets what differs from run to run: speed and memory. `reference` is made here where it is missing.
+    micro_batch: AdaptiveMicroBatch,
+    reference: Reference | None,
+) -> Training:
+    """Settle everything about a model's training by a method on these examples.
 
     Raises:
         BadModel: there is nothing to train.
     """
-    reference = reference or reference_for(model, examples, (), method, checkpoints)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise BadModel("the adapter has no trainable parameters", where="adapter", got=method.adapter.name)
-    lengths = lengths_of(examples)
-    chosen = all_batches(lengths, method)
-    steps = len(chosen)
-    below = frozen_layer_cache_for(model, examples, method)
-    at_once = rows or AdaptiveMicroBatch(method.micro_batch_size, fit=method.fit_memory)
-
-    course = TrainingPlan(
-        steps=steps,
-        learning_rate=lambda step: learning_rate(step, steps, method),
-        losses=lambda step: losses_of(
-            model, [examples[i] for i in chosen[step]], taking(method, at_once), below, reference
+    batches = _batches(examples, method)
+    losses = losses_for(model, examples, method, micro_batch, reference)
+    plan = TrainingPlan(
+        steps=len(batches),
+        learning_rate=learning_rates(
+            method.schedule, peak=method.learning_rate, warmup_steps=method.warmup_steps, steps=len(batches)
         ),
-        describe=lambda step: [f"row {i} of the rendered training rows" for i in chosen[step]],
+        losses=lambda step: losses.of_step([examples[i] for i in batches[step]]),
+        describe=lambda step: [f"row {i} of the rendered training rows" for i in batches[step]],
         max_grad_norm=method.max_grad_norm,
         checkpoint_every_steps=method.checkpoint_every_steps,
     )
-    steppers: list[Stepper] = [optimizer_for(model, method)]
+    optimizers: list[Stepper] = [optimizer_for(model, method)]
     if isinstance(method.adapter, AdaloraAdapter):
         from tasks.adapters.adalora import RankSteps
 
-        steppers.append(RankSteps(model))
+        optimizers.append(RankSteps(model))
+    lengths = lengths_of(examples)
+    tokens = [sum(lengths[i] for i in rows) for rows in batches]
+    return Training(model, parameters, losses, plan, optimizers, tokens, micro_batch)
+
+
+def train(
+    training: Training,
+    checkpoints: Path,
+    progress: Progress,
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+    watch: EvalHooks = NOTHING,
+) -> list[dict[str, Any]]:
+    """Train the model's adapter in place; go on from the newest checkpoint. Return the log of the loop.
+
+    `on_row` also gets what differs from run to run: speed and memory.
+    """
     meter = Meter()
 
     def tell(row: dict[str, Any]) -> None:
-        taken = chosen[row["step"] - 1]
-        on_row(row | meter.since_last(sum(lengths[i] for i in taken)))
+        on_row(row | meter.since_last(training.tokens[row["step"] - 1]))
 
-    return train_loop(course, parameters, steppers, checkpoints, progress, tell, watch, at_once)
+    return train_loop(
+        training.plan,
+        training.parameters,
+        training.optimizers,
+        checkpoints,
+        progress,
+        tell,
+        watch,
+        training.micro_batch,
+    )
 
 
-def tokens_of(examples: Sequence[Example], method: Method, steps: int) -> int:
-    """Count the tokens that a training goes through in its first `steps` steps, over all epochs."""
+def _batches(examples: Sequence[Example], method: Method) -> list[list[int]]:
     lengths = lengths_of(examples)
-    return sum(lengths[i] for chosen in all_batches(lengths, method)[:steps] for i in chosen)
+    return all_batches(lengths, epochs=method.epochs, batch_size=method.batch_size, seed=method.seed)
 
 
-def learning_rate(step: int, steps: int, method: Method) -> float:
-    """Compute the learning rate at a step, from 0, by the method's schedule."""
-    asked = method.schedule
-    shape, decay = ("wsd", asked.wsd) if isinstance(asked, WarmupStableDecay) else (asked, 1.0)
-    return schedule(step, steps, peak=method.learning_rate, warmup_steps=method.warmup_steps, shape=shape, decay=decay)
-
-
-def taking(method: Method, rows: AdaptiveMicroBatch) -> Method:
-    """Return the method with as many rows in a forward pass as there is memory for."""
-    return method.model_copy(update={"micro_batch_size": rows.rows})
+def initial_state(model: Model) -> dict[str, Tensor]:
+    """Copy the tensors that would be published now, for `check_outcome`."""
+    return {name: tensor.clone() for name, tensor in published_state(model).items()}
 
 
 def check_outcome(initial: Mapping[str, Tensor], model: Model, before: float, after: float) -> None:

@@ -22,14 +22,14 @@ from tasks.adapters.params import (
 )
 from tasks.core.errors import BadModel
 from tasks.core.memory import GIB, free_bytes, readable_bytes
-from tasks.engine.memory import recompute_activations
+from tasks.engine.memory import AdaptiveMicroBatch, recompute_activations
 from tasks.inference.encoder_decoder import PairRow
 from tasks.inference.rendered_rows import Row
 from tasks.inference.rows import TokenRow
 from tasks.train.batching import all_batches, lengths_of, shapes_of
 from tasks.train.estimate.meta_model import Parameters, count, meta_model, to_fake_tensors
 from tasks.train.examples import Example
-from tasks.train.losses import frozen_layer_cache_for, losses_of
+from tasks.train.losses import losses_for
 from tasks.train.optimizers import groups_of, optimizer_for
 from tasks.train.params import Method, PairObjective, ReferringObjective
 
@@ -135,7 +135,8 @@ def estimate(
     Raises:
         BadModel: the method does not fit the model, or its step cannot be run on the meta device.
     """
-    chosen = all_batches(lengths_of(examples), method)
+    lengths = lengths_of(examples)
+    chosen = all_batches(lengths, epochs=method.epochs, batch_size=method.batch_size, seed=method.seed)
     examples = list(examples)  # epochs share what is made of rows
     batches = [[examples[i] for i in rows] for rows in chosen]
     steps = len(batches) if all_rows else max(len(batches), _least_steps(method.adapter))
@@ -222,7 +223,6 @@ def _rehearsed(
     to_fake_tensors(model, device)
     if recomputing:
         recompute_activations(model)
-    below = frozen_layer_cache_for(model, examples, method)
     if method.optimizer == "adamw":
         optimizer = optimizer_for(model, method)
     else:
@@ -231,16 +231,16 @@ def _rehearsed(
     objective = method.objective
     ahead = isinstance(objective, ReferringObjective) and objective.reference == "precomputed"
     reference = _as_many_numbers if ahead else None
+    losses = losses_for(model, examples, method, AdaptiveMicroBatch(method.micro_batch_size, fit=False), reference)
     try:
-        cost = dry_run_step(
-            model, lambda: losses_of(model, batch, method, below, reference), optimizer, method.max_grad_norm
-        )
+        cost = dry_run_step(model, lambda: losses.of_step(batch), optimizer, method.max_grad_norm)
     except (RuntimeError, NotImplementedError, ValueError) as error:
         raise BadModel(
             "a step of this method cannot be rehearsed without weights",
             where=f"{method.adapter.name} on {config.model_type}",
             got=f"{type(error).__name__}: {error}".split("\n")[0],
         ) from error
+    below = losses.below
     kept = below.kept_bytes(shapes_of(examples)) - below.kept_bytes(shapes_of(batch)) if below else 0
     memory = cost.memory
     return cost._replace(memory=memory._replace(activations=memory.activations + kept, total=memory.total + kept))

@@ -12,8 +12,8 @@ from tasks.adapters.adalora import orthogonality_penalty
 from tasks.adapters.attach import init_adapter, load_adapted, published_state, save_adapter
 from tasks.core.errors import BadModel
 from tasks.core.progress import Progress
-from tasks.train.trainer import train
 from tests.helpers.samples import ADALORA, SFT, method
+from tests.helpers.training import train
 from tests.tasks.train.test_trainer import examples
 
 METHOD = method({**ADALORA, "warmup_steps": 2, "final_steps": 2}, SFT, epochs=3, learning_rate=0.05)

@@ -3,13 +3,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tasks.base.perplexity import PerplexityFigures, perplexity
 from tasks.core.errors import Diverged
@@ -20,17 +20,15 @@ from tasks.tokenization.tokenizer import read_tokenizer
 from tests.helpers.samples import file_source
 
 
-class Constant(nn.Module):
-    """Gives every token of a vocabulary the same logit, or NaN."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, vocabulary: int, value: float = 0.0) -> None:
-        super().__init__()
-        self.vocabulary, self.value = vocabulary, value
-
-    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
-        return SimpleNamespace(logits=torch.full((*input_ids.shape, self.vocabulary), self.value))
+def constant(vocabulary: int, weight: float = 0.0) -> LlamaForCausalLM:
+    """A model whose head has the same number everywhere: all tokens have the same logit, or NaN."""
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary, hidden_size=8, intermediate_size=8, num_attention_heads=1, num_hidden_layers=1
+        )
+    )
+    nn.init.constant_(model.lm_head.weight, weight)
+    return model
 
 
 def measured(model: Any, rows: Sequence[Sequence[int]], text_bytes: int = 1, **sizes: int) -> PerplexityFigures:
@@ -40,7 +38,7 @@ def measured(model: Any, rows: Sequence[Sequence[int]], text_bytes: int = 1, **s
 
 
 def test_who_knows_nothing_has_the_size_of_the_vocabulary_as_perplexity() -> None:
-    found = measured(Constant(64), [[1, 2, 3], [4, 5], list(range(30)), [6]], text_bytes=32)
+    found = measured(constant(64), [[1, 2, 3], [4, 5], list(range(30)), [6]], text_bytes=32)
     assert (found.rows, found.tokens) == (4, 2 + 1 + 29)
     assert found.loss == pytest.approx(math.log(64))
     assert found.perplexity == pytest.approx(64)
@@ -83,16 +81,16 @@ def test_a_real_model_predicts_real_stories_as_well_as_is_known(real_data: Path)
 def test_nothing_to_predict_gives_no_figure() -> None:
     nothing: list[list[list[int]]] = [[], [[]], [[3]]]
     for rows in nothing:
-        assert perplexity(Constant(4), rows, 0, context_tokens=4, batch_tokens=4) is None
+        assert perplexity(constant(4), rows, 0, context_tokens=4, batch_tokens=4) is None
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_is_an_error(value: float) -> None:
     with pytest.raises(Diverged, match="not a number"):
-        measured(Constant(4, value), [[1, 2, 3]])
+        measured(constant(4, value), [[1, 2, 3]])
 
 
 def test_a_model_in_training_stays_in_training() -> None:
-    model = Constant(4)
+    model = constant(4)
     measured(model, [[1, 2]])
     assert model.training

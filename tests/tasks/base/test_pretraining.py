@@ -167,6 +167,21 @@ def test_killed_and_run_again_it_gives_the_same_bits(tmp_path: Path, monkeypatch
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
+def test_a_step_in_parts_has_the_loss_and_the_gradient_of_the_whole_step(tmp_path: Path) -> None:
+    path = clean(tmp_path / "clean", texts(200))
+    for blocks in (1, 3, 4):  # of 4 in a step
+        made(tmp_path / f"{blocks}", path, micro_batch_size=blocks)
+    logs = [
+        [json.loads(line) for line in (tmp_path / f"{blocks}" / "log.jsonl").read_text().splitlines()][:-1]
+        for blocks in (1, 3, 4)
+    ]
+    for rows in zip(*logs, strict=True):
+        for figure in ("loss", "grad_norm"):
+            assert [row[figure] for row in rows[:2]] == pytest.approx([rows[2][figure]] * 2, rel=1e-3)
+    with pytest.raises(ValueError, match="micro_batch_size must be at most"):
+        pretrain_params(micro_batch_size=5)
+
+
 def test_a_small_llama_learns_from_real_stories(tmp_path: Path, real_data: Path) -> None:
     source = file_source(real_data / "tinystories_2mib" / "tinystories_sample.txt", format="text")
     rows = list(Reading("s", source).records())[:300]

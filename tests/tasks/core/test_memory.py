@@ -20,10 +20,9 @@ from tasks.core.progress import Progress
 from tasks.engine.memory import AdaptiveMicroBatch, adaptive_micro_batch, recompute_activations
 from tasks.models.device import compute_dtype, seed_everything
 from tasks.train.estimate.meta_model import read_model_config
-from tasks.train.losses import loss_of
-from tasks.train.trainer import train
 from tests.conftest import ROOT
 from tests.helpers.samples import DPO, LORA, LOREFT, ORPO, QLORA, SFT, method
+from tests.helpers.training import loss_of, train
 from tests.tasks.train.test_trainer import examples
 
 CPU = (

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tasks.core.errors import BadData, BadInput, Diverged
 from tasks.core.progress import Progress
 from tasks.engine.evaluation_hooks import EvalHook, EvalHooks
-from tasks.engine.loop import TrainingPlan, schedule, train_loop
+from tasks.engine.loop import TrainingPlan, train_loop
 from tasks.reports.training_log import HELD_OUT_LOSS, SAMPLES, best_step, evals_since_best, numbers_of
 
 STEPS = 12
@@ -186,13 +186,3 @@ def test_a_folder_where_no_checkpoint_can_be_written_is_told_before_the_first_st
     with pytest.raises(BadInput, match="checkpoints cannot be written") as caught:
         train(tmp_path / "folder", patience=None, keep_best=False, die_after=1)
     assert caught.value.got == "Permission denied"
-
-
-def test_warm_up_stable_decay_worked_out_by_hand() -> None:
-    """Ten steps, two of warm-up, the last four going down by 1 - sqrt(n / 4)."""
-    rates = [schedule(s, 10, peak=2.0, warmup_steps=2, shape="wsd", decay=0.4) for s in range(11)]
-    half = 1 - math.sqrt(0.5)
-    assert rates == pytest.approx([1, 2, 2, 2, 2, 2, 2, 1.0, 2 * half, 2 * (1 - math.sqrt(0.75)), 0])
-    whole = [schedule(s, 4, peak=1.0, warmup_steps=2, shape="wsd", decay=1.0) for s in range(4)]
-    assert whole == pytest.approx([0.5, 1, 1, half])  # the decay begins where the warm-up ends
-    assert schedule(5, 5, peak=1.0, warmup_steps=5, shape="wsd", decay=0.2) == 1.0  # all of it is warm-up

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tasks.core.errors import Diverged, Interrupted
 from tasks.core.progress import Progress
-from tasks.engine.loop import TrainingPlan, schedule, train_loop
+from tasks.engine.loop import TrainingPlan, train_loop
 
 STEPS = 9
 
@@ -112,14 +112,3 @@ def test_a_signal_ends_it_after_the_step_with_a_checkpoint(
     assert newest in ("step-00000004", "step-00000005")
     resumed, _ = train(tmp_path / "stopped")
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
-
-
-def test_schedules_worked_out_by_hand() -> None:
-    def rates(shape: str) -> list[float]:
-        return [schedule(s, 10, peak=1.0, warmup_steps=2, shape=shape) for s in range(11)]
-
-    assert rates("constant")[:4] == [0.5, 1.0, 1.0, 1.0]
-    assert rates("linear")[2:] == pytest.approx([1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0])
-    assert rates("cosine")[6] == pytest.approx(0.5)
-    assert rates("cosine")[10] == pytest.approx(0.0)
-    assert rates("cosine")[4] == pytest.approx(0.5 + 0.5 * 2**-0.5)

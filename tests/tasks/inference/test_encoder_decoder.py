@@ -21,8 +21,9 @@ from tasks.core.records import ChatExample, Message, PreferencePair, Record, Seq
 from tasks.evaluate.held_out import answer_pairs
 from tasks.inference.chat import answer_text
 from tasks.inference.encoder_decoder import PairRow, check_room, generate_targets, score_pairs
+from tasks.inference.logprobs import score_rows
 from tasks.inference.params import GREEDY
-from tasks.inference.rendered_rows import row_of, score_rows
+from tasks.inference.rendered_rows import row_of
 from tasks.merge.merged_model import merge, write_merged
 from tasks.merge.stage import kl_divergence
 from tasks.merge.weight_deltas import changes_of
@@ -34,12 +35,11 @@ from tasks.tokenization.architecture import DECODER, ENCODER_DECODER, architectu
 from tasks.tokenization.chat_template import load_tokenizer, template_digest
 from tasks.tokenization.tokenizer import decode
 from tasks.train.batching import kind_of_rows
-from tasks.train.losses import held_out_loss, loss_of
 from tasks.train.params import Method
-from tasks.train.trainer import train
 from tests.conftest import ROOT
 from tests.helpers.encoder_decoders import LORA, SHAPE, make_base
 from tests.helpers.samples import EVALUATE, LOREFT, ORPO, QLORA, RENDER, SFT, method
+from tests.helpers.training import held_out_loss, loss_of, train
 
 TEXTS = [
     ("my phone does not charge any more", "complaint"),
@@ -183,11 +183,11 @@ def test_rows_that_a_kind_of_base_cannot_learn_are_refused() -> None:
 
 
 def test_preferences_are_refused() -> None:
-    assert kind_of_rows(method(LORA, SFT), ENCODER_DECODER) == "pair"
-    assert kind_of_rows(method(LORA, SFT), DECODER) == "chat"
-    assert kind_of_rows(method(LORA, ORPO), DECODER) == "preference"
+    assert kind_of_rows(method(LORA, SFT).objective, ENCODER_DECODER) == "pair"
+    assert kind_of_rows(method(LORA, SFT).objective, DECODER) == "chat"
+    assert kind_of_rows(method(LORA, ORPO).objective, DECODER) == "preference"
     with pytest.raises(BadParams, match="preferences are learnt by decoders only") as refused:
-        kind_of_rows(method(LORA, ORPO), ENCODER_DECODER)
+        kind_of_rows(method(LORA, ORPO).objective, ENCODER_DECODER)
     assert refused.value.got == "orpo on an encoder-decoder base"
 
 

@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tasks.inference.lm_head import head_of, logits_of, score_hidden
+from tasks.inference.lm_head import head_of, logits_of
+from tasks.inference.logprobs import score_hidden
 from tasks.tokenization.baichuan import UnitHead
 
 SMALL: dict[str, Any] = {

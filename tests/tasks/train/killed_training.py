@@ -20,9 +20,8 @@ from tasks.core.stage import quiet_libraries
 from tasks.engine.evaluation_hooks import EvalHook, EvalHooks
 from tasks.models.device import seed_everything
 from tasks.reports.training_log import HELD_OUT_LOSS
-from tasks.train.losses import held_out_loss
-from tasks.train.trainer import train
 from tests.helpers.samples import LOREFT, ORPO, QLORA, SFT, method
+from tests.helpers.training import held_out_loss, train
 from tests.tasks.train.test_trainer import examples
 
 DROPOUT = {"dropout": 0.1}

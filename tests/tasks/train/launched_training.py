@@ -26,9 +26,8 @@ from tasks.models.device import seed_everything
 from tasks.models.loader import Model
 from tasks.reports.training_log import HELD_OUT_LOSS
 from tasks.train import fsdp
-from tasks.train.losses import held_out_loss
-from tasks.train.trainer import train
 from tests.helpers.samples import ADALORA, DPO, KTO, LORA, LOREFT, ORPO, QLORA, SFT, method
+from tests.helpers.training import held_out_loss, train
 from tests.tasks.train.test_trainer import examples
 
 SMALL = {"micro_batch_size": 2, "epochs": 2}

@@ -46,9 +46,9 @@ def rendered(folder: Path, kind: str, row: dict[str, Any], count: int) -> int:
 def test_a_token_of_the_rows_takes_five_bytes_until_a_step_needs_it(kind: str, tmp_path: Path) -> None:
     params, architecture, row = KINDS[kind]
     tokens = rendered(tmp_path, kind, row, 2000)
-    read_examples(tmp_path, "train", params, architecture)  # what imports take
+    read_examples(tmp_path, "train", params.objective, architecture)  # what imports take
     tracemalloc.start()
-    examples = read_examples(tmp_path, "train", params, architecture)
+    examples = read_examples(tmp_path, "train", params.objective, architecture)
     assert len(lengths_of(examples)) == 2000
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -62,7 +62,7 @@ def test_a_token_of_the_rows_takes_five_bytes_until_a_step_needs_it(kind: str, t
 def test_lengths_are_those_of_the_examples(kind: str, tmp_path: Path) -> None:
     params, architecture, row = KINDS[kind]
     rendered(tmp_path, kind, row, 6)
-    examples = read_examples(tmp_path, "train", params, architecture)[1:5]
+    examples = read_examples(tmp_path, "train", params.objective, architecture)[1:5]
     assert len(examples) == 4
     assert lengths_of(examples) == lengths_of(list(examples))
 

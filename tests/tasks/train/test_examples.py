@@ -44,8 +44,12 @@ def test_a_row_alone_has_no_other() -> None:
 
 def test_a_reference_is_asked_for_rows_and_by_kto_for_mismatched_ones_too() -> None:
     steps = [[(ROWS[0],), (ROWS[1],)], [(ROWS[2],)]]
-    assert list(reference_sequences(steps, method(LORA, DPO))) == ROWS
-    assert list(reference_sequences(steps, method(LORA, KTO))) == [*ROWS[:2], *mismatched_pairs(ROWS[:2]), ROWS[2]]
+    assert list(reference_sequences(steps, method(LORA, DPO).objective)) == ROWS
+    assert list(reference_sequences(steps, method(LORA, KTO).objective)) == [
+        *ROWS[:2],
+        *mismatched_pairs(ROWS[:2]),
+        ROWS[2],
+    ]
 
 
 def test_of_pairs_all_chosen_replies_come_first() -> None:

@@ -14,8 +14,8 @@ from tasks.adapters.attach import init_adapter
 from tasks.inference.rows import TokenRow
 from tasks.models.loader import Model
 from tasks.train.examples import Example
-from tasks.train.losses import loss_of
 from tests.helpers.samples import DPO, KTO, LORA, ORPO, SFT, SIMPO, method
+from tests.helpers.training import loss_of
 
 PAIRS = {"orpo": ORPO, "dpo": DPO, "simpo": SIMPO}
 

@@ -14,8 +14,8 @@ from tasks.adapters.attach import init_adapter
 from tasks.inference.rows import TokenRow
 from tasks.models.loader import Model
 from tasks.train.examples import Example, mismatched_pairs, replies_of
-from tasks.train.losses import losses_of
 from tests.helpers.samples import DPO, KTO, LORA, ORPO, SFT, SIMPO, method
+from tests.helpers.training import losses_of
 
 STEPS, ROWS = 20, 4
 PAD = 0

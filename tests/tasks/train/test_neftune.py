@@ -12,11 +12,11 @@ from tasks.adapters.hooks import body_of
 from tasks.inference.encoder_decoder import PairRow
 from tasks.inference.rows import TokenRow
 from tasks.models.loader import load_model
-from tasks.train.losses import loss_of
 from tasks.train.neftune import noise, noisy_embeddings
 from tests.helpers.encoder_decoders import LORA as T5_LORA
 from tests.helpers.encoder_decoders import make_base
 from tests.helpers.samples import LORA, SFT, method
+from tests.helpers.training import loss_of
 
 NOISY = {**SFT, "neftune_alpha": 5.0}
 

@@ -8,12 +8,13 @@ import torch
 
 from tasks.adapters.attach import init_adapter
 from tasks.core.progress import Progress
+from tasks.engine.memory import AdaptiveMicroBatch
 from tasks.inference.logprobs import score_tokens
 from tasks.inference.rows import TokenRow
 from tasks.models.loader import load_model
 from tasks.train.reference_logprobs import adapter_off, precomputed, sums_of, switched_off
-from tasks.train.trainer import train
 from tests.helpers.samples import ADALORA, DPO, IA3, KTO, LORA, LOREFT, QLORA, method
+from tests.helpers.training import train
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {**LORA, "dropout": 0.5},
@@ -57,7 +58,7 @@ def moved(base: Path, adapter: dict[str, Any]) -> Any:
 def test_with_the_adapter_off_a_model_is_its_base_to_the_bit(pico_base: Path, name: str) -> None:
     model = moved(pico_base, ADAPTERS[name])
     trained = {key: p.requires_grad for key, p in model.named_parameters()}
-    found = adapter_off(model, 5)(rows())
+    found = adapter_off(model, AdaptiveMicroBatch(5, fit=False))(rows())
     quantized: Any = method(QLORA, DPO).adapter if name == "qlora" else None
     with torch.no_grad():
         expected = score_tokens(load_model(pico_base, quantized and quantized.base_quantization), rows()).row_sums()
@@ -81,7 +82,12 @@ def test_what_is_trained_is_told_again_after_an_error(pico_base: Path) -> None:
 def test_a_reference_computed_before_is_that_of_the_adapter_off(pico_base: Path, tmp_path: Path) -> None:
     model = moved(pico_base, ADAPTERS["prompt_tuning"])
     reference = precomputed(model, rows(), 2, tmp_path / "reference")
-    torch.testing.assert_close(reference(rows()[::-1]), adapter_off(model, 5)(rows()[::-1]), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        reference(rows()[::-1]),
+        adapter_off(model, AdaptiveMicroBatch(5, fit=False))(rows()[::-1]),
+        rtol=1e-4,
+        atol=1e-3,
+    )
 
 
 def test_each_row_is_computed_once_over_epochs_and_retries(

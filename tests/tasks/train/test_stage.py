@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-import tasks.train.trainer
 from flows.run.edit_params import change_params
 from tasks.adapters.attach import init_adapter
 from tasks.core.artifacts import atomic_folder, read_manifest
@@ -21,11 +20,11 @@ from tasks.core.progress import Progress
 from tasks.inference.rows import TokenRow
 from tasks.models.device import seed_everything
 from tasks.render.stage import rendered_schema
-from tasks.train.losses import _LOSSES, held_out_loss
+from tasks.train.losses import _LOSSES, StepLosses
 from tasks.train.params import Method
 from tasks.train.stage import main
-from tasks.train.trainer import learning_rate, train
 from tests.helpers.samples import ADALORA, LORA, ORPO, SFT, method
+from tests.helpers.training import held_out_loss, train
 from tests.tasks.core.test_memory import CPU
 from tests.tasks.train.test_trainer import examples
 
@@ -113,7 +112,7 @@ def test_it_evaluates_samples_and_keeps_the_best(stage: Any, workspace: Path) ->
 
 def test_it_stops_early_and_says_so(stage: Any, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([5.0, 4.0, 4.5, 4.25, 4.0, 4.0])  # before; after each epoch; of what was kept
-    monkeypatch.setattr(tasks.train.trainer, "held_out_loss", lambda *_: next(losses))
+    monkeypatch.setattr(StepLosses, "held_out", lambda *_: next(losses))
     code, said = stage(epochs=9, evaluation={"every_steps": 3, "patience": 2, "keep": "last"})
     assert code == 0, said
     assert "train reft: stopped early: no lower held-out loss in 2 evaluations" in said
@@ -128,7 +127,7 @@ def test_a_loss_that_grew_by_more_than_a_blind_guess_has_publishes_nothing(
     blind = math.log(json.loads((pico_base / "config.json").read_text())["vocab_size"])
     for after, expected in ((1.0 + blind + 0.01, 65), (1.0 + blind - 0.01, 0)):
         losses = iter([1.0, after])
-        monkeypatch.setattr(tasks.train.trainer, "held_out_loss", lambda *_, given=losses: next(given))
+        monkeypatch.setattr(StepLosses, "held_out", lambda *_, given=losses: next(given))
         code, said = stage()
         assert code == expected, said
         assert adapter(workspace).exists() == (code == 0)
@@ -206,10 +205,12 @@ def test_settings_that_mean_nothing_are_refused(adapter: dict[str, Any], changes
         method(adapter, ORPO, **changes)
 
 
-def test_the_schedule_of_params_is_the_one_that_is_followed() -> None:
-    params: Method = method(LORA, SFT, learning_rate=1.0, warmup_steps=0, schedule={"wsd": 0.5})
-    assert [learning_rate(step, 4, params) for step in range(4)] == pytest.approx([1, 1, 1, 1 - 0.5**0.5])
-    assert learning_rate(3, 4, method(LORA, SFT, learning_rate=1.0, schedule="constant")) == 1.0
+def test_the_schedule_of_params_is_the_one_that_is_followed(pico_base: Path, tmp_path: Path) -> None:
+    params: Method = method(LORA, SFT, learning_rate=1e-3, warmup_steps=0, schedule={"wsd": 0.5}, batch_size=2)
+    rows = examples("qlora", 8)
+    log = train(init_adapter(pico_base, params.adapter), rows, params, tmp_path, Progress("t", 4, "steps"))
+    expected = [1e-3, 1e-3, 1e-3, 1e-3 * (1 - 0.5**0.5)]
+    assert [row["learning_rate"] for row in log[:4]] == pytest.approx(expected)
 
 
 def test_schedule_free_trains_and_publishes_its_average(pico_base: Path, tmp_path: Path) -> None:

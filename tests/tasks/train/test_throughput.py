@@ -10,8 +10,8 @@ from transformers import GPT2Config, LlamaConfig
 from bench.operations import Needed, matrices, operations_of
 from tasks.adapters.attach import make_trainable
 from tasks.inference.rows import TokenRow
-from tasks.train.losses import loss_of
 from tests.helpers.samples import LORA, SFT, method
+from tests.helpers.training import loss_of
 
 LLAMA = LlamaConfig(
     hidden_size=64,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tasks.adapters.attach import init_adapter, published_state
 from tasks.core.errors import BadData, BadParams
 from tasks.core.parquet import write_rows
 from tasks.core.progress import Progress
+from tasks.engine.memory import AdaptiveMicroBatch
 from tasks.inference.rows import TokenRow
 from tasks.ingest.stage import Reading
 from tasks.models.device import seed_everything
@@ -21,9 +23,8 @@ from tasks.render.stage import render_rows, rendered_schema
 from tasks.tokenization.architecture import DECODER, ENCODER_DECODER
 from tasks.train.batching import batches_of, kind_of_rows, read_examples, steps_per_epoch
 from tasks.train.examples import Example
-from tasks.train.losses import held_out_loss, loss_of, losses_of
 from tasks.train.params import Method
-from tasks.train.trainer import reference_for, tokens_of, train
+from tasks.train.trainer import plan_training, reference_for
 from tests.helpers.samples import (
     ADALORA,
     DPO,
@@ -39,6 +40,7 @@ from tests.helpers.samples import (
     file_source,
     method,
 )
+from tests.helpers.training import held_out_loss, loss_of, losses_of, train
 
 METHODS = {
     "qlora": method(QLORA, SFT),
@@ -159,8 +161,8 @@ def test_the_order_of_rows_in_a_batch_and_their_padding_do_not_matter(
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter += 0.02 * torch.randn_like(parameter)
-    loss, logged = loss_of(model, rows, METHODS[name], None, reference)
-    reversed_loss, reversed_logged = loss_of(model, rows[::-1], METHODS[name], None, reference)
+    loss, logged = loss_of(model, rows, METHODS[name], reference)
+    reversed_loss, reversed_logged = loss_of(model, rows[::-1], METHODS[name], reference)
     assert reversed_loss.item() == pytest.approx(loss.item(), rel=1e-5)
     assert reversed_logged == pytest.approx(logged, rel=1e-3, abs=1e-5)
     assert all(math.isfinite(value) for value in logged.values())
@@ -252,15 +254,17 @@ def test_rows_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:
         tmp_path, "chat", [{"id": "1", "family": "", "ids": [1, 2], "mask": [False, True], "prompt_tokens": 1}]
     )
     write_rendered(tmp_path, "preference", [])
-    assert list(read_examples(tmp_path, "train", METHODS["qlora"], DECODER)) == [(TokenRow([1, 2], [False, True], 1),)]
+    assert list(read_examples(tmp_path, "train", METHODS["qlora"].objective, DECODER)) == [
+        (TokenRow([1, 2], [False, True], 1),)
+    ]
     with pytest.raises(BadData, match="holds no preference rows, which the objective orpo learns from"):
-        read_examples(tmp_path, "train", METHODS["orpo"], DECODER)
+        read_examples(tmp_path, "train", METHODS["orpo"].objective, DECODER)
 
 
 def test_pairs_become_two_sequences_with_one_prompt(tmp_path: Path) -> None:
     row = {"id": "1", "family": "", "prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]}
     write_rendered(tmp_path, "preference", [row])
-    assert list(read_examples(tmp_path, "train", METHODS["orpo"], DECODER)) == [
+    assert list(read_examples(tmp_path, "train", METHODS["orpo"].objective, DECODER)) == [
         (TokenRow([1, 2, 3], [False, False, True], 2), TokenRow([1, 2, 4, 5], [False, False, True, True], 2))
     ]
 
@@ -273,7 +277,7 @@ def labelled(*labels: bool) -> list[dict[str, Any]]:
 
 def test_labelled_replies_keep_their_labels(tmp_path: Path) -> None:
     write_rendered(tmp_path, "labelled", labelled(True, False))
-    assert list(read_examples(tmp_path, "train", METHODS["kto"], DECODER)) == [
+    assert list(read_examples(tmp_path, "train", METHODS["kto"].objective, DECODER)) == [
         (TokenRow([1, 2, 3], [False, False, True], 2, desirable),) for desirable in (True, False)
     ]
 
@@ -281,10 +285,10 @@ def test_labelled_replies_keep_their_labels(tmp_path: Path) -> None:
 def test_kto_needs_labelled_replies_and_both_labels(tmp_path: Path) -> None:
     write_rendered(tmp_path, "labelled", [])
     with pytest.raises(BadData, match="holds no labelled rows, which the objective kto learns from"):
-        read_examples(tmp_path, "train", METHODS["kto"], DECODER)
+        read_examples(tmp_path, "train", METHODS["kto"].objective, DECODER)
     write_rendered(tmp_path, "labelled", labelled(False, False, False))
     with pytest.raises(BadData, match="one label only") as caught:
-        read_examples(tmp_path, "train", METHODS["kto"], DECODER)
+        read_examples(tmp_path, "train", METHODS["kto"].objective, DECODER)
     assert caught.value.got == "3 replies that are all bad"
     assert caught.value.exit_code == 65
 
@@ -292,7 +296,7 @@ def test_kto_needs_labelled_replies_and_both_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize("objective", [DPO, SIMPO, KTO])
 def test_preferences_are_not_for_encoder_decoders(tmp_path: Path, objective: dict[str, Any]) -> None:
     with pytest.raises(BadParams, match="preferences are learnt by decoders only"):
-        read_examples(tmp_path, "train", method(LORA, objective), ENCODER_DECODER)
+        read_examples(tmp_path, "train", method(LORA, objective).objective, ENCODER_DECODER)
 
 
 @pytest.mark.parametrize(
@@ -316,13 +320,13 @@ def test_real_preferences_are_learnt(
     records = Reading("s", file_source(real_data / "llama_factory" / file, take={"first": 40})).records()
     rendered, _ = render_rows(records, tokenizer, RENDER.model_copy(update={"max_tokens": 4096, "too_long": "drop"}))
     params = method(LORA, objective, epochs=4, batch_size=8, learning_rate=0.02)
-    kind = kind_of_rows(params, DECODER)
+    kind = kind_of_rows(params.objective, DECODER)
     ids = ("prompt_ids", "reply_ids", "chosen_ids", "rejected_ids")
     rows = [{k: v[-24:] if k in ids else v for k, v in row.items()} for row in rendered["train", kind]]
     write_rendered(tmp_path, kind, rows)
     log = train(
         init_adapter(pico_base, params.adapter),
-        read_examples(tmp_path, "train", params, DECODER),
+        read_examples(tmp_path, "train", params.objective, DECODER),
         params,
         tmp_path / "checkpoints",
         Progress("t", 1, "steps"),
@@ -346,10 +350,15 @@ def test_params_are_logged_under_dotted_names() -> None:
     assert flat({"a": {"b": 1, "c": {"d": 2}}, "e": 3}) == {"a.b": 1, "a.c.d": 2, "e": 3}
 
 
-def test_tokens_of_all_steps_by_hand() -> None:
+def test_tokens_of_all_steps_by_hand(pico_base: Path) -> None:
     """Rows of 3, 5, 7 and 9 tokens in steps of two: 24 tokens in each of three epochs; a pair counts both replies."""
+
+    def tokens(rows: list[Example], asked: Method) -> Sequence[int]:
+        model, micro_batch = init_adapter(pico_base, asked.adapter), AdaptiveMicroBatch(1, fit=False)
+        return plan_training(model, rows, asked, micro_batch, None).tokens
+
     rows: list[Example] = [(TokenRow([1] * count, [True] * count, 1),) for count in (3, 5, 7, 9)]
-    asked = method(LORA, SFT, batch_size=2, epochs=3)
-    assert [tokens_of(rows, asked, steps) for steps in (0, 2, 4, 6)] == [0, 24, 48, 72]
+    found = tokens(rows, method(LORA, SFT, batch_size=2, epochs=3))
+    assert [sum(found[:steps]) for steps in (0, 2, 4, 6)] == [0, 24, 48, 72]
     pair: Example = (TokenRow([1] * 4, [True] * 4, 1), TokenRow([1] * 6, [True] * 6, 1))
-    assert tokens_of([pair], method(LORA, ORPO, batch_size=1), 1) == 10
+    assert tokens([pair], method(LORA, ORPO, batch_size=1, epochs=1)) == [10]

@@ -462,7 +462,9 @@ def stories() -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(REAL_DATA / "stories260k" / "hf", dtype=torch.float32)
 
 
-def twenty_steps(model: Any, inputs: dict[str, Any], optimizer: torch.optim.Optimizer) -> list[float]:
+def twenty_steps(model: Any, inputs: dict[str, Any], eps: float = 1e-8) -> list[float]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, eps=eps, weight_decay=0.0)
     losses = []
     for _ in range(20):
         loss = model(**inputs).loss
@@ -475,7 +477,11 @@ def twenty_steps(model: Any, inputs: dict[str, Any], optimizer: torch.optim.Opti
 
 @pytest.mark.parametrize("name", CASES or [pytest.param("", marks=pytest.mark.skip("no reference values here"))])
 def test_parity_with_pyreft(name: str, tmp_path: Path) -> None:
-    """Its logits within 1e-5, 20 steps of its losses within 1e-4, its logits after them within 1e-4; and back again."""
+    """Its logits within 1e-5, 20 steps of its losses within 1e-4, its logits after them within 1e-4; and back again.
+
+    Where twenty steps in float32 end further than half of that from the same in float64, no two float32 computations
+    can be asked to agree to 1e-4: there, it is twice that distance.
+    """
     from safetensors.torch import load_file
 
     case = json.loads((GOLDEN / name / "case.json").read_text())
@@ -487,11 +493,12 @@ def test_parity_with_pyreft(name: str, tmp_path: Path) -> None:
     with torch.no_grad(), model.disable_adapter():
         off = float((model(**inputs).logits - tensors["logits_base"]).abs().max())
     torch.testing.assert_close(model(**inputs).logits, tensors["logits"], rtol=0, atol=1e-5 + 2 * off)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
-    losses = twenty_steps(model, inputs, optimizer)
-    assert losses == pytest.approx(case["losses"], rel=1e-4)
+    assert twenty_steps(model, inputs) == pytest.approx(case["losses"], rel=1e-4)
+    wide = from_pyreft(stories(), GOLDEN / name / "checkpoint").eval().double()
+    assert twenty_steps(wide, inputs) == pytest.approx(case["losses"], rel=1e-4)
     after = model(**inputs).logits
-    torch.testing.assert_close(after, tensors["logits_after_20_steps"], rtol=0, atol=1e-4)
+    rounding = float((after - wide(**inputs).logits).abs().max())
+    torch.testing.assert_close(after, tensors["logits_after_20_steps"], rtol=0, atol=max(1e-4, 2 * rounding))
     to_pyreft(model, tmp_path / "written")
     assert {p.name for p in (GOLDEN / name / "checkpoint").iterdir()} <= {
         p.name for p in (tmp_path / "written").iterdir()
@@ -521,9 +528,7 @@ def test_parity_with_a_case_of_our_own(tmp_path: Path) -> None:
     model = from_pyreft(base, tmp_path, positions=about["positions"]).eval()
     inputs = {"input_ids": tensors["ids"], "labels": tensors["labels"], "use_cache": False}
     torch.testing.assert_close(model(**inputs).logits, tensors["logits"], rtol=0, atol=1e-5)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2, eps=1e-3, weight_decay=0.0)
-    losses = twenty_steps(model, inputs, optimizer)
+    losses = twenty_steps(model, inputs, eps=1e-3)
     assert losses == pytest.approx(json.loads(about["losses"]), rel=1e-4)
     torch.testing.assert_close(model(**inputs).logits, tensors["logits_after"], rtol=0, atol=1e-4)
 

@@ -30,11 +30,10 @@ from tasks.train.estimate.estimate import estimate, full_rows
 from tasks.train.estimate.memory_tracker import Cost, dry_run_step
 from tasks.train.estimate.meta_model import count, meta_model, read_model_config, tensors_of, to_fake_tensors
 from tasks.train.examples import Example
-from tasks.train.losses import loss_of
 from tasks.train.objectives import sft_loss
-from tasks.train.trainer import train
 from tests.conftest import ROOT, environment
 from tests.helpers.samples import DPO, IA3, KTO, LEARNT_PROMPTS, LORA, LORA_8_BIT, LOREFT, ORPO, QLORA, SFT, method
+from tests.helpers.training import loss_of, train
 from tests.tasks.train.estimate.test_meta_model import LLAMA_2_7B
 
 CPU = torch.device("cpu")
@@ -220,8 +219,8 @@ from tasks.models.device import compute_dtype
 from tasks.train.estimate.estimate import estimate
 from tasks.train.estimate.meta_model import read_model_config
 from tasks.core.progress import Progress
-from tasks.train.trainer import train
 from tests.helpers.samples import LORA, LOREFT, QLORA, SFT, method
+from tests.helpers.training import train
 from tests.tasks.train.estimate.test_memory_tracker import CPU, held_bytes, rows
 
 name, base, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
