@@ -32,7 +32,7 @@ def made(folder: Path, base: Path, right: int, *, of: int = 200, method: str = "
     params = load(ROOT / "recipes" / "quickstart.yaml")
     places = StagePaths(*(folder / name for name in StagePaths._fields))._replace(baseline=folder / "baseline.parquet")
     tokenizer = load_tokenizer(base)
-    template, ids = template_digest(tokenizer), list(tokenizer("What is learnt?")["input_ids"])
+    template, ids = template_digest(tokenizer), list(tokenizer("What is trained?")["input_ids"])
     for place in (places.model, places.base):
         with atomic_folder(place, {"base": {"kind": "local"}}) as draft:
             for file in model_files(base):

@@ -50,7 +50,7 @@ def their_loss(side: Theirs, batch: list[TokenRow]) -> Any:
 
 
 def _labelled(row: TokenRow) -> dict[str, list[int]]:
-    labels = [token if learnt else -100 for token, learnt in zip(row.ids, row.mask, strict=True)]
+    labels = [token if counts else -100 for token, counts in zip(row.ids, row.mask, strict=True)]
     return {"input_ids": list(row.ids), "labels": labels}
 
 

@@ -72,7 +72,7 @@ def inspection(found: Mapping[str, Any]) -> None:
         typer.echo("")
     kinds = ", ".join(f"{count} {kind}" for kind, count in found["kinds"].items())
     typer.echo(f"{found['path']}: {found['format']}, {found['rows']} rows ({kinds})")
-    for name in ("rejected", "repaired", "duplicates", "leaks"):
+    for name in ("rejected", "repaired", "duplicates", "contamination"):
         typer.echo(f"  {name + ':':<12}{found[name]}")
     for title, counts in (("why", "reasons"), ("repairs", "repairs"), ("also found", "warnings")):
         for name, count in found.get(counts, {}).items():
@@ -89,14 +89,14 @@ def rendering(rows: Sequence[Shown], counts: Mapping[str, int], refused: Mapping
         typer.secho(row.place, bold=True)
         if colour:
             greens = cycle((typer.colors.GREEN, typer.colors.BRIGHT_GREEN))  # by turns, so that one sees the tokens
-            for token, learnt in row.tokens:
-                typer.secho(token, bg=next(greens) if learnt else None, fg="black" if learnt else None, nl=False)
+            for token, target in row.tokens:
+                typer.secho(token, bg=next(greens) if target else None, fg="black" if target else None, nl=False)
         else:
-            for learnt, run in groupby(row.tokens, key=lambda token: token[1]):
+            for target, run in groupby(row.tokens, key=lambda token: token[1]):
                 text = "".join(token for token, _ in run)
-                typer.echo(f"[[{text}]]" if learnt else text, nl=False)
+                typer.echo(f"[[{text}]]" if target else text, nl=False)
         typer.echo("\n")
-    typer.echo("{rows} rows, {rendered} rendered, {tokens} tokens, {learnt} of them learnt".format(**counts))
+    typer.echo("{rows} rows, {rendered} rendered, {tokens} tokens, {target_tokens} of them targets".format(**counts))
     for what, count in refused.items():
         typer.echo(f"  refused: {count} x {what}")
 
@@ -106,7 +106,7 @@ def summary(workspace: Path, report: RunReport) -> None:
     from flows.chat.ask import ask, champion_uri, sample
     from flows.cli.registry_console import promotion
     from flows.run import prefect_server
-    from flows.run.status import read_results
+    from flows.run.status import lock_changed, read_results
     from flows.run.status import table as results_table
 
     promoted = report.promotion
@@ -130,6 +130,8 @@ def summary(workspace: Path, report: RunReport) -> None:
         )
     for name, where in {"comparison": report.comparison, **prefect_server.ui_commands(workspace)}.items():
         typer.echo(f"{name + ':':<11} {where}")
+    if lock_changed(workspace):
+        typer.echo("to commit:  dvc.lock, in which DVC notes what was made of what: git commit params.yaml dvc.lock")
 
 
 def overview(found: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ def inspect(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show what a file or folder of rows is, and what a run would reject, repair, merge or find leaked."""
+    """Show what a file or folder of rows is, and what a run would reject, repair, merge or find contaminated."""
     from flows.files import inspect
     from tasks.core.stage import quiet_libraries
 

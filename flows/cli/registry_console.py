@@ -107,7 +107,7 @@ def lineage(found: Mapping[str, Any]) -> None:
         "base weights": base["weights_sha256"],
         "template": found["templates"]["model"],
         "form": f"{found['merge']['form']}; mean KL {found['merge']['mean_kl']:.2g} nats a token",
-        "learnt from": f"{data['learnt']} rows",
+        "training rows": data["train_rows"],
         "signed": "yes" if found["signed"] else "no",
         "gate": f"{'passed' if verdict['passed'] else 'failed'}" if verdict else "not asked yet",
     }

@@ -70,7 +70,7 @@ def estimates(workspace: Path, model: Path | None, only: str | None) -> dict[str
     chosen = {name: method for name, method in params.train.items() if only in (None, name)}
     return {
         "model": str(source),
-        "rows": str(rendered) if known else f"none rendered yet: all of {params.render.max_tokens} tokens, all learnt",
+        "rows": str(rendered) if known else f"none rendered yet: all of {params.render.max_tokens} tokens, all targets",
         "machine": {**machine._asdict(), "dtype": _named(usual)},
         "methods": _each(chosen, estimated),
     }

@@ -63,7 +63,14 @@ def inspect(path: Path, against: Sequence[Path]) -> dict[str, Any]:
     }
     reasons = Counter(error.what for error in refused)
     if not records:
-        return {**found, "rejected": len(refused), "repaired": 0, "duplicates": 0, "leaks": 0, "reasons": dict(reasons)}
+        return {
+            **found,
+            "rejected": len(refused),
+            "repaired": 0,
+            "duplicates": 0,
+            "contamination": 0,
+            "reasons": dict(reasons),
+        }
     benchmarks = {str(each): questions_of(_tables(Reading("", any_file(each)).records())) for each in against}
     with TemporaryDirectory() as docs:
         verdict = apply_checks(
@@ -75,7 +82,7 @@ def inspect(path: Path, against: Sequence[Path]) -> dict[str, Any]:
         "rejected": len(refused) + len(verdict.reasons),
         "repaired": len({change.id for change in verdict.repaired}),
         "duplicates": len(verdict.marks.exact) + len(verdict.marks.near),
-        "leaks": int((verdict.marks.leaks > 0).sum()),
+        "contamination": int((verdict.marks.contamination > 0).sum()),
         "reasons": dict(reasons.most_common()),
         "repairs": dict(Counter(change.check for change in verdict.repaired)),
         "warnings": {

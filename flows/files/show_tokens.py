@@ -14,7 +14,7 @@ from tasks.ingest.stage import Reading
 
 
 class Shown(NamedTuple):
-    """A rendered row: its place, and its tokens as text, each with whether it is learnt.
+    """A rendered row: its place, and its tokens as text, each with whether it is a target.
 
     Tokens that only together are a character stand together.
     """
@@ -33,7 +33,7 @@ def render(path: Path, tokenizer_folder: Path, show: int) -> tuple[list[Shown], 
 
     tokenizer = load_tokenizer(tokenizer_folder)
     shown: list[Shown] = []
-    counts, refused = {"rows": 0, "rendered": 0, "tokens": 0, "learnt": 0}, Counter[str]()
+    counts, refused = {"rows": 0, "rendered": 0, "tokens": 0, "target_tokens": 0}, Counter[str]()
     for record in Reading("", any_file(path)).records():
         counts["rows"] += 1
         try:
@@ -44,7 +44,7 @@ def render(path: Path, tokenizer_folder: Path, show: int) -> tuple[list[Shown], 
         for name, ids, mask in parts:
             counts["rendered"] += 1
             counts["tokens"] += len(ids)
-            counts["learnt"] += sum(mask)
+            counts["target_tokens"] += sum(mask)
             if len(shown) < show:
                 shown.append(Shown(f"{record.file}:{record.row}{name}", _as_text(tokenizer, ids, mask)))
     return shown, counts, refused

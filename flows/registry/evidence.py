@@ -47,7 +47,7 @@ def evidence(client: MlflowClient, version: ModelVersion, *, with_files: bool) -
             "model": tags.get(tag.TEMPLATE, ""),
         },
         mean_kl=float(tags.get(tag.MEAN_KL, math.nan)),
-        leaked=json.loads(tags.get(tag.LEAKED, "{}")),
+        contamination=json.loads(tags.get(tag.CONTAMINATION, "{}")),
         broken=broken(client, version) if with_files else "",
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +43,15 @@ def overview(workspace: Path) -> dict[str, Any]:
         },
         "stages": _stages(workspace),
     }
+
+
+def lock_changed(workspace: Path) -> bool:
+    """Return whether dvc.lock differs from what git has of it; False outside a git repository."""
+    asked = ["git", "status", "--porcelain", "--", pipeline.LOCK]
+    try:
+        return bool(subprocess.run(asked, cwd=workspace, capture_output=True, check=True).stdout.strip())
+    except (OSError, subprocess.CalledProcessError):
+        return False
 
 
 def _champion(workspace: Path, model: str) -> dict[str, str] | None:

@@ -148,7 +148,7 @@ def add_adapter(model: PreTrainedModel | PeftModel, adapter: Adapter, name: str 
     """
     from peft import set_peft_model_state_dict
 
-    adapter.config.inference_mode = True  # what wrote a learnt prompt while it was trained is not published
+    adapter.config.inference_mode = True  # what wrote a soft prompt while it was trained is not published
     adapted = _adapted(model, adapter.config, str(adapter.where), name)
     if adapter.config.peft_type == "ADALORA":
         from tasks.adapters.adalora import take_ranks

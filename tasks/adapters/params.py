@@ -250,7 +250,7 @@ class ReftAdapter(Section):
     share_weights: bool = False
     """Whether first and last tokens have one edit a layer instead of two."""
     bias: bool = True
-    """Whether the learnt map has a bias, the paper's b; consreft and lobireft learn nothing else."""
+    """Whether the learned map has a bias, the paper's b; consreft and lobireft learn nothing else."""
     dropout: Dropout = 0.0
     """Share of the edit that is zeroed in training."""
     cache_mib: Annotated[int, Field(ge=0)] = 256

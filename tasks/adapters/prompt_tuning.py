@@ -1,4 +1,4 @@
-"""Prompts that are learnt: embeddings before the first token, or keys and values that every layer attends to.
+"""Soft prompts, which are trained: embeddings before the first token, or keys and values that every layer attends to.
 
 They are PEFT's (prompt tuning, P-tuning, prefix tuning); here is where a forward pass of our own puts them in.
 """
@@ -44,11 +44,11 @@ def with_virtual_tokens(model: PreTrainedModel | PeftModel, given: dict[str, Any
         return given, 0
     ids, attended = given["input_ids"], given["attention_mask"]
     given = {**given, "attention_mask": torch.cat([attended.new_ones(len(ids), count), attended], dim=1)}
-    learnt: Any = model.get_prompt(len(ids))  # type: ignore[operator]
-    if not isinstance(learnt, torch.Tensor):  # keys and values: no position of their own
-        return {**given, "past_key_values": learnt}, 0
+    prompt: Any = model.get_prompt(len(ids))  # type: ignore[operator]
+    if not isinstance(prompt, torch.Tensor):  # keys and values: no position of their own
+        return {**given, "past_key_values": prompt}, 0
     embedded = model.get_input_embeddings()(given.pop("input_ids"))
-    return {**given, "inputs_embeds": torch.cat([learnt.to(embedded.dtype), embedded], dim=1)}, count
+    return {**given, "inputs_embeds": torch.cat([prompt.to(embedded.dtype), embedded], dim=1)}, count
 
 
 def start_from_text(model: PeftModel, ids: list[int]) -> None:

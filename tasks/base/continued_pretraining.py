@@ -79,15 +79,15 @@ def continue_model(params: ContinueBase, folder: Path, checkpoints: Path) -> dic
         )
     corpus = read_corpus(params)
     seed_everything(params.seed)
-    learnt = [corpus.learnt[i] for i in torch.randperm(len(corpus.learnt)).tolist()]
+    documents = [corpus.train[i] for i in torch.randperm(len(corpus.train)).tolist()]
     chats = not only_texts(Path(params.path))
     tokenizer = tokenizer_for(folder, chats=chats)
     begun = load_model(folder)
     _check_context(begun, params)
     before = _measure(begun, tokenizer, corpus.held_out, params)
-    new = grow(folder, params.growth, learnt)
+    new = grow(folder, params.growth, documents)
     tokenizer = tokenizer_for(folder, chats=chats)
-    blocks = pack_blocks(own_token_ids(tokenizer, learnt), params.context_tokens)
+    blocks = pack_blocks(own_token_ids(tokenizer, documents), params.context_tokens)
     seed_everything(params.seed)
     model = make_model_trainable(folder, params, sorted(new))
     with Progress("continue", steps_of(params), "steps") as progress:
@@ -113,15 +113,15 @@ def grow(folder: Path, growth: Growth, documents: Sequence[Document]) -> dict[in
     Returns:
         The new ids, each with the old tokens that its rows began as; none for the mean of all.
     """
-    if not growth.tokens and not growth.learnt:
+    if not growth.tokens and not growth.merges:
         return {}
     new: dict[int, list[int]] = {}
     if growth.tokens:
         tokenizer = read_tokenizer(folder)
         new |= add_tokens(tokenizer, growth.tokens)
         tokenizer.save_pretrained(folder)
-    if growth.learnt:
-        new |= add_merges(folder, _texts(documents[:TOKENIZER_DOCUMENTS]), growth.learnt)
+    if growth.merges:
+        new |= add_merges(folder, _texts(documents[:TOKENIZER_DOCUMENTS]), growth.merges)
     if growth.begin_as == "all":
         new = {number: [] for number in new}
     model = load_model(folder, full_precision=True)

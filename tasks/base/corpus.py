@@ -1,4 +1,4 @@
-"""Rows to pretrain on: which are learnt and which are held out, as token ids, and packed into blocks."""
+"""Rows to pretrain on: which are trained on and which are held out, as token ids, and packed into blocks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ AT_ONCE = 10_000
 class Corpus(NamedTuple):
     """Rows to learn from, and rows that the perplexity is measured on; both in the order of the files."""
 
-    learnt: list[Document]
+    train: list[Document]
     held_out: list[Document]
 
 
@@ -47,8 +47,8 @@ def read_corpus(params: Pretraining) -> Corpus:
     for record in read_records(Path(params.path), params.rows):
         if isinstance(record, TextExample | ChatExample):
             kept = held_out(record.split_group(), params.held_out)
-            (corpus.held_out if kept else corpus.learnt).append(record)
-    if not corpus.learnt:
+            (corpus.held_out if kept else corpus.train).append(record)
+    if not corpus.train:
         raise BadData(
             "there are no rows to pretrain on",
             where=params.path,
@@ -83,7 +83,7 @@ def own_token_ids(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Docume
         raise BadModel("its tokenizer has no stop token to end a text with", fix="set eos_token in its tokenizer")
     if not tokenizer.chat_template and any(isinstance(document, ChatExample) for document in documents):
         raise BadModel(
-            "its tokenizer has no chat template, and chats are to be learnt",
+            "its tokenizer has no chat template, and chats are to be trained on",
             fix="name a template of data/templates in base.of.template, or leave chat out of base.rows",
         )
     for start in range(0, len(documents), AT_ONCE):

@@ -81,9 +81,9 @@ class Pretraining(Section):
     path: FilePath = "data/clean"
     """The clean rows: `data/clean`."""
     rows: Annotated[list[Literal["text", "chat"]], Field(min_length=1)] = ["text"]
-    """The kinds of rows that are learnt: plain texts, chats in the form of the chat template, or both."""
+    """The kinds of rows that are trained on: plain texts, chats in the form of the chat template, or both."""
     held_out: Share = 0.1
-    """The share of groups that is never learnt; with that of `render` it is the same groups. 0 measures nothing."""
+    """The share of groups that is never trained on; with that of `render` it is the same groups. 0 measures nothing."""
     held_out_rows: Count = 1000
     """Held-out rows on which loss and perplexity are measured, at most."""
     context_tokens: Annotated[int, Field(ge=2)] = 512
@@ -160,8 +160,8 @@ class Growth(Section):
 
     tokens: list[Token] = []
     """Texts that become one token each, wherever they stand; [] for none."""
-    learnt: Annotated[int, Field(ge=0)] = 0
-    """How many more are learnt from the rows, by going on with the merges of the tokenizer's byte-pair encoding."""
+    merges: Annotated[int, Field(ge=0)] = 0
+    """How many more are learned from the rows, by going on with the merges of the tokenizer's byte-pair encoding."""
     begin_as: Literal["pieces", "all"] = "pieces"
     """A new row is the mean of the rows of the tokens that it stands for, or of all rows."""
 

@@ -184,9 +184,9 @@ def make_model(params: PretrainBase, out: Path, checkpoints: Path) -> dict[str, 
 
     corpus = read_corpus(params)
     seed_everything(params.seed)
-    learnt = [corpus.learnt[i] for i in torch.randperm(len(corpus.learnt)).tolist()]
-    tokenizer = train_tokenizer((document(record) for record in learnt[:TOKENIZER_DOCUMENTS]), params.vocabulary)
-    blocks = pack_blocks(token_ids(tokenizer, learnt), params.context_tokens)
+    documents = [corpus.train[i] for i in torch.randperm(len(corpus.train)).tolist()]
+    tokenizer = train_tokenizer((document(record) for record in documents[:TOKENIZER_DOCUMENTS]), params.vocabulary)
+    blocks = pack_blocks(token_ids(tokenizer, documents), params.context_tokens)
     model = new_model(params, tokenizer)
     optimizers = muon_and_adamw(dict(model.named_parameters()), params.weight_decay)
     model.to(device())  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """A larger vocabulary for an existing model: new tokens, and rows for them in the embedding and the output head.
 
-Tokens are given as texts, or learnt from a corpus by going on with the merges of a byte-pair encoding (Sennrich et al.
+Tokens are given as texts, or learned from a corpus by going on with the merges of a byte-pair encoding (Sennrich et al.
 2016, arXiv:1508.07909) where its own training stopped. New merges come after all old ones, so that nothing is split
 that was whole. What the model made of old tokens stays as it was, to the bit.
 """
@@ -81,10 +81,10 @@ def add_merges(folder: Path, texts: Iterable[str], count: int) -> dict[int, list
     model: dict[str, Any] = content.get("model", {"type": "a tokenizer of Python code"})
     if model["type"] != "BPE" or model["continuing_subword_prefix"]:
         raise BadModel(
-            "merges can only be learnt for a byte-pair encoding without prefixes",
+            "merges can only be learned for a byte-pair encoding without prefixes",
             where=str(folder / "tokenizer.json"),
             got=model["type"],
-            fix="set base.growth.learnt to 0 and give the tokens in base.growth.tokens",
+            fix="set base.growth.merges to 0 and give the tokens in base.growth.tokens",
         )
     # added tokens become part of the encoding's own vocabulary: their ids would else move behind it when it grows
     model["vocab"] |= {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
@@ -127,10 +127,10 @@ def learn_merges(
         if pair is None:
             raise BadData(
                 "too little text to learn that many tokens from",
-                where="base.growth.learnt",
+                where="base.growth.merges",
                 got=f"{len(merges)} pairs of tokens that occur twice",
                 expected=str(count),
-                fix="lower base.growth.learnt",
+                fix="lower base.growth.merges",
             )
         merged = names[pair.left] + names[pair.right]
         if merged in known or _BYTE.search(merged):  # a byte that stands for itself is decoded alone

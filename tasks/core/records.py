@@ -79,7 +79,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatExample(Record):
-    """A chat; the assistant's turns are what is learnt. `tools` are JSON schemas, as text."""
+    """A chat; the assistant's turns are what is trained on. `tools` are JSON schemas, as text."""
 
     kind: ClassVar[str] = "chat"
 

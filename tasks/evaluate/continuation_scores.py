@@ -149,11 +149,11 @@ def _padded(model: Model, rows: Sequence[PrefixRow], whole: bool) -> tuple[Tenso
     alone = sorted(set(leaf_of))
     filled = padded([rows[n].ids for n in alone], 0, model.device)
     given = {"input_ids": filled.ids, "attention_mask": filled.attended, "use_cache": False}
-    given, learnt = with_virtual_tokens(model, given)
+    given, virtual = with_virtual_tokens(model, given)
     prompts = prompts_of(model)
     lengths = torch.tensor([rows[n].prompt for n in alone], device=model.device)
     with prompts.given(lengths) if prompts else nullcontext():
-        hidden = model.get_decoder()(**given).last_hidden_state[:, learnt:]
+        hidden = model.get_decoder()(**given).last_hidden_state[:, virtual:]
     width = filled.ids.shape[1]
     starts = {leaf: number * width for number, leaf in enumerate(alone)}
     places = [list(range(starts[leaf], starts[leaf] + len(row.ids))) for leaf, row in zip(leaf_of, rows, strict=True)]

@@ -16,7 +16,7 @@ from tasks.inference.rows import TokenRow
 from tasks.readers.files import read_rows_of
 
 WINDOW_TOKENS = 512
-"""What is read at a time, at most, and at most half of what the model can: a learnt prompt takes its place before it.
+"""What is read at a time, at most, and at most half of what the model can: a soft prompt takes its place before it.
 
 Windows overlap by one token, so that each token but the first is predicted once.
 """

@@ -36,7 +36,7 @@ class VersionRecord(NamedTuple):
         base: the base model's, by suite.
         templates: the SHA-256 of the chat template in training, in evaluation and in the model.
         mean_kl: of the model that was trained against the model that is served, nats per token.
-        leaked: of each suite the share of items that stand in the rows that were trained on.
+        contamination: of each suite the share of items that stand in training rows.
         broken: what is wrong with the model's files or signature; empty when they are as they were registered.
     """
 
@@ -46,7 +46,7 @@ class VersionRecord(NamedTuple):
     base: Mapping[str, Items]
     templates: Mapping[str, str]
     mean_kl: float
-    leaked: Mapping[str, float]
+    contamination: Mapping[str, float]
     broken: str
 
 
@@ -110,7 +110,7 @@ def decide(
     rival = champion if champion is not None and champion.version != challenger.version else None
     findings = [
         *_integrity(challenger, max_mean_kl),
-        *_leaks(challenger, params),
+        *_contamination(challenger, params),
         _against_base(challenger, params),
         *([_against_champion(challenger, rival, params)] if rival else []),
         *_guarded(challenger, rival, params),
@@ -132,10 +132,10 @@ def _integrity(version: VersionRecord, max_mean_kl: float) -> Iterator[CheckResu
     yield CheckResult("merge", "", version.mean_kl <= max_mean_kl, f"{found}, at most {max_mean_kl:g} nats a token")
 
 
-def _leaks(version: VersionRecord, params: Promote) -> Iterator[CheckResult]:
+def _contamination(version: VersionRecord, params: Promote) -> Iterator[CheckResult]:
     for suite in dict.fromkeys([params.suite, *params.guarded, *params.floors]):
-        share = version.leaked.get(suite, math.nan)
-        found = "not looked for" if math.isnan(share) else f"{share:.2%} of its items stand in rows that were learnt"
+        share = version.contamination.get(suite, math.nan)
+        found = "not looked for" if math.isnan(share) else f"{share:.2%} of its items stand in the training rows"
         yield CheckResult(
             "contamination",
             suite,

@@ -36,7 +36,7 @@ class Promote(Section):
     guarded: dict[SuiteName, NotNegative] = {}
     """How much worse than the champion (the base, where there is none) the mean score may be, by suite."""
     max_contamination: Share = 0.0
-    """The share of a suite's items that may stand in the rows that were learnt; of every suite named above."""
+    """The share of a suite's items that may stand in the training rows; of every suite named above."""
     approval: Literal["none", "human"] = "none"
     """`human`: a version that passed waits in Prefect until somebody approves of it."""
     approval_timeout_s: Count = 86400

@@ -76,7 +76,7 @@ def score_pairs(
         decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels=labels),  # type: ignore[operator]
         use_cache=False,
     ).logits
-    logits = logits[:, -labels.shape[1] :]  # after the positions of a learnt prompt, where the decoder has one
+    logits = logits[:, -labels.shape[1] :]  # after the positions of a soft prompt, where the decoder has one
     scored = labels != IGNORED
     scores = score_logits(logits[scored], labels[scored], with_mean=with_mean, with_likeliest=with_likeliest)
     return Scored(scores.logp, scored.nonzero()[:, 0], len(rows), scores.mean_logp, scores.likeliest)

@@ -44,7 +44,7 @@ def score_tokens(
 
     joined = _joined(model, rows) if below is None else None
     hidden = _joined_hidden(model, rows, joined) if joined else _padded_hidden(model, rows, below)
-    targets = [token for row in rows for token, learnt in zip(row.ids[1:], row.mask[1:], strict=True) if learnt]
+    targets = [token for row in rows for token, counts in zip(row.ids[1:], row.mask[1:], strict=True) if counts]
     whose = [number for number, row in enumerate(rows) for _ in range(row.scored_tokens)]
     scores = score_hidden(model, hidden, torch.tensor(targets, device=model.device), with_mean=with_mean)
     return Scored(scores.logp, torch.tensor(whose, device=model.device), len(rows), scores.mean_logp)
@@ -109,8 +109,8 @@ def _joined_hidden(model: Model, rows: Sequence[TokenRow], joined: PackedBatch) 
     before = [
         place
         for row, places in zip(rows, joined.places, strict=True)
-        for place, learnt in zip(places[:-1], row.mask[1:], strict=True)
-        if learnt
+        for place, counts in zip(places[:-1], row.mask[1:], strict=True)
+        if counts
     ]
     return hidden.index_select(0, torch.tensor(before, device=hidden.device))
 
@@ -140,9 +140,9 @@ def _padded_hidden(model: Model, rows: Sequence[TokenRow], below: FrozenLayerCac
             places = torch.arange(longest, device=ids.device)
             given["position_ids"] = torch.tensor(start, device=ids.device)[:, None] + places
             given["past_key_values"] = reuse.cache
-        given, learnt = with_virtual_tokens(model, given)
+        given, virtual = with_virtual_tokens(model, given)
         with _prompt_ends(model, prompts, start):
-            hidden = model.get_decoder()(**given).last_hidden_state[:, learnt:]
+            hidden = model.get_decoder()(**given).last_hidden_state[:, virtual:]
     before: Tensor = hidden[scored.roll(-1, dims=1)]  # position t predicts token t + 1
     return before
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 class TokenRow(NamedTuple):
     """Token ids with a loss mask of the same length; the prompt is the part before the first scored token.
 
-    `desirable` is the label of a labelled reply (KTO); other rows have none, and are all to be learnt.
+    `desirable` is the label of a labelled reply (KTO); other rows have none, and are all desirable.
     """
 
     ids: Sequence[int]

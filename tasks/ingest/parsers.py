@@ -110,7 +110,7 @@ PROMPT_REPLY = (
 def parse_choices(row: RawRow, origin: Origin) -> Sequence[Record]:
     """Parse a multiple-choice question: `question` or `query`, `choices`, `options` or columns A, B, ..., the answer.
 
-    A question of a test without answers becomes a chat without a reply, which is good to look for leaks with.
+    A question of a test without answers becomes a chat without a reply, which is good to look for contamination with.
     """
     place, row = origin.place, {str(key).lower() if len(str(key)) > 1 else key: value for key, value in row.items()}
     asked = text_of(row, "question" if "question" in row else "query", place)

@@ -150,7 +150,7 @@ class AddedExperts(OfShape):
 
 @dataclass(frozen=True)
 class Normed(OfShape):
-    """Each output of a weight with the norm that DoRA (arXiv:2402.09353, equation 5) learnt for it, (out,).
+    """Each output of a weight with the norm that DoRA (arXiv:2402.09353, equation 5) trained for it, (out,).
 
     `turned` says that the weight is (in, out), so that the norms are those of columns.
     """
@@ -163,11 +163,11 @@ class Normed(OfShape):
         import numpy as np
 
         rows = self.base.floats(start, stop)
-        learnt = self.norms.floats().reshape(-1)
+        trained = self.norms.floats().reshape(-1)
         if not self.turned:
-            factors = (learnt[start:stop] / np.linalg.norm(rows, axis=1))[:, None]
+            factors = (trained[start:stop] / np.linalg.norm(rows, axis=1))[:, None]
         else:
-            factors = learnt / self._lengths
+            factors = trained / self._lengths
         found: NDArray[Any] = rows * factors
         return found
 
@@ -239,15 +239,15 @@ class Longer:
 
 @dataclass(frozen=True)
 class Rows(OfShape):
-    """A weight of which some rows were learnt anew: PEFT's trainable tokens."""
+    """A weight of which some rows were trained anew: PEFT's trainable tokens."""
 
     places: tuple[int, ...]
-    learnt: StoredTensor
+    trained: StoredTensor
 
     def floats(self, start: int, stop: int) -> NDArray[Any]:
         """Return some of its rows."""
         rows = self.base.floats(start, stop)
         for number, place in enumerate(self.places):
             if start <= place < stop:
-                rows[place - start] = self.learnt.floats(number, number + 1)
+                rows[place - start] = self.trained.floats(number, number + 1)
         return rows

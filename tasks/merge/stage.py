@@ -57,7 +57,7 @@ def logits_on(model: Model, probe: Mapping[str, Sequence[int]]) -> Tensor:
     """Compute the logits at every token that a model writes or reads on of a probe, (tokens, vocabulary), float32."""
     import torch
 
-    written = len(probe.get("labels", probe["input_ids"]))  # a learnt prompt's own positions come before these
+    written = len(probe.get("labels", probe["input_ids"]))  # a soft prompt's own positions come before these
     given = {name: torch.tensor([list(ids)], device=model.device) for name, ids in probe.items()}
     with torch.no_grad():
         logits: Tensor = model(**given).logits[0, -written:].float()

@@ -210,17 +210,17 @@ def _weights(adapter: _Adapter, left: Mapping[str, StoredTensor]) -> Iterator[Fo
 
 def _instead(adapter: _Adapter, name: str, weight: str | None) -> Change:
     """Build the change by a tensor that replaces a weight, or by rows of added tokens that follow the base's."""
-    learnt = adapter.tensors[name]
-    shape = adapter.base[weight].shape if weight else learnt.shape
-    if learnt.shape == shape:
-        return _become(learnt)
-    grows = weight in embedding_and_head(adapter.base) and len(learnt.shape) == 2 and learnt.shape[1] == shape[1]
+    trained = adapter.tensors[name]
+    shape = adapter.base[weight].shape if weight else trained.shape
+    if trained.shape == shape:
+        return _become(trained)
+    grows = weight in embedding_and_head(adapter.base) and len(trained.shape) == 2 and trained.shape[1] == shape[1]
     added = added_tokens(adapter.folder)
-    if grows and learnt.shape[0] > shape[0]:
-        return _become(learnt)
-    if grows and added and sorted(added) == list(range(shape[0], shape[0] + learnt.shape[0])):
-        return lambda base: Longer(base, learnt)
-    raise adapter.unfit(f"{name}: shape {learnt.shape}, the base has {shape}, added_tokens.json adds {len(added)}")
+    if grows and trained.shape[0] > shape[0]:
+        return _become(trained)
+    if grows and added and sorted(added) == list(range(shape[0], shape[0] + trained.shape[0])):
+        return lambda base: Longer(base, trained)
+    raise adapter.unfit(f"{name}: shape {trained.shape}, the base has {shape}, added_tokens.json adds {len(added)}")
 
 
 def added_tokens(folder: Path) -> list[int]:
@@ -250,7 +250,7 @@ def _whole(folder: Path, base: Mapping[str, StoredTensor]) -> dict[str, Change]:
 
 
 def _lora(adapter: _Adapter, left: Mapping[str, StoredTensor]) -> Iterator[Found]:
-    """W + s B A; with the norms that DoRA learnt."""
+    """W + s B A; with the norms that DoRA trained."""
     for name in left:
         if found := re.fullmatch(r"(.+)\.lora_(embedding_)?A(\.weight)?", name):
             module, embedding, ending = found[1], found[2] or "", found[3] or ""
@@ -265,7 +265,7 @@ def _lora(adapter: _Adapter, left: Mapping[str, StoredTensor]) -> Iterator[Found
             if bias in left:
                 yield adapter.weight(module, ".bias"), _plus(left[bias], adapter.settings.scale(module)), (bias,)
         elif name.endswith("trainable_tokens_delta"):
-            yield from _learnt_rows(adapter, name)
+            yield from _trained_rows(adapter, name)
 
 
 def _place(adapter: _Adapter, module: str) -> str:
@@ -285,10 +285,10 @@ def _low_rank(adapter: _Adapter, module: str, a: str, b: str, *, turned: bool) -
             where=str(adapter.folder),
             examples=[a],
         )
-    learnt = (f"{module}.lora_magnitude_vector", f"{module}.lora_magnitude_vector.weight")
-    norms = next((name for name in learnt if name in adapter.tensors), "")
+    trained = (f"{module}.lora_magnitude_vector", f"{module}.lora_magnitude_vector.weight")
+    norms = next((name for name in trained if name in adapter.tensors), "")
     if settings.use_dora != bool(norms):
-        raise adapter.unfit(f"{learnt[0]}: {'there' if norms else 'missing'}, and use_dora is {settings.use_dora}")
+        raise adapter.unfit(f"{trained[0]}: {'there' if norms else 'missing'}, and use_dora is {settings.use_dora}")
     if shape := adapter.matrix(weight, turned):
         adapter.check_shapes({a: (rank, shape[1]), b: (shape[0], rank)})
         if norms and math.prod(adapter.tensors[norms].shape) != shape[0]:
@@ -307,9 +307,9 @@ def _low_rank(adapter: _Adapter, module: str, a: str, b: str, *, turned: bool) -
     return weight, change, (a, b, *([norms] if norms else []))
 
 
-def _learnt_rows(adapter: _Adapter, name: str) -> Iterator[Found]:
-    """Single tokens that were learnt; PEFT learns them for a head that is the embedding, too."""
-    learnt = adapter.tensors[name]
+def _trained_rows(adapter: _Adapter, name: str) -> Iterator[Found]:
+    """Single tokens that were trained; PEFT learns them for a head that is the embedding, too."""
+    trained = adapter.tensors[name]
     module = re.sub(r"(\.token_adapter)?\.trainable_tokens_delta$", "", name)
     chosen = adapter.settings.trainable_token_indices or []
     if isinstance(chosen, Mapping):
@@ -318,11 +318,11 @@ def _learnt_rows(adapter: _Adapter, name: str) -> Iterator[Found]:
     tokens = adapter.base[weight].shape[0] if weight else 0
     saved = adapter.tensors.get(f"{module}.token_adapter.base_layer.weight", adapter.tensors.get(f"{module}.weight"))
     tokens = max(tokens, saved.shape[0] if saved else 0)
-    if len(chosen) != learnt.shape[0] or not all(0 <= token < tokens for token in chosen):
-        raise adapter.unfit(f"{name}: {learnt.shape[0]} rows, trainable_token_indices {chosen[:8]} of {tokens} tokens")
+    if len(chosen) != trained.shape[0] or not all(0 <= token < tokens for token in chosen):
+        raise adapter.unfit(f"{name}: {trained.shape[0]} rows, trainable_token_indices {chosen[:8]} of {tokens} tokens")
 
     def rows(base: TensorSource) -> TensorSource:
-        return Rows(base, tuple(chosen), learnt)
+        return Rows(base, tuple(chosen), trained)
 
     yield weight, rows, (name,)
     for other in adapter.base:  # a head that is the embedding

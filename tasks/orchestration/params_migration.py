@@ -18,6 +18,7 @@ RENAMED: Mapping[str, str] = {
     "merge.probe_rows": "probe_examples",
     "evaluate.batch_rows": "batch_size",
     "promote.max_leaked": "max_contamination",
+    "base.growth.learnt": "merges",
 }
 """Of each old place the new name of its last key; `*` is any method."""
 

@@ -30,7 +30,7 @@ def card(folder: Path) -> str:
         "base revision": base.revision,
         "base weights, SHA-256": base.weights_sha256,
         "trainable parameters": summary.get("trainable_parameters"),
-        "rows learnt from": summary.get("rows"),
+        "training rows": summary.get("rows"),
         "steps": summary.get("steps"),
         "held-out loss before": summary.get("held_out_loss_before"),
         "held-out loss after": summary.get("held_out_loss_after"),
@@ -80,7 +80,7 @@ def version_card(lineage: Mapping[str, Any]) -> str:
         "base revision": base["revision"],
         "base weights, SHA-256": base["weights_sha256"],
         "chat template, SHA-256": lineage["templates"]["model"],
-        "rows learnt from": data["learnt"],
+        "training rows": data["train_rows"],
         "git commit": lineage["git_commit"],
     }
     terms = (
@@ -116,11 +116,11 @@ def _sources(sources: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _limits(lineage: Mapping[str, Any]) -> str:
     rows = lineage["evaluation"]["suites"].values()
-    leaks = [f"{share:.1%} of {suite}" for suite, share in lineage["leaked"].items() if share]
+    found = [f"{share:.1%} of {suite}" for suite, share in lineage["contamination"].items() if share]
     items = sum(each["rows"] for each in rows)
     told = [
         f"It was evaluated on {items} items of the suites above; what it says of anything else is unknown.",
         "Its facts are those of the base and of the rows; it may state wrong ones in the same tone.",
-        f"Of the evaluation items these stand in the rows that were learnt: {', '.join(leaks)}." if leaks else "",
+        f"Of the evaluation items these stand in the training rows: {', '.join(found)}." if found else "",
     ]
     return "\n".join(f"- {each}" for each in told if each)

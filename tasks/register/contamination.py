@@ -1,4 +1,4 @@
-"""Evaluation items that stand in the rows that were learnt, by their words (see tasks/text/ngram_overlap.py)."""
+"""Evaluation items that stand in the training rows, by their words (see tasks/text/ngram_overlap.py)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def contamination_by_suite(
         for suite, prompts in suites.items()
     }
     found: dict[str, set[int]] = {suite: set() for suite in suites}
-    for prompts, texts in _learnt(rendered, tokenizer):
+    for prompts, texts in _training_texts(rendered, tokenizer):
         asked = _words(prompts)
         hashes = whole_hash(asked, len(prompts))
         filled = np.flatnonzero(hashes)
@@ -62,7 +62,7 @@ def _words(texts: Sequence[str]) -> Words:
     return words_of(normal_form(pa.array(texts, pa.large_string())))
 
 
-def _learnt(rendered: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[str], list[str]]]:
+def _training_texts(rendered: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[str], list[str]]]:
     """Yield the prompts and the whole texts of the rows to train on, some at a time."""
     for file in sorted((rendered / "train").glob("*.parquet")):
         table = read_table(file)

@@ -68,7 +68,7 @@ def lineage_of(
             "rows": {
                 split: {kind: told["rows"] for kind, told in rendered[split].items()} for split in ("train", "held_out")
             },
-            "learnt": summary["rows"],
+            "train_rows": summary["rows"],
         },
         "merge": json.loads((made.model / EQUIVALENCE).read_text()),
         "templates": {
@@ -77,7 +77,7 @@ def lineage_of(
             "model": template_digest(tokenizer),
         },
         "evaluation": _evaluation(made, metrics),
-        "leaked": contamination_by_suite(items, made.rendered, tokenizer, rendered["contamination_ngram"]),
+        "contamination": contamination_by_suite(items, made.rendered, tokenizer, rendered["contamination_ngram"]),
         "files": {name: file["sha256"] for name, file in model["files"].items()},
         "manifest_sha256": digest(made.model / MANIFEST),
     }

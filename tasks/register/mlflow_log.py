@@ -53,7 +53,7 @@ def tags_of(lineage: Mapping[str, Any], place: str, *, signed: bool) -> dict[str
         tag.EVALUATION_TEMPLATE: templates["evaluation"] or "none",
         tag.TEMPLATE: templates["model"] or "none",
         tag.MEAN_KL: repr(lineage["merge"]["mean_kl"]),
-        tag.LEAKED: json.dumps(lineage["leaked"], sort_keys=True),
+        tag.CONTAMINATION: json.dumps(lineage["contamination"], sort_keys=True),
         tag.REPORT: place,
         tag.LINEAGE: f"{place}/{LINEAGE}",
         tag.SIGNED: str(signed).lower(),

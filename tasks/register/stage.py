@@ -1,7 +1,7 @@
 """Register a model in MLflow with its evidence and its lineage, once for the same content.
 
 Reads:  data/models/METHOD/, data/reports/METHOD/ and the base model's examples, data/adapters/METHOD/, data/base/,
-        data/rendered/ (what was learnt is looked through for evaluation items).
+        data/rendered/ (its training rows are looked through for evaluation items).
 Writes: a version of `register.model` with the alias `challenger` and an alias named like the method; in it the model,
         its card, lineage, bill of materials and, with a key, signature; in its run the report and the adapter, also
         where the model has it merged; data/reports/METHOD/registered.json (model, version, run, key).

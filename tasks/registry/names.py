@@ -61,8 +61,8 @@ TEMPLATE = "temper.template_sha256"
 MEAN_KL = "temper.mean_kl"
 """Of the model that was trained against the one that is served, nats per token."""
 
-LEAKED = "temper.leaked"
-"""By suite, the share of its items that stand in the rows that were learnt; JSON."""
+CONTAMINATION = "temper.contamination"
+"""By suite, the share of its items that stand in the training rows; JSON."""
 
 REPORT = "temper.report"
 """Where among the artifacts of its run the report is that belongs to this version."""

@@ -15,5 +15,5 @@ class Render(HeldOut):
     too_long: Literal["truncate", "drop", "refuse"] = "truncate"
     """What becomes of a longer one: cut at the end, left out, or the stage fails; all are counted."""
     loss_on: Literal["all", "last"] = "all"
-    """Which of the assistant's turns are learnt: all, or only the last. Templates that rewrite earlier turns, such as
-    Qwen3's, need `last`."""
+    """Which of the assistant's turns are trained on: all, or only the last. Templates that rewrite earlier turns, such
+    as Qwen3's, need `last`."""

@@ -252,7 +252,7 @@ def report(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any]:
     at = {f"p{share}": lengths[min(len(lengths) - 1, len(lengths) * share // 100)] for share in (50, 90, 99)}
     about: dict[str, Any] = {"rows": len(rows), "tokens": sum(lengths), **at, "longest": lengths[-1]}
     if kind == "chat":
-        about["learnt_tokens"] = sum(sum(row["mask"]) for row in rows)
+        about["target_tokens"] = sum(sum(row["mask"]) for row in rows)
     return about
 
 

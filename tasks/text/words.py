@@ -1,4 +1,4 @@
-"""Texts as words, many at once: what duplicates and leaks are told by.
+"""Texts as words, many at once: what duplicates and contamination are told by.
 
 A word is a run of letters and digits without case, or one character of Chinese or Japanese; everything else stands
 between words. Words become 64-bit hashes in a few passes over the bytes, without a Python object for any of them.

@@ -200,11 +200,11 @@ def texts_of_chats(
     tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], loss_on: str = "all"
 ) -> list[list[str] | BadData]:
     """Run the template's half of `render_chats`: each chat in parts, by turns context and target."""
-    learnt = [_learnt(chat, loss_on) for chat in chats]
-    turns = [(place, index) for place, places in enumerate(learnt) for index in places]
+    targets = [_target_turns(chat, loss_on) for chat in chats]
+    turns = [(place, index) for place, places in enumerate(targets) for index in places]
     asked = _texts(tokenizer, [Chat(chats[p].messages[:i], chats[p].tools) for p, i in turns], answering=True)
     given = _texts(tokenizer, [Chat(chats[p].messages[: i + 1], chats[p].tools) for p, i in turns], answering=False)
-    pieces: list[Any] = [[] if places else BadData(_nothing(chat)) for chat, places in zip(chats, learnt, strict=True)]
+    pieces: list[Any] = [[] if places else BadData(_nothing(chat)) for chat, places in zip(chats, targets, strict=True)]
     for (place, index), before, after in zip(turns, asked, given, strict=True):
         if isinstance(pieces[place], BadData):
             continue
@@ -217,14 +217,14 @@ def texts_of_chats(
             pieces[place] = BadData(
                 "the tokens of an earlier turn change when the next is added",
                 got=f"turn {index + 1}",
-                fix="set render.loss_on to last, so that only the last reply is learnt",
+                fix="set render.loss_on to last, so that only the last reply is trained on",
             )
             continue
-        learnt_parts = _marked(reply, len(prompt), _whole(after).marks)
-        if isinstance(learnt_parts, BadData):
-            pieces[place] = learnt_parts
+        target_parts = _marked(reply, len(prompt), _whole(after).marks)
+        if isinstance(target_parts, BadData):
+            pieces[place] = target_parts
         else:
-            pieces[place] += [prompt[len(so_far) :] + learnt_parts[0], *learnt_parts[1:]]
+            pieces[place] += [prompt[len(so_far) :] + target_parts[0], *target_parts[1:]]
     return pieces
 
 
@@ -244,7 +244,7 @@ def _joined(pieces: Sequence[Sequence[int]]) -> Rendered:
     return Rendered(ids, mask, len(pieces[0]))
 
 
-def _learnt(chat: Chat, loss_on: str) -> list[int]:
+def _target_turns(chat: Chat, loss_on: str) -> list[int]:
     places = [i for i, message in enumerate(chat.messages) if message.role == "assistant" and message.learn]
     return places[-1:] if loss_on == "last" else places
 
@@ -303,9 +303,9 @@ def _marked(reply: str, start: int, marks: Sequence[tuple[int, int]] | None) -> 
             place = last
     if not parts or place < len(reply):
         return BadData(
-            "the chat template's generation marks leave out the stop token, which would never be learnt",
+            "the chat template's generation marks leave out the stop token, which would never be trained on",
             got=repr(reply[place:][-60:]),
-            fix="mark it too, or take the marks out: then all that the template adds for a reply is learnt",
+            fix="mark it too, or take the marks out: then all that the template adds for a reply is trained on",
         )
     return parts
 

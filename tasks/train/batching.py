@@ -29,7 +29,7 @@ def kind_of_rows(objective: AnyObjective, architecture: Architecture) -> str:
         return architecture.rows
     if architecture is ENCODER_DECODER:
         raise BadParams(
-            "preferences are learnt by decoders only",
+            "preferences are for decoders only",
             where="train.*.objective",
             got=f"{objective.name} on an {architecture.name} base",
             expected="sft, which learns inputs and their targets",

@@ -229,7 +229,7 @@ def frozen_layer_cache_for(model: Model, examples: Sequence[Example], method: Me
         return None  # what is needed again differs from process to process; or keys and values would get lost
     objective = method.objective
     noisy = isinstance(objective, SftObjective) and objective.neftune_alpha > 0
-    # noise makes them others every time, and where prompts are learnt all of their tokens must be there
+    # noise makes them others every time, and where prompts are targets, too, all of their tokens must be there
     if method.epochs == 1 or noisy or learns_prompts(objective):
         return None
     from tasks.inference.frozen_layer_cache import FrozenLayerCache
@@ -306,7 +306,7 @@ def _pairs(given: MicroBatch) -> tuple[Scored, Tensor]:
         scored = given.scored(rows)
         return scored, scored.logp[scored.row < pairs]
     scored = given.scored([*positive_sequences(given.examples, given.how.objective), *rows[pairs:]])
-    replies = [learnt for row in rows[:pairs] for learnt in row.mask[1:]]
+    replies = [counts for row in rows[:pairs] for counts in row.mask[1:]]
     replies += [True] * sum(row.scored_tokens for row in rows[pairs:])
     of_reply = torch.tensor(replies, device=scored.row.device)
     return Scored(scored.logp[of_reply], scored.row[of_reply], scored.rows), scored.logp[scored.row < pairs]

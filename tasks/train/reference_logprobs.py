@@ -120,7 +120,7 @@ def _packed(row: TokenRow) -> TokenRow:
 
 
 def _unpacked(row: TokenRow) -> TokenRow:
-    return row._replace(ids=list(row.ids), mask=[bool(learnt) for learnt in row.mask])
+    return row._replace(ids=list(row.ids), mask=[bool(counts) for counts in row.mask])
 
 
 def _write(folder: Path, known: dict[bytes, Tensor]) -> None:

@@ -46,19 +46,19 @@ class CrossRowFlags(NamedTuple):
 
     Attributes:
         contradiction: (rows,) 1 where another row contradicts this one.
-        leaks: (rows,) in how many benchmarks' questions the row was found.
+        contamination: (rows,) in how many benchmarks' questions the row was found.
         exact: rows with the same content as one before.
         near: rows with nearly the same content as one before, without the exact ones.
         benchmarks: what was found of each.
-        leaked_from: the benchmarks that each leaking row was found in.
+        contaminated_by: the benchmarks that each contaminated row was found in.
     """
 
     contradiction: NDArray[np.int64]
-    leaks: NDArray[np.int64]
+    contamination: NDArray[np.int64]
     exact: list[Duplicate]
     near: list[Duplicate]
     benchmarks: dict[str, Contamination]
-    leaked_from: dict[int, list[str]]
+    contaminated_by: dict[int, list[str]]
 
 
 def cross_row_checks(
@@ -75,7 +75,7 @@ def cross_row_checks(
     import numpy as np
 
     rows = sum(len(table) for table in tables.values())
-    contradiction, leaks = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
+    contradiction, contamination = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
     exact: list[Duplicate] = []
     near: list[Duplicate] = []
     prompts = {kind: _prompts(table, kind) for kind, table in tables.items()}
@@ -104,10 +104,10 @@ def cross_row_checks(
             same = {each.row - first for each in exact}
             near += [_shifted(each, first) for each in _near(index, table, kind, [r for r in ranked if r not in same])]
         first += len(table)
-    found, leaked_from = search.found()
-    for row, names in leaked_from.items():
-        leaks[row] = len(names)
-    return CrossRowFlags(contradiction, leaks, exact, near, found, leaked_from)
+    found, contaminated_by = search.found()
+    for row, names in contaminated_by.items():
+        contamination[row] = len(names)
+    return CrossRowFlags(contradiction, contamination, exact, near, found, contaminated_by)
 
 
 class _Seen(NamedTuple):
@@ -234,7 +234,7 @@ def _lengths(table: pa.Table, kind: str) -> NDArray[np.int64]:
     return np.bincount(turns.row, weights=pc.utf8_length(turns.text).to_numpy(), minlength=len(table)).astype(np.int64)
 
 
-# --- leaks ------------------------------------------------------------------------------------------------------------
+# --- contamination ----------------------------------------------------------------------------------------------------
 
 
 def questions_of(tables: Mapping[str, pa.Table]) -> list[str]:
@@ -325,7 +325,7 @@ class _Search:
         import numpy as np
 
         benchmarks: dict[str, Contamination] = {}
-        leaked_from: dict[int, list[str]] = {}
+        contaminated_by: dict[int, list[str]] = {}
         for name, blocks in self._hits.items():
             hits = Hits(*(np.concatenate(each) for each in zip(*blocks, strict=True)))
             if name == HELD_OUT:  # rows of one source share its phrases with the rows held out of it
@@ -334,5 +334,5 @@ class _Search:
             exact, overlapping = (len(np.unique(hits.question[some])) for some in (hits.run == 0, hits.run != 0))
             benchmarks[name] = Contamination(self._questions[name], exact, overlapping, len(rows))
             for row in rows:
-                leaked_from.setdefault(row, []).append(name)
-        return benchmarks, leaked_from
+                contaminated_by.setdefault(row, []).append(name)
+        return benchmarks, contaminated_by

@@ -32,7 +32,7 @@ class ValidationResult:
         reasons: why each row goes to quarantine, by row.
         merged: rows that repeat another that is kept.
         repaired: every text that was changed.
-        marks: duplicates and leaks, as they were found.
+        marks: duplicates and contamination, as they were found.
         outcomes: the outcome of each check.
         result: Great Expectations' own result.
     """
@@ -77,7 +77,7 @@ def apply_checks(
     for name in ("id", "source"):
         table[name] = np.concatenate([tables[kind][name].to_numpy() for kind in tables])
     marks = cross_row_checks(tables, benchmarks, held_out, params)
-    table["contradiction"], table["contamination"] = marks.contradiction, marks.leaks
+    table["contradiction"], table["contamination"] = marks.contradiction, marks.contamination
     table["length_outlier"] = _outliers(table, params.outlier_deviations)
     for name, duplicates in (("exact_duplicate", marks.exact), ("near_duplicate", marks.near)):
         table[name] = 0
@@ -95,7 +95,7 @@ def apply_checks(
     for name, outcome in outcomes.items():
         for row in outcome.rows:
             why = (
-                f"it contains a question of {', '.join(marks.leaked_from[row])}"
+                f"it contains a question of {', '.join(marks.contaminated_by[row])}"
                 if name == "contamination"
                 else REASONS[name][1]
             )

@@ -82,7 +82,7 @@ def measure(
             "near": len(verdict.marks.near),
             "examples": [[places[each.row], places[each.kept], each.similarity] for each in verdict.merged[:EXAMPLES]],
         },
-        "leaks": {name: found._asdict() for name, found in verdict.marks.benchmarks.items()},
+        "contamination": {name: found._asdict() for name, found in verdict.marks.benchmarks.items()},
         "repairs": dict(sorted(Counter(change.check for change in verdict.repaired).items())),
         "histograms": {name: histogram(facts[name], edges) for name, edges in EDGES.items()},
         "scripts": {str(name): int(count) for name, count in sorted(facts["script"].value_counts().items())},

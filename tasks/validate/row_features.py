@@ -155,7 +155,7 @@ def _facts(table: pa.Table, kind: str) -> pd.DataFrame:
         "blank_turns": total((letters["visible"] == 0) & ~calling),  # who only calls a tool says nothing by right
         "outer_space": total(matches(turns.text, Pattern(r"\A\s|\s\z"))),
         "control_characters": total(letters["control"]),
-        "unicode_normalization": total(_unnormalised(turns.text)),
+        "unicode_normalization": total(_unnormalized(turns.text)),
         "calls": total(calling),
     }
     replies = np.isin(turns.letter, np.frombuffer(b"acr", np.uint8))
@@ -283,7 +283,7 @@ def _disorder(roles: NDArray[np.object_], kind: str) -> NDArray[np.int64]:
     return np.array([not good[text] for text in roles], np.int64)
 
 
-def _unnormalised(texts: pa.Array) -> NDArray[np.int64]:
+def _unnormalized(texts: pa.Array) -> NDArray[np.int64]:
     """1 for each text that is not in Unicode's composed form (NFC)."""
     import numpy as np
     import pyarrow as pa

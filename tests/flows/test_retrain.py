@@ -15,7 +15,7 @@ from flows.comparison.page import PAGE as COMPARISON
 from flows.run.edit_params import change_params
 from tasks.core import pipeline
 from tasks.inference.params import Generation
-from tests.conftest import FIRST_RUN, digests, dvc, pico_workspace, temper
+from tests.conftest import FIRST_RUN, digests, dvc, git, pico_workspace, temper
 
 METHODS = ("qlora", "orpo", "reft")
 
@@ -41,6 +41,7 @@ def test_the_run_ends_with_figures_a_champion_a_reply_times_and_where_to_look(fa
     # quoted where the environment lies in a folder with a space
     assert re.search("mlflow'? ui --backend-store-uri", said)
     assert re.search("prefect'? server start", said)
+    assert re.search("^to commit: +dvc.lock, .*: git commit params.yaml dvc.lock$", said, re.MULTILINE)
 
 
 def test_a_stages_output_is_in_prefects_task_log_line_by_line(factory: Path) -> None:
@@ -164,7 +165,10 @@ def test_no_process_of_a_run_asks_the_network_for_anything(factory: Path) -> Non
 
 def test_again_with_nothing_changed_nothing_runs(copy: Path) -> None:
     before = digests(copy, "data", "models")
+    git(copy, "add", "--all")
+    git(copy, "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "--message", "what dvc.lock notes")
     said = temper(copy, "run").stdout
+    assert "to commit" not in said
     assert "nothing has changed since the last run" in said
     assert "completed" not in said
     assert digests(copy, "data", "models") == before

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from tasks.adapters.positions import Spans
 
 IGNORED = -100
-"""The label of tokens that are not learnt."""
+"""The label of tokens that are no targets."""
 
 
 class Segments(NamedTuple):
@@ -205,8 +205,8 @@ def find_positions(valid: Tensor, labels: Tensor | None = None, position_ids: Te
     segment = begins.flatten().cumsum(0).reshape(valid.shape) - 1
     end = torch.zeros_like(start).scatter_reduce(0, segment[valid], columns[valid] + 1, "amax")
     if labels is not None:
-        learnt = valid & (labels != IGNORED)
-        end = end.scatter_reduce(0, segment[learnt], columns[learnt], "amin")
+        targets = valid & (labels != IGNORED)
+        end = end.scatter_reduce(0, segment[targets], columns[targets], "amin")
     return Segments(row, start, end - start)
 
 

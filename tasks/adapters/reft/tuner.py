@@ -44,7 +44,7 @@ class ReftConfig(PeftConfig):  # type: ignore[misc]
     positions: str = field(default="last", metadata={"help": "Of the prompt: last, all, fN, lN or fN+lM"})
     share_weights: bool = field(default=False, metadata={"help": "One edit a layer for first and last tokens"})
     dropout: float = field(default=0.0, metadata={"help": "Share of the edit that is zeroed in training"})
-    source_bias: bool = field(default=True, metadata={"help": "Whether the learnt map has a bias, the paper's b"})
+    source_bias: bool = field(default=True, metadata={"help": "Whether the learned map has a bias, the paper's b"})
     projection_bias: bool = field(default=True, metadata={"help": "Whether noreft's projection has a bias"})
     target_modules: list[str] | None = field(default=None, metadata={"help": "Found from layers and component"})
 

@@ -185,13 +185,13 @@ def _cut(row: Row, max_tokens: int) -> Row:
 
 
 def _heaviest(batches: Sequence[Sequence[Example]]) -> list[Sequence[Example]]:
-    """Those that can need most: with the most tokens, padding included, and with the most learnt ones.
+    """Those that can need most: with the most tokens, padding included, and with the most targets.
 
     Of batches with as many tokens it is one with padding, which attention has to be told of.
     """
     longest = max(batches, key=lambda batch: (_padded_tokens(batch), -_tokens(batch)))
-    most_learnt = max(batches, key=_learnt_tokens)
-    return [longest] if longest is most_learnt else [longest, most_learnt]
+    most_targets = max(batches, key=_target_tokens)
+    return [longest] if longest is most_targets else [longest, most_targets]
 
 
 def _tokens(batch: Sequence[Example]) -> int:
@@ -203,7 +203,7 @@ def _padded_tokens(batch: Sequence[Example]) -> int:
     return len(sequences) * max(sequences)
 
 
-def _learnt_tokens(batch: Sequence[Example]) -> int:
+def _target_tokens(batch: Sequence[Example]) -> int:
     return sum(sequence.scored_tokens for example in batch for sequence in example)
 
 

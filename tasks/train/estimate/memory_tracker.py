@@ -119,7 +119,7 @@ def dry_run_step(
 class MemoryTracker(TorchDispatchMode):
     """Books the memory of every tensor from its making to its end, and counts the work of every operation.
 
-    Tensors with numbers may take part: those that say which tokens there are, and which of them are learnt.
+    Tensors with numbers may take part: those that say which tokens there are, and which of them are targets.
     """
 
     def __init__(self) -> None:

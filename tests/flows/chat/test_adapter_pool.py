@@ -331,24 +331,24 @@ def test_an_adapter_with_biases_of_layers_that_are_no_targets_is_refused(pico_ba
     from peft import LoraConfig, get_peft_model
 
     base = biased(pico_base, tmp_path / "base")
-    for number, learnt in enumerate((0.0, 1.0)):
+    for number, trained in enumerate((0.0, 1.0)):
         model: Any = get_peft_model(load_model(base), LoraConfig(r=2, target_modules=["o_proj"], bias="all"))
         with torch.no_grad():
-            model.get_base_model().model.layers[1].self_attn.k_proj.bias += learnt
+            model.get_base_model().model.layers[1].self_attn.k_proj.bias += trained
         model.save_pretrained(tmp_path / str(number))
     bare = load_model(base)
     resident = AdapterPool(load_model(base))
-    resident.load("learnt none", tmp_path / "0")
+    resident.load("trained none", tmp_path / "0")
     assert same(state_of(resident.release()), state_of(bare))
     with pytest.raises(BadModel, match="changes the base itself") as caught:
-        resident.load("learnt", tmp_path / "1")
+        resident.load("trained", tmp_path / "1")
     assert caught.value.examples == (
         "base_model.model.model.layers.1.self_attn.k_proj.bias: not the weights of this base",
     )
     assert same(state_of(resident.release()), state_of(bare))
 
 
-def test_a_base_that_had_a_learnt_prompt_counts_positions_as_it_did(
+def test_a_base_that_had_a_trained_prompt_counts_positions_as_it_did(
     pico_base: Path, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     """Also after many swaps, and after an adapter that did not fit."""
@@ -376,7 +376,7 @@ def test_a_base_that_had_a_learnt_prompt_counts_positions_as_it_did(
     assert torch.equal(resident.release()(ids, attention_mask=padded).logits, bare)
 
 
-def test_with_a_learnt_prompt_tokens_may_be_given_by_place(pico_base: Path, tmp_path: Path) -> None:
+def test_with_a_trained_prompt_tokens_may_be_given_by_place(pico_base: Path, tmp_path: Path) -> None:
     from peft import PromptTuningConfig, get_peft_model
 
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)

@@ -103,7 +103,7 @@ def test_the_shape_of_a_base_that_is_trained_further_is_that_of_the_model_it_beg
 ) -> None:
     of = {"kind": "local", "path": str(pico_base), "sha256": "0" * 64, "template": "own"}
     kept = {key: value for key, value in pretrain_params().model_dump().items() if key in ContinueBase.model_fields}
-    nothing = {"tokens": [], "learnt": 0, "begin_as": "pieces"}
+    nothing = {"tokens": [], "merges": 0, "begin_as": "pieces"}
     base = {**kept, "kind": "continue", "of": of, "growth": nothing, "adapter": {"name": "full"}}
     direct = estimates(workspace, None, "reft")["methods"]["reft"]["dtypes"]["float32"]["total"]
     changed(workspace, "", "base", base)

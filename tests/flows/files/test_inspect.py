@@ -55,14 +55,16 @@ def test_inspect_says_what_a_run_would_make_of_a_file(tmp_path: Path) -> None:
     done = command(tmp_path, "inspect", path.name, "--json")
     found = json.loads(done.stdout)
     assert done.returncode == 0, done.stderr
-    assert {key: found[key] for key in ("format", "rows", "kinds", "rejected", "repaired", "duplicates", "leaks")} == {
+    assert {
+        key: found[key] for key in ("format", "rows", "kinds", "rejected", "repaired", "duplicates", "contamination")
+    } == {
         "format": "conversations",
         "rows": 5,
         "kinds": {"chat": 4},
         "rejected": 2,
         "repaired": 1,
         "duplicates": 1,
-        "leaks": 0,
+        "contamination": 0,
     }
     assert '"messages" holds no turns' in found["reasons"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["some chats.jsonl"]  # nothing was written
@@ -88,7 +90,7 @@ def test_a_file_without_rows_is_refused_in_one_block(tmp_path: Path) -> None:
         inspect.inspect(tmp_path, [])
 
 
-def test_render_shows_what_is_learnt(tmp_path: Path) -> None:
+def test_render_shows_what_is_trained(tmp_path: Path) -> None:
     dog = {"messages": [{"role": "user", "content": "狗?"}, {"role": "assistant", "content": "狗。"}]}
     path = write(tmp_path / "a.jsonl", CHAT, dog)
     done = command(tmp_path, "render", path.name, "--tokenizer", str(ROOT / "models" / "tiny"), "--show", "2")

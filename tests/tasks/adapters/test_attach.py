@@ -173,7 +173,7 @@ def generated(model: Any, prompts: list[list[int]]) -> torch.Tensor:
     return torch.stack(out.logits)
 
 
-def test_a_learnt_prompt_begins_as_the_embeddings_of_its_text(pico_base: Path) -> None:
+def test_a_trained_prompt_begins_as_the_embeddings_of_its_text(pico_base: Path) -> None:
     tokenizer = load_tokenizer(pico_base)
     ids = tokenizer("Answer in one word.", add_special_tokens=False)["input_ids"]
     model = init_adapter(pico_base, ADAPTERS["prompt of a text"])
@@ -189,7 +189,7 @@ def test_a_range_of_layers_is_the_list_of_them(pico_base: Path) -> None:
     assert by_range == by_list
 
 
-def test_without_bias_the_learnt_map_is_linear(pico_base: Path) -> None:
+def test_without_bias_the_trained_map_is_linear(pico_base: Path) -> None:
     names = published_state(init_adapter(pico_base, ReftAdapter.model_validate({**LOREFT, "bias": False}))).keys()
     assert names
     assert not [name for name in names if "bias" in name]

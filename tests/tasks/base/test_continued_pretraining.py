@@ -28,8 +28,8 @@ from tests.tasks.base.test_pretraining import Killed, chats, clean, kill_after, 
 
 FULL = {"name": "full"}
 LORA = {"name": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": "all-linear"}
-NOTHING = {"tokens": [], "learnt": 0, "begin_as": "pieces"}
-GROWTH = {"tokens": ["birds", "mat"], "learnt": 5, "begin_as": "pieces"}
+NOTHING = {"tokens": [], "merges": 0, "begin_as": "pieces"}
+GROWTH = {"tokens": ["birds", "mat"], "merges": 5, "begin_as": "pieces"}
 
 
 def pin(folder: Path) -> str:
@@ -77,8 +77,8 @@ def test_a_model_that_is_trained_further_predicts_held_out_rows_better(
 ) -> None:
     chosen = params(base, corpus, adapter=adapter, growth=growth)
     said = made(tmp_path / "out", chosen)
-    learnt = 0.9 if adapter is FULL or growth is GROWTH else 0.99  # embeddings of random numbers stay with LoRA
-    assert said["held_out"]["bits_per_byte"] < learnt * said["held_out_before"]["bits_per_byte"]
+    trained = 0.9 if adapter is FULL or growth is GROWTH else 0.99  # embeddings of random numbers stay with LoRA
+    assert said["held_out"]["bits_per_byte"] < trained * said["held_out_before"]["bits_per_byte"]
     model = check_loads(tmp_path / "out", "here", chats=True)
     before = load_model(base, full_precision=True)
     tokenizer = read_tokenizer(tmp_path / "out")
@@ -116,7 +116,7 @@ def test_lora_moves_new_rows_and_layers_and_nothing_else(tmp_path: Path, base: P
     continued_pretraining.grow(
         grown,
         params(base, corpus, growth=GROWTH).growth,
-        [read_corpus(params(base, corpus)).learnt[i] for i in order(corpus, base)],
+        [read_corpus(params(base, corpus)).train[i] for i in order(corpus, base)],
     )
     begun = load_model(grown, full_precision=True).state_dict()
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -125,7 +125,7 @@ def test_lora_moves_new_rows_and_layers_and_nothing_else(tmp_path: Path, base: P
 
 def order(corpus: str, base: Path) -> list[int]:
     torch.manual_seed(1)
-    found: list[int] = torch.randperm(len(read_corpus(params(base, corpus)).learnt)).tolist()
+    found: list[int] = torch.randperm(len(read_corpus(params(base, corpus)).train)).tolist()
     return found
 
 
@@ -187,7 +187,7 @@ def test_a_real_model_goes_on_with_real_stories_without_a_chat_template(tmp_path
     base = real_data / "stories260k" / "hf"
     source = file_source(real_data / "tinystories_2mib" / "tinystories_sample.txt", format="text")
     path = clean(tmp_path / "clean", list(Reading("s", source).records())[:120])
-    sizes: dict[str, Any] = {"context_tokens": 128, "batch_tokens": 1024, "growth": {**NOTHING, "learnt": 10}}
+    sizes: dict[str, Any] = {"context_tokens": 128, "batch_tokens": 1024, "growth": {**NOTHING, "merges": 10}}
     trained = made(tmp_path / "trained", params(base, path, learning_rate=1.0e-3, tokens=1024 * 10, **sizes))
     untrained = made(tmp_path / "untrained", params(base, path, learning_rate=1.0e-9, tokens=1024, **sizes))
     before, after = trained["held_out_before"], trained["held_out"]
@@ -212,7 +212,7 @@ def test_where_there_are_chats_a_template_is_needed_before_the_training(tmp_path
     check_loads(tmp_path / "two", "here", chats=True)
 
 
-def test_chats_are_learnt_in_the_form_of_the_template(tmp_path: Path, pico_base: Path) -> None:
+def test_chats_are_trained_in_the_form_of_the_template(tmp_path: Path, pico_base: Path) -> None:
     rows = [
         ChatExample(id=str(n), source="s", messages=(Message("user", f"say {n}"), Message("assistant", "the same")))
         for n in range(200)

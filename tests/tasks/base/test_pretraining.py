@@ -1,4 +1,4 @@
-"""Pretraining on a real corpus: what is learnt, what is held out, what is said of it, and where it goes on from."""
+"""Pretraining on a real corpus: what is trained, what is held out, what is said of it, and where it goes on from."""
 
 from __future__ import annotations
 
@@ -85,10 +85,10 @@ def test_a_corpus_is_split_as_render_splits_and_keeps_at_most_so_many_rows(tmp_p
     corpus = read_corpus(pretrain_params(path=path, held_out_rows=7))
     assert len(corpus.held_out) == 7
     assert all(held_out(row.split_group(), 0.1) for row in corpus.held_out)
-    assert not any(held_out(row.split_group(), 0.1) for row in corpus.learnt)
+    assert not any(held_out(row.split_group(), 0.1) for row in corpus.train)
     only = read_corpus(pretrain_params(path=path, rows=["chat"], held_out=0.0))
-    assert (len(only.learnt), len(only.held_out)) == (100, 0)
-    assert {type(row) for row in only.learnt} == {ChatExample}
+    assert (len(only.train), len(only.held_out)) == (100, 0)
+    assert {type(row) for row in only.train} == {ChatExample}
 
 
 def test_what_is_said_of_held_out_rows_is_so(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_without_held_out_rows_nothing_is_said_of_them(tmp_path: Path) -> None:
     assert "held-out" not in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_kinds_that_are_not_asked_for_are_not_learnt(tmp_path: Path) -> None:
+def test_kinds_that_are_not_asked_for_are_not_trained(tmp_path: Path) -> None:
     with_chats = clean(tmp_path / "with", [*texts(100), *chats(100)])
     made(tmp_path / "one", with_chats, rows=["text"])
     made(tmp_path / "two", clean(tmp_path / "without", texts(100)), rows=["text", "chat"])
@@ -204,7 +204,7 @@ def test_documents_of_an_existing_model_are_what_its_tokenizer_makes_of_them(rea
     assert llama.decode(ids[1:-1]) == "Once upon a time"
     chat = chats(1)[0]
     assert isinstance(chat, ChatExample)
-    with pytest.raises(BadModel, match="no chat template, and chats are to be learnt"):
+    with pytest.raises(BadModel, match="no chat template, and chats are to be trained on"):
         list(own_token_ids(llama, [row, chat]))
     pico = load_tokenizer(pico_base)
     talk, text = own_token_ids(pico, [chat, row])

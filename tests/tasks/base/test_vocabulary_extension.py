@@ -29,11 +29,11 @@ def corpus(count: int = 300) -> list[Any]:
     return list(generate(Recipe("s", "text", count, 5), read_lexicon(ROOT / "data" / "lexicon.yaml")))
 
 
-def growth(tokens: list[str] | None = None, learnt: int = 0, begin_as: str = "pieces") -> Growth:
-    return Growth.model_validate({"tokens": tokens or [], "learnt": learnt, "begin_as": begin_as})
+def growth(tokens: list[str] | None = None, merges: int = 0, begin_as: str = "pieces") -> Growth:
+    return Growth.model_validate({"tokens": tokens or [], "merges": merges, "begin_as": begin_as})
 
 
-# --- what is learnt ---------------------------------------------------------------------------------------------------
+# --- what is learned --------------------------------------------------------------------------------------------------
 
 
 def test_learning_on_gives_what_learning_in_one_go_gives(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_added_tokens_keep_their_ids_when_the_encoding_grows(pico_base: Path, tm
     shutil.copytree(pico_base, folder)
     give_template(folder, ROOT / "data" / "templates" / "gemma.jinja")
     before = read_tokenizer(folder)
-    new = grow(folder, growth(["hydrochloride"], learnt=5), corpus())
+    new = grow(folder, growth(["hydrochloride"], merges=5), corpus())
     after = read_tokenizer(folder)
     assert all(after.get_vocab()[token] == number for token, number in before.get_vocab().items())
     assert sorted(new) == list(range(len(before), len(before) + 6))
@@ -132,7 +132,7 @@ def test_old_logits_stay_and_new_ones_are_means(base: Path, begin_as: str) -> No
     ids = torch.arange(60).reshape(3, 20)
     then = before(ids).logits
     given = [" photosynthesis", "kilogram"]
-    new = grow(base, growth(given, learnt=6, begin_as=begin_as), corpus())
+    new = grow(base, growth(given, merges=6, begin_as=begin_as), corpus())
     grown = read_tokenizer(base)
     if begin_as == "all":
         assert not any(new.values())
@@ -180,11 +180,11 @@ def test_no_growth_changes_no_file(pico_base: Path, tmp_path: Path) -> None:
         assert (tmp_path / "base" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_chats_are_learnt_from_too(pico_base: Path, tmp_path: Path) -> None:
+def test_chats_are_trained_from_too(pico_base: Path, tmp_path: Path) -> None:
     shutil.copytree(pico_base, tmp_path / "base")
     rows = list(generate(Recipe("s", "chat", 200, 5), read_lexicon(ROOT / "data" / "lexicon.yaml")))
     documents = [row for row in rows if isinstance(row, ChatExample)]
-    new = grow(tmp_path / "base", growth(learnt=3), documents)
+    new = grow(tmp_path / "base", growth(merges=3), documents)
     tokenizer = read_tokenizer(tmp_path / "base")
     said = " ".join(message.content for row in documents for message in row.messages)
     assert set(new) <= set(tokenizer(said)["input_ids"])

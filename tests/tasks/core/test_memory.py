@@ -149,7 +149,7 @@ def test_computed_again_they_give_the_same_gradients_to_the_bit_in_less_memory(
     pico_base: Path, adapter: dict[str, Any], objective: dict[str, Any]
 ) -> None:
     params = method(adapter, objective, batch_size=8)
-    learnt = examples("qlora" if objective is SFT else "orpo", 8)
+    trained = examples("qlora" if objective is SFT else "orpo", 8)
     found = []
     for recomputing in (False, True):
         seed_everything(1)
@@ -161,8 +161,8 @@ def test_computed_again_they_give_the_same_gradients_to_the_bit_in_less_memory(
                 if parameter.requires_grad:
                     parameter += 0.02
         seed_everything(2)
-        loss, _ = loss_of(model, learnt, params)
-        kept = kept_bytes(lambda model=model: loss_of(model, learnt, params)[0])
+        loss, _ = loss_of(model, trained, params)
+        kept = kept_bytes(lambda model=model: loss_of(model, trained, params)[0])
         loss.backward()
         found.append(([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)], kept))
     (plain, plainly_kept), (again, kept) = found
@@ -195,15 +195,15 @@ def test_so_it_is_done_where_a_training_would_not_fit_by_its_estimate(
 ) -> None:
     from tasks.train.estimate import estimate
 
-    params, learnt = method(LORA, SFT, fit_memory=True), examples("lora", 8)
+    params, trained = method(LORA, SFT, fit_memory=True), examples("lora", 8)
     config = read_model_config(pico_base)
-    needed = estimate.estimate(config, params, learnt, compute_dtype(), torch.device("cpu")).memory.total
+    needed = estimate.estimate(config, params, trained, compute_dtype(), torch.device("cpu")).memory.total
     machine = estimate.Machine("cpu", int(room_share * needed), 0)
     monkeypatch.setattr(estimate, "this_machine", lambda device: machine)
-    assert estimate.must_recompute(config, params, learnt) == recomputed
+    assert estimate.must_recompute(config, params, trained) == recomputed
     assert ("activations are computed again" in capsys.readouterr().out) == recomputed
     prefix = method({"name": "prefix", "tokens": 3, "hidden_size": 8}, SFT, fit_memory=True)
-    assert not estimate.must_recompute(config, prefix, learnt)
+    assert not estimate.must_recompute(config, prefix, trained)
 
 
 def test_where_that_cannot_be_told_rows_are_all_that_gives_way(
@@ -246,7 +246,7 @@ def test_a_training_that_runs_out_of_memory_keeps_its_loss_curve(
     from tasks.train.losses import _LOSSES
 
     params = method(adapter, objective, batch_size=8, fit_memory=True, epochs=3)
-    learnt = examples("orpo" if objective is ORPO else "qlora", 16)
+    trained = examples("orpo" if objective is ORPO else "qlora", 16)
     real = _LOSSES[params.objective.name]
     passes: list[int] = []
 
@@ -264,7 +264,7 @@ def test_a_training_that_runs_out_of_memory_keeps_its_loss_curve(
         seed_everything(1)
         model = init_adapter(pico_base, params.adapter, 6).float()
         model.train()
-        log = train(model, learnt, params, tmp_path / folder, Progress("t", 1, "steps"))
+        log = train(model, trained, params, tmp_path / folder, Progress("t", 1, "steps"))
         return [row["loss"] for row in log]
 
     whole = curve("whole")

@@ -205,7 +205,7 @@ def test_guarded_suites_may_not_lose_more_than_their_margin() -> None:
     def version(number: str, right: int, seed: int) -> VersionRecord:
         items = [*results(shares(180)), *results(shares(right, seed=seed), "exam")]
         base = [*results(shares(20, seed=9)), *results(shares(100, seed=8), "exam")]
-        return evidence(number, items, base, leaked={HELD_OUT: 0.0, "exam": 0.0})
+        return evidence(number, items, base, contamination={HELD_OUT: 0.0, "exam": 0.0})
 
     champion, challenger = version("1", 150, 1), version("2", 110, 2)
     assert failed(challenger, champion) == []  # nobody guards it
@@ -229,9 +229,9 @@ def test_floors() -> None:
         ({"mean_kl": 0.02}, "merge", "mean KL 0.02, at most 0.01"),
         ({"templates": {}}, "template", "training, evaluation, model: missing, missing, missing"),
         ({"templates": {"training": "a", "evaluation": "a", "model": "b"}}, "template", "a, a, b"),
-        ({"leaked": {}}, "contamination", "not looked for"),
-        ({"leaked": {HELD_OUT: math.nan}}, "contamination", "not looked for"),
-        ({"leaked": {HELD_OUT: 0.01}}, "contamination", "1.00% of its items stand in rows that were learnt"),
+        ({"contamination": {}}, "contamination", "not looked for"),
+        ({"contamination": {HELD_OUT: math.nan}}, "contamination", "not looked for"),
+        ({"contamination": {HELD_OUT: 0.01}}, "contamination", "1.00% of its items stand in the training rows"),
         ({"broken": "model.safetensors was changed"}, "files", "was changed"),
         ({"base": {}}, "against base", "no items in common with base"),
         ({"suites": {}}, "against base", "no items in common with base"),

@@ -186,7 +186,7 @@ def test_preferences_are_refused() -> None:
     assert kind_of_rows(method(LORA, SFT).objective, ENCODER_DECODER) == "pair"
     assert kind_of_rows(method(LORA, SFT).objective, DECODER) == "chat"
     assert kind_of_rows(method(LORA, ORPO).objective, DECODER) == "preference"
-    with pytest.raises(BadParams, match="preferences are learnt by decoders only") as refused:
+    with pytest.raises(BadParams, match="preferences are for decoders only") as refused:
         kind_of_rows(method(LORA, ORPO).objective, ENCODER_DECODER)
     assert refused.value.got == "orpo on an encoder-decoder base"
 
@@ -222,15 +222,15 @@ def test_a_row_has_the_same_scores_alone_and_in_a_batch(bases: dict[str, Path], 
     assert together.row.tolist() == [n for n, row in enumerate(rows) for _ in row.target_ids]
 
 
-@pytest.mark.parametrize("learnt", ["PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig"])
-def test_learnt_prompts_are_scored_and_answered_as_peft_does(
-    bases: dict[str, Path], unigram: PreTrainedTokenizerBase, rows: list[PairRow], learnt: str
+@pytest.mark.parametrize("trained", ["PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig"])
+def test_soft_prompts_are_scored_and_answered_as_peft_does(
+    bases: dict[str, Path], unigram: PreTrainedTokenizerBase, rows: list[PairRow], trained: str
 ) -> None:
     """Which put vectors before the encoder's input, the decoder's, or both's keys and values."""
     import peft
 
     torch.manual_seed(0)
-    config = getattr(peft, learnt)(task_type=ENCODER_DECODER.task_type, num_virtual_tokens=3)
+    config = getattr(peft, trained)(task_type=ENCODER_DECODER.task_type, num_virtual_tokens=3)
     model: Any = peft.get_peft_model(model_of("mt5", bases), config).eval()
     labels = torch.nn.utils.rnn.pad_sequence([torch.tensor(r.target_ids) for r in rows], True, -100)
     inputs = torch.nn.utils.rnn.pad_sequence([torch.tensor(r.input_ids) for r in rows], True, 0)
@@ -446,9 +446,9 @@ def test_pairs_are_shown_as_tokens(bases: dict[str, Path], tmp_path: Path) -> No
     (tmp_path / "rows.jsonl").write_text('{"input": "what a lovely morning", "target": "no complaint"}\n')
     shown, counts, refused = render(tmp_path / "rows.jsonl", bases["mt5"], 2)
     assert [row.place.rpartition(" ")[2] for row in shown] == ["input", "target"]
-    assert [{learnt for _, learnt in row.tokens} for row in shown] == [{False}, {True}]
+    assert [{trained for _, trained in row.tokens} for row in shown] == [{False}, {True}]
     assert counts["rows"] == 1
-    assert counts["learnt"] == len(shown[1].tokens)
+    assert counts["target_tokens"] == len(shown[1].tokens)
     assert not refused
     tokenizer = load_tokenizer(bases["mt5"])
     assert decode(tokenizer, tokenizer("no complaint")["input_ids"]) == "no complaint"

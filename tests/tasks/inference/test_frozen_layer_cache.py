@@ -31,7 +31,7 @@ def model_of(kind: str, **changes: Any) -> Any:
     return with_reft(without_dropout(kind), **changes).train()
 
 
-def learnt(model: Any, below: FrozenLayerCache | None, times: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def trained(model: Any, below: FrozenLayerCache | None, times: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Log-probabilities and gradients of the last of several passes."""
     for _ in range(times):
         model.zero_grad()
@@ -42,10 +42,10 @@ def learnt(model: Any, below: FrozenLayerCache | None, times: int) -> tuple[torc
 
 def check_same(model: Any, below: FrozenLayerCache) -> None:
     """Values and gradients with what is kept are those without."""
-    expected, gradients = learnt(model, None, 1)
+    expected, gradients = trained(model, None, 1)
     assert gradients
     for times in (1, 2):  # while it is filled, and afterwards
-        found, again = learnt(model, below, times)
+        found, again = trained(model, below, times)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         assert again.keys() == gradients.keys()
         for name, gradient in gradients.items():
@@ -135,12 +135,12 @@ def test_a_row_gives_the_same_bits_whenever_and_beside_whatever_it_comes() -> No
 def test_fewer_layers_run_and_fewer_tokens() -> None:
     model = model_of("llama", positions="last", layers=[1])
     below = FrozenLayerCache.of(model, SHAPES, 1 << 20)
-    learnt(model, below, 1)
+    trained(model, below, 1)
     seen: list[tuple[int, ...]] = []
     layers = model.get_base_model().model.layers
     for layer in layers:
         layer.mlp.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
-    learnt(model, below, 1)
+    trained(model, below, 1)
     assert seen == [(3, 4, 16)]  # the layer above the edit, on the last prompt token and three of a reply at most
 
 

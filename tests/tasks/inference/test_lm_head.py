@@ -55,7 +55,7 @@ def model_of(family: str) -> Any:
 
 
 def hidden_and_logits(model: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Of seven tokens of a row, and what could be learnt there."""
+    """Of seven tokens of a row, and what could be trained there."""
     ids = torch.arange(5, 12)[None]
     with torch.no_grad():
         hidden = model.get_decoder()(input_ids=ids).last_hidden_state[0]

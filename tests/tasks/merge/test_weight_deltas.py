@@ -223,8 +223,8 @@ def test_a_vocabulary_that_grew_is_merged(tmp_path: Path, tied: bool) -> None:
     model = llama(tie_word_embeddings=tied)
     base = saved(model, tmp_path / "base")
     model.resize_token_embeddings(70, mean_resizing=False)
-    learnt = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
-    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=learnt, ensure_weight_tying=tied)
+    trained = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=trained, ensure_weight_tying=tied)
     tuned = perturbed(get_peft_model(model, config))
     adapter = saved(tuned, tmp_path / "adapter")
     got = merged(base, adapter, tmp_path / "out")

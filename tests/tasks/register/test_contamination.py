@@ -1,4 +1,4 @@
-"""Evaluation items that stand in the rows that were learnt are found, and no others."""
+"""Evaluation items that stand in the rows that were trained are found, and no others."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def test_the_report_counts_tokens() -> None:
         "p90": 7,
         "p99": 7,
         "longest": 7,
-        "learnt_tokens": 5,
+        "target_tokens": 5,
     }
 
 

@@ -196,7 +196,7 @@ def test_the_guarantees_hold_for_real_templates(real_data: Path, pico_base: Path
             render_chat(real, CHAT)
         return
     ids, mask, prompt_tokens = render_chat(real, CHAT, loss_on=loss_on)
-    scored = [token for token, learnt in zip(ids, mask, strict=True) if learnt]
+    scored = [token for token, trained in zip(ids, mask, strict=True) if trained]
     assert scored.count(real.eos_token_id) == (2 if loss_on == "all" else 1)  # the stop token is in the loss
     assert ids[-1] == real.eos_token_id  # and nothing comes after it, no second one either
     assert ids.count(real.bos_token_id) <= 1 if real.bos_token_id is not None else True
@@ -213,7 +213,7 @@ def test_a_template_that_drops_the_system_turn_is_noticed(real_data: Path, pico_
         render_chat(real, [Message("system", "Be brief."), *CHAT])
 
 
-def test_turns_of_weight_0_are_not_learnt(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_turns_of_weight_0_are_not_trained(tokenizer: PreTrainedTokenizerBase) -> None:
     ids, mask, _ = render_chat(tokenizer, [CHAT[0], CHAT[1]._replace(learn=False), *CHAT[2:]])
     assert tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m]) == "dog<|im_end|>"
     with pytest.raises(BadData, match="weight 0"):
@@ -283,7 +283,7 @@ NOT_RENDERED = {
 
 @pytest.mark.parametrize("path", MARKED, ids=lambda path: path.stem)
 def test_masks_agree_with_the_marks_of_trls_training_templates(path: Path, pico_base: Path) -> None:
-    """Token by token the same text; what is learnt is learnt there too.
+    """Token by token the same text; what is trained is trained there too.
 
     Besides, they learn only white space after stop tokens and what serving's prompt already holds.
     """
@@ -304,7 +304,7 @@ def test_masks_agree_with_the_marks_of_trls_training_templates(path: Path, pico_
     theirs: Any = real.apply_chat_template(plain, return_dict=True, return_assistant_tokens_mask=True)
     assert theirs["input_ids"][: len(ids)] == ids
     marks = [bool(mark) for mark in theirs["assistant_masks"][: len(ids)]]
-    assert all(theirs_too for learnt, theirs_too in zip(mask, marks, strict=True) if learnt)
+    assert all(theirs_too for trained, theirs_too in zip(mask, marks, strict=True) if trained)
     for stop in [place for place, token in enumerate(ids) if token == real.eos_token_id and mask[place]]:
         assert marks[stop]
     besides = [place for place in range(len(ids)) if marks[place] and not mask[place]]
@@ -322,11 +322,11 @@ def test_the_loss_is_where_a_template_marks_it(pico_base: Path) -> None:
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     ids, mask, _ = render_chat(real, CHAT)
-    learnt = [m.content for m in CHAT if m.role == "assistant"]
+    trained = [m.content for m in CHAT if m.role == "assistant"]
     assert real.decode([token for token, on in zip(ids, mask, strict=True) if on]) == "".join(
-        f"{text}<|im_end|>" for text in learnt
+        f"{text}<|im_end|>" for text in trained
     )
-    assert real.decode(ids).count("assistant\nthought. ") == len(learnt)
+    assert real.decode(ids).count("assistant\nthought. ") == len(trained)
     assert sum(render_chat(real, CHAT, loss_on="last").mask) == sum(mask[len(mask) - mask[::-1].index(False) :])
     real.chat_template = real.chat_template.replace(
         "<|im_end|>\n{% endgeneration %}", "{% endgeneration %}<|im_end|>\n"

@@ -115,8 +115,8 @@ def test_smoothed_targets_are_those_of_pytorch_and_transformers(model: Any) -> N
     loss, logged = loss_of(model, [(each,) for each in rows], method(LORA, {**SFT, "label_smoothing": 0.2}))
     longest = max(each.tokens for each in rows)
     ids = torch.tensor([[*each.ids, *[0] * (longest - each.tokens)] for each in rows])
-    learnt = torch.tensor([[*each.mask, *[False] * (longest - each.tokens)] for each in rows])
-    labels = ids.masked_fill(~learnt, -100)
+    trained = torch.tensor([[*each.mask, *[False] * (longest - each.tokens)] for each in rows])
+    labels = ids.masked_fill(~trained, -100)
     logits = model(input_ids=ids, attention_mask=(ids > 0).long()).logits
     pytorchs = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=0.2)
     theirs: Any = LabelSmoother(epsilon=0.2)({"logits": logits}, labels.clone(), shift_labels=True)

@@ -295,7 +295,7 @@ def test_kto_needs_labelled_replies_and_both_labels(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("objective", [DPO, SIMPO, KTO])
 def test_preferences_are_not_for_encoder_decoders(tmp_path: Path, objective: dict[str, Any]) -> None:
-    with pytest.raises(BadParams, match="preferences are learnt by decoders only"):
+    with pytest.raises(BadParams, match="preferences are for decoders only"):
         read_examples(tmp_path, "train", method(LORA, objective).objective, ENCODER_DECODER)
 
 
@@ -308,7 +308,7 @@ def test_preferences_are_not_for_encoder_decoders(tmp_path: Path, objective: dic
     ],
     ids=["kto", "dpo", "simpo"],
 )
-def test_real_preferences_are_learnt(
+def test_real_preferences_are_trained(
     pico_base: Path,
     real_data: Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -316,7 +316,7 @@ def test_real_preferences_are_learnt(
     file: str,
     objective: dict[str, Any],
 ) -> None:
-    """From the file to rewards that tell the replies apart which were learnt from."""
+    """From the file to rewards that tell the replies apart which were trained from."""
     records = Reading("s", file_source(real_data / "llama_factory" / file, take={"first": 40})).records()
     rendered, _ = render_rows(records, tokenizer, RENDER.model_copy(update={"max_tokens": 4096, "too_long": "drop"}))
     params = method(LORA, objective, epochs=4, batch_size=8, learning_rate=0.02)

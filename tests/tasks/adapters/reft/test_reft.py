@@ -137,8 +137,8 @@ def test_gradients_agree_with_finite_differences(kind: str) -> None:
 def by_hand(valid: list[bool], labels: list[int], positions: str) -> set[int]:
     """The columns of one row's prompt that are edited, by pyreft's rule, in plain Python."""
     start = valid.index(True)
-    learnt = [n for n, label in enumerate(labels) if label != -100 and valid[n]]
-    end = learnt[0] if learnt else len(valid) - valid[::-1].index(True)
+    trained = [n for n, label in enumerate(labels) if label != -100 and valid[n]]
+    end = trained[0] if trained else len(valid) - valid[::-1].index(True)
     prompt, spans = list(range(start, end)), parse_positions(positions)
     if spans.all:
         return set(prompt)

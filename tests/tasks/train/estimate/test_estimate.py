@@ -56,8 +56,8 @@ def test_the_largest_step_of_an_epoch_counts_and_time_is_of_the_mean_one() -> No
     assert mixed.step.flops == pytest.approx(alone.step.flops * (40 + 10 + 10 + 10) / 4 / 40)
 
 
-def test_learnt_tokens_can_make_a_step_the_largest() -> None:
-    """Logits are made of learnt tokens alone: with many words, a shorter batch that learns everything needs more."""
+def test_trained_tokens_can_make_a_step_the_largest() -> None:
+    """Logits are made of trained tokens alone: with many words, a shorter batch that learns everything needs more."""
     config = LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, vocab_size=50_000
     )
@@ -80,7 +80,7 @@ def test_what_reft_keeps_from_epoch_to_epoch_counts() -> None:
 
 
 @pytest.mark.parametrize("adapter", [*LEARNT_PROMPTS.values(), LORA_8_BIT], ids=[*LEARNT_PROMPTS, "lora8bit"])
-def test_learnt_prompts_and_8_bit_bases_are_rehearsed_on_both_kinds_of_model(adapter: dict[str, Any]) -> None:
+def test_soft_prompts_and_8_bit_bases_are_rehearsed_on_both_kinds_of_model(adapter: dict[str, Any]) -> None:
     t5 = T5Config(d_model=64, d_kv=32, d_ff=128, num_layers=2, num_heads=2, vocab_size=1000)
     t5.decoder_start_token_id = 0
     params = method(adapter, SFT)
