@@ -180,21 +180,21 @@ def quality() -> None:
     """KL to the adapter model of merges of a QLoRA adapter: PEFT's in 4 bits, onto both bases, and the one taken."""
     from peft import PeftModel
 
-    from flows.files.merge import PROBES
+    from flows.files.merge import PROBE_TEXTS
     from tasks.adapters.attach import load_adapted
     from tasks.adapters.params import QloraAdapter
     from tasks.merge.stage import kl_divergence, merge_closest
-    from tasks.orchestration.params import load
+    from tasks.orchestration.params import load_params
     from tasks.tokenization.tokenizer import read_tokenizer
 
     base, trained = ROOT / "data" / "base", ROOT / "data" / "adapters" / "qlora"
     if not (trained / "adapter_config.json").is_file():
         raise SystemExit("run `temper run` first: it trains the adapter that is merged here")
-    adapter = load(ROOT / "params.yaml").train["qlora"].adapter
+    adapter = load_params(ROOT / "params.yaml").train["qlora"].adapter
     if not isinstance(adapter, QloraAdapter):
         raise SystemExit("the method qlora of params.yaml has another adapter")
     tokenizer = read_tokenizer(base)
-    probes = [{"input_ids": list(tokenizer(text)["input_ids"])} for text in PROBES]
+    probes = [{"input_ids": list(tokenizer(text)["input_ids"])} for text in PROBE_TEXTS]
     model = load_adapted(base, trained, adapter)
     again = load_adapted(base, trained, adapter)
     assert isinstance(again, PeftModel)

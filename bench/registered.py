@@ -24,12 +24,12 @@ def made(folder: Path, base: Path, right: int, *, of: int = 200, method: str = "
     from tasks.core.layout import EQUIVALENCE, EXAMPLES, METRICS
     from tasks.core.parquet import write_rows
     from tasks.models.loader import model_files
-    from tasks.orchestration.params import load
+    from tasks.orchestration.params import load_params
     from tasks.render.stage import rendered_schema
     from tasks.reports.items import HELD_OUT, Item, Summary, prompt_digest, suite_metrics, write_items
     from tasks.tokenization.chat_template import load_tokenizer, template_digest
 
-    params = load(ROOT / "recipes" / "quickstart.yaml")
+    params = load_params(ROOT / "recipes" / "quickstart.yaml")
     places = StagePaths(*(folder / name for name in StagePaths._fields))._replace(baseline=folder / "baseline.parquet")
     tokenizer = load_tokenizer(base)
     template, ids = template_digest(tokenizer), list(tokenizer("What is trained?")["input_ids"])
@@ -70,9 +70,9 @@ def made(folder: Path, base: Path, right: int, *, of: int = 200, method: str = "
 
 def model_and_sources(workspace: Path) -> tuple[str, dict[str, dict[str, str]]]:
     """Return the name that versions of a workspace get, and what their lineage tells of its sources."""
-    from tasks.orchestration.params import load
+    from tasks.orchestration.params import load_params
 
-    params = load(workspace / "params.yaml")
+    params = load_params(workspace / "params.yaml")
     facts = {"kind", "use", "licence"}
     return params.register_.model, {n: s.model_dump(include=facts) for n, s in params.ingest.sources.items()}
 

@@ -30,14 +30,16 @@ SOURCES = {"preference": "llama_factory/dpo_en_demo.json", "chat": "stanford_alp
 def rows_of(kind: str, count: int) -> list[Any]:
     """Return `count` rows of one kind, repeated where the source has fewer."""
     from tasks.ingest.stage import Reading
-    from tasks.ingest.synthetic import Recipe, generate, read_lexicon
+    from tasks.ingest.synthetic import Recipe, generate_rows, read_lexicon
 
     path = REAL / SOURCES[kind]
     if path.is_file():
         found = [r for r in Reading("real", any_file(path)).records() if all(_texts(r))]
     else:
         print(f"no real data at {path}: generated rows instead")
-        found = list(generate(Recipe("made", kind, min(count, 5000), 1), read_lexicon(ROOT / "data" / "lexicon.yaml")))
+        found = list(
+            generate_rows(Recipe("made", kind, min(count, 5000), 1), read_lexicon(ROOT / "data" / "lexicon.yaml"))
+        )
     return list(islice(cycle(found), count))
 
 

@@ -27,12 +27,12 @@ def rows(count: int, *, generated: bool) -> Any:
     """Build a table of `count` chats, no two of them alike."""
     from tasks.core.parquet import as_table
     from tasks.ingest.stage import Reading
-    from tasks.ingest.synthetic import Recipe, generate, read_lexicon
+    from tasks.ingest.synthetic import Recipe, generate_rows, read_lexicon
 
     path = REAL / "stanford_alpaca" / "alpaca_5000.json"
     if generated or not path.is_file():
         return as_table(
-            "chat", generate(Recipe("made", "chat", count, 1), read_lexicon(ROOT / "data" / "lexicon.yaml"))
+            "chat", generate_rows(Recipe("made", "chat", count, 1), read_lexicon(ROOT / "data" / "lexicon.yaml"))
         )
     found: list[Any] = list(Reading("real", any_file(path)).records())
     return as_table("chat", (_marked(record, n) for n, record in enumerate(islice(cycle(found), count))))
@@ -48,14 +48,14 @@ def seconds(table: Any, *, near: bool) -> tuple[float, int]:
     """Judges, profiles and writes the rows as the stage does; returns the seconds and the rows that passed."""
     from tasks.core.parquet import record_schema, write_table
     from tasks.core.records import KINDS
-    from tasks.orchestration.params import load
+    from tasks.orchestration.params import load_params
     from tasks.validate.cross_row_checks import questions_of
     from tasks.validate.decide import apply_checks
     from tasks.validate.feature_cache import FeatureCache
     from tasks.validate.profile import measure, profile_page
-    from tasks.validate.stage import places_of, split
+    from tasks.validate.stage import partition, places_of
 
-    params = load(ROOT / "recipes" / "quickstart.yaml").validate_
+    params = load_params(ROOT / "recipes" / "quickstart.yaml").validate_
     if near:
         params = params.model_copy(update={"duplicates": params.duplicates.model_copy(update={"near": "drop"})})
     tables = {kind: record_schema(kind).empty_table() for kind in KINDS} | {"chat": table}
@@ -65,7 +65,7 @@ def seconds(table: Any, *, near: bool) -> tuple[float, int]:
         started = time.perf_counter()
         verdict = apply_checks(tables, {"exam": benchmark}, 0.1, params, folder / "docs", FeatureCache(None))
         profile_page(measure(verdict, params, {}, places_of(tables), []))
-        _, clean = split(tables, [*verdict.reasons, *(each.row for each in verdict.merged)])
+        _, clean = partition(tables, [*verdict.reasons, *(each.row for each in verdict.merged)])
         write_table(folder / "chat.parquet", clean["chat"])
         return time.perf_counter() - started, len(clean["chat"])
 

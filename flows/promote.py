@@ -16,7 +16,7 @@ from tasks.core import pipeline
 from tasks.core.errors import BadModel, BadParams, GateRefused
 from tasks.gate.checks import GateDecision, VersionRecord, decide
 from tasks.gate.params import Promote
-from tasks.orchestration.params import Params, load
+from tasks.orchestration.params import Params, load_params
 from tasks.registry import names as tag
 from tasks.registry.alias_log import Move, champions, move_champion, moves, settle_champion, withdrawn
 from tasks.registry.client import answering, connect
@@ -65,7 +65,7 @@ def promote(workspace: Path, version: str | None = None, reason: str = "") -> Pr
 
 
 def _promote(workspace: Path, version: str | None, reason: str) -> Promotion:
-    params = load(workspace / pipeline.PARAMS)
+    params = load_params(workspace / pipeline.PARAMS)
     client, model = connect(workspace), params.register_.model
     present = settle_champion(client, model)
     seen = moves(client, model)  # what is decided below is decided on this
@@ -119,7 +119,7 @@ def rollback(workspace: Path, to: str | None = None, reason: str = "") -> Promot
 
 
 def _rollback(workspace: Path, to: str | None, reason: str) -> Promotion:
-    client, model = connect(workspace), load(workspace / pipeline.PARAMS).register_.model
+    client, model = connect(workspace), load_params(workspace / pipeline.PARAMS).register_.model
     seen = moves(client, model)
     stack = champions(seen)
     if to is not None:

@@ -28,12 +28,12 @@ def main() -> None:
     """Serve MLflow for the workspace given as the first argument (else this clone) and photograph it."""
     from flows.comparison.page import write
     from tasks.core.stage import quiet_libraries
-    from tasks.orchestration.params import load
+    from tasks.orchestration.params import load_params
     from tasks.registry.client import EXPERIMENT, connect, tracking_uri
 
     quiet_libraries()
     workspace = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT).resolve()
-    model = load(workspace / "params.yaml").register_.model
+    model = load_params(workspace / "params.yaml").register_.model
     experiment = connect(workspace).get_experiment_by_name(EXPERIMENT)
     if experiment is None:
         sys.exit(f"{workspace} has run nothing yet: make run")

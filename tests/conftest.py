@@ -79,11 +79,11 @@ def pico_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     from tasks.base.pretraining import document, new_model, train_tokenizer
-    from tasks.ingest.synthetic import Recipe, generate, read_lexicon
+    from tasks.ingest.synthetic import Recipe, generate_rows, read_lexicon
     from tests.helpers.samples import pretrain_params
 
     lexicon = read_lexicon(ROOT / "data" / "lexicon.yaml")
-    texts = [document(r) for rows in ("text", "talk") for r in generate(Recipe("s", rows, 300, 1), lexicon)]  # type: ignore[arg-type]
+    texts = [document(r) for rows in ("text", "talk") for r in generate_rows(Recipe("s", rows, 300, 1), lexicon)]  # type: ignore[arg-type]
     params = pretrain_params(context_tokens=128)  # room for a whole chat of the quickstart
     tokenizer = train_tokenizer(texts, params.vocabulary)
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ from tasks.core import pipeline
 from tasks.core.errors import BadModel, BadParams
 from tasks.core.stage import quiet_libraries
 from tasks.inference.params import GREEDY, Generation
-from tasks.orchestration.params import load
+from tasks.orchestration.params import load_params
 from tasks.registry.client import connect
 from tasks.registry.names import CHAMPION
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
     from tasks.models.loader import Model
 
-REGISTERED = ("models:/", "runs:/")
+REGISTRY_SCHEMES = ("models:/", "runs:/")
 """What the address of a model in MLflow begins with; anything else is a folder."""
 
 
 def champion_uri(workspace: Path) -> str:
     """Return the address of the workspace's champion in the registry."""
-    return f"models:/{load(workspace / pipeline.PARAMS).register_.model}@{CHAMPION}"
+    return f"models:/{load_params(workspace / pipeline.PARAMS).register_.model}@{CHAMPION}"
 
 
 def ask(
@@ -37,7 +37,7 @@ def ask(
         BadParams: the registry has no such model, or only one that knows no options.
         BadModel: the folder is no model folder.
     """
-    if not model.startswith(REGISTERED):
+    if not model.startswith(REGISTRY_SCHEMES):
         return _ask_folder(Path(model), turns, max_tokens, generation)
     quiet_libraries()
     connect(workspace)

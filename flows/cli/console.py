@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from flows.cli.format import local_time, size, table
+from flows.cli.format import local_time, print_table, size
 
 if TYPE_CHECKING:
-    from flows.files.show_tokens import Shown
+    from flows.files.show_tokens import ShownRow
     from flows.retrain import RunReport
     from flows.run.doctor import Diagnosis
     from flows.run.schedule import Scheduled
@@ -30,7 +30,7 @@ def difference(text: str) -> None:
     typer.echo("")
 
 
-def params(found: Sequence[Resolved]) -> None:
+def print_params(found: Sequence[Resolved]) -> None:
     """Every param, its value and its origin."""
     rows = [(each.key, json.dumps(each.value, ensure_ascii=False), each.origin) for each in found]
     widths = [min(max(len(row[column]) for row in rows), 60) for column in (0, 1)]
@@ -43,7 +43,7 @@ def evaluation(found: Mapping[str, Any]) -> None:
     for suite, each in found["suites"].items():
         rows = [(task, about) for task, about in each["tasks"].items()]
         rows += [("all", each)] if len(rows) > 1 else []
-        table(
+        print_table(
             [
                 {
                     suite: name,
@@ -65,7 +65,7 @@ def inspection(found: Mapping[str, Any]) -> None:
     """Print what `temper inspect` found in a file or folder of rows."""
     files = [file for file in found["files"] if not file["error"]]
     if len(found["files"]) > 1:
-        table([{"file": file["path"], "format": file["format"], "rows": str(file["rows"])} for file in files])
+        print_table([{"file": file["path"], "format": file["format"], "rows": str(file["rows"])} for file in files])
         for file in found["files"]:
             if file["error"]:
                 typer.echo(f"no rows: {file['error']}")
@@ -82,7 +82,7 @@ def inspection(found: Mapping[str, Any]) -> None:
         typer.echo(f"  {'benchmark:':<12}{name}: {said}, in {leaks['rows']} rows")
 
 
-def rendering(rows: Sequence[Shown], counts: Mapping[str, int], refused: Mapping[str, int]) -> None:
+def rendering(rows: Sequence[ShownRow], counts: Mapping[str, int], refused: Mapping[str, int]) -> None:
     """Print rows as tokens: in colour where the terminal has it, else with brackets around target tokens."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for row in rows:
@@ -106,12 +106,11 @@ def summary(workspace: Path, report: RunReport) -> None:
     from flows.chat.ask import ask, champion_uri, sample
     from flows.cli.registry_console import promotion
     from flows.run import prefect_server
-    from flows.run.status import lock_changed, read_results
-    from flows.run.status import table as results_table
+    from flows.run.status import lock_changed, read_results, results_table
 
     promoted = report.promotion
     typer.echo("")
-    table(results_table(read_results(workspace)))
+    print_table(results_table(read_results(workspace)))
     if promoted:
         promotion(promoted)
     ran = [outcome for outcome in report.outcomes if outcome.state != "unchanged"]
@@ -125,7 +124,7 @@ def summary(workspace: Path, report: RunReport) -> None:
         typer.echo(f"  assistant: {ask(workspace, champion_uri(workspace), turns, 128)}")
     if ran:
         typer.echo("")
-        table(
+        print_table(
             [{"stage": outcome.stage, "state": outcome.state, "seconds": f"{outcome.seconds:.1f}"} for outcome in ran]
         )
     for name, where in {"comparison": report.comparison, **prefect_server.ui_commands(workspace)}.items():
@@ -134,14 +133,14 @@ def summary(workspace: Path, report: RunReport) -> None:
         typer.echo("to commit:  dvc.lock, in which DVC notes what was made of what: git commit params.yaml dvc.lock")
 
 
-def overview(found: Mapping[str, Any]) -> None:
+def print_overview(found: Mapping[str, Any]) -> None:
     """Print what `temper status` shows to people."""
     champion = found["champion"]
     typer.echo(f"model:    {found['model']}")
     typer.echo(f"champion: version {champion['version']} ({champion['method']})" if champion else "champion: none yet")
     typer.echo("")
     figures = ([("base", found["base"])] if found["base"] else []) + list(found["methods"].items())
-    table(
+    print_table(
         [
             {
                 "model": name,
@@ -152,7 +151,7 @@ def overview(found: Mapping[str, Any]) -> None:
             for name, each in figures
         ]
     )
-    table(
+    print_table(
         [
             {"stage": name, "state": each["state"], "seconds": f"{each['seconds']:.1f}"}
             for name, each in found["stages"].items()
@@ -171,7 +170,7 @@ def schedules(found: Sequence[Scheduled]) -> None:
     """Print what `temper schedule --list` shows."""
     if not found:
         typer.echo('no schedules; make one with: temper schedule --cron "0 3 * * *"')
-    table(
+    print_table(
         [
             {
                 "name": each.name,
@@ -188,7 +187,7 @@ def schedules(found: Sequence[Scheduled]) -> None:
 def examination(findings: Sequence[Diagnosis]) -> None:
     """Print what `temper doctor` found; exit with 1 when something is wrong."""
     marks = {True: "ok", False: "BAD", None: ""}
-    table([{"": marks[finding.good], "subject": finding.subject, "found": finding.found} for finding in findings])
+    print_table([{"": marks[finding.good], "subject": finding.subject, "found": finding.found} for finding in findings])
     if any(finding.good is False for finding in findings):
         raise typer.Exit(1)
 
@@ -200,7 +199,7 @@ def estimation(found: Mapping[str, Any]) -> None:
     free = f"{size(machine['free_bytes'])} free, of which Python itself takes {size(machine['process_bytes'])}"
     typer.echo(f"machine: {machine['device']}, trains in {machine['dtype']}, {free}\n")
     kinds = ("weights", "gradients", "optimizer", "activations", "logits", "total")
-    table(
+    print_table(
         [
             {
                 "method": name,

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from flows.cli import console
-from flows.run.locate import Workspace
+from flows.run.locate import WorkspaceOption
 from tasks.core.errors import BadParams
 
 app = typer.Typer()
@@ -85,7 +85,7 @@ def evaluate(
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Write examples.parquet and metrics.json into this folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    workspace: Workspace = None,
+    workspace: WorkspaceOption = None,
 ) -> None:
     """Ask any model the questions of a suite; tells every task's score with its interval.
 
@@ -182,7 +182,7 @@ def score(
     max_tokens: Annotated[int, typer.Option(min=1, help="A reply is at most so long.")] = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows in a forward pass.")] = 32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Also where the file to write exists.")] = False,
-    workspace: Workspace = None,
+    workspace: WorkspaceOption = None,
 ) -> None:
     """Answer every row of a Parquet file, greedily; where it has a column target, tell its log-probability."""
     from flows.files.batch_predict import score_file

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import typer
 
 
-def table(rows: Sequence[Mapping[str, str]]) -> None:
+def print_table(rows: Sequence[Mapping[str, str]]) -> None:
     """Print rows with the same keys as aligned columns."""
     if not rows:
         return

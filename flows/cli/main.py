@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from flows.cli import console, files, registry
-from flows.run.locate import Workspace, enter, ready, seen_from_here
+from flows.run.locate import WorkspaceOption, enter, ready, seen_from_here
 from tasks.core import pipeline
 from tasks.core.errors import BadParams, Interrupted, TemperError
 from tasks.core.stage import tell_of_storage
@@ -47,7 +47,7 @@ def run(
         ),
     ] = None,
     promote: Annotated[bool, typer.Option(help="Promote the best method at the end, if it passes the gate.")] = True,
-    workspace: Workspace = None,
+    workspace: WorkspaceOption = None,
 ) -> None:
     """Bring every stage up to date, then promote the best method.
 
@@ -76,7 +76,8 @@ def run(
 
 @app.command()
 def status(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False, workspace: Workspace = None
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    workspace: WorkspaceOption = None,
 ) -> None:
     """Show the champion, the figures of every method and the state of every stage."""
     from flows.run import prefect_server
@@ -85,14 +86,14 @@ def status(
     root = enter(workspace)
     prefect_server.prepare_servers(root, terminal=True)
     found = overview(root)
-    typer.echo(json.dumps(found, indent=2, ensure_ascii=False)) if as_json else console.overview(found)
+    typer.echo(json.dumps(found, indent=2, ensure_ascii=False)) if as_json else console.print_overview(found)
 
 
 @app.command()
 def init(
     source: Annotated[Path, typer.Option("--from", help="A file of rows of yours, or a folder of files.")],
     base: Annotated[Path | None, typer.Option(help="The model folder that is tuned; models/tiny without it.")] = None,
-    workspace: Workspace = None,
+    workspace: WorkspaceOption = None,
 ) -> None:
     """Write a first params.yaml for your own rows: their format, their lengths, and the methods that suit them."""
     from flows.run.init_params import init_params
@@ -111,7 +112,7 @@ def params(
         bool, typer.Option("--migrate", help="Rewrite a params.yaml of an older temper in the present words.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    workspace: Workspace = None,
+    workspace: WorkspaceOption = None,
 ) -> None:
     """Show every value of params.yaml and where it comes from: a line of the file, or a default."""
     from flows.run.show_params import migrate_params, resolved, write_schema
@@ -125,11 +126,11 @@ def params(
         found = {each.key: {"value": each.value, "origin": each.origin} for each in resolved(root)}
         typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
     else:
-        console.params(resolved(root))
+        console.print_params(resolved(root))
 
 
 @app.command()
-def page(workspace: Workspace = None) -> None:
+def page(workspace: WorkspaceOption = None) -> None:
     """Write the page that compares all models, from what was trained and evaluated so far, and print its path.
 
     A run ends with the same page, and logs it to MLflow. It is one HTML file that needs nothing beside it.
@@ -167,17 +168,17 @@ def chat(
         ),
     ] = None,
     any_base: Annotated[bool, typer.Option("--any-base", help="Also adapters that name another base.")] = False,
-    workspace: Workspace = None,
+    workspace: WorkspaceOption = None,
 ) -> None:
     """Ask the champion, or another model, or a base with one or several adapters; greedily, unless told otherwise."""
-    from flows.chat.ask import REGISTERED, ask, ask_adapters, champion_uri
+    from flows.chat.ask import REGISTRY_SCHEMES, ask, ask_adapters, champion_uri
     from tasks.inference.params import generation_of
 
     asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     asked |= {"repetition_penalty": repetition_penalty, "repetition_range": repetition_range}
     generation = generation_of(asked, "temper chat")
 
-    if model and not model.startswith(REGISTERED):
+    if model and not model.startswith(REGISTRY_SCHEMES):
         model = str(Path(model).resolve())  # seen from here, not from the workspace
     references = [seen_from_here(reference) for reference in adapter or []]
     root = ready(workspace)
@@ -199,7 +200,7 @@ def push(
     name: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub.")],
     private: Annotated[bool, typer.Option("--private", help="A new repository is for its owner alone.")] = False,
     message: Annotated[str, typer.Option(help="The message of the commit.")] = "Upload with temper",
-    workspace: Workspace = None,
+    workspace: WorkspaceOption = None,
 ) -> None:
     """Upload an adapter or a model folder to the Hugging Face hub, and print the commit that pins it.
 
@@ -224,7 +225,7 @@ def schedule(
     pause: Annotated[bool, typer.Option("--pause", help="Pause this workspace's schedule.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Resume it.")] = False,
     remove: Annotated[bool, typer.Option("--remove", help="Remove it.")] = False,
-    workspace: Workspace = None,
+    workspace: WorkspaceOption = None,
 ) -> None:
     """Run the factory on a schedule for as long as this command runs; or list, pause, resume or remove the schedule."""
     chosen = [bool(cron), bool(every), list_, pause, resume, remove]
@@ -252,7 +253,7 @@ def estimate(
     ] = None,
     method: Annotated[str | None, typer.Option(help="One method of params.yaml; without it, all.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    workspace: Workspace = None,
+    workspace: WorkspaceOption = None,
 ) -> None:
     """Tell what memory and time each method would need before anything is run, what fits here, and what would.
 
@@ -268,7 +269,7 @@ def estimate(
 
 
 @app.command()
-def doctor(workspace: Workspace = None) -> None:
+def doctor(workspace: WorkspaceOption = None) -> None:
     """Tell what is installed, what this machine can do, and which servers answer."""
     from flows.run.doctor import diagnose
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from flows.cli import registry_console as output
-from flows.run.locate import Workspace, ready
+from flows.run.locate import WorkspaceOption, ready
 from tasks.core.errors import GateRefused
 
 app = typer.Typer()
@@ -24,17 +24,17 @@ def promote(
     ] = None,
     reason: Reason = "",
     as_json: Json = False,
-    workspace: Workspace = None,
+    workspace: WorkspaceOption = None,
 ) -> None:
     """Make a version champion, if the gate lets it: better than the base, and not worse than the present champion."""
     root = ready(workspace)
     from flows.promote import promote as flow
     from flows.run.lock import held
     from tasks.core import pipeline
-    from tasks.orchestration.params import load
+    from tasks.orchestration.params import load_params
 
     # only a flow run can wait for somebody; without one, Prefect's server need not start
-    run = flow if load(root / pipeline.PARAMS).promote.approval == "human" else flow.fn
+    run = flow if load_params(root / pipeline.PARAMS).promote.approval == "human" else flow.fn
     with held(root, "temper promote"):
         done = run(root, version, reason)
     _told(output.promotion_numbers(done)) if as_json else output.promotion(done)
@@ -47,7 +47,7 @@ def rollback(
     to: Annotated[str | None, typer.Option(help="An earlier champion; without it, the one before the present.")] = None,
     reason: Reason = "",
     as_json: Json = False,
-    workspace: Workspace = None,
+    workspace: WorkspaceOption = None,
 ) -> None:
     """Make an earlier champion champion again; its files are checked first."""
     root = ready(workspace)
@@ -64,7 +64,7 @@ def approve(
     run: Annotated[str, typer.Argument(help="The flow run that waits; `temper promote` prints it.")],
     refuse: Annotated[bool, typer.Option("--refuse", help="Say no.")] = False,
     note: Annotated[str, typer.Option(help="Why, for the ledger.")] = "",
-    workspace: Workspace = None,
+    workspace: WorkspaceOption = None,
 ) -> None:
     """Say yes or no to a promotion that waits for it (promote.approval: human)."""
     ready(workspace)
@@ -75,7 +75,7 @@ def approve(
 
 
 @app.command()
-def history(as_json: Json = False, workspace: Workspace = None) -> None:
+def history(as_json: Json = False, workspace: WorkspaceOption = None) -> None:
     """Show every version, and every move of the champion alias: who, when, from where to where, and why."""
     root = ready(workspace)
     from flows.registry.history import history as found
@@ -88,7 +88,7 @@ def compare(
     first: Annotated[str, typer.Argument(help="The number of a version.")],
     second: Annotated[str, typer.Argument(help="The number of another.")],
     as_json: Json = False,
-    workspace: Workspace = None,
+    workspace: WorkspaceOption = None,
 ) -> None:
     """Show two versions on the items that both answered, with the interval of each difference."""
     root = ready(workspace)
@@ -102,7 +102,7 @@ def compare(
 def lineage(
     model: Annotated[str, typer.Argument(help="A version's number, models:/NAME/VERSION or models:/NAME@ALIAS.")],
     as_json: Json = False,
-    workspace: Workspace = None,
+    workspace: WorkspaceOption = None,
 ) -> None:
     """Show where a version comes from: commit, keys, rows, params, base, adapter, evaluation, verdict."""
     root = ready(workspace)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from flows.cli.format import table
+from flows.cli.format import print_table
 
 if TYPE_CHECKING:
     from flows.promote import Promotion
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def promotion(done: Promotion) -> None:
     """Print who is champion now, and why."""
-    from flows.registry.approval import table as verdict_table
+    from flows.registry.approval import verdict_table
 
     if done.champion is None:
         typer.echo(f"{done.model} has no champion yet")
@@ -28,7 +28,7 @@ def promotion(done: Promotion) -> None:
         typer.echo(f"  {finding}")
     if done.verdict:
         typer.echo(f"\nthe gate on version {done.verdict.version}")
-        table(verdict_table(done.verdict))
+        print_table(verdict_table(done.verdict))
 
 
 def promotion_numbers(done: Promotion) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def history(found: Mapping[str, Any]) -> None:
     champion = f"version {found['champion']}" if found["champion"] else "none yet"
     typer.echo(f"model:    {found['model']}\nchampion: {champion}\n")
     gate = {True: "passed", False: "failed", None: ""}
-    table(
+    print_table(
         [
             {
                 "version": each["version"],
@@ -53,7 +53,7 @@ def history(found: Mapping[str, Any]) -> None:
             for each in found["versions"]
         ]
     )
-    table(
+    print_table(
         [
             {
                 "move": str(each["number"]),
@@ -73,7 +73,7 @@ def history(found: Mapping[str, Any]) -> None:
 def comparison(found: Mapping[str, Any]) -> None:
     """Two versions, suite by suite."""
     first, second = (f"version {each['version']} ({each['method']})" for each in (found["first"], found["second"]))
-    table(
+    print_table(
         [
             {
                 "suite": suite,
@@ -114,15 +114,15 @@ def lineage(found: Mapping[str, Any]) -> None:
     for name, value in told.items():
         typer.echo(f"{name + ':':<17}{value}")
     typer.echo("")
-    table(
+    print_table(
         [
             {"source": name, **{key: str(each[key]) for key in ("kind", "use", "licence")}}
             for name, each in data["sources"].items()
         ]
     )
-    table([{"rows": path, "sha256": sha256} for path, sha256 in data["rendered"].items()])
-    table([{"file": name, "sha256": sha256} for name, sha256 in found["files"].items()])
-    table(
+    print_table([{"rows": path, "sha256": sha256} for path, sha256 in data["rendered"].items()])
+    print_table([{"file": name, "sha256": sha256} for name, sha256 in found["files"].items()])
+    print_table(
         [
             {
                 "suite": suite,

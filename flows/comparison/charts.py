@@ -28,7 +28,7 @@ class Mark(NamedTuple):
     interval: Interval
 
 
-class Row(NamedTuple):
+class ChartRow(NamedTuple):
     """Marks beside a name; `reference` is drawn behind them."""
 
     name: str
@@ -71,13 +71,13 @@ def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 # --- figures with intervals -------------------------------------------------------------------------------------------
 
 
-def span_of(rows: Sequence[Row]) -> tuple[float, float]:
+def span_of(rows: Sequence[ChartRow]) -> tuple[float, float]:
     """Return the least and the greatest of all values that rows show."""
     intervals = [mark.interval for row in rows for mark in row.marks] + [r.reference for r in rows if r.reference]
     return min((each.low for each in intervals), default=0.0), max((each.high for each in intervals), default=1.0)
 
 
-def whiskers(rows: Sequence[Row], span: tuple[float, float], title: str) -> Markup:
+def whiskers(rows: Sequence[ChartRow], span: tuple[float, float], title: str) -> Markup:
     """Draw dots with whiskers, one row below another, on one axis; references are dashed lines with a band.
 
     Args:
@@ -97,7 +97,7 @@ def whiskers(rows: Sequence[Row], span: tuple[float, float], title: str) -> Mark
     return _svg(bottom + 18, title, shapes)
 
 
-def _row(row: Row, axis: Axis, top: int, height: int) -> Markup:
+def _row(row: ChartRow, axis: Axis, top: int, height: int) -> Markup:
     shown = row.name if len(row.name) <= _LONGEST_NAME else row.name[: _LONGEST_NAME - 1] + "…"
     middle = top + height / 2
     parts = [_text(_LEFT - 8, middle + 4, shown, anchor="end", css="name", hint=row.name)]

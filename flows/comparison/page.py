@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.cli.format import duration, size
 from flows.comparison import charts
-from flows.comparison.collect import BASE, Found, Model, gather
+from flows.comparison.collect import BASE_NAME, ComparedModel, ComparedModels, gather
 from flows.comparison.disagreements import MOST_SHOWN, Gain, disagreements, gains
 from tasks.core.artifacts import atomic_write, digest
 from tasks.html.shell import LIGHT_SERIES, html_page
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-PAGE = Path(".temper", "pages", "comparison.html")
-TEMPLATE = Path(__file__).with_name("comparison.html.jinja")
+COMPARISON_PAGE = Path(".temper", "pages", "comparison.html")
+COMPARISON_TEMPLATE = Path(__file__).with_name("comparison.html.jinja")
 HELD_OUT = "held_out"
 """The suite that every report has; it comes first."""
 _FIRST, _LAST = 240, 480
@@ -31,12 +31,12 @@ _ALL_TASKS = 16
 
 def write(workspace: Path) -> Path:
     """Write the page of what a workspace has now; return its path."""
-    path = workspace / PAGE
+    path = workspace / COMPARISON_PAGE
     atomic_write(path, comparison_page(gather(workspace)))
     return path
 
 
-def publish(client: MlflowClient, workspace: Path, written: Path) -> Run:
+def publish_comparison(client: MlflowClient, workspace: Path, written: Path) -> Run:
     """Log a page to MLflow, unless the very same one is logged already."""
     run = run_of(client, workspace, digest(written)[:16], "comparison", {"temper.kind": "comparison"})
     if run.info.status != "FINISHED":
@@ -45,7 +45,7 @@ def publish(client: MlflowClient, workspace: Path, written: Path) -> Run:
     return run
 
 
-def comparison_page(found: Found) -> str:
+def comparison_page(found: ComparedModels) -> str:
     """Render the comparison as one self-contained HTML page; the same input always gives the same bytes."""
     series = {name: number for number, name in enumerate(found.methods)}
     answered = {model.name: model.answers for model in found.models}
@@ -55,22 +55,22 @@ def comparison_page(found: Found) -> str:
         "series": series,
         "series_colours": len(LIGHT_SERIES),
         "legend": charts.legend(list(series.items())),
-        "has_base": BASE in answered,
+        "has_base": BASE_NAME in answered,
         "suites": suites,
         "best": [_best(found.models, suite) for suite in suites],
         "plots": [_suite_plots(found.models, suite, series) for suite in suites],
         "scores": _score_table(found, suites),
         "tasks": [_task_table(found.models, suite) for suite in suites],
-        "examples": disagreements(answered, BASE),
+        "examples": disagreements(answered, BASE_NAME),
         "most": MOST_SHOWN,
-        "costs": [_cost(name, found) for name in (BASE, *series)],
+        "costs": [_cost(name, found) for name in (BASE_NAME, *series)],
         "answers": _parts(found.models, "answers"),
         "forgetting": _parts(found.models, "forgetting"),
         "percent": "{:.1%}".format,
         "shown": shown,
         "mark": _right_or_wrong,
     }
-    return html_page(TEMPLATE, values)
+    return html_page(COMPARISON_TEMPLATE, values)
 
 
 def shown(text: str) -> str:
@@ -91,26 +91,26 @@ def _interval(scored: Mapping[str, Any]) -> Interval:
     return Interval(**scored["score"])
 
 
-def _best(models: Sequence[Model], suite: str) -> dict[str, Any]:
+def _best(models: Sequence[ComparedModel], suite: str) -> dict[str, Any]:
     """Find the highest score in a suite, and all models that have it."""
     means = {m.name: _interval(m.metrics["suites"][suite]).mean for m in models if suite in m.metrics["suites"]}
     highest = max(means.values())
     return {"suite": suite, "score": f"{highest:.3f}", "models": [name for name in means if means[name] == highest]}
 
 
-def _suite_plots(models: Sequence[Model], suite: str, series: Mapping[str, int]) -> dict[str, Any]:
+def _suite_plots(models: Sequence[ComparedModel], suite: str, series: Mapping[str, int]) -> dict[str, Any]:
     """Build the two plots of a suite: every method over all its rows, and, where there are several tasks, over each."""
     by_model = {m.name: m.metrics["suites"][suite] for m in models if suite in m.metrics["suites"]}
     about = next(iter(by_model.values()))
-    base = by_model.pop(BASE, None)
+    base = by_model.pop(BASE_NAME, None)
     reference = _interval(base) if base else None
     whole = [
-        charts.Row(name, [charts.Mark(name, series[name], _interval(scored))], reference)
+        charts.ChartRow(name, [charts.Mark(name, series[name], _interval(scored))], reference)
         for name, scored in by_model.items()
     ]
     tasks = sorted({task for scored in by_model.values() for task in scored["tasks"]})
     parts = [
-        charts.Row(
+        charts.ChartRow(
             task,
             [
                 charts.Mark(name, series[name], _interval(scored["tasks"][task]))
@@ -134,12 +134,12 @@ def _suite_plots(models: Sequence[Model], suite: str, series: Mapping[str, int])
     }
 
 
-def _score_table(found: Found, suites: Sequence[str]) -> list[dict[str, Any]]:
+def _score_table(found: ComparedModels, suites: Sequence[str]) -> list[dict[str, Any]]:
     """Build a row for every model: in each suite its score, and its paired gain over the base."""
-    base = next((model.answers for model in found.models if model.name == BASE), None)
+    base = next((model.answers for model in found.models if model.name == BASE_NAME), None)
     rows = []
     for model in found.models:
-        over = gains(model.answers, base, found.params) if base is not None and model.name != BASE else {}
+        over = gains(model.answers, base, found.params) if base is not None and model.name != BASE_NAME else {}
         cells = [_cell(model.metrics["suites"].get(suite), over.get(suite)) for suite in suites]
         rows.append({"name": model.name, "cells": cells, "loss": f"{model.metrics['loss']:.3f}"})
     return rows
@@ -159,7 +159,7 @@ def _cell(scored: Mapping[str, Any] | None, gain: Gain | None) -> dict[str, Any]
     return cell
 
 
-def _task_table(models: Sequence[Model], suite: str) -> dict[str, Any]:
+def _task_table(models: Sequence[ComparedModel], suite: str) -> dict[str, Any]:
     """Build the table of the figures of each task of a suite, by model."""
     by_model = {m.name: m.metrics["suites"].get(suite, {}).get("tasks", {}) for m in models}
     rows = []
@@ -189,7 +189,7 @@ def _right_or_wrong(score: float) -> dict[str, str]:
     return {"css": "soft", "text": f"score {score:.3f}"}
 
 
-def _cost(name: str, found: Found) -> dict[str, str]:
+def _cost(name: str, found: ComparedModels) -> dict[str, str]:
     """Return what a method cost; empty where it is not known."""
     training = found.trainings.get(name)
     cost = next((model.cost for model in found.models if model.name == name), None)
@@ -208,6 +208,6 @@ def _cost(name: str, found: Found) -> dict[str, str]:
     return row
 
 
-def _parts(models: Sequence[Model], part: str) -> list[tuple[str, Mapping[str, float]]]:
+def _parts(models: Sequence[ComparedModel], part: str) -> list[tuple[str, Mapping[str, float]]]:
     """Return one section of the metrics of every model that has it."""
     return [(model.name, model.metrics[part]) for model in models if part in model.metrics]

@@ -69,7 +69,7 @@ def as_preference(record: Record) -> Mapping[str, Any]:
     return {"prompt": [_message(m) for m in record.prompt], **replies, **_tools(record.tools)}
 
 
-FORMS: Mapping[str, Callable[[Record], Mapping[str, Any]]] = {
+CONVERSIONS: Mapping[str, Callable[[Record], Mapping[str, Any]]] = {
     "messages": as_messages,
     "conversations": as_conversations,
     "alpaca": as_alpaca,
@@ -121,8 +121,8 @@ def convert(source: Path, target: Path, form: str) -> int:
         BadData: a row cannot be read, or holds what the form cannot; then nothing was written.
         BadParams: the form or the file's ending is none that is known.
     """
-    if form not in FORMS:
-        raise BadParams("is no form to write", where=f"--to {form}", expected=", ".join(FORMS))
+    if form not in CONVERSIONS:
+        raise BadParams("is no form to write", where=f"--to {form}", expected=", ".join(CONVERSIONS))
     if target.suffix not in (".json", ".jsonl"):
         raise BadParams("is no kind of file to write", where=str(target), expected="an ending of .json or .jsonl")
     if target.resolve() == source.resolve():
@@ -131,7 +131,7 @@ def convert(source: Path, target: Path, form: str) -> int:
     with atomic_file(target) as file:
         array = target.suffix == ".json"
         for record in Reading("", any_file(source, max_refused=0.0)).records():
-            line = json.dumps(FORMS[form](record), ensure_ascii=False)
+            line = json.dumps(CONVERSIONS[form](record), ensure_ascii=False)
             file.write(((("[\n" if not count else ",\n") + line) if array else line + "\n").encode())
             count += 1
         if array:

@@ -11,7 +11,7 @@ from tasks.base.params import CheckpointBase, ContinueBase, HubBase, PretrainBas
 from tasks.core import pipeline
 from tasks.core.artifacts import MANIFEST
 from tasks.core.errors import BadInput, BadModel, BadParams, TemperError
-from tasks.orchestration.params import Params, load
+from tasks.orchestration.params import Params, load_params
 from tasks.train.params import Method
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def estimates(workspace: Path, model: Path | None, only: str | None) -> dict[str
     from tasks.train.estimate.estimate import rates, this_machine
     from tasks.train.estimate.meta_model import read_model_config
 
-    params = load(workspace / pipeline.PARAMS)
+    params = load_params(workspace / pipeline.PARAMS)
     if only is not None and only not in params.train:
         raise BadParams("there is no such method", where=f"--method {only}", expected=", ".join(params.train))
     source = model or _base(workspace, params)

@@ -13,7 +13,7 @@ from tasks.core import pipeline
 from tasks.core.errors import BadData, BadParams
 from tasks.core.params_file import read_yaml
 from tasks.evaluate.suite_params import Ready, RowsSuite, Suite
-from tasks.evaluate.task_files import plain
+from tasks.evaluate.task_files import builtin_types
 from tasks.readers.files import read_rows_of
 
 MOST_ANSWER_TOKENS = 64
@@ -45,7 +45,7 @@ def evaluate(wanted: Wanted) -> dict[str, Any]:
     Raises:
         BadInput: the model, its adapter or the suite cannot be used.
     """
-    from flows.run.locate import REGISTERED, local_model
+    from flows.run.locate import REGISTRY_SCHEME, local_model
     from tasks.core.artifacts import as_json, atomic_write, check_manifest
     from tasks.core.layout import EXAMPLES, METRICS
     from tasks.evaluate.metrics import cost_of
@@ -78,7 +78,7 @@ def evaluate(wanted: Wanted) -> dict[str, Any]:
         found = run_suites(examinee, {name: suite})
     check_scores(found.items)
     metrics = {
-        "model": wanted.model if wanted.model.startswith(REGISTERED) else folder.name,
+        "model": wanted.model if wanted.model.startswith(REGISTRY_SCHEME) else folder.name,
         "template_sha256": template_digest(examinee.tokenizer),
         "suites": _with_skipped(suite_metrics(found.items, found.summaries, params.resampling), found.skipped),
     }
@@ -135,7 +135,7 @@ def resolve(wanted: Wanted) -> tuple[str, Suite | Ready]:
         return wanted.suite, shipped(wanted.suite)
     if path.suffix not in (".yaml", ".yml"):
         return path.stem, rows_suite(path, wanted)
-    content = plain(read_yaml(path))
+    content = builtin_types(read_yaml(path))
     if "parts" in content:
         return path.stem, read_ready(path)
     asked = {"limit": wanted.limit or "none", "chat_template": wanted.chat}

@@ -14,14 +14,14 @@ from tasks.core.layout import CLONE
 from tasks.core.records import KINDS, Record
 from tasks.ingest.params import FileSource
 from tasks.ingest.stage import Reading
-from tasks.orchestration.params import Params, load
+from tasks.orchestration.params import Params, load_params
 from tasks.readers.files import is_prose
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 
-SHIPPED = CLONE / "recipes" / "quickstart.yaml"
+QUICKSTART = CLONE / "recipes" / "quickstart.yaml"
 
 
 class FileFound(NamedTuple):
@@ -149,9 +149,9 @@ def _named(formats: Mapping[str, str]) -> str:
 def nearest_params() -> Params:
     """Load the checks of the current workspace, or else those of the quickstart."""
     try:
-        return load(pipeline.find_workspace(Path.cwd()) / pipeline.PARAMS)
+        return load_params(pipeline.find_workspace(Path.cwd()) / pipeline.PARAMS)
     except BadParams:
-        return load(SHIPPED)
+        return load_params(QUICKSTART)
 
 
 def _tables(records: Sequence[Record] | Iterator[Record]) -> dict[str, pa.Table]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 WHOLE = "16bit"
 """The form of a base that is not quantized."""
 
-PROBES = (
+PROBE_TEXTS = (
     "The capital of France is Paris, and the capital of Italy is Rome.",
     "Question: What is 17 plus 25?\nAnswer: 42",
     "def add(a, b):\n    return a + b\n",
@@ -128,7 +128,7 @@ def _measured(base: Path, adapter: Path, folder: Path, wish: Wish, known: dict[s
 
     seed_everything(0)
     tokenizer = read_tokenizer(base)
-    probes = [{"input_ids": list(tokenizer(text)["input_ids"])} for text in PROBES]
+    probes = [{"input_ids": list(tokenizer(text)["input_ids"])} for text in PROBE_TEXTS]
     form = wish.trained_on if not isinstance(wish.trained_on, str) else _form(adapter, wish.trained_on)
     model = load_adapted(base, adapter, form)
     most_bytes = wish.max_shard_mib * MIB

@@ -13,7 +13,7 @@ from tasks.core.records import ChatExample, LabelledReply, PreferencePair, Recor
 from tasks.ingest.stage import Reading
 
 
-class Shown(NamedTuple):
+class ShownRow(NamedTuple):
     """A rendered row: its place, and its tokens as text, each with whether it is a target.
 
     Tokens that only together are a character stand together.
@@ -23,7 +23,7 @@ class Shown(NamedTuple):
     tokens: list[tuple[str, bool]]
 
 
-def render(path: Path, tokenizer_folder: Path, show: int) -> tuple[list[Shown], dict[str, int], Counter[str]]:
+def render(path: Path, tokenizer_folder: Path, show: int) -> tuple[list[ShownRow], dict[str, int], Counter[str]]:
     """Render a file's rows with a tokenizer, chats by its template.
 
     Returns:
@@ -32,12 +32,12 @@ def render(path: Path, tokenizer_folder: Path, show: int) -> tuple[list[Shown], 
     from tasks.tokenization.chat_template import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_folder)
-    shown: list[Shown] = []
+    shown: list[ShownRow] = []
     counts, refused = {"rows": 0, "rendered": 0, "tokens": 0, "target_tokens": 0}, Counter[str]()
     for record in Reading("", any_file(path)).records():
         counts["rows"] += 1
         try:
-            parts = rendered(record, tokenizer)
+            parts = render_record(record, tokenizer)
         except BadData as error:
             refused[error.what] += 1
             continue
@@ -46,11 +46,11 @@ def render(path: Path, tokenizer_folder: Path, show: int) -> tuple[list[Shown], 
             counts["tokens"] += len(ids)
             counts["target_tokens"] += sum(mask)
             if len(shown) < show:
-                shown.append(Shown(f"{record.file}:{record.row}{name}", _as_text(tokenizer, ids, mask)))
+                shown.append(ShownRow(f"{record.file}:{record.row}{name}", _as_text(tokenizer, ids, mask)))
     return shown, counts, refused
 
 
-def rendered(record: Record, tokenizer: Any) -> list[tuple[str, list[int], list[bool]]]:
+def render_record(record: Record, tokenizer: Any) -> list[tuple[str, list[int], list[bool]]]:
     """Render a row as token ids with its loss mask: of two replies both, and of an input and its target both."""
     from tasks.render.stage import tokens_of_pairs
     from tasks.tokenization.chat_template import Answered, Chat, render_chat, render_replies

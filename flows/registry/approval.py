@@ -88,7 +88,7 @@ def keep_verdict(client: MlflowClient, version: ModelVersion, verdict: GateDecis
         client.set_model_version_tag(version.name, version.version, name, value)
 
 
-def table(verdict: GateDecision) -> list[dict[str, str]]:
+def verdict_table(verdict: GateDecision) -> list[dict[str, str]]:
     """Format a verdict as rows of text, for a terminal or a page."""
     return [_row(finding) for finding in verdict.findings]
 
@@ -111,7 +111,7 @@ def show_verdict(model: str, verdict: GateDecision) -> None:
 
     if flow_run.id is None:
         return
-    rows = table(verdict)
+    rows = verdict_table(verdict)
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
     lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
     passed = "passed" if verdict.passed else "did not pass"

@@ -35,7 +35,7 @@ def evidence(client: MlflowClient, version: ModelVersion, *, with_files: bool) -
         BadParams: its report cannot be read.
     """
     tags = version.tags
-    items, base = (report(client, version, name) for name in (EXAMPLES, BASE_EXAMPLES))
+    items, base = (evaluated_items(client, version, name) for name in (EXAMPLES, BASE_EXAMPLES))
     return VersionRecord(
         version=str(version.version),
         method=tags.get(tag.METHOD, ""),
@@ -44,7 +44,7 @@ def evidence(client: MlflowClient, version: ModelVersion, *, with_files: bool) -
         templates={
             "training": tags.get(tag.TRAINING_TEMPLATE, ""),
             "evaluation": tags.get(tag.EVALUATION_TEMPLATE, ""),
-            "model": tags.get(tag.TEMPLATE, ""),
+            "model": tags.get(tag.TEMPLATE_TAG, ""),
         },
         mean_kl=float(tags.get(tag.MEAN_KL, math.nan)),
         contamination=json.loads(tags.get(tag.CONTAMINATION, "{}")),
@@ -52,7 +52,7 @@ def evidence(client: MlflowClient, version: ModelVersion, *, with_files: bool) -
     )
 
 
-def report(client: MlflowClient, version: ModelVersion, name: str) -> list[Item]:
+def evaluated_items(client: MlflowClient, version: ModelVersion, name: str) -> list[Item]:
     """Read the items that a version, or its base, was evaluated on.
 
     Raises:
@@ -95,7 +95,7 @@ def broken(client: MlflowClient, version: ModelVersion) -> str:
     try:
         folder = fetch_model(client, version)
         read_manifest(folder)
-        if digest(folder / MANIFEST) != version.tags.get(tag.MANIFEST):
+        if digest(folder / MANIFEST) != version.tags.get(tag.MANIFEST_TAG):
             return "the manifest is not the one that was registered"
         verify_model(folder, folder.parent / ABOUT)
     except BadInput as error:

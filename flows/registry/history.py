@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flows.registry.evidence import evidence
 from tasks.core import pipeline
 from tasks.core.errors import BadParams
-from tasks.orchestration.params import load
+from tasks.orchestration.params import load_params
 from tasks.registry import names as tag
 from tasks.registry.alias_log import champions, moves
 from tasks.registry.client import answering, connect
@@ -31,7 +31,7 @@ def history(workspace: Path) -> dict[str, Any]:
         `model`; `champion`, or None; `moves`, the fields of each entry, oldest first; `versions`, of each its number,
         method, scores by suite, aliases, and whether the gate let it through (None: it was not judged).
     """
-    client, model = connect(workspace), load(workspace / pipeline.PARAMS).register_.model
+    client, model = connect(workspace), load_params(workspace / pipeline.PARAMS).register_.model
     with answering(workspace):
         ledger, known = moves(client, model), versions(client, model)
         stack = champions(ledger)
@@ -79,7 +79,7 @@ def compare(workspace: Path, first: str, second: str) -> dict[str, Any]:
     Raises:
         BadParams: there is no such version, or its report cannot be read.
     """
-    params = load(workspace / pipeline.PARAMS)
+    params = load_params(workspace / pipeline.PARAMS)
     client, model = connect(workspace), params.register_.model
     with answering(workspace):
         one, two = (evidence(client, version_of(client, model, n), with_files=False) for n in (first, second))
@@ -113,10 +113,10 @@ def lineage(workspace: Path, address: str) -> dict[str, Any]:
     """
     from mlflow.exceptions import MlflowException
 
-    client, model = connect(workspace), load(workspace / pipeline.PARAMS).register_.model
+    client, model = connect(workspace), load_params(workspace / pipeline.PARAMS).register_.model
     with answering(workspace):
         version = version_of(client, model, address) if address.isdecimal() else version_at(client, address)
-        place = version.tags.get(tag.LINEAGE)
+        place = version.tags.get(tag.LINEAGE_TAG)
         where = f"models:/{version.name}/{version.version}"
         if not place:
             raise BadParams("was registered without its lineage", where=where, fix="register it again")

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 NUMBERS = "data/validation/profile.json"
-PAGE = "profile.html"
+DATA_PAGE = "profile.html"
 _KIND = {"temper.kind": "data"}
 
 
-def publish(client: MlflowClient, workspace: Path) -> Run | None:
+def publish_data_page(client: MlflowClient, workspace: Path) -> Run | None:
     """Log what `validate` measured, unless this state of the data is logged already.
 
     Returns:
@@ -41,7 +41,7 @@ def publish(client: MlflowClient, workspace: Path) -> Run | None:
     for name, index in moved.items():
         client.log_metric(run.info.run_id, f"drift.{name}", index)
     client.log_text(run.info.run_id, as_json(numbers), "profile.json")
-    client.log_text(run.info.run_id, profile_page(numbers, moved), PAGE)
+    client.log_text(run.info.run_id, profile_page(numbers, moved), DATA_PAGE)
     client.set_terminated(run.info.run_id, "FINISHED")
     return run
 

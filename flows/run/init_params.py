@@ -12,14 +12,14 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from flows.files.inspect import look_into
-from flows.files.show_tokens import rendered
+from flows.files.show_tokens import render_record
 from flows.run.edit_params import replace_params
 from tasks.core import pipeline
 from tasks.core.errors import BadData
 from tasks.core.records import ChatExample, LabelledReply, PreferencePair, Record
-from tasks.orchestration.params import load
+from tasks.orchestration.params import load_params
 
-METHODS = {"chat": ("sft", "qlora"), "preference": ("orpo", "orpo"), "labelled": ("kto", "kto")}
+USUAL_METHODS = {"chat": ("sft", "qlora"), "preference": ("orpo", "orpo"), "labelled": ("kto", "kto")}
 """The objective that suits a kind of rows, and what the method is called."""
 TOKENS_STEP, MOST_ROWS = 64, 2000
 SMALL_BYTES = 512 << 20
@@ -61,7 +61,7 @@ def init_params(workspace: Path, source: Path, base: Path) -> str:
     """
     files, records, refused = look_into(source)
     kinds = Counter(record.kind for record in records)
-    methods = [METHODS[kind] for kind in METHODS if kinds[kind]]
+    methods = [USUAL_METHODS[kind] for kind in USUAL_METHODS if kinds[kind]]
     if not methods:
         raise BadData(
             "holds no chats, preference pairs or labelled replies",
@@ -73,12 +73,12 @@ def init_params(workspace: Path, source: Path, base: Path) -> str:
     with TemporaryDirectory() as folder:
         draft = Path(folder, pipeline.PARAMS)
         draft.write_text(text, encoding="utf-8")
-        load(draft)
+        load_params(draft)
     replace_params(workspace / pipeline.PARAMS, text)
     return text
 
 
-def lengths_of(records: Sequence[Record], base: Path) -> Lengths:
+def row_lengths(records: Sequence[Record], base: Path) -> Lengths:
     """Count the tokens of up to 2,000 rows, spread over the whole source, as the base's template renders them."""
     from transformers import AutoConfig
 
@@ -88,7 +88,7 @@ def lengths_of(records: Sequence[Record], base: Path) -> Lengths:
     counts = [0]
     for record in records[:: max(1, len(records) // MOST_ROWS)]:
         try:
-            counts += [len(ids) for _, ids, _ in rendered(record, tokenizer)]
+            counts += [len(ids) for _, ids, _ in render_record(record, tokenizer)]
         except BadData:
             continue  # `render` refuses it with its reason
     config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
@@ -104,7 +104,7 @@ def _text(
     refused: int,
     methods: Sequence[tuple[str, str]],
 ) -> str:
-    lengths, name = lengths_of(records, base), _name(source)
+    lengths, name = row_lengths(records, base), _name(source)
     exact = median(_reply_words(records)) <= SHORT_WORDS
     new_tokens = lengths.max_new_tokens(32 if exact else 128)
     max_tokens = lengths.max_tokens(new_tokens)

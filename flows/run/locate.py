@@ -12,7 +12,7 @@ from tasks.core import pipeline
 from tasks.core.artifacts import check_manifest
 from tasks.core.errors import BadModel
 
-Workspace = Annotated[
+WorkspaceOption = Annotated[
     Path | None, typer.Option("--workspace", help="Work on this folder instead of the one found upward from here.")
 ]
 
@@ -40,7 +40,7 @@ def seen_from_here(reference: str) -> str:
     return str(Path(reference).resolve()) if is_folder(reference) else reference
 
 
-REGISTERED = "models:/"
+REGISTRY_SCHEME = "models:/"
 
 
 def local_model(reference: str, workspace: Path | None) -> Path:
@@ -54,7 +54,7 @@ def local_model(reference: str, workspace: Path | None) -> Path:
         BadModel: there is no such folder, it cannot be had, or its files are not what was written.
         BadParams: the registry has no such version, or there is no workspace.
     """
-    if not reference.startswith(REGISTERED):
+    if not reference.startswith(REGISTRY_SCHEME):
         folder = Path(reference).resolve()
         if not folder.is_dir():
             raise BadModel(

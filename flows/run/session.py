@@ -12,16 +12,16 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from flows.comparison.page import publish, write
+from flows.comparison.page import publish_comparison, write
 from flows.files import estimate
 from flows.run import data_page, prefect_runs, prefect_server, progress_board
 from flows.run.lock import held
 from flows.run.repair import keep_lock_copy, put_in_order
-from flows.run.status import read_results, table
+from flows.run.status import read_results, results_table
 from tasks.core import pipeline
 from tasks.core.signals import still_on_stop
 from tasks.orchestration.dvc_session import PipelineRun, opened
-from tasks.orchestration.params import Params, load
+from tasks.orchestration.params import Params, load_params
 from tasks.orchestration.prefect_tasks import TRAINING
 from tasks.registry.client import connect
 from tasks.registry.versions import find_version
@@ -36,7 +36,7 @@ def begin(workspace: Path) -> Iterator[PipelineRun]:
         WorkspaceBusy: another run holds the workspace.
     """
     logger = get_run_logger()
-    params = load(workspace / pipeline.PARAMS)
+    params = load_params(workspace / pipeline.PARAMS)
     with held(workspace, "temper run"):
         for done in put_in_order(workspace):
             logger.warning(done)
@@ -77,11 +77,11 @@ def show_results(workspace: Path) -> None:
     """Publish the table of models and the profile of the data as Prefect artifacts that link to MLflow."""
     results = read_results(workspace)
     client = connect(workspace)
-    if data := data_page.publish(client, workspace):
+    if data := data_page.publish_data_page(client, workspace):
         link = prefect_server.run_link(workspace, data.info.experiment_id, data.info.run_id)
         create_link_artifact(f"{link}/artifacts", link_text="The data of this run", key="data")
     lines = ["| model | exact match | gain over base | loss | version | run |", "|---|---|---|---|---|---|"]
-    for result, row in zip(results, table(results), strict=True):
+    for result, row in zip(results, results_table(results), strict=True):
         link = ""
         if result.run:
             experiment = client.get_run(result.run).info.experiment_id
@@ -93,7 +93,7 @@ def show_results(workspace: Path) -> None:
 def show_comparison(workspace: Path) -> Path:
     """Write the page that compares all models, log it to MLflow and link it from this flow run."""
     page, client = write(workspace), connect(workspace)
-    run = publish(client, workspace, page)
+    run = publish_comparison(client, workspace, page)
     link = prefect_server.run_link(workspace, run.info.experiment_id, run.info.run_id)
     create_link_artifact(f"{link}/artifacts", link_text="All models compared", key="comparison")
     return page

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from tasks.core import pipeline
 from tasks.orchestration.dvc_session import changed_stages
-from tasks.orchestration.params import load
+from tasks.orchestration.params import load_params
 from tasks.orchestration.run_journal import last_seconds
 from tasks.registry.alias_log import champion_of
 from tasks.registry.client import connect
@@ -25,7 +25,7 @@ def overview(workspace: Path) -> dict[str, Any]:
         name, with exact match, loss and version; `stages`, by name, with their state (current, changed or new) and
         the seconds that they last took.
     """
-    model = load(workspace / pipeline.PARAMS).register_.model
+    model = load_params(workspace / pipeline.PARAMS).register_.model
     results = {result.name: result for result in read_results(workspace)}
     base = results.pop("base", None)
     return {
@@ -102,7 +102,7 @@ def read_results(workspace: Path) -> list[Result]:
     return results
 
 
-def table(results: list[Result]) -> list[dict[str, str]]:
+def results_table(results: list[Result]) -> list[dict[str, str]]:
     """Format the results as rows of text, for a terminal or a page."""
     return [
         {

@@ -17,8 +17,8 @@ from tasks.adapters.files import (
     WEIGHTS,
     Base,
     apart,
-    base_of,
     check_base,
+    identify_base,
     read_adapter_config,
     read_weights,
     write_base,
@@ -35,7 +35,7 @@ from tasks.adapters.params import (
     PromptTuningAdapter,
     QloraAdapter,
 )
-from tasks.adapters.peft_configs import config_of
+from tasks.adapters.peft_configs import peft_config
 from tasks.core.artifacts import as_json, atomic_write
 from tasks.core.errors import BadModel
 from tasks.models.loader import Model, load_model
@@ -83,7 +83,7 @@ def make_trainable(model: PreTrainedModel, adapter: AnyAdapter, steps: int = 1) 
     # not through PEFT's prepare_model_for_kbit_training: it turns norms and embeddings to float32, which the model that
     # is merged, evaluated and served does not have
     _check_rank(model, adapter)
-    adapted = _adapted(model, config_of(adapter, steps, architecture_of(model).task_type), "params")
+    adapted = _adapted(model, peft_config(adapter, steps, architecture_of(model).task_type), "params")
     _check_names(adapted, adapter)
     _check_embeddings(adapted)
     if isinstance(adapter, AdaloraAdapter):
@@ -162,7 +162,7 @@ def add_adapter(model: PreTrainedModel | PeftModel, adapter: Adapter, name: str 
 
 def base_identity(model: PreTrainedModel) -> Base:
     """Identify a model's base by the folder that it was loaded from."""
-    return base_of(Path(model.name_or_path)) if model.name_or_path else UNKNOWN
+    return identify_base(Path(model.name_or_path)) if model.name_or_path else UNKNOWN
 
 
 def load_packaged(folder: Path, base: Path | None = None, *, checked: bool = False) -> Model:

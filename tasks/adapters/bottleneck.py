@@ -25,14 +25,18 @@ from tasks.adapters.hooks import (
     HookedTuner,
     chosen_layers,
     component_of,
-    config_of,
+    decoder_config,
     has,
     layers_of,
     peft_type,
-    register,
+    register_with_peft,
 )
 
-FORMS = {"houlsby": ("attention_output", "mlp_output"), "pfeiffer": ("block_output",), "parallel": ("mlp_output",)}
+BOTTLENECK_FORMS = {
+    "houlsby": ("attention_output", "mlp_output"),
+    "pfeiffer": ("block_output",),
+    "parallel": ("mlp_output",),
+}
 """The components of a layer that each form changes."""
 
 _NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "ffn_norm", "layer.1.layer_norm")
@@ -51,7 +55,7 @@ class BottleneckConfig(PeftConfig):  # type: ignore[misc]
         ValueError: a field has no such value.
     """
 
-    form: str = field(default="houlsby", metadata={"help": "One of " + ", ".join(FORMS)})
+    form: str = field(default="houlsby", metadata={"help": "One of " + ", ".join(BOTTLENECK_FORMS)})
     reduction_factor: float = field(default=16.0, metadata={"help": "The hidden size divided by the bottleneck's"})
     non_linearity: str = field(default="relu", metadata={"help": "An activation: relu, silu, gelu, ..."})
     scaling: float = field(default=1.0, metadata={"help": "What A is multiplied by"})
@@ -62,7 +66,7 @@ class BottleneckConfig(PeftConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type("BOTTLENECK")
-        for name, known in (("form", FORMS), ("non_linearity", ACT2FN)):
+        for name, known in (("form", BOTTLENECK_FORMS), ("non_linearity", ACT2FN)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(known)}")
         if not self.reduction_factor > 0:
@@ -141,7 +145,9 @@ class BottleneckModel(HookedTuner):
             ValueError: the model has no such layer, or no such module in it.
         """
         layers = chosen_layers(self.model, config.layers)
-        return [component_of(layer, name, part) for name, layer in layers.items() for part in FORMS[config.form]]
+        return [
+            component_of(layer, name, part) for name, layer in layers.items() for part in BOTTLENECK_FORMS[config.form]
+        ]
 
     def new_layer(self, module: nn.Module, name: str, config: BottleneckConfig) -> BottleneckLayer:
         """Build a layer that reads the input of its form."""
@@ -149,7 +155,7 @@ class BottleneckModel(HookedTuner):
 
     def new_part(self, layer: BottleneckLayer, adapter_name: str, config: BottleneckConfig) -> nn.Module:
         """Build a bottleneck."""
-        return Bottleneck(config_of(self.model).hidden_size, config)
+        return Bottleneck(decoder_config(self.model).hidden_size, config)
 
     def _norm_before(self, name: str) -> nn.Module:
         block, layer = next((k, v) for k, v in layers_of(self.model).items() if name.startswith(f"{k}."))
@@ -161,4 +167,4 @@ class BottleneckModel(HookedTuner):
 
 
 peft_type("BOTTLENECK")
-register("bottleneck", BottleneckConfig, BottleneckModel)
+register_with_peft("bottleneck", BottleneckConfig, BottleneckModel)

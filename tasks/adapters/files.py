@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-BASE = "base.json"
+BASE_FILE = "base.json"
 
-PUBLISHED = (CONFIG, WEIGHTS, BASE)
+PUBLISHED = (CONFIG, WEIGHTS, BASE_FILE)
 """The files of a published adapter."""
 PICKLE = "adapter_model.bin"
 
@@ -45,7 +45,7 @@ class Base(NamedTuple):
 UNKNOWN = Base(None, None, None)
 
 
-def base_of(model: Path, *, hashed: bool = True) -> Base:
+def identify_base(model: Path, *, hashed: bool = True) -> Base:
     """Identify the base of a model folder: by its manifest, or by its weights when it has none.
 
     `hashed` also gives the digest of the weights; those that no manifest lists are read for it.
@@ -92,7 +92,7 @@ def _manifest(model: Path) -> _Manifest:
 
 def write_base(folder: Path, base: Base) -> None:
     """Write into an adapter's folder which base it is of."""
-    atomic_write(folder / BASE, as_json(base._asdict()))
+    atomic_write(folder / BASE_FILE, as_json(base._asdict()))
 
 
 def said_base(folder: Path) -> Base:
@@ -101,11 +101,11 @@ def said_base(folder: Path) -> Base:
     Raises:
         BadModel: it is no adapter, or what it says cannot be read.
     """
-    if (folder / BASE).is_file():
-        said = read_object(folder / BASE)
+    if (folder / BASE_FILE).is_file():
+        said = read_object(folder / BASE_FILE)
         if said.keys() != set(Base._fields) or not all(v is None or isinstance(v, str) for v in said.values()):
             raise BadModel(
-                "does not say which base it is of", where=str(folder / BASE), expected=", ".join(UNKNOWN._fields)
+                "does not say which base it is of", where=str(folder / BASE_FILE), expected=", ".join(UNKNOWN._fields)
             )
         return Base(**said)
     config = read_adapter_config(folder)
@@ -117,7 +117,7 @@ def said_base(folder: Path) -> Base:
 
 def check_base_folder(folder: Path, model: Path) -> None:
     """Run `check_base` on a base in a folder, whose weights are read only where the adapter names theirs."""
-    check_base(folder, base_of(model, hashed=said_base(folder).weights_sha256 is not None))
+    check_base(folder, identify_base(model, hashed=said_base(folder).weights_sha256 is not None))
 
 
 def check_base(folder: Path, base: Base) -> None:

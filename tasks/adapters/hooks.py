@@ -136,7 +136,7 @@ class HookedTuner(BaseTuner):  # type: ignore[misc]
         return model
 
 
-def register(name: str, config: type[Any], model: type[HookedTuner]) -> None:
+def register_with_peft(name: str, config: type[Any], model: type[HookedTuner]) -> None:
     """Register a method with PEFT."""
     register_peft_method(name=name, config_cls=config, model_cls=model, prefix=model.prefix)
 
@@ -153,7 +153,7 @@ def peft_type(name: str) -> PeftType:
 
 def body_of(model: nn.Module) -> nn.Module:
     """Return the stack of layers that reads the prompt: the encoder where there is one, else the decoder."""
-    encodes = getattr(config_of(model), "is_encoder_decoder", False)
+    encodes = getattr(decoder_config(model), "is_encoder_decoder", False)
     body: nn.Module = model.get_encoder() if encodes else model.get_decoder()  # type: ignore[operator]
     return body
 
@@ -164,7 +164,7 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         ValueError: they cannot be identified.
     """
-    body, count = body_of(model), config_of(model).num_hidden_layers
+    body, count = body_of(model), decoder_config(model).num_hidden_layers
     stack = next((m for m in body.modules() if isinstance(m, nn.ModuleList) and len(m) == count), None)
     if stack is None:
         raise ValueError(f"{type(model).__name__}: no list of {count} layers was found in it")
@@ -205,7 +205,7 @@ def has(module: nn.Module, path: str) -> bool:
     return True
 
 
-def config_of(model: nn.Module) -> Any:
+def decoder_config(model: nn.Module) -> Any:
     """Return the configuration that says how many layers there are and how wide they are."""
     config: Any = model.config
     return config if getattr(config, "is_encoder_decoder", False) else config.get_text_config()

@@ -11,7 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
-from tasks.adapters.files import PUBLISHED, base_of
+from tasks.adapters.files import PUBLISHED, identify_base
 from tasks.core.artifacts import as_json, check_manifest, read_object
 from tasks.core.errors import BadModel
 from tasks.core.hub import snapshot
@@ -24,7 +24,7 @@ FOLDER = "adapter"
 REFERENCE = "reference.json"
 """Where it says which base the adapter is of."""
 
-BASE = "base"
+BASE_FOLDER = "base"
 """What the base's folder is called where both stand beside each other."""
 
 
@@ -43,7 +43,7 @@ def package(base: Path, trained: Path, folder: Path, out: Path) -> None:
     (folder / FOLDER).mkdir()
     for name in PUBLISHED:
         shutil.copyfile(trained / name, folder / FOLDER / name)
-    told = {**base_of(base)._asdict(), "path": os.path.relpath(base.resolve(), out.resolve())}
+    told = {**identify_base(base)._asdict(), "path": os.path.relpath(base.resolve(), out.resolve())}
     (folder / REFERENCE).write_text(as_json(told))
 
 
@@ -61,7 +61,7 @@ def base_in(folder: Path, given: Path | None = None) -> Path:
     if not (folder / REFERENCE).is_file():
         return folder
     told = read_object(folder / REFERENCE)
-    places = [given] if given else [folder / str(told.get("path")), folder.parent / BASE]
+    places = [given] if given else [folder / str(told.get("path")), folder.parent / BASE_FOLDER]
     place = next((each for each in places if (each / "config.json").is_file()), places[0])
     if not (place / "config.json").is_file() and is_of_hub(folder):
         place = snapshot(str(told["name"]), str(told["revision"]), MODEL_FILES, kind="model")
@@ -86,4 +86,4 @@ def is_of_hub(folder: Path) -> bool:
 def _weights(base: Path) -> str | None:
     """Compute the digest of a base's weights, after checking them against its manifest, if it has one."""
     check_manifest(base)
-    return base_of(base).weights_sha256
+    return identify_base(base).weights_sha256

@@ -41,7 +41,7 @@ Ranks = Annotated[Rank | dict[str, Rank], AfterValidator(_by_pattern)]
 Alphas = Annotated[Positive | dict[str, Positive], AfterValidator(_by_pattern)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Layers = Annotated[str, StringConstraints(pattern=f"^({LAYERS})$")] | Annotated[list[int], Field(min_length=1)]
-Part = Literal["q", "k", "v", "gate", "up"]
+ProjectionPart = Literal["q", "k", "v", "gate", "up"]
 
 
 def _once_each(parts: list[str]) -> list[str]:
@@ -50,10 +50,10 @@ def _once_each(parts: list[str]) -> list[str]:
     return parts
 
 
-Parts = Annotated[list[Part], Field(min_length=1), AfterValidator(_once_each)]
-Text = Annotated[str, StringConstraints(min_length=1)]
-Pattern = Annotated[Text, AfterValidator(_compiles)]
-Names = Pattern | Annotated[list[Text], Field(min_length=1)]
+Parts = Annotated[list[ProjectionPart], Field(min_length=1), AfterValidator(_once_each)]
+NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+TargetPattern = Annotated[NonEmpty, AfterValidator(_compiles)]
+Names = TargetPattern | Annotated[list[NonEmpty], Field(min_length=1)]
 Targets = Names | Annotated[dict[str, Literal["all"] | Parts], Field(min_length=1)]
 
 
@@ -172,7 +172,7 @@ class Ia3Adapter(Section):
     name: Literal["ia3"]
     targets: Names = ["k_proj", "v_proj", "down_proj"]
     """Modules whose outputs are scaled, such as `[k_proj, v_proj, down_proj]`, or a regular expression."""
-    inputs_of: list[str] | Pattern = ["down_proj"]
+    inputs_of: list[str] | TargetPattern = ["down_proj"]
     """Those of them whose inputs are scaled instead, such as `[down_proj]`."""
 
     @model_validator(mode="after")
@@ -285,7 +285,7 @@ class PeftAdapter(Section):
     """Any other method of PEFT; it is packaged with its base instead of merged."""
 
     name: Literal["peft"]
-    method: Text
+    method: NonEmpty
     """PEFT's name of the method, such as OFT or VERA."""
     config: dict[str, Any] = {}
     """The fields of its configuration class."""

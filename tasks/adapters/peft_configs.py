@@ -37,7 +37,7 @@ _NEED_MORE = {
 """Methods of PEFT that a training on rows is not enough for."""
 
 
-def config_of(adapter: AnyAdapter, steps: int = 1, task: str = "CAUSAL_LM") -> PeftConfig:
+def peft_config(adapter: AnyAdapter, steps: int = 1, task: str = "CAUSAL_LM") -> PeftConfig:
     """Build the configuration of an adapter.
 
     Args:

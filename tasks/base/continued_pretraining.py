@@ -13,11 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.adapters.params import LoraAdapter
-from tasks.adapters.peft_configs import config_of
+from tasks.adapters.peft_configs import peft_config
 from tasks.base.corpus import Document, own_token_ids, pack_blocks, read_corpus, text_bytes
 from tasks.base.params import AllWeights, ContinueBase, Growth, HubBase
 from tasks.base.perplexity import PerplexityFigures, perplexity
-from tasks.base.pretraining import TOKENIZER_DOCUMENTS, card, course_rows, steps_of, train_on_blocks, write_log
+from tasks.base.pretraining import (
+    TOKENIZER_DOCUMENTS,
+    course_rows,
+    pretraining_card,
+    steps_of,
+    train_on_blocks,
+    write_log,
+)
 from tasks.base.vocabulary_extension import add_merges, add_tokens, grow_rows
 from tasks.core.errors import BadModel
 from tasks.core.parquet import read_records
@@ -103,7 +110,7 @@ def continue_model(params: ContinueBase, folder: Path, checkpoints: Path) -> dic
     rows |= course_rows(params, log, blocks.size, "AdamW")
     if before and after:
         rows["held-out text"] = f"{after.rows:,} rows; before: {before}; after: {after}"
-    (folder / "README.md").write_text(card("A model trained further by temper", rows))
+    (folder / "README.md").write_text(pretraining_card("A model trained further by temper", rows))
     return {**figures, "new_tokens": [str(tokenizer.convert_ids_to_tokens(number)) for number in sorted(new)]}
 
 
@@ -155,7 +162,7 @@ def with_lora(model: PreTrainedModel, adapter: LoraAdapter, new: Sequence[int]) 
 
     from tasks.adapters.fused_projections import keep_parts_apart
 
-    config: Any = config_of(adapter)
+    config: Any = peft_config(adapter)
     if new:
         if getattr(model.get_output_embeddings(), "bias", None) is not None:  # PEFT leaves it out of its sum
             raise BadModel("new tokens cannot be trained by LoRA in a head with a bias", fix="set base.adapter to full")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Document: TypeAlias = TextExample | ChatExample
 
-AT_ONCE = 10_000
+DOCUMENTS_AT_ONCE = 10_000
 """Documents that are tokenised together."""
 
 
@@ -86,8 +86,8 @@ def own_token_ids(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Docume
             "its tokenizer has no chat template, and chats are to be trained on",
             fix="name a template of data/templates in base.of.template, or leave chat out of base.rows",
         )
-    for start in range(0, len(documents), AT_ONCE):
-        some = documents[start : start + AT_ONCE]
+    for start in range(0, len(documents), DOCUMENTS_AT_ONCE):
+        some = documents[start : start + DOCUMENTS_AT_ONCE]
         texts = [document.text for document in some if isinstance(document, TextExample)]
         rows: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"] if texts else []
         ended = (row if row and row[-1] == stop else [*row, stop] for row in rows)

@@ -72,7 +72,7 @@ class CheckpointBase(Section):
         return self
 
 
-MICRO_BATCH_SIZE = 8
+MICRO_BATCH_BLOCKS = 8
 
 
 class Pretraining(Section):
@@ -93,7 +93,7 @@ class Pretraining(Section):
     batch_tokens: Count = 32768
     """Tokens in a step; a multiple of `context_tokens`."""
     micro_batch_size: Count = Field(
-        default_factory=lambda known: min(known["batch_tokens"] // known["context_tokens"], MICRO_BATCH_SIZE)
+        default_factory=lambda known: min(known["batch_tokens"] // known["context_tokens"], MICRO_BATCH_BLOCKS)
     )
     """Blocks in a forward pass; 8 at most, unless it is said. A step adds up the gradients of as many passes as it
     takes."""

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.base.corpus import AT_ONCE, Document, pack_blocks, read_corpus, text_bytes
+from tasks.base.corpus import DOCUMENTS_AT_ONCE, Document, pack_blocks, read_corpus, text_bytes
 from tasks.base.params import PretrainBase, Pretraining
 from tasks.base.perplexity import PerplexityFigures, next_token_logp, perplexity
 from tasks.core.progress import Progress
@@ -77,8 +77,8 @@ def document(record: Document) -> str:
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -> Iterator[list[int]]:
     """Yield documents' token ids in the form that a model of ours is pretrained on."""
-    for start in range(0, len(documents), AT_ONCE):
-        texts = [document(record) for record in documents[start : start + AT_ONCE]]
+    for start in range(0, len(documents), DOCUMENTS_AT_ONCE):
+        texts = [document(record) for record in documents[start : start + DOCUMENTS_AT_ONCE]]
         yield from tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
@@ -244,7 +244,7 @@ def model_card(
     rows |= course_rows(params, log, corpus_tokens, "Muon and AdamW")
     if held_out:
         rows["held-out text"] = f"{held_out}, over {held_out.tokens:,} tokens of {held_out.rows:,} rows"
-    return card("A small Llama made by temper", rows)
+    return pretraining_card("A small Llama made by temper", rows)
 
 
 def course_rows(
@@ -264,7 +264,7 @@ def course_rows(
     }
 
 
-def card(title: str, rows: Mapping[str, str]) -> str:
+def pretraining_card(title: str, rows: Mapping[str, str]) -> str:
     """Format a model card: a title and a table."""
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"# {title}\n\n| | |\n|---|---|\n{table}\n\nDigests of all files: `manifest.json`.\n"

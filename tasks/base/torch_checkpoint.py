@@ -58,7 +58,7 @@ def import_checkpoint(params: CheckpointBase, out: Path) -> None:
     check_values(state, file)
     tokenizer = read_tokenizers_json(Path(params.path, params.tokenizer), params.stop_token, sizes.vocabulary)
     tied = HEAD not in state or torch.equal(state[HEAD], state[EMBEDDING])
-    config = config_of(params, sizes, tied=tied, stop_id=tokenizer.get_vocab()[params.stop_token])
+    config = llama_config(params, sizes, tied=tied, stop_id=tokenizer.get_vocab()[params.stop_token])
     dtype = common_dtype(state)
     weights = {name: tensor.to(dtype) for name, tensor in renamed(state, params, sizes)}
     if tied:
@@ -278,7 +278,7 @@ def common_dtype(state: Mapping[str, Tensor]) -> Any:
     return first if not others and str(first).removeprefix("torch.") in _FORMATS else torch.float32
 
 
-def config_of(params: CheckpointBase, sizes: Sizes, *, tied: bool, stop_id: int) -> LlamaConfig:
+def llama_config(params: CheckpointBase, sizes: Sizes, *, tied: bool, stop_id: int) -> LlamaConfig:
     """Build the configuration of Hugging Face's Llama."""
     from transformers import LlamaConfig
 

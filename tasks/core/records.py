@@ -74,7 +74,7 @@ class Record:
 
     def split_group(self) -> str:
         """Return the name of the group that stays on one side of the split."""
-        return self.group or normalised(self.prompt_text())
+        return self.group or normalized_text(self.prompt_text())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +156,7 @@ KINDS: dict[str, type[Record]] = {
 """Every kind of row, by its name: the name of its file, too."""
 
 
-def normalised(text: str) -> str:
+def normalized_text(text: str) -> str:
     """Normalise a text's case, width, composition and white space: equal prompts become equal strings."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 

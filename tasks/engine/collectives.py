@@ -70,7 +70,7 @@ def group() -> Iterator[None]:
     distributed.destroy_process_group()  # after an error the others may wait for an answer that never comes
 
 
-def shard(items: Sequence[T], size: int, to: World) -> list[tuple[Sequence[T], bool]]:
+def share_of_rank(items: Sequence[T], size: int, to: World) -> list[tuple[Sequence[T], bool]]:
     """Split items into the parts that a process works on, each with whether it counts.
 
     All processes get as many parts, and in the same place parts of as many items, so that they go through a model with

@@ -10,7 +10,7 @@ from decimal import Decimal, InvalidOperation
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from tasks.evaluate.suite_params import Extract, Generate, Pattern
+from tasks.evaluate.suite_params import AnswerPattern, Extract, Generate
 
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
@@ -27,7 +27,7 @@ _ARTICLE = re.compile(r"\b(a|an|the)\b")
 
 def extract_answer(text: str, how: Extract) -> str | None:
     """Extract the answer from a text; None where there is none."""
-    if isinstance(how, Pattern):
+    if isinstance(how, AnswerPattern):
         found = list(re.finditer(how.regex, text))
         return _group(found[-1]) if found else None
     if how == "whole":

@@ -19,7 +19,7 @@ from tasks.models.loader import Model
 if TYPE_CHECKING:
     from torch import Tensor
 
-TOKENS = 4096
+TOKENS_AT_ONCE = 4096
 """What a forward pass computes, in tokens (bench/LOG.md); more for a row that is longer."""
 
 
@@ -34,7 +34,7 @@ def score_continuations(
     model: Model,
     endings: Sequence[Continuation],
     *,
-    tokens: int = TOKENS,
+    tokens: int = TOKENS_AT_ONCE,
     done: Callable[[int], None] = lambda count: None,
 ) -> list[Likelihood]:
     """Score the likelihood of each ending, in their order.
@@ -49,14 +49,14 @@ def score_continuations(
 
     from tasks.adapters.prompt_tuning import virtual_tokens
     from tasks.adapters.reft.prompt_positions import prompts_of
-    from tasks.inference.lm_head import base_of
+    from tasks.inference.lm_head import unwrapped
     from tasks.inference.prefix_sharing import can_pack
     from tasks.inference.prefix_tree import batches
 
     rows = [PrefixRow([*ending.context, *ending.tokens[:-1]], len(ending.context)) for ending in endings]
     whole = prompts_of(model) is not None
     longest = max((len(row.ids) for row in rows), default=0)
-    if can_pack(base_of(model), longest) and not virtual_tokens(model):
+    if can_pack(unwrapped(model), longest) and not virtual_tokens(model):
         passes, hidden_of = list(batches(rows, tokens, whole=whole)), _joined
     else:
         passes, hidden_of = _by_length(rows, tokens, whole=whole), _padded
@@ -101,7 +101,7 @@ def _joined(model: Model, rows: Sequence[PrefixRow], whole: bool) -> tuple[Tenso
     import torch
 
     from tasks.adapters.reft.prompt_positions import prompts_of
-    from tasks.inference.lm_head import base_of
+    from tasks.inference.lm_head import unwrapped
     from tasks.inference.prefix_sharing import packed_hidden
     from tasks.inference.prefix_tree import build_batch
 
@@ -112,7 +112,7 @@ def _joined(model: Model, rows: Sequence[PrefixRow], whole: bool) -> tuple[Tenso
         torch.tensor(numbers, device=model.device) for numbers in ([0] * len(where), list(where), [*where.values()])
     )
     with prompts.at(*shapes) if prompts else nullcontext():
-        return packed_hidden(base_of(model), forest), forest.places
+        return packed_hidden(unwrapped(model), forest), forest.places
 
 
 # --- rows of their own ------------------------------------------------------------------------------------------------

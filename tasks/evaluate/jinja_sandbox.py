@@ -18,7 +18,7 @@ MOST_CHARACTERS = 1 << 22
 """A text or list that a template makes by repeating one may get so long."""
 
 
-def rendered(template: str, values: Mapping[str, Any], where: str) -> str:
+def render_template(template: str, values: Mapping[str, Any], where: str) -> str:
     """Render a template with some values.
 
     Raises:

@@ -21,7 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tasks.adapters.prompt_tuning import virtual_tokens
 from tasks.core.errors import BadData, BadParams
 from tasks.core.progress import Progress
-from tasks.evaluate.continuation_scores import TOKENS, Continuation, score_continuations
+from tasks.evaluate.continuation_scores import TOKENS_AT_ONCE, Continuation, score_continuations
 from tasks.inference.encoder_decoder import PairRow, generate_targets, score_pair_rows
 from tasks.inference.params import Generation, generation_of
 from tasks.inference.rows import Likelihood
@@ -152,7 +152,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval's class is untyped
                 )
         if self._writes:
             cut = [PairRow(before[-self.max_length :], after) for _, before, after in requests]
-            scores: list[Likelihood] = score_pair_rows(self.model, cut, tokens=TOKENS, done=self._done)
+            scores: list[Likelihood] = score_pair_rows(self.model, cut, tokens=TOKENS_AT_ONCE, done=self._done)
         else:
             kept = ((self.max_length + 1 - len(after), before, after) for _, before, after in requests)
             scores = score_continuations(

@@ -38,7 +38,9 @@ class HarnessRun(NamedTuple):
     """Whether the tasks are lm-eval's own."""
 
 
-def run(wanted: HarnessRun, examinee: ModelUnderTest, find: Find) -> tuple[list[Item], dict[tuple[str, str], Summary]]:
+def run_harness(
+    wanted: HarnessRun, examinee: ModelUnderTest, find: Find
+) -> tuple[list[Item], dict[tuple[str, str], Summary]]:
     """Evaluate tasks of lm-eval; return their items, and how they are summed up.
 
     Args:

@@ -20,7 +20,7 @@ from tasks.core.errors import BadData, did_you_mean
 from tasks.evaluate.answer_matching import extract_answer
 from tasks.evaluate.suite_params import Choice, Generate, RowsPart
 from tasks.readers.files import is_prose, read_rows_of
-from tasks.readers.text_files import Row
+from tasks.readers.text_files import FileRow
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -76,7 +76,7 @@ def read_tasks(part: RowsPart, limit: int | None, root: Path | None = None) -> l
     return tasks
 
 
-def _shots(part: RowsPart, star: str, solved: Mapping[str, list[Row]], task: str) -> list[Question]:
+def _shots(part: RowsPart, star: str, solved: Mapping[str, list[FileRow]], task: str) -> list[Question]:
     if part.shots == "none":
         return []
     rows = solved.get(star) or solved.get("") or []
@@ -122,12 +122,12 @@ def path_digest(path: Path) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _rows(path: str, files: str, sha256: str, root: Path | None) -> dict[str, list[Row]]:
+def _rows(path: str, files: str, sha256: str, root: Path | None) -> dict[str, list[FileRow]]:
     """Read the rows of the files that match, by what `*` stands for."""
     place = (root / path) if root else Path(path)
     check_digest(place, sha256)
     pattern = re.compile(re.escape(files).replace(r"\*", "([^/]*)" if files != "*" else "(.*)"))
-    by_star: dict[str, list[Row]] = {}
+    by_star: dict[str, list[FileRow]] = {}
     seen = set[str]()
     for name, row in _named_rows(place, pattern):
         seen.add(name)
@@ -139,7 +139,7 @@ def _rows(path: str, files: str, sha256: str, root: Path | None) -> dict[str, li
     return by_star
 
 
-def _named_rows(place: Path, pattern: re.Pattern[str]) -> Iterator[tuple[str, Row]]:
+def _named_rows(place: Path, pattern: re.Pattern[str]) -> Iterator[tuple[str, FileRow]]:
     """Yield the rows of a file, an archive or a folder, each with its file's path in it."""
     if place.is_dir():
         for file in sorted(p for p in place.rglob("*") if p.is_file() and not is_prose(p.name)):
@@ -154,7 +154,7 @@ def _named_rows(place: Path, pattern: re.Pattern[str]) -> Iterator[tuple[str, Ro
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def _questions(part: RowsPart, rows: Sequence[Row], counted: Counter[str]) -> Iterator[Question]:
+def _questions(part: RowsPart, rows: Sequence[FileRow], counted: Counter[str]) -> Iterator[Question]:
     metric = part.metric
     for row in rows:
         fields = {name: _field(row, columns) for name, columns in part.columns.items()}
@@ -173,7 +173,7 @@ def _questions(part: RowsPart, rows: Sequence[Row], counted: Counter[str]) -> It
             yield made._replace(fields={**made.fields, "letters": LETTERS})
 
 
-def _field(row: Row, columns: str | list[str]) -> Any:
+def _field(row: FileRow, columns: str | list[str]) -> Any:
     if not isinstance(row.value, Mapping):
         raise BadData("is not a row with columns", where=f"{row.file}:{row.number}", got=type(row.value).__name__)
     for column in [columns] if isinstance(columns, str) else columns:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tasks.core.records import Message
 from tasks.evaluate.answer_matching import corpus_figures, extract_answer, score_answer
 from tasks.evaluate.answer_metrics import answer_statistics
-from tasks.evaluate.jinja_sandbox import rendered
+from tasks.evaluate.jinja_sandbox import render_template
 from tasks.evaluate.questions import Question, Task
 from tasks.evaluate.suite_params import Choice, Generate, LikelihoodMetric, PerplexityMetric, Preference, RowsPart
 from tasks.reports.items import Item, Summary, prompt_digest
@@ -76,7 +76,7 @@ def build_requests(task: Task, part: RowsPart, how: Prompting) -> list[PreparedQ
 
 
 def _prompt(part: RowsPart, question: Question, task: str) -> str:
-    return rendered(part.prompt, question.fields, f"{task}: {question.id}")
+    return render_template(part.prompt, question.fields, f"{task}: {question.id}")
 
 
 def _solution(part: RowsPart, question: Question) -> str:

@@ -16,16 +16,16 @@ from tasks.core.params import Commit, Count, FilePath, HubName, Name, Section
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Limit: TypeAlias = Count | Literal["none"]
-Shown = Annotated[str, StringConstraints(max_length=20_000)]
+ShownText = Annotated[str, StringConstraints(max_length=20_000)]
 FieldName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 
 
-SHIPPED = CLONE / "data" / "suites"
+SHIPPED_SUITES = CLONE / "data" / "suites"
 
 
 def shipped_names() -> list[str]:
     """List the names of the ready suites."""
-    return sorted(file.stem for file in SHIPPED.glob("*.yaml"))
+    return sorted(file.stem for file in SHIPPED_SUITES.glob("*.yaml"))
 
 
 def shipped_name(name: str) -> str:
@@ -63,7 +63,7 @@ class LikelihoodMetric(Section):
     """logp: nats per token; greedy: 1 where the model would write it by itself."""
 
 
-class Pattern(Section):
+class AnswerPattern(Section):
     """Pattern that is cut out of a text."""
 
     regex: str
@@ -79,7 +79,7 @@ class Pattern(Section):
         return regex
 
 
-Extract: TypeAlias = Literal["whole", "first_line", "last_number", "first_letter"] | Pattern
+Extract: TypeAlias = Literal["whole", "first_line", "last_number", "first_letter"] | AnswerPattern
 
 
 class Generate(Section):
@@ -114,7 +114,7 @@ Metric: TypeAlias = Annotated[
     Choice | LikelihoodMetric | Generate | Preference | PerplexityMetric, Field(discriminator="name")
 ]
 
-COLUMNS: dict[str, frozenset[str]] = {
+SUITE_COLUMNS: dict[str, frozenset[str]] = {
     "choice": frozenset({"choices", "answer"}),
     "loglikelihood": frozenset({"answer"}),
     "generate": frozenset({"answer"}),
@@ -155,7 +155,7 @@ class RowsPart(Section):
     columns: dict[FieldName, str | list[str]]
     """What a question is made of, each out of one column or of several: `answer`, `choices`, `chosen`, `rejected`,
     `text` and `target` mean what the metric says, `id` is the question's own; others are for the prompt."""
-    prompt: Shown
+    prompt: ShownText
     """A Jinja template over those names, and `letters`."""
     delimiter: Annotated[str, StringConstraints(max_length=8)] = " "
     """What stands between a prompt and its ending; nothing where the chat template is used."""
@@ -168,7 +168,7 @@ class RowsPart(Section):
 
     @model_validator(mode="after")
     def _has_columns(self) -> RowsPart:
-        needed = COLUMNS[self.metric.name]
+        needed = SUITE_COLUMNS[self.metric.name]
         if isinstance(self.metric, Choice) and self.metric.endings == "contexts":
             needed = needed | {"target"}
         if missing := sorted(needed - self.columns.keys()):
@@ -256,7 +256,7 @@ class ReadySuite(_Asked):
 
 
 Suite: TypeAlias = Annotated[HarnessSuite | TaskFileSuite | RowsSuite | ReadySuite, Field(discriminator="kind")]
-Part: TypeAlias = Annotated[HarnessPart | RowsPart, Field(discriminator="kind")]
+SuitePart: TypeAlias = Annotated[HarnessPart | RowsPart, Field(discriminator="kind")]
 
 
 class Ready(Section):
@@ -268,7 +268,7 @@ class Ready(Section):
     """Where it comes from: paper and repository."""
     licence: str = "unknown"
     """Of its data."""
-    parts: Annotated[list[Part], Field(min_length=1)]
+    parts: Annotated[list[SuitePart], Field(min_length=1)]
     """Its tasks."""
 
 

@@ -10,12 +10,12 @@ from pydantic import ValidationError
 
 from tasks.core.errors import BadData, BadParams
 from tasks.core.params_file import read_yaml
-from tasks.evaluate.lm_eval_tasks import HarnessRun, dataset_finder, run
+from tasks.evaluate.lm_eval_tasks import HarnessRun, dataset_finder, run_harness
 from tasks.evaluate.model_under_test import ModelUnderTest
 from tasks.evaluate.questions import check_digest, read_tasks
 from tasks.evaluate.requests import PreparedQuestion, Prompting, build_requests, items_of
 from tasks.evaluate.suite_params import (
-    SHIPPED,
+    SHIPPED_SUITES,
     HarnessPart,
     HarnessSuite,
     MirrorData,
@@ -27,7 +27,7 @@ from tasks.evaluate.suite_params import (
     TaskFileSuite,
     shipped_name,
 )
-from tasks.evaluate.task_files import plain, read_task_file
+from tasks.evaluate.task_files import builtin_types, read_task_file
 from tasks.reports.items import Item, Summary, check_scores
 
 
@@ -99,7 +99,7 @@ def _task_file(suite: str, params: TaskFileSuite, limit: int | None, examinee: M
     check_digest(Path(params.path), params.sha256)
     task = read_task_file(Path(params.path))
     wanted = HarnessRun(suite, [task], params.metric, params.shots, limit, params.chat_template, ships=False)
-    return run(wanted, examinee, _no_dataset)
+    return run_harness(wanted, examinee, _no_dataset)
 
 
 def _no_dataset(path: str, *_: Any, **__: Any) -> Any:
@@ -110,7 +110,7 @@ def _harness(
     suite: str, part: HarnessPart, limit: int | None, examinee: ModelUnderTest, chat: bool, data: Any
 ) -> SuiteResults:
     wanted = HarnessRun(suite, part.tasks, part.metric, part.shots, limit, chat, ships=True)
-    return run(wanted, examinee, dataset_finder(data))
+    return run_harness(wanted, examinee, dataset_finder(data))
 
 
 def _ready(
@@ -183,7 +183,7 @@ def shipped(name: str) -> Ready:
         known = shipped_name(name)
     except ValueError as error:
         raise BadParams(str(error), fix="name one of them, or a file that is there") from error
-    return read_ready(SHIPPED / f"{known}.yaml")
+    return read_ready(SHIPPED_SUITES / f"{known}.yaml")
 
 
 def read_ready(path: Path) -> Ready:
@@ -193,7 +193,7 @@ def read_ready(path: Path) -> Ready:
         BadParams: it is not in that form; every wrong key is named.
     """
     try:
-        return Ready.model_validate(plain(read_yaml(path)))
+        return Ready.model_validate(builtin_types(read_yaml(path)))
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
         raise BadParams("is no suite", where=str(path), examples=wrong) from error

@@ -14,7 +14,7 @@ from tasks.core.errors import BadData, BadParams, did_you_mean
 from tasks.core.params_file import read_yaml
 from tasks.readers.files import read_rows_of
 
-METRICS = (
+TASK_METRICS = (
     "acc", "acc_norm", "acc_bytes", "acc_mutual_info", "bits_per_byte", "byte_perplexity", "exact_match",
     "perplexity", "word_perplexity",
 )  # fmt: skip
@@ -46,7 +46,7 @@ def read_task_file(path: Path) -> dict[str, Any]:
             metrics and filters other than lm-eval's own.
         BadData: a file of rows is missing, damaged, or outside the folder.
     """
-    content = {str(key): plain(value) for key, value in read_yaml(path).items()}
+    content = {str(key): builtin_types(value) for key, value in read_yaml(path).items()}
     _check_keys(content, path)
     _check_lists(content, path)
     splits = _splits(content, path)
@@ -81,7 +81,7 @@ def _check_lists(content: Mapping[str, Any], path: Path) -> None:
     """Metrics, their aggregations and filters are named, and of lm-eval's own."""
     wrong = []
     for place, metric in enumerate(_mappings(content["metric_list"], "metric_list", path)):
-        wrong += _unknown(f"metric_list.{place}.metric", metric.get("metric"), METRICS)
+        wrong += _unknown(f"metric_list.{place}.metric", metric.get("metric"), TASK_METRICS)
         if "aggregation" in metric:
             wrong += _unknown(f"metric_list.{place}.aggregation", metric["aggregation"], AGGREGATIONS)
         if metric.get("hf_evaluate"):
@@ -128,10 +128,10 @@ def _splits(content: Mapping[str, Any], path: Path) -> dict[str, list[dict[str, 
     return splits
 
 
-def plain(value: Any) -> Any:
+def builtin_types(value: Any) -> Any:
     """YAML nodes as builtin types."""
     if isinstance(value, Mapping):
-        return {str(key): plain(each) for key, each in value.items()}
+        return {str(key): builtin_types(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [plain(each) for each in value]
+        return [builtin_types(each) for each in value]
     return next((kind(value) for kind in (bool, int, float, str) if isinstance(value, kind)), value)

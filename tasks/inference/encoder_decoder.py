@@ -116,14 +116,14 @@ def _encoded(model: Model, inputs: Sequence[tuple[int, ...]]) -> dict[str, Any]:
 
     from tasks.adapters.prompt_tuning import virtual_tokens
     from tasks.adapters.reft.prompt_positions import prompts_of
-    from tasks.inference.lm_head import base_of
+    from tasks.inference.lm_head import unwrapped
 
     number = {each: n for n, each in enumerate(dict.fromkeys(inputs))}
     if torch.is_grad_enabled() or len(number) == len(inputs) or virtual_tokens(model) or prompts_of(model):
         whole = padded(inputs, 0, model.device)
         return {"input_ids": whole.ids, "attention_mask": whole.attended}
     once = padded(list(number), 0, model.device)
-    outputs = base_of(model).get_encoder()(input_ids=once.ids, attention_mask=once.attended)
+    outputs = unwrapped(model).get_encoder()(input_ids=once.ids, attention_mask=once.attended)
     whose = torch.tensor([number[each] for each in inputs], device=model.device)
     outputs.last_hidden_state = outputs.last_hidden_state[whose]
     return {"encoder_outputs": outputs, "attention_mask": once.attended[whose]}

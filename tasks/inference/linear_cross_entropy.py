@@ -26,8 +26,8 @@ from torch.nn import functional as F
 
 from tasks.models.device import has_fast_bf16
 
-TOKENS = 512
-VOCABULARY = 4096
+TILE_TOKENS = 512
+TILE_VOCABULARY = 4096
 """A tile of logits: as many rows as keep a product of matrices busy, and no more columns than a cache holds."""
 
 
@@ -176,11 +176,11 @@ class _Tile(NamedTuple):
 def _tiles(hidden: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Iterator[_Tile]:
     """Yield all tiles; those of the same columns one after another. `hidden` is in the dtype of products."""
     scale, cap = how.scale, how.cap
-    for start in range(0, len(weight), VOCABULARY):
-        columns = slice(start, min(start + VOCABULARY, len(weight)))
+    for start in range(0, len(weight), TILE_VOCABULARY):
+        columns = slice(start, min(start + TILE_VOCABULARY, len(weight)))
         part = weight[columns].to(hidden.dtype)
-        for first in range(0, len(hidden), TOKENS):
-            tokens = slice(first, min(first + TOKENS, len(hidden)))
+        for first in range(0, len(hidden), TILE_TOKENS):
+            tokens = slice(first, min(first + TILE_TOKENS, len(hidden)))
             logits = torch.mm(hidden[tokens], part.t()).to(_wide(hidden.dtype))
             for see in _observers:
                 see(logits)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def head_of(model: PreTrainedModel | PeftModel) -> Head | None:
     """Return the model's vocabulary head, if it is one plain matrix whose output is at most scaled and capped."""
-    base = base_of(model)
+    base = unwrapped(model)
     head = base.get_output_embeddings()
     if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head):
         return None
@@ -36,7 +36,7 @@ def head_of(model: PreTrainedModel | PeftModel) -> Head | None:
 
 def logits_of(model: PreTrainedModel | PeftModel, hidden: Tensor) -> Tensor:
     """Compute the logits, (tokens, vocabulary), by the model's own forward pass, of hidden states, (tokens, hidden)."""
-    base = base_of(model)
+    base = unwrapped(model)
     with _instead(base, {base.get_decoder(): _Layers(hidden[None])}):
         logits: Tensor = _after_layers(base, len(hidden), hidden.device)
     return logits[0]
@@ -145,7 +145,7 @@ def _instead(base: nn.Module, others: dict[nn.Module, nn.Module]) -> Iterator[No
             module._modules[name] = child
 
 
-def base_of(model: PreTrainedModel | PeftModel) -> Any:
+def unwrapped(model: PreTrainedModel | PeftModel) -> Any:
     """Return the model without what PEFT put around it; adapters stay within."""
     from peft import PeftModel
 

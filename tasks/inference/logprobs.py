@@ -79,10 +79,10 @@ def score_hidden(
 def _joined(model: Model, rows: Sequence[TokenRow]) -> PackedBatch | None:
     """Join the rows in one sequence, where the model and its adapter allow that and it pays; else return None."""
     from tasks.adapters.prompt_tuning import virtual_tokens
-    from tasks.inference.lm_head import base_of
+    from tasks.inference.lm_head import unwrapped
     from tasks.inference.prefix_sharing import can_pack, drops, pack
 
-    base = base_of(model)
+    base = unwrapped(model)
     longest = max(row.tokens for row in rows)
     if virtual_tokens(model) or not can_pack(base, longest):
         return None
@@ -96,7 +96,7 @@ def _joined_hidden(model: Model, rows: Sequence[TokenRow], joined: PackedBatch) 
     import torch
 
     from tasks.adapters.reft.prompt_positions import prompts_of
-    from tasks.inference.lm_head import base_of
+    from tasks.inference.lm_head import unwrapped
     from tasks.inference.prefix_sharing import packed_hidden
 
     prompts = prompts_of(model)
@@ -105,7 +105,7 @@ def _joined_hidden(model: Model, rows: Sequence[TokenRow], joined: PackedBatch) 
         prompts.at(*(torch.tensor(numbers, device=model.device) for numbers in shapes)) if prompts else nullcontext()
     )
     with where:
-        hidden = packed_hidden(base_of(model), joined)
+        hidden = packed_hidden(unwrapped(model), joined)
     before = [
         place
         for row, places in zip(rows, joined.places, strict=True)

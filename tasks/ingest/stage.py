@@ -38,7 +38,7 @@ from tasks.ingest.params import (
     Source,
 )
 from tasks.ingest.parsers import Origin
-from tasks.ingest.synthetic import Recipe, generate, read_lexicon
+from tasks.ingest.synthetic import Recipe, generate_rows, read_lexicon
 from tasks.readers.files import read_rows_of
 
 _REFUSALS_KEPT = 100_000
@@ -66,7 +66,7 @@ class Reading:
         if isinstance(self.source, GeneratorSource):
             source = self.source
             recipe = Recipe(self.name, source.rows, source.count, source.seed, source.withheld)
-            for record in generate(recipe, read_lexicon(Path(source.path))):
+            for record in generate_rows(recipe, read_lexicon(Path(source.path))):
                 self.read += 1
                 yield record
             return

@@ -164,7 +164,7 @@ class Recipe:
     withheld: float = 0.0
 
 
-def generate(recipe: Recipe, lexicon: Lexicon) -> Iterator[Record]:
+def generate_rows(recipe: Recipe, lexicon: Lexicon) -> Iterator[Record]:
     """Yield the recipe's rows, in order."""
     make = ROWS[recipe.rows]
     for index in range(recipe.count):

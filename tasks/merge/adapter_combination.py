@@ -20,8 +20,8 @@ from tasks.models.safetensors_reader import StoredTensor, TensorSource
 if TYPE_CHECKING:
     from torch import Tensor
 
-Method: TypeAlias = Literal["linear", "svd", "ties", "dare_linear", "dare_ties"]
-METHODS: tuple[str, ...] = get_args(Method)
+CombinationMethod: TypeAlias = Literal["linear", "svd", "ties", "dare_linear", "dare_ties"]
+COMBINATIONS: tuple[str, ...] = get_args(CombinationMethod)
 
 
 class Combination(NamedTuple):
@@ -53,8 +53,8 @@ class Combination(NamedTuple):
             raise BadParams(
                 "there must be a weight for each adapter", got=f"{len(self.weights)} weights for {adapters} adapters"
             )
-        if self.method not in METHODS:
-            raise BadParams("is no way to combine adapters", got=self.method, expected=", ".join(METHODS))
+        if self.method not in COMBINATIONS:
+            raise BadParams("is no way to combine adapters", got=self.method, expected=", ".join(COMBINATIONS))
         if not 0 < self.density <= 1:
             raise BadParams("density is no share", got=str(self.density), expected="above 0, at most 1")
         if self.rank < 1:

@@ -20,7 +20,7 @@ _LEAVES_BASE = (None, True, False, "gaussian", "orthogonal", "eva")
 _NO_SUM = ("layer_replication", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config")
 """What a LoRA may be configured to that no weights added to the base's can stand for."""
 
-Rank = Annotated[int, Field(ge=1)]
+LoraRank = Annotated[int, Field(ge=1)]
 Alpha = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -32,7 +32,7 @@ def _pattern(text: Any) -> Any:
     return text
 
 
-Pattern = Annotated[str, BeforeValidator(_pattern)]
+ModulePattern = Annotated[str, BeforeValidator(_pattern)]
 Patterns = BeforeValidator(lambda value: {} if value is None else value)
 
 
@@ -40,15 +40,15 @@ class Settings(BaseModel):
     """The fields of adapter_config.json that say what an adapter does to weights."""
 
     peft_type: str
-    r: Rank = 8
+    r: LoraRank = 8
     lora_alpha: Alpha = 8
-    rank_pattern: Annotated[dict[Pattern, Rank], Patterns] = {}
-    alpha_pattern: Annotated[dict[Pattern, Alpha], Patterns] = {}
+    rank_pattern: Annotated[dict[ModulePattern, LoraRank], Patterns] = {}
+    alpha_pattern: Annotated[dict[ModulePattern, Alpha], Patterns] = {}
     use_rslora: bool = False
     use_dora: bool = False
-    init_r: Rank = 12
-    target_modules: Pattern | list[str] | None = None
-    exclude_modules: Pattern | list[str] | None = None
+    init_r: LoraRank = 12
+    target_modules: ModulePattern | list[str] | None = None
+    exclude_modules: ModulePattern | list[str] | None = None
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
     target_parameters: list[str] | None = None

@@ -51,7 +51,7 @@ class Planned(NamedTuple):
         return isinstance(self.source, StoredTensor) and self.source.dtype == self.dtype
 
 
-def split(planned: Mapping[str, Planned], most_bytes: int) -> list[dict[str, Planned]]:
+def plan_shards(planned: Mapping[str, Planned], most_bytes: int) -> list[dict[str, Planned]]:
     """Split the tensors in order into shards of at most `most_bytes`; a larger tensor has a separate shard."""
     shards: list[dict[str, Planned]] = []
     filling, room = dict[str, Planned](), most_bytes
@@ -84,7 +84,7 @@ def write_shards(
         BadModel: a number is not finite in its format.
     """
     first = next(iter(wanted.values()))
-    shards = split(first, most_bytes)
+    shards = plan_shards(first, most_bytes)
     names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
     names = [SINGLE] if len(shards) == 1 else names
     digests: dict[Path, dict[str, str]] = {folder: {} for folder in wanted}

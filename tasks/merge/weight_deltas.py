@@ -39,7 +39,7 @@ _HEADS = {
 }
 """What the embedding's weight is called in files, and the head's of the same model."""
 
-Found: TypeAlias = "tuple[str | None, Change, tuple[str, ...]]"
+FoundDelta: TypeAlias = "tuple[str | None, Change, tuple[str, ...]]"
 """A weight of the base, or None where it has none; what becomes of it; and the adapter's tensors that say so."""
 
 
@@ -156,14 +156,14 @@ class _Adapter(NamedTuple):
         return (shape[1], shape[0]) if turned else (shape[0], shape[1])
 
 
-Method: TypeAlias = "Callable[[_Adapter, Mapping[str, StoredTensor]], Iterator[Found]]"
+DeltaReader: TypeAlias = "Callable[[_Adapter, Mapping[str, StoredTensor]], Iterator[FoundDelta]]"
 """What of an adapter's tensors that are left does what to the base."""
 
 
 # --- the frame of all methods -----------------------------------------------------------------------------------------
 
 
-def _collected(adapter: _Adapter, of_method: Method) -> dict[str, Change]:
+def _collected(adapter: _Adapter, of_method: DeltaReader) -> dict[str, Change]:
     """Collect all changes of an adapter; its tensors and the places that it names must be all there."""
     changes: dict[str, Change] = {}
     wrong: list[str] = []
@@ -200,7 +200,7 @@ def _expected(adapter: _Adapter) -> set[str]:
     return wanted | fused_weights(adapter.base, settings)
 
 
-def _weights(adapter: _Adapter, left: Mapping[str, StoredTensor]) -> Iterator[Found]:
+def _weights(adapter: _Adapter, left: Mapping[str, StoredTensor]) -> Iterator[FoundDelta]:
     """Yield tensors that replace one of the base's: an embedding, a bias, a module that was trained."""
     for name in left:
         if not re.search(r"\.lora_|\.ia3_l$|trainable_tokens_delta$", name):
@@ -249,7 +249,7 @@ def _whole(folder: Path, base: Mapping[str, StoredTensor]) -> dict[str, Change]:
 # --- LoRA and its kin -------------------------------------------------------------------------------------------------
 
 
-def _lora(adapter: _Adapter, left: Mapping[str, StoredTensor]) -> Iterator[Found]:
+def _lora(adapter: _Adapter, left: Mapping[str, StoredTensor]) -> Iterator[FoundDelta]:
     """W + s B A; with the norms that DoRA trained."""
     for name in left:
         if found := re.fullmatch(r"(.+)\.lora_(embedding_)?A(\.weight)?", name):
@@ -274,7 +274,7 @@ def _place(adapter: _Adapter, module: str) -> str:
     return short if any(name.startswith(f"{short}.") for name in adapter.base) else module
 
 
-def _low_rank(adapter: _Adapter, module: str, a: str, b: str, *, turned: bool) -> Found:
+def _low_rank(adapter: _Adapter, module: str, a: str, b: str, *, turned: bool) -> FoundDelta:
     """Build one module's update, after checking its shapes by the weight's and its rank by the configuration's."""
     weight, settings = adapter.weight(module), adapter.settings
     first = adapter.tensors[a]
@@ -307,7 +307,7 @@ def _low_rank(adapter: _Adapter, module: str, a: str, b: str, *, turned: bool) -
     return weight, change, (a, b, *([norms] if norms else []))
 
 
-def _trained_rows(adapter: _Adapter, name: str) -> Iterator[Found]:
+def _trained_rows(adapter: _Adapter, name: str) -> Iterator[FoundDelta]:
     """Single tokens that were trained; PEFT learns them for a head that is the embedding, too."""
     trained = adapter.tensors[name]
     module = re.sub(r"(\.token_adapter)?\.trainable_tokens_delta$", "", name)
@@ -330,7 +330,7 @@ def _trained_rows(adapter: _Adapter, name: str) -> Iterator[Found]:
             yield other, rows, (name,)
 
 
-def _adalora(adapter: _Adapter, left: Mapping[str, StoredTensor]) -> Iterator[Found]:
+def _adalora(adapter: _Adapter, left: Mapping[str, StoredTensor]) -> Iterator[FoundDelta]:
     """W + s P L Q, where s is alpha / the rank in the beginning, and L a diagonal."""
     scale = adapter.settings.lora_alpha / (adapter.settings.init_r + _ROUNDING)
     for a in [name for name in left if name.endswith(".lora_A")]:
@@ -343,7 +343,7 @@ def _adalora(adapter: _Adapter, left: Mapping[str, StoredTensor]) -> Iterator[Fo
         yield weight, _add(*((inner, outer) if turned else (outer, inner))), (a, e, b)
 
 
-def _ia3(adapter: _Adapter, left: Mapping[str, StoredTensor]) -> Iterator[Found]:
+def _ia3(adapter: _Adapter, left: Mapping[str, StoredTensor]) -> Iterator[FoundDelta]:
     """W with its rows scaled, for outputs, (out, 1), or its columns, for inputs, (1, in); biases with the outputs."""
     for name in [name for name in left if name.endswith(".ia3_l")]:
         module, factors = name.removesuffix(".ia3_l"), left[name]
@@ -357,7 +357,7 @@ def _ia3(adapter: _Adapter, left: Mapping[str, StoredTensor]) -> Iterator[Found]
             yield bias, _scaled(factors, by_row=True), (name,)
 
 
-_METHODS: dict[str, Method] = {
+_METHODS: dict[str, DeltaReader] = {
     "LORA": _lora,
     "ADALORA": _adalora,
     "IA3": _ia3,

@@ -72,7 +72,7 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-def load(path: Path) -> Params:
+def load_params(path: Path) -> Params:
     """Read and check a params file.
 
     Raises:

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
 from tasks.core.errors import BadData
-from tasks.readers.text_files import EXPECTED, Named, Row, read_text
+from tasks.readers.text_files import EXPECTED, FileRow, Named, read_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,7 +35,7 @@ _PROSE = re.compile(
 )
 
 
-def read_rows_of(path: Path, encoding: str = "utf-8", place: str = "") -> Iterator[Row]:
+def read_rows_of(path: Path, encoding: str = "utf-8", place: str = "") -> Iterator[FileRow]:
     """Yield the rows of one file, in its order.
 
     Args:
@@ -65,7 +65,7 @@ def is_prose(name: str) -> bool:
     return _PROSE.search(name) is not None
 
 
-def _read(source: Named, encoding: str, inside: Sequence[str] = ()) -> Iterator[Row]:
+def _read(source: Named, encoding: str, inside: Sequence[str] = ()) -> Iterator[FileRow]:
     """Yield the rows of a stream, behind whatever packing; `inside` are the packings that were opened before."""
     head = source.stream.read(4096)
     source.stream.seek(0)
@@ -121,7 +121,7 @@ _NO_DATA = {
 # --- packings ---------------------------------------------------------------------------------------------------------
 
 
-def _read_packed(source: Named, encoding: str, inside: Sequence[str]) -> Iterator[Row]:
+def _read_packed(source: Named, encoding: str, inside: Sequence[str]) -> Iterator[FileRow]:
     """Yield the rows of a gz or zst file."""
     inner = re.sub(r"\.(gz|gzip|zst|zstd)$", "", source.name, flags=re.IGNORECASE)
     with _unpacked(source, inside[-1]) as stream:
@@ -180,7 +180,7 @@ def _copy(stream: Any, file: IO[bytes], place: str, packed_bytes: int) -> None:
         file.write(block)
 
 
-def _read_zip(source: Named, encoding: str, inside: Sequence[str]) -> Iterator[Row]:
+def _read_zip(source: Named, encoding: str, inside: Sequence[str]) -> Iterator[FileRow]:
     """Yield the rows of every data file in a zip archive, by name."""
     try:
         with zipfile.ZipFile(source.stream) as archive:
@@ -222,7 +222,7 @@ def _check_member(member: zipfile.ZipInfo, archive: str) -> None:
         raise BadData("the archive is encrypted", where=where, fix="unpack it")
 
 
-_UNPACK: dict[str, Callable[[Named, str, Sequence[str]], Iterator[Row]]] = {
+_UNPACK: dict[str, Callable[[Named, str, Sequence[str]], Iterator[FileRow]]] = {
     "gz": _read_packed,
     "zst": _read_packed,
     "zip": _read_zip,
@@ -232,7 +232,7 @@ _UNPACK: dict[str, Callable[[Named, str, Sequence[str]], Iterator[Row]]] = {
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _read_parquet(source: Named) -> Iterator[Row]:
+def _read_parquet(source: Named) -> Iterator[FileRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -244,7 +244,7 @@ def _read_parquet(source: Named) -> Iterator[Row]:
         raise _damaged("Parquet", source, error) from error
 
 
-def _read_arrow(source: Named, *, is_file: bool) -> Iterator[Row]:
+def _read_arrow(source: Named, *, is_file: bool) -> Iterator[FileRow]:
     import pyarrow as pa
 
     try:
@@ -268,7 +268,7 @@ def _damaged(kind: str, source: Named, error: Exception) -> BadData:
     )
 
 
-def _rows_of_batches(batches: Iterator[pa.RecordBatch], place: str) -> Iterator[Row]:
+def _rows_of_batches(batches: Iterator[pa.RecordBatch], place: str) -> Iterator[FileRow]:
     number = 0
     for batch in batches:
         repeated = {name for name in batch.schema.names if batch.schema.names.count(name) > 1}
@@ -277,4 +277,4 @@ def _rows_of_batches(batches: Iterator[pa.RecordBatch], place: str) -> Iterator[
         for start in range(0, batch.num_rows, 1024):
             for value in batch.slice(start, 1024).to_pylist():
                 number += 1
-                yield Row(place, number, value)
+                yield FileRow(place, number, value)

@@ -26,7 +26,7 @@ _WHITE = re.compile(r"[ \t\r\n]*")
 EXPECTED = "json, jsonl, csv, tsv, parquet, arrow or txt, also gz, zst or zip"
 
 
-class Row(NamedTuple):
+class FileRow(NamedTuple):
     """One row as the file holds it.
 
     Attributes:
@@ -48,7 +48,7 @@ class Named(NamedTuple):
     name: str
 
 
-def read_text(source: Named, head: bytes, encoding: str) -> Iterator[Row]:
+def read_text(source: Named, head: bytes, encoding: str) -> Iterator[FileRow]:
     """Yield the rows of a text, whose kind its first bytes `head` show and, where they do not, its name."""
     ending = PurePosixPath(source.name).suffix.lower()
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and encoding == "utf-8":
@@ -107,7 +107,7 @@ def _other_encoding(encoding: str, where: str, got: str) -> BadData:
     return BadData(f"is not {encoding.upper()}", where=where, got=got, fix=fix)
 
 
-def _read_lines(source: Named, encoding: str) -> Iterator[Row]:
+def _read_lines(source: Named, encoding: str) -> Iterator[FileRow]:
     """Read one JSON value per line."""
     first = True
     for number, line in _lines(source, encoding):
@@ -120,7 +120,7 @@ def _read_lines(source: Named, encoding: str) -> Iterator[Row]:
                 _refuse_one_object(source, encoding, error)
             raise
         first = False
-        yield Row(source.place, number, value)
+        yield FileRow(source.place, number, value)
 
 
 def _refuse_one_object(source: Named, encoding: str, error: BadData) -> None:
@@ -147,7 +147,7 @@ def _refuse_one_object(source: Named, encoding: str, error: BadData) -> None:
         ) from error
 
 
-def _read_array(source: Named, encoding: str) -> Iterator[Row]:
+def _read_array(source: Named, encoding: str) -> Iterator[FileRow]:
     """Yield the elements of a JSON array, decoded one by one while the file is read.
 
     Not by ijson: its fast parser (3.6.0) makes "?" of half a surrogate pair without a word, and refuses whole numbers
@@ -160,7 +160,7 @@ def _read_array(source: Named, encoding: str) -> Iterator[Row]:
         value = rest.decode()
         number += 1
         _check_depth(value, f"{source.place}:{number}")
-        yield Row(source.place, number, value)
+        yield FileRow(source.place, number, value)
         if (following := rest.skip()) == ",":
             rest.drop()
             if rest.skip() == "]":
@@ -318,7 +318,7 @@ def _check_depth(value: Any, where: str) -> None:
             raise BadData("is nested too deeply", where=where, expected=f"at most {DEEPEST} levels")
 
 
-def _read_table(source: Named, encoding: str, delimiter: str) -> Iterator[Row]:
+def _read_table(source: Named, encoding: str, delimiter: str) -> Iterator[FileRow]:
     """Yield the rows of a delimited table with a header; a column without a name is left out."""
     csv.field_size_limit(MAX_VALUE_CHARACTERS)
     reader = csv.reader((line + "\n" for _, line in _lines(source, encoding)), delimiter=delimiter, strict=True)
@@ -348,7 +348,7 @@ def _read_table(source: Named, encoding: str, delimiter: str) -> Iterator[Row]:
                 fix="quote fields that hold the delimiter",
             )
         elif fields:
-            yield Row(source.place, begun, {n: v for n, v in zip(header, fields, strict=True) if n})
+            yield FileRow(source.place, begun, {n: v for n, v in zip(header, fields, strict=True) if n})
 
 
 def _check_header(fields: list[str], place: str, delimiter: str) -> list[str]:
@@ -367,7 +367,7 @@ def _check_header(fields: list[str], place: str, delimiter: str) -> list[str]:
     return names
 
 
-def _read_documents(source: Named, encoding: str) -> Iterator[Row]:
+def _read_documents(source: Named, encoding: str) -> Iterator[FileRow]:
     """Yield a file's texts: between its <|endoftext|> marks where it has any near its start, else its paragraphs."""
     place = source.stream.tell()
     marked = _DOCUMENT_END.encode() in source.stream.read(_BLOCK)
@@ -378,7 +378,7 @@ def _read_documents(source: Named, encoding: str) -> Iterator[Row]:
         parts = line.split(_DOCUMENT_END) if marked else [line]
         for index, part in enumerate(parts):
             if (index or (not marked and not part.strip())) and lines:
-                yield Row(source.place, begun, {"text": "\n".join(lines).strip()})
+                yield FileRow(source.place, begun, {"text": "\n".join(lines).strip()})
                 lines, size = [], 0
             if part.strip() or lines:
                 begun = begun if lines else number
@@ -387,10 +387,10 @@ def _read_documents(source: Named, encoding: str) -> Iterator[Row]:
                 if size > MAX_VALUE_CHARACTERS:
                     raise BadData("holds a text of more than 16 MiB", where=f"{source.place}:{begun}")
     if "".join(lines).strip():
-        yield Row(source.place, begun, {"text": "\n".join(lines).strip()})
+        yield FileRow(source.place, begun, {"text": "\n".join(lines).strip()})
 
 
-_BY_NAME: dict[str, Callable[[Named, str], Iterator[Row]]] = {
+_BY_NAME: dict[str, Callable[[Named, str], Iterator[FileRow]]] = {
     ".csv": partial(_read_table, delimiter=","),
     ".tsv": partial(_read_table, delimiter="\t"),
     ".txt": _read_documents,

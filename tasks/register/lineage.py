@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tasks.adapters.files import base_of
+from tasks.adapters.files import identify_base
 from tasks.core.artifacts import MANIFEST, digest, read_manifest
 from tasks.core.layout import BASE_EXAMPLES, EQUIVALENCE, EXAMPLES, METRICS
 from tasks.register.contamination import contamination_by_suite
@@ -44,7 +44,7 @@ def lineage_of(
     summary, metrics = (
         json.loads(file.read_text()) for file in (made.adapter / "summary.json", made.reports / METRICS)
     )
-    model, rendered, base = read_manifest(made.model), read_manifest(made.rendered), base_of(made.base)
+    model, rendered, base = read_manifest(made.model), read_manifest(made.rendered), identify_base(made.base)
     items, tokenizer = read_items(made.reports / EXAMPLES), load_tokenizer(made.model)
     adapter = read_manifest(made.adapter)["files"]
     return {

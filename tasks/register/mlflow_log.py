@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from tasks.adapters.files import CONFIG, PUBLISHED
-from tasks.adapters.package import BASE, REFERENCE, base_in, is_of_hub
+from tasks.adapters.package import BASE_FOLDER, REFERENCE, base_in, is_of_hub
 from tasks.core.artifacts import as_json
 from tasks.core.layout import BASE_EXAMPLES, CLONE, EXAMPLES, LINEAGE, METRICS
 from tasks.publish.model_card import CARD, version_card
@@ -46,16 +46,16 @@ def tags_of(lineage: Mapping[str, Any], place: str, *, signed: bool) -> dict[str
         tag.METHOD: lineage["method"],
         tag.TRAIN_KEY: lineage["training"]["key"],
         tag.GIT_COMMIT: lineage["git_commit"],
-        tag.MANIFEST: lineage["manifest_sha256"],
-        tag.WEIGHTS: ",".join(sha256 for name, sha256 in files.items() if name.endswith(".safetensors")),
+        tag.MANIFEST_TAG: lineage["manifest_sha256"],
+        tag.WEIGHTS_TAG: ",".join(sha256 for name, sha256 in files.items() if name.endswith(".safetensors")),
         tag.BASE_WEIGHTS: str(lineage["base"]["weights_sha256"]),
         tag.TRAINING_TEMPLATE: templates["training"] or "none",
         tag.EVALUATION_TEMPLATE: templates["evaluation"] or "none",
-        tag.TEMPLATE: templates["model"] or "none",
+        tag.TEMPLATE_TAG: templates["model"] or "none",
         tag.MEAN_KL: repr(lineage["merge"]["mean_kl"]),
         tag.CONTAMINATION: json.dumps(lineage["contamination"], sort_keys=True),
         tag.REPORT: place,
-        tag.LINEAGE: f"{place}/{LINEAGE}",
+        tag.LINEAGE_TAG: f"{place}/{LINEAGE}",
         tag.SIGNED: str(signed).lower(),
         **{tag.digest_of(name): sha256 for name, sha256 in lineage["evaluation"]["files"].items()},
         **{tag.score_of(suite): f"{found['score']['mean']:.6f}" for suite, found in suites.items()},
@@ -136,7 +136,7 @@ def log_model(client: MlflowClient, run: Run, model: Path, about: Path | None, k
     if about:
         artifacts[ABOUT] = str(about)
     if (model / REFERENCE).is_file() and not is_of_hub(model):
-        artifacts[BASE] = str(base_in(model))
+        artifacts[BASE_FOLDER] = str(base_in(model))
     signed = about is not None and (about / SIGNATURE).is_file()
     with mlflow.start_run(run_id=run.info.run_id):
         info = mlflow.pyfunc.log_model(

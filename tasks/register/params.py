@@ -17,7 +17,7 @@ class Register(Section):
     """All methods of this file are versions of it. A-Z, a-z, 0-9, `.`, `_` and `-`, at most 100 characters."""
 
 
-class Source(SourceFacts):
+class LicensedSource(SourceFacts):
     """Facts about a source for a version's lineage; where its rows lie is the matter of `ingest`."""
 
     model_config = ConfigDict(extra="ignore")

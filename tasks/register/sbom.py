@@ -31,7 +31,7 @@ def sbom(installed: Iterable[Distribution] | None = None) -> str:
 
     packages: dict[str, Distribution] = {}
     for package in _installed() if installed is None else installed:
-        packages.setdefault(normalised(package.metadata["Name"]), package)
+        packages.setdefault(normalized_name(package.metadata["Name"]), package)
     components = {name: _component(name, package) for name, package in packages.items()}
     bom = Bom(components=components.values(), serial_number=uuid.UUID(int=0))
     bom.metadata.component = Component(name="temper", type=ComponentType.APPLICATION, bom_ref="temper-model")
@@ -50,7 +50,7 @@ def _installed() -> Iterable[Distribution]:
     return distributions(path=list(dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))))
 
 
-def normalised(name: str) -> str:
+def normalized_name(name: str) -> str:
     """Normalise a package's name as indexes compare it (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
@@ -78,5 +78,5 @@ def _needed(package: Distribution, packages: dict[str, Distribution]) -> list[st
     from packaging.requirements import Requirement
 
     asked = [Requirement(line) for line in package.requires or []]
-    names = {normalised(each.name) for each in asked if not each.marker or each.marker.evaluate({"extra": ""})}
+    names = {normalized_name(each.name) for each in asked if not each.marker or each.marker.evaluate({"extra": ""})}
     return sorted(names & packages.keys())

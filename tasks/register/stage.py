@@ -34,7 +34,7 @@ from tasks.register.mlflow_log import (
     log_report,
     tags_of,
 )
-from tasks.register.params import Register, Source
+from tasks.register.params import LicensedSource, Register
 from tasks.registry import names as tag
 from tasks.registry.client import answering, connect, run_of
 from tasks.registry.names import ABOUT, CHALLENGER
@@ -101,7 +101,9 @@ def main() -> None:
     """Run the stage `register@METHOD`."""
     with run_stage(__doc__, *StagePaths._fields, "out", item="method") as stage:
         model, made = stage.section("register", Register).model, StagePaths(*map(stage.path, StagePaths._fields))
-        sources = {name: each.model_dump() for name, each in stage.section("ingest.sources", dict[str, Source]).items()}
+        sources = {
+            name: each.model_dump() for name, each in stage.section("ingest.sources", dict[str, LicensedSource]).items()
+        }
         with answering(stage.workspace):
             key = version_key(stage.item, made)
             version = register(stage.workspace, stage.item, made, key, model, sources)

@@ -11,7 +11,7 @@ from tasks.core.hub import snapshot
 from tasks.core.params import COMMIT, HUB_NAME
 from tasks.registry.versions import fetch_adapter
 
-FORMS = "a folder, hub:OWNER/NAME@COMMIT, models:/NAME/VERSION or models:/NAME@ALIAS"
+ADAPTER_REF_FORMS = "a folder, hub:OWNER/NAME@COMMIT, models:/NAME/VERSION or models:/NAME@ALIAS"
 """What a reference may look like."""
 
 _HUB, _REGISTRY = "hub:", "models:/"
@@ -39,7 +39,7 @@ def fetch_adapter_ref(reference: str, workspace: Path) -> Path:
     if reference.startswith(_REGISTRY):
         return fetch_adapter(workspace, reference)
     if not Path(reference).is_dir():
-        raise BadParams("there is no such folder", where=reference, expected=FORMS)
+        raise BadParams("there is no such folder", where=reference, expected=ADAPTER_REF_FORMS)
     return Path(reference)
 
 

@@ -132,7 +132,7 @@ def move_champion(
 
     before = (champions(seen) or [""])[-1]
     at = datetime.now(UTC).isoformat(timespec="seconds")
-    said = plain(reason)[:REASON_CHARACTERS]
+    said = one_line(reason)[:REASON_CHARACTERS]
     mark = uuid.uuid4().hex
     move = Move(len(seen) + 1, action, before, to, at, getpass.getuser(), said, verdict, summary, mark)
     run = _run_of(client, model) or _begin(client, model)
@@ -176,7 +176,7 @@ def settle_champion(client: MlflowClient, model: str) -> str | None:
     return None
 
 
-def plain(text: str) -> str:
+def one_line(text: str) -> str:
     """Return a text in one line without control characters."""
     return " ".join("".join(each if each.isprintable() else " " for each in text).split())
 

@@ -48,14 +48,14 @@ def method_alias(alias: str) -> str:
 METHOD = "temper.method"
 TRAIN_KEY = "temper.train_key"
 GIT_COMMIT = "temper.git_commit"
-MANIFEST = "temper.model_manifest_sha256"
-WEIGHTS = "temper.weights_sha256"
+MANIFEST_TAG = "temper.model_manifest_sha256"
+WEIGHTS_TAG = "temper.weights_sha256"
 BASE_WEIGHTS = "temper.base_weights_sha256"
-HELD_OUT_ROWS = "temper.held_out_rows"
+HELD_OUT_COUNT = "temper.held_out_rows"
 TRAINING_TEMPLATE = "temper.training_template_sha256"
 EVALUATION_TEMPLATE = "temper.evaluation_template_sha256"
 
-TEMPLATE = "temper.template_sha256"
+TEMPLATE_TAG = "temper.template_sha256"
 """The template that the model is served with."""
 
 MEAN_KL = "temper.mean_kl"
@@ -67,7 +67,7 @@ CONTAMINATION = "temper.contamination"
 REPORT = "temper.report"
 """Where among the artifacts of its run the report is that belongs to this version."""
 
-LINEAGE = "temper.lineage"
+LINEAGE_TAG = "temper.lineage"
 """Where its lineage is, likewise."""
 
 VERDICT = "temper.verdict"

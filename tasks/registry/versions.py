@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tasks.adapters.files import CONFIG
 from tasks.core.artifacts import atomic_folder, read_manifest
 from tasks.core.errors import BadModel, BadParams
-from tasks.registry.alias_log import moves, plain
+from tasks.registry.alias_log import moves, one_line
 from tasks.registry.client import KEY_TAG, answering, connect
 from tasks.registry.names import ARTIFACT
 
@@ -68,7 +68,7 @@ def version_of(client: MlflowClient, model: str, number: str) -> ModelVersion:
     if found is None:
         latest = f"latest {known[-1].version}" if known else "nothing is registered yet"
         raise BadParams(
-            f"version {plain(number)} does not exist ({latest})",
+            f"version {one_line(number)} does not exist ({latest})",
             where=model,
             fix="run `temper history` to see what there is",
         )

@@ -45,7 +45,7 @@ SPLITS = ("train", "held_out")
 RENDERED = ("chat", "preference", "labelled", "pair")
 """The kinds of rows that are rendered; plain texts are for pretraining, which has no template."""
 
-AT_ONCE = 1024
+ROWS_AT_ONCE = 1024
 """Rows whose texts are tokenised together."""
 
 
@@ -113,7 +113,7 @@ def _tokens_of(
     """
     before: Future[Iterator[tuple[Record, Any]]] | None = None
     with ThreadPoolExecutor(1) as pool:
-        while some := list(islice(records, AT_ONCE)):
+        while some := list(islice(records, ROWS_AT_ONCE)):
             places = {kind: [n for n, record in enumerate(some) if record.kind == kind] for kind in RENDERED}
             texts = {kind: _HALVES[kind].texts(tokenizer, [some[n] for n in places[kind]], params) for kind in RENDERED}
             now = pool.submit(_tokenised, tokenizer, some, places, texts)
@@ -243,7 +243,7 @@ def check_kinds(records: Iterable[Record], base: Architecture) -> None:
         )
 
 
-def report(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any]:
+def length_report(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any]:
     """Report the lengths of one kind's rows, and the tokens of an epoch."""
     columns = [name for name in rendered_schema(kind).names if name == "ids" or name.endswith("_ids")]
     lengths = sorted(sum(len(row[name]) for name in columns) for row in rows)
@@ -276,7 +276,7 @@ def main() -> None:
             for (split, kind), rows in rendered.items():
                 (folder / split).mkdir(exist_ok=True)
                 write_rows(folder / split / f"{kind}.parquet", rows, rendered_schema(kind))
-                about.setdefault(split, {})[kind] = report(rows, kind)
+                about.setdefault(split, {})[kind] = length_report(rows, kind)
         summary = ", ".join(f"{len(rows)} {split} {kind}" for (split, kind), rows in rendered.items() if rows)
         print(
             f"render: {summary}; {counts['truncated']} truncated, {counts['dropped']} dropped as too long", flush=True

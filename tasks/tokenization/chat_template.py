@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-Row = TypeVar("Row")
+RowT = TypeVar("RowT")
 
 TEMPLATE_SECONDS = 2.0
 """How long a template may take for one conversation."""
@@ -47,7 +47,7 @@ class Rendered(NamedTuple):
     prompt_tokens: int
 
 
-class Text(NamedTuple):
+class TemplateText(NamedTuple):
     """Text that a template made of a chat; `marks` are its `{% generation %}` parts, None for a template without."""
 
     text: str
@@ -261,7 +261,7 @@ def _whole(value: Any) -> Any:
 
 
 def _reply_text(
-    tokenizer: PreTrainedTokenizerBase, before: Text | BadData, after: Text | BadData, reply: Message
+    tokenizer: PreTrainedTokenizerBase, before: TemplateText | BadData, after: TemplateText | BadData, reply: Message
 ) -> str | BadData:
     """Return what the template adds for a reply, up to and including the stop token."""
     for text in (before, after):
@@ -310,7 +310,9 @@ def _marked(reply: str, start: int, marks: Sequence[tuple[int, int]] | None) -> 
     return parts
 
 
-def _texts(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], *, answering: bool) -> list[Text | BadData]:
+def _texts(
+    tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], *, answering: bool
+) -> list[TemplateText | BadData]:
     """Render each conversation by the template; `answering` adds what comes before an answer."""
     result: list[Any] = [None] * len(chats)
     by_tools: dict[tuple[str, ...], list[int]] = {}
@@ -325,12 +327,12 @@ def _texts(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], *, answeri
         except BadData:  # some row is at fault: see which
             texts = [_apply_alone(tokenizer, one, schemas, answering) for one in plain]
         for place, text in zip(places, texts, strict=True):
-            dropped = _dropped(text.text, chats[place]) if isinstance(text, Text) else None
+            dropped = _dropped(text.text, chats[place]) if isinstance(text, TemplateText) else None
             result[place] = dropped or text
     return result
 
 
-def _apply_alone(tokenizer: PreTrainedTokenizerBase, one: Any, schemas: Any, answering: bool) -> Text | BadData:
+def _apply_alone(tokenizer: PreTrainedTokenizerBase, one: Any, schemas: Any, answering: bool) -> TemplateText | BadData:
     try:
         with limited(TEMPLATE_SECONDS, "the chat template"):
             return _apply(tokenizer, [one], schemas, answering)[0]
@@ -338,7 +340,7 @@ def _apply_alone(tokenizer: PreTrainedTokenizerBase, one: Any, schemas: Any, ans
         return error
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, plain: list[Any], schemas: Any, answering: bool) -> list[Text]:
+def _apply(tokenizer: PreTrainedTokenizerBase, plain: list[Any], schemas: Any, answering: bool) -> list[TemplateText]:
     """Apply the template as the tokenizer's `apply_chat_template` does, without its copies of every message."""
     from jinja2 import TemplateError
     from transformers.utils import chat_template_utils as sandbox
@@ -349,8 +351,8 @@ def _apply(tokenizer: PreTrainedTokenizerBase, plain: list[Any], schemas: Any, a
         given = {"tools": schemas, "documents": None, "add_generation_prompt": answering} | tokenizer.special_tokens_map
         if not answering and _MARKED.search(source):  # never in a served model: marks are not kept apart by thread
             marked = [sandbox._render_with_assistant_indices(template, messages, **given) for messages in plain]
-            return [Text(text, marks) for text, marks in marked]
-        return [Text(template.render(messages=messages, **given)) for messages in plain]
+            return [TemplateText(text, marks) for text, marks in marked]
+        return [TemplateText(template.render(messages=messages, **given)) for messages in plain]
     except (
         MemoryError,
         TemplateError,

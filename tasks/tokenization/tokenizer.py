@@ -12,7 +12,7 @@ from tasks.core.errors import BadData, BadModel
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Row = TypeVar("Row")
+RowT = TypeVar("RowT")
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -55,8 +55,8 @@ def encode_rows(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[list[str] | BadData],
     encode: Callable[[PreTrainedTokenizerBase, Sequence[Sequence[str]]], list[list[list[int]] | BadData]],
-    made_of: Callable[[list[list[int]]], Row],
-) -> list[Row | BadData]:
+    made_of: Callable[[list[list[int]]], RowT],
+) -> list[RowT | BadData]:
     """Build something of the tokens of each row's texts; a row that has a reason instead keeps it."""
     tokens = iter(encode(tokenizer, [row for row in texts if not isinstance(row, BadData)]))
     found = [row if isinstance(row, BadData) else next(tokens) for row in texts]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.adapters.params import AnyAdapter, FullAdapter, Int8Adapter
 from tasks.core.errors import BadModel, BadParams
 from tasks.core.ranks import ALONE, shards_weights, uses_fsdp, world
-from tasks.inference.lm_head import base_of
+from tasks.inference.lm_head import unwrapped
 from tasks.models.device import device
 from tasks.models.loader import Model
 
@@ -66,7 +66,7 @@ def check_can_shard(adapter: AnyAdapter) -> None:
         )
 
 
-def shard(model: Model) -> None:
+def shard_weights(model: Model) -> None:
     """Shard the frozen weights of all layers over the processes; `model` has its adapter on it.
 
     Raises:
@@ -80,7 +80,7 @@ def shard(model: Model) -> None:
     for layer in sharded_layers(model):
         fully_shard(layer, ignored_params=_kept_whole(layer), reshard_after_forward=again)
     if not model.config.is_encoder_decoder:  # as one stack, a layer is gathered while the one before is computed
-        stack = base_of(model).get_decoder()
+        stack = unwrapped(model).get_decoder()
         fully_shard(stack, ignored_params=set(stack.parameters()), reshard_after_forward=again)
     for tensor in (*model.parameters(), *model.buffers()):
         if not isinstance(tensor, DTensor):
@@ -89,7 +89,7 @@ def shard(model: Model) -> None:
 
 def sharded_layers(model: Model) -> list[nn.Module]:
     """Return the layers of a model's base, which transformers knows as what is never split."""
-    base: Any = base_of(model)
+    base: Any = unwrapped(model)
     names = set(base._no_split_modules or ())
     found = [module for module in base.modules() if type(module).__name__ in names]
     if not found:

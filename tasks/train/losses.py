@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks.adapters.params import AdaloraAdapter, FullAdapter, ReftAdapter
 from tasks.core.ranks import shards_weights, world
-from tasks.engine.collectives import shard, sum_over_ranks
+from tasks.engine.collectives import share_of_rank, sum_over_ranks
 from tasks.engine.memory import AdaptiveMicroBatch
 from tasks.inference.encoder_decoder import PairRow
 from tasks.inference.logprobs import score_rows
@@ -133,7 +133,7 @@ class StepLosses:
         The penalty of AdaLoRA is not in them.
         """
         whole = None
-        for some, counts in shard(examples, self.rows.rows, world()):
+        for some, counts in share_of_rank(examples, self.rows.rows, world()):
             with fast_products(enabled=self.fast_products):
                 whole = whole or self._totals(examples)
                 loss, logged = _LOSSES[self.objective.name](MicroBatch(self, some, whole), self.objective)

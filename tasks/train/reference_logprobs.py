@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from tasks.core.artifacts import atomic_folder, read_manifest
 from tasks.core.errors import BadData
 from tasks.core.ranks import is_first, world
-from tasks.engine.collectives import all_reduce, shard
+from tasks.engine.collectives import all_reduce, share_of_rank
 from tasks.engine.memory import AdaptiveMicroBatch
 from tasks.inference.logprobs import score_tokens
 from tasks.inference.rows import TokenRow
@@ -47,7 +47,7 @@ def sums_of(model: Model, rows: Sequence[TokenRow], rows_at_once: int) -> Tensor
 
 def sums_by_all(of: Reference, rows: Sequence[TokenRow], rows_at_once: int) -> Tensor:
     """Compute what `of` gives some rows, in forward passes of `rows_at_once`, (rows,); processes share the rows."""
-    places = shard(range(len(rows)), rows_at_once, world())
+    places = share_of_rank(range(len(rows)), rows_at_once, world())
     own = [of([rows[place] for place in part]) for part, _ in places]
     found = own[0].new_zeros(len(rows))
     for (part, counts), sums in zip(places, own, strict=True):

@@ -81,7 +81,7 @@ def prepare(
     if recomputing:
         recompute_activations(model)
     if ranks.shards_weights():
-        fsdp.shard(model)
+        fsdp.shard_weights(model)
     reference = reference_for(model, examples, held_out, method, checkpoints)
     return plan_training(model, examples, method, micro_batch, reference)
 

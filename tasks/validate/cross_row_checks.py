@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
-from tasks.core.records import held_out, normalised
+from tasks.core.records import held_out, normalized_text
 from tasks.text.ngram_overlap import Hits, Index, without_common
 from tasks.text.words import Words, mixed, normal_form, runs, spaced_form, whole_hash, words_of
 from tasks.validate.duplicates import Duplicate, NearIndex, exact_duplicates
@@ -263,7 +263,7 @@ def _withheld(table: pa.Table, prompts: list[str], share: float) -> NDArray[np.b
     import numpy as np
 
     groups = table["group"].to_pylist()
-    named = (group or normalised(prompt) for group, prompt in zip(groups, prompts, strict=True))
+    named = (group or normalized_text(prompt) for group, prompt in zip(groups, prompts, strict=True))
     return np.array([bool(name) and held_out(name, share) for name in named], bool)
 
 

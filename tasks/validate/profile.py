@@ -23,8 +23,8 @@ EDGES: Mapping[str, Sequence[int]] = {
 }
 """The bins of each histogram, the same in every run so that runs can be compared; the last one is open."""
 
-TEMPLATE = Path(__file__).with_name("profile.html.jinja")
-EXAMPLES = 5
+PROFILE_TEMPLATE = Path(__file__).with_name("profile.html.jinja")
+SHOWN_EXAMPLES = 5
 _LEAST_SHARE = 1e-4
 """What an empty bin counts as in the stability index."""
 
@@ -73,14 +73,16 @@ def measure(
             for name, outcome in verdict.outcomes.items()
         },
         "quarantine": [
-            {"reason": reason, "rows": len(rows), "examples": [places[row] for row in rows[:EXAMPLES]]}
+            {"reason": reason, "rows": len(rows), "examples": [places[row] for row in rows[:SHOWN_EXAMPLES]]}
             for reason, rows in sorted(by_reason.items(), key=lambda item: -len(item[1]))
         ],
-        "refused": [dict(row) for row in refused[:EXAMPLES]],
+        "refused": [dict(row) for row in refused[:SHOWN_EXAMPLES]],
         "duplicates": {
             "exact": len(verdict.marks.exact),
             "near": len(verdict.marks.near),
-            "examples": [[places[each.row], places[each.kept], each.similarity] for each in verdict.merged[:EXAMPLES]],
+            "examples": [
+                [places[each.row], places[each.kept], each.similarity] for each in verdict.merged[:SHOWN_EXAMPLES]
+            ],
         },
         "contamination": {name: found._asdict() for name, found in verdict.marks.benchmarks.items()},
         "repairs": dict(sorted(Counter(change.check for change in verdict.repaired).items())),
@@ -149,7 +151,7 @@ def profile_page(numbers: Mapping[str, Any], moved: Mapping[str, float] | None =
     bars["scripts"] = _bars(list(numbers["scripts"].values()), list(numbers["scripts"]))
     reasons = {name: reason for name, (_, reason) in REASONS.items()}
     values = {"p": numbers, "bars": bars, "moved": moved, "reasons": reasons}
-    return html_page(TEMPLATE, values)
+    return html_page(PROFILE_TEMPLATE, values)
 
 
 def _bars(counts: Sequence[int], labels: Sequence[Any]) -> list[tuple[str, int, float]]:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unicodedata import is_normalized
 
-from tasks.text.patterns import PATTERNS, Pattern, matches
+from tasks.text.patterns import PATTERNS, PiiPattern, matches
 from tasks.text.refusals import refusing
 from tasks.text.words import content_of
 
@@ -102,13 +102,13 @@ def row_features(table: pa.Table, kind: str) -> pd.DataFrame:
     import pandas as pd
 
     if table.num_rows == 0:
-        return pd.DataFrame(columns=list(COLUMNS))
+        return pd.DataFrame(columns=list(FEATURE_COLUMNS))
     blocks = [table.slice(start, _BLOCK_ROWS) for start in range(0, table.num_rows, _BLOCK_ROWS)]
     with ThreadPoolExecutor(_THREADS) as pool:  # the passes below run outside Python's lock
         return pd.concat(list(pool.map(lambda block: _facts(block, kind), blocks)), ignore_index=True)
 
 
-COLUMNS = (
+FEATURE_COLUMNS = (
     "turns",
     "roles",
     "disorder",
@@ -153,7 +153,7 @@ def _facts(table: pa.Table, kind: str) -> pd.DataFrame:
         "characters": total(letters["characters"]),
         "words": total(letters["words"]),
         "blank_turns": total((letters["visible"] == 0) & ~calling),  # who only calls a tool says nothing by right
-        "outer_space": total(matches(turns.text, Pattern(r"\A\s|\s\z"))),
+        "outer_space": total(matches(turns.text, PiiPattern(r"\A\s|\s\z"))),
         "control_characters": total(letters["control"]),
         "unicode_normalization": total(_unnormalized(turns.text)),
         "calls": total(calling),
@@ -173,7 +173,7 @@ def _facts(table: pa.Table, kind: str) -> pd.DataFrame:
         scanned = pc.binary_join_element_wise(turns.text, calls, pa.scalar("\n", pa.large_string()))
     for name, patterns in PATTERNS.items():
         facts[name] = total(sum(matches(scanned, pattern, count=True) for pattern in patterns))
-    return pd.DataFrame(facts, columns=list(COLUMNS))
+    return pd.DataFrame(facts, columns=list(FEATURE_COLUMNS))
 
 
 _ASCII_LETTERS, _DIGITS, _CONTROL, _LEAD, _FOLLOWS, _SPACE = range(len(SCRIPTS), len(SCRIPTS) + 6)

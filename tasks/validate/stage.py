@@ -97,7 +97,7 @@ def read_raw(raw: Path, sources: Iterable[str]) -> tuple[dict[str, pa.Table], di
     return tables, benchmarks, manifests
 
 
-def split(tables: Mapping[str, pa.Table], rows: Sequence[int]) -> tuple[dict[str, pa.Table], dict[str, pa.Table]]:
+def partition(tables: Mapping[str, pa.Table], rows: Sequence[int]) -> tuple[dict[str, pa.Table], dict[str, pa.Table]]:
     """Split the tables into those with and those without the rows of these numbers, which count through all kinds."""
     import numpy as np
     import pyarrow as pa
@@ -126,9 +126,9 @@ def main() -> None:
             (validation / "profile.json").write_text(as_json(numbers))
             (validation / "index.html").write_text(profile_page(numbers))
             write_rows(validation / REPAIRS_FILE, [r._asdict() for r in verdict.repaired], text_schema(Repair._fields))
-        quarantined, _ = split(tables, list(verdict.reasons))
+        quarantined, _ = partition(tables, list(verdict.reasons))
         merged = {each.row for each in verdict.merged}
-        _, clean = split(tables, [*verdict.reasons, *merged])
+        _, clean = partition(tables, [*verdict.reasons, *merged])
         with atomic_folder(stage.path("quarantine")) as folder:
             for kind, table in quarantined.items():
                 write_table(folder / f"{kind}.parquet", table)

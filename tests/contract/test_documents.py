@@ -23,7 +23,7 @@ from ruamel.yaml import YAML
 from flows.run.show_params import schema_text
 from tasks.core import pipeline
 from tasks.core.errors import BadParams
-from tasks.orchestration.params import Params, load
+from tasks.orchestration.params import Params, load_params
 from tests.conftest import ROOT, dvc, git
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -130,7 +130,7 @@ def test_every_section_of_params_belongs_to_a_stage_or_to_promotion() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_a_recipe_is_complete_and_every_param_that_dvc_names_is_there(path: Path) -> None:
-    load(path)
+    load_params(path)
     content = YAML(typ="safe").load(path)
     for stage in STAGES:
         each = PIPELINE[stage].get("foreach", "").strip("${}")
@@ -324,7 +324,7 @@ def test_nine_lines_on_rows_of_ones_own_are_a_params_file_for_dvc(workspace: Pat
     (workspace / "params.yaml").write_text(NINE_LINES)
     dvc(workspace, "repro")
     assert (workspace / "data" / "reports" / "mine" / "registered.json").is_file()
-    assert load(workspace / "params.yaml").train["mine"].adapter.name == "qlora"
+    assert load_params(workspace / "params.yaml").train["mine"].adapter.name == "qlora"
 
 
 def test_a_key_that_dvc_needs_is_asked_for_by_name(workspace: Path) -> None:

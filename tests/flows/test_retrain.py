@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.comparison.page import PAGE as COMPARISON
+from flows.comparison.page import COMPARISON_PAGE as COMPARISON
 from flows.run.edit_params import change_params
 from tasks.core import pipeline
 from tasks.inference.params import Generation
@@ -154,7 +154,11 @@ def test_status_tells_programs_what_there_is(factory: Path) -> None:
 def test_no_process_of_a_run_asks_the_network_for_anything(factory: Path) -> None:
     heard = [line.split("\t") for line in (factory.parent / "connections.txt").read_text().splitlines()]
     watched = [command for asked, command in heard if asked == "started"]
-    for process in ("flows.cli run", "prefect.server", *(node.command for node in pipeline.load(factory).values())):
+    for process in (
+        "flows.cli run",
+        "prefect.server",
+        *(node.command for node in pipeline.load(factory).values()),
+    ):
         assert any(process[:60].removeprefix("python ") in command for command in watched), process
     asked = {asked for asked, _ in heard} - {"started"}
     assert asked <= {"127.0.0.1", "localhost", "::1", "None"}

@@ -14,7 +14,7 @@ from typing import Any
 from tasks.core.artifacts import as_json
 from tasks.evaluate.answer_metrics import answer_statistics
 from tasks.evaluate.params import Evaluate
-from tasks.orchestration.params import load
+from tasks.orchestration.params import load_params
 from tasks.reports.statistics import bootstrap
 from tests.conftest import ROOT
 
@@ -32,7 +32,7 @@ def write_workspace(folder: Path, rows: int = 24, seed: int = 1) -> Path:
     folder.mkdir(parents=True)
     for name in ("params.yaml", "dvc.yaml"):
         shutil.copy(ROOT / name, folder / name)
-    params = load(folder / "params.yaml").evaluate.model_copy(update={"bootstrap_samples": 200})
+    params = load_params(folder / "params.yaml").evaluate.model_copy(update={"bootstrap_samples": 200})
     for model in SKILL:
         write_report(folder, model, items(model, rows, seed), params)
         if model != "base":

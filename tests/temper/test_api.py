@@ -22,7 +22,7 @@ from tasks.core.records import Message
 from tasks.inference.chat import answer
 from tasks.ingest.stage import Reading
 from tasks.models.loader import load_model
-from tasks.orchestration.params import load
+from tasks.orchestration.params import load_params
 from tasks.render.params import Render
 from tasks.render.stage import render_rows, rendered_schema
 from tasks.tokenization.chat_template import load_tokenizer
@@ -91,7 +91,7 @@ def test_defaults_are_those_of_the_quickstart() -> None:
     """Of a section the quickstart has; of `train` those of its first method."""
     import inspect
 
-    params = load(ROOT / "recipes" / "quickstart.yaml")
+    params = load_params(ROOT / "recipes" / "quickstart.yaml")
     for name, adapter in (("qlora", temper.QLoRA()), ("orpo", temper.QLoRA()), ("reft", temper.ReFT())):
         assert params.train[name].adapter.model_dump() == adapter.section()
     assert params.train["qlora"].objective.model_dump() == temper.SFT().section()

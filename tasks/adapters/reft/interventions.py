@@ -34,7 +34,7 @@ class Kind(NamedTuple):
     replaces: bool
 
 
-KINDS = {
+INTERVENTIONS = {
     "loreft": Kind(orthonormal=True, affine=True, replaces=True),
     "noreft": Kind(orthonormal=False, affine=True, replaces=True),
     "consreft": Kind(orthonormal=True, affine=False, replaces=True),
@@ -123,7 +123,7 @@ class Edit(nn.Module):
         projection_bias: bool = True,
     ) -> None:
         super().__init__()
-        self.kind = KINDS[kind]
+        self.kind = INTERVENTIONS[kind]
         self.hidden_size = hidden_size
         self.directions: Rotation | nn.Linear
         if self.kind.orthonormal:

@@ -20,14 +20,16 @@ from torch import Tensor, nn
 
 from tasks.adapters.hooks import COMPONENTS, layers_of
 from tasks.adapters.positions import parse_positions
-from tasks.adapters.reft.interventions import KINDS, Edit, Rotation
+from tasks.adapters.reft.interventions import INTERVENTIONS, Edit, Rotation
 from tasks.adapters.reft.tuner import ReftConfig, ReftLayer
 from tasks.core.errors import BadModel
 
 _KEY = re.compile(r"layer_(\d+)_comp_(block_output|attention_output|mlp_output)_unit_pos_nunit_1#(\d)")
 _TYPES = {
     name: f"{spelt}Intervention"
-    for name, spelt in zip(KINDS, ("Loreft", "Noreft", "Consreft", "Lobireft", "Direft", "Nodireft"), strict=True)
+    for name, spelt in zip(
+        INTERVENTIONS, ("Loreft", "Noreft", "Consreft", "Lobireft", "Direft", "Nodireft"), strict=True
+    )
 }
 _FIELDS = 14
 """So many has a representation in pyvene's configuration; the first five are said here, the others are null."""
@@ -157,7 +159,7 @@ def _read(folder: Path) -> tuple[str, str, list[PyreftCheckpoint]]:
             "is a checkpoint of pyreft that is not known here",
             where=str(folder / "config.json"),
             got=", ".join(sorted(types)) + f", such as {keys[:1]}",
-            expected=f"one kind of {', '.join(KINDS)}, at one component of {', '.join(COMPONENTS)}",
+            expected=f"one kind of {', '.join(INTERVENTIONS)}, at one component of {', '.join(COMPONENTS)}",
         )
     stored = [
         PyreftCheckpoint(int(match[1]), int(match[3]), files[key]) for match, key in zip(matches, keys, strict=True)

@@ -17,13 +17,13 @@ from tasks.adapters.hooks import (
     body_of,
     chosen_layers,
     component_of,
-    config_of,
+    decoder_config,
     layers_of,
     peft_type,
-    register,
+    register_with_peft,
 )
 from tasks.adapters.positions import LAYERS, Spans, parse_positions
-from tasks.adapters.reft.interventions import KINDS, Edit
+from tasks.adapters.reft.interventions import INTERVENTIONS, Edit
 from tasks.adapters.reft.prompt_positions import Prompts, prompts_of
 
 
@@ -35,7 +35,7 @@ class ReftConfig(PeftConfig):  # type: ignore[misc]
         ValueError: a field has no such value.
     """
 
-    intervention: str = field(default="loreft", metadata={"help": "One of " + ", ".join(KINDS)})
+    intervention: str = field(default="loreft", metadata={"help": "One of " + ", ".join(INTERVENTIONS)})
     r: int = field(default=4, metadata={"help": "Dimensions of the edited subspace"})
     layers: str | list[int] = field(
         default="all", metadata={"help": "Numbers of layers from 0, a range such as 4-7, or all"}
@@ -52,7 +52,7 @@ class ReftConfig(PeftConfig):  # type: ignore[misc]
         super().__post_init__()
         self.peft_type = peft_type("REFT")
         parse_positions(self.positions)
-        for name, known in (("intervention", KINDS), ("component", COMPONENTS)):
+        for name, known in (("intervention", INTERVENTIONS), ("component", COMPONENTS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(known)}")
         if self.r < 1:
@@ -60,7 +60,7 @@ class ReftConfig(PeftConfig):  # type: ignore[misc]
         chosen = self.layers
         if not (re.fullmatch(LAYERS, chosen) if isinstance(chosen, str) else isinstance(chosen, list) and chosen):
             raise ValueError(f"layers: got {chosen!r}, expected all, a range such as 4-7, or a list of numbers")
-        if not self.source_bias and not KINDS[self.intervention].affine:
+        if not self.source_bias and not INTERVENTIONS[self.intervention].affine:
             raise ValueError(f"source_bias: {self.intervention} learns nothing else")
 
 
@@ -103,7 +103,7 @@ class ReftModel(HookedTuner):
         Raises:
             ValueError: the model has no such layer or component, or fewer dimensions than the rank.
         """
-        width = config_of(self.model).hidden_size
+        width = decoder_config(self.model).hidden_size
         if config.r > width:
             raise ValueError(f"r: got {config.r}, expected at most the hidden size, {width}")
         layers = chosen_layers(self.model, config.layers)
@@ -124,7 +124,7 @@ class ReftModel(HookedTuner):
         """Build an edit for each span."""
         spans = layer.reft_spans[adapter_name] = parse_positions(config.positions)
         names = ("shared",) if config.share_weights and len(spans.names) > 1 else spans.names
-        width = config_of(self.model).hidden_size
+        width = decoder_config(self.model).hidden_size
         biases = {"bias": config.source_bias, "projection_bias": config.projection_bias}
         made = {name: Edit(config.intervention, width, config.r, dropout=config.dropout, **biases) for name in names}
         return nn.ModuleDict(made)
@@ -139,4 +139,4 @@ class ReftModel(HookedTuner):
 
 
 peft_type("REFT")
-register("reft", ReftConfig, ReftModel)
+register_with_peft("reft", ReftConfig, ReftModel)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """Llama-shaped families, by their model_type, and what llama.cpp calls them."""
 
-FORMATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
+GGUF_FORMATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 """What matrices may be written as, and what GGUF calls it."""
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -184,8 +184,8 @@ def _as_llama_has_it(name: str, stored: StoredTensor, config: Mapping[str, Any],
 def _format_of(stored: StoredTensor, dtype: str) -> str:
     matrix = len(stored.shape) > 1
     if matrix and dtype == "q8_0" and stored.columns % 32:
-        return FORMATS["float16"]  # blocks of 32 do not fit
-    return FORMATS[dtype] if matrix else FORMATS["float32"]
+        return GGUF_FORMATS["float16"]  # blocks of 32 do not fit
+    return GGUF_FORMATS[dtype] if matrix else GGUF_FORMATS["float32"]
 
 
 # --- what is said of the model ----------------------------------------------------------------------------------------

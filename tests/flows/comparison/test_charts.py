@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from flows.comparison.charts import WIDTH, Axis, Mark, Row, legend, nice_ticks, span_of, whiskers
+from flows.comparison.charts import WIDTH, Axis, ChartRow, Mark, legend, nice_ticks, span_of, whiskers
 from tasks.reports.statistics import Interval
 
 SVG = {"aria-label": "t", "role": "img"}
@@ -34,7 +34,7 @@ def test_places_on_an_axis() -> None:
 
 def test_dots_whiskers_and_the_base_lie_where_their_numbers_are() -> None:
     """The axis goes from 110 to 316 for 0 to 1: so 0.5 lies at 213, 0.2 at 151.2, 0.8 at 274.8."""
-    row = Row("qlora", [Mark("qlora", 0, Interval(0.5, 0.2, 0.8))], Interval(0.1, 0.0, 0.2))
+    row = ChartRow("qlora", [Mark("qlora", 0, Interval(0.5, 0.2, 0.8))], Interval(0.1, 0.0, 0.2))
     drawn = ET.fromstring(whiskers([row], (0.0, 1.0), "t"))
     assert drawn.attrib == {"viewBox": f"0 0 {WIDTH} 39", **SVG}
     paths = {path.get("class"): path.get("d", "") for path in drawn.iter("path")}
@@ -48,14 +48,14 @@ def test_dots_whiskers_and_the_base_lie_where_their_numbers_are() -> None:
 
 
 def test_plots_that_shall_be_compared_share_what_their_axes_hold() -> None:
-    rows = [Row("a", [Mark("m", 0, Interval(0.5, 0.4, 0.6))], Interval(0.2, 0.1, 0.3)), Row("b", [], None)]
+    rows = [ChartRow("a", [Mark("m", 0, Interval(0.5, 0.4, 0.6))], Interval(0.2, 0.1, 0.3)), ChartRow("b", [], None)]
     assert span_of(rows) == (0.1, 0.6)
     assert span_of([]) == (0.0, 1.0)
 
 
 def test_names_are_text_and_long_ones_are_cut_with_the_whole_as_a_hint() -> None:
     name = "<script>alert('a very long name')</script>"
-    row = Row(name, [Mark(name, 7, Interval(0.5, 0.4, 0.6))], None)
+    row = ChartRow(name, [Mark(name, 7, Interval(0.5, 0.4, 0.6))], None)
     made = whiskers([row], (0, 1), name) + legend([(name, 7)])
     assert "<script" not in made
     drawn = ET.fromstring(whiskers([row], (0, 1), name))

@@ -10,10 +10,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from flows.comparison.collect import Found, gather
+from flows.comparison.collect import ComparedModels, gather
 from flows.comparison.disagreements import disagreements, gains
-from flows.comparison.page import PAGE, comparison_page, publish, shown, write
-from tasks.orchestration.params import load
+from flows.comparison.page import COMPARISON_PAGE, comparison_page, publish_comparison, shown, write
+from tasks.orchestration.params import load_params
 from tests.conftest import ROOT, temper
 from tests.helpers.reports import item, items, write_report, write_workspace
 
@@ -51,7 +51,7 @@ def table_after(heading: str, source: str) -> str:
 
 
 def test_everything_is_on_the_page(made: Path) -> None:
-    found, text = gather(made), (made / PAGE).read_text() if write(made).is_file() else ""
+    found, text = gather(made), (made / COMPARISON_PAGE).read_text() if write(made).is_file() else ""
     for heading in ("Scores", "Trainings", "Where models differ", "Cost", "Answers", "Forgetting"):
         assert f"<h2>{heading}" in text
     scores = table_after("Scores and gains over the base", text)
@@ -154,7 +154,7 @@ def test_a_workspace_that_has_run_nothing_has_a_page(changed: Path) -> None:
 
 
 def test_a_suite_that_one_model_was_not_given_is_an_empty_cell(changed: Path) -> None:
-    params = load(changed / "params.yaml").evaluate
+    params = load_params(changed / "params.yaml").evaluate
     rows = [row for row in items("reft", 24, 1) if row["suite"] != "gsm8k"]
     write_report(changed, "reft", rows, params)
     text = comparison_page(gather(changed))
@@ -170,7 +170,7 @@ def test_what_a_suite_left_out_is_told(changed: Path) -> None:
 
 
 def test_items_that_are_not_common_are_told(changed: Path) -> None:
-    write_report(changed, "reft", items("reft", 30, 1), load(changed / "params.yaml").evaluate)
+    write_report(changed, "reft", items("reft", 30, 1), load_params(changed / "params.yaml").evaluate)
     assert comparison_page(gather(changed)).count("on 24 common items") == 3
 
 
@@ -186,9 +186,9 @@ HOSTILE = (
 )
 
 
-def hostile(changed: Path, said: str) -> Found:
+def hostile(changed: Path, said: str) -> ComparedModels:
     """The workspace with an item on which models differ, whose every text is `said`."""
-    params = load(changed / "params.yaml").evaluate
+    params = load_params(changed / "params.yaml").evaluate
     for model, prediction in (("base", "no"), ("qlora", said), ("orpo", "no"), ("reft", said + "!")):
         rows = [item("held_out", said, 0, said, said, prediction)]
         write_report(changed, model, rows, params)
@@ -223,19 +223,19 @@ def test_it_is_logged_once_for_the_same_content(changed: Path) -> None:
     from tasks.registry.client import connect
 
     client: Any = connect(changed)
-    runs = {publish(client, changed, write(changed)).info.run_id for _ in range(2)}
+    runs = {publish_comparison(client, changed, write(changed)).info.run_id for _ in range(2)}
     assert len(runs) == 1
     (run,) = runs
-    logged = Path(client.download_artifacts(run, PAGE.name, str(changed)))
-    assert logged.read_bytes() == (changed / PAGE).read_bytes()
+    logged = Path(client.download_artifacts(run, COMPARISON_PAGE.name, str(changed)))
+    assert logged.read_bytes() == (changed / COMPARISON_PAGE).read_bytes()
     assert client.get_run(run).data.tags["temper.kind"] == "comparison"
     shutil.rmtree(changed / "data" / "reports" / "reft")
-    assert publish(client, changed, write(changed)).info.run_id != run
+    assert publish_comparison(client, changed, write(changed)).info.run_id != run
 
 
 def test_the_command_prints_where_the_page_is(changed: Path) -> None:
     said = temper(changed, "page", PYTHONPATH=str(ROOT)).stdout.strip()
-    assert Path(said) == changed / PAGE
+    assert Path(said) == changed / COMPARISON_PAGE
     assert Path(said).read_text() == comparison_page(gather(changed))
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from flows.run.edit_params import change_params
 from tasks.core.errors import BadParams
-from tasks.orchestration.params import load
+from tasks.orchestration.params import load_params
 from tests.conftest import ROOT
 
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
@@ -43,7 +43,7 @@ def test_one_value_changes_and_every_comment_stays(folder: Path) -> None:
         f"-{changed[0][0]}",
         f"+{changed[0][1]}",
     ]
-    assert load(folder / "params.yaml").validate_.max_quarantined == 0.25
+    assert load_params(folder / "params.yaml").validate_.max_quarantined == 0.25
 
 
 @pytest.mark.parametrize(
@@ -62,14 +62,14 @@ def test_a_key_that_the_file_leaves_out_is_put_into_its_section(folder: Path, se
     start = after.index(added[0])
     assert after[start : start + len(added)] == added
     assert after[:start] + after[start + len(added) :] == COPIED.splitlines()
-    load(folder / "params.yaml")
+    load_params(folder / "params.yaml")
 
 
 def test_values_are_yaml(folder: Path) -> None:
     change_params(
         folder, None, ["train.reft.adapter.layers=[0, 2]", "train.qlora.learning_rate=1e-4", "base.path=a b/c"]
     )
-    params = load(folder / "params.yaml")
+    params = load_params(folder / "params.yaml")
     assert params.train["reft"].adapter.layers == [0, 2]  # type: ignore[union-attr]
     assert params.train["qlora"].learning_rate == 1e-4
     assert params.base.path == "a b/c"

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from flows.run.init_params import init_params
 from tasks.core.errors import BadData
-from tasks.orchestration.params import load
+from tasks.orchestration.params import load_params
 from tests.conftest import run_all_stages
 
 CHATS = [
@@ -33,7 +33,7 @@ def written(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
 )
 def test_methods_suit_the_kinds_of_rows(workspace: Path, rows: list[dict[str, Any]], methods: dict[str, str]) -> None:
     text = init_params(workspace, written(workspace, "my rows.jsonl", rows), workspace / "models" / "tiny")
-    params = load(workspace / "params.yaml")
+    params = load_params(workspace / "params.yaml")
     assert {name: method.objective.name for name, method in params.train.items()} == methods
     assert params.ingest.sources["my-rows"].path == "my rows.jsonl"
     assert params.promote.metric == "score"  # replies of a word
@@ -45,18 +45,18 @@ def test_max_tokens_holds_the_longest_row_and_no_more_than_the_model_reads(works
     tokenizer: Any = AutoTokenizer.from_pretrained(base)
     init_params(workspace, written(workspace, "rows.jsonl", CHATS), base)
     longest = max(len(tokenizer.apply_chat_template(row["messages"], tokenize=True)["input_ids"]) for row in CHATS)
-    assert longest <= load(workspace / "params.yaml").render.max_tokens < longest + 64
+    assert longest <= load_params(workspace / "params.yaml").render.max_tokens < longest + 64
     long = [{"messages": [CHATS[0]["messages"][0], {"role": "assistant", "content": "plus two " * 500}]}]
     init_params(workspace, written(workspace, "rows.jsonl", long), base)
     context = json.loads((base / "config.json").read_text())["max_position_embeddings"]
-    params = load(workspace / "params.yaml")
+    params = load_params(workspace / "params.yaml")
     assert params.render.max_tokens + params.evaluate.max_new_tokens == context  # a prompt as long can be answered
 
 
 def test_malformed_rows_are_counted_and_let_through(workspace: Path) -> None:
     rows: list[dict[str, Any]] = [*CHATS, {"messages": []}]
     text = init_params(workspace, written(workspace, "rows.jsonl", rows), workspace / "models" / "tiny")
-    source: Any = load(workspace / "params.yaml").ingest.sources["rows"]
+    source: Any = load_params(workspace / "params.yaml").ingest.sources["rows"]
     assert source.max_refused == 0.017  # 1 of 61, rounded up
     assert "1 rows are malformed" in text
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tasks.adapters.bottleneck import FORMS, BottleneckConfig
+from tasks.adapters.bottleneck import BOTTLENECK_FORMS, BottleneckConfig
 from tests.tasks.adapters.reft.test_reft import DECODERS, pico_model
 
 VALUES = Path(__file__).with_name("bottleneck.safetensors")
@@ -43,7 +43,7 @@ def moved(model: Any) -> Any:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", BOTTLENECK_FORMS)
 def test_on_copied_weights_it_gives_what_adapterhub_gives(form: str) -> None:
     values = load_file(VALUES)
     base = LlamaForCausalLM(
@@ -77,7 +77,7 @@ def test_on_copied_weights_it_gives_what_adapterhub_gives(form: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", BOTTLENECK_FORMS)
 @pytest.mark.parametrize("kind", [*DECODERS, "t5"])
 def test_a_fresh_one_changes_nothing_and_a_trained_one_something(kind: str, form: str) -> None:
     if form == "parallel" and kind in ("falcon", "olmo2"):  # no norm of its own before the MLP
@@ -99,7 +99,7 @@ def test_a_fresh_one_changes_nothing_and_a_trained_one_something(kind: str, form
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", BOTTLENECK_FORMS)
 def test_saved_and_loaded_by_peft_alone_it_gives_the_same_bits(form: str, dtype: torch.dtype, tmp_path: Path) -> None:
     ids = torch.arange(1, 9)[None]
     model = moved(adapted(pico_model().to(dtype), form, layers=[0, 2]))
@@ -108,7 +108,7 @@ def test_saved_and_loaded_by_peft_alone_it_gives_the_same_bits(form: str, dtype:
     assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", BOTTLENECK_FORMS)
 def test_checkpointed_layers_have_the_gradients_of_plain_ones(form: str) -> None:
     ids = torch.arange(1, 17).view(2, 8)
     gradients = []

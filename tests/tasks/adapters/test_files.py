@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tasks.adapters.attach import attach, load_packaged, read_adapter, save_adapter
-from tasks.adapters.files import BASE, CONFIG, PICKLE, WEIGHTS, Base, base_of, check_base, said_base
+from tasks.adapters.files import BASE_FILE, CONFIG, PICKLE, WEIGHTS, Base, check_base, identify_base, said_base
 from tasks.core.artifacts import atomic_folder
 from tasks.core.errors import BadModel
 from tasks.models.loader import load_model
@@ -45,17 +45,17 @@ def configure(folder: Path, **values: Any) -> None:
 
 
 def test_a_base_is_known_by_its_manifest_or_its_weights(pico_base: Path, tmp_path: Path) -> None:
-    plain = base_of(pico_base)
+    plain = identify_base(pico_base)
     assert plain.name is plain.revision is None
     local = as_stage_writes(pico_base, tmp_path / "local", kind="local", path="models/tiny")
-    assert base_of(local) == plain
+    assert identify_base(local) == plain
     hub = as_stage_writes(pico_base, tmp_path / "hub", kind="hub", id="owner/base", revision=COMMIT)
-    assert base_of(hub) == Base("owner/base", COMMIT, plain.weights_sha256)
+    assert identify_base(hub) == Base("owner/base", COMMIT, plain.weights_sha256)
     packaged = tmp_path / "packaged"
     shutil.copytree(pico_base, packaged)
     (packaged / "adapter").mkdir()
     save_file({"a": torch.ones(1)}, packaged / "adapter" / WEIGHTS)
-    assert base_of(packaged) == plain
+    assert identify_base(packaged) == plain
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_base_is_known_by_its_manifest_or_its_weights(pico_base: Path, tmp_pat
 def test_a_manifest_of_another_maker_says_nothing_of_a_base(pico_base: Path, tmp_path: Path, content: str) -> None:
     shutil.copytree(pico_base, tmp_path / "base")
     (tmp_path / "base" / "manifest.json").write_text(content)
-    assert base_of(tmp_path / "base") == base_of(pico_base)
+    assert identify_base(tmp_path / "base") == identify_base(pico_base)
 
 
 def test_an_adapter_says_which_base_it_is_of_and_peft_reads_it(pico_base: Path, tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_an_adapter_says_which_base_it_is_of_and_peft_reads_it(pico_base: Path, 
     folder = published(hub, "lora", tmp_path / "adapter")
     config = json.loads((folder / CONFIG).read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("owner/base", COMMIT)
-    assert said_base(folder) == base_of(hub)
+    assert said_base(folder) == identify_base(hub)
     theirs = PeftModel.from_pretrained(load_model(pico_base), folder)
     assert torch.equal(logits(theirs), logits(attach(load_model(pico_base), folder)))  # the same weights
     local = json.loads((published(pico_base, "lora", tmp_path / "local") / CONFIG).read_text())
@@ -91,7 +91,7 @@ def test_other_weights_of_the_same_shape_are_another_base(pico_base: Path, tmp_p
     with pytest.raises(BadModel, match="is an adapter for another base") as caught:
         attach(load_model(tmp_path / "other"), folder)
     for base in (pico_base, tmp_path / "other"):
-        assert str(base_of(base).weights_sha256) in str(caught.value)
+        assert str(identify_base(base).weights_sha256) in str(caught.value)
     assert attach(load_model(tmp_path / "other"), folder, any_base=True)
 
 
@@ -116,7 +116,7 @@ W, V = "1" * 64, "2" * 64
     ],
 )
 def test_what_both_know_must_agree(tmp_path: Path, said: Base, base: Base, wrong: str) -> None:
-    (tmp_path / BASE).write_text(json.dumps(said._asdict()))
+    (tmp_path / BASE_FILE).write_text(json.dumps(said._asdict()))
     if not wrong:
         check_base(tmp_path, base)
         return
@@ -166,8 +166,8 @@ HARMS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "torn config": ("lora", lambda f: (f / CONFIG).write_text('{"peft_type": "LO'), "is not valid JSON"),
     "binary config": ("lora", lambda f: (f / CONFIG).write_bytes(b"\xff\xfe\x00"), "is not valid JSON"),
     "listed config": ("lora", lambda f: (f / CONFIG).write_text("[]"), "is not a JSON object"),
-    "torn base": ("lora", lambda f: (f / BASE).write_text("{"), "is not valid JSON"),
-    "foreign base": ("lora", lambda f: (f / BASE).write_text('{"name": 3}'), "does not say which base it is of"),
+    "torn base": ("lora", lambda f: (f / BASE_FILE).write_text("{"), "is not valid JSON"),
+    "foreign base": ("lora", lambda f: (f / BASE_FILE).write_text('{"name": 3}'), "does not say which base it is of"),
     "unknown method": ("lora", lambda f: configure(f, peft_type="FOO"), "is of an unknown kind"),
     "no method": ("lora", lambda f: configure(f, peft_type=None), "is of an unknown kind"),
     "auto map": ("lora", lambda f: configure(f, auto_map={"AutoModel": "evil.Model"}), "asks to run its own code"),
@@ -217,7 +217,7 @@ def test_without_a_configuration_it_is_no_adapter_whatever_it_says_of_its_base(
     pico_base: Path, tmp_path: Path, with_base: bool
 ) -> None:
     if with_base:
-        (tmp_path / BASE).write_text(json.dumps(base_of(pico_base)._asdict()))
+        (tmp_path / BASE_FILE).write_text(json.dumps(identify_base(pico_base)._asdict()))
     with pytest.raises(BadModel, match="is no adapter") as caught:
         attach(load_model(pico_base), tmp_path)
     assert caught.value.got == f"no {CONFIG}"

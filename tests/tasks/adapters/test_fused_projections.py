@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from tasks.adapters.fused_projections import keep_parts_apart, rows_of_parts
 from tasks.adapters.params import LoraAdapter
-from tasks.adapters.peft_configs import config_of
+from tasks.adapters.peft_configs import peft_config
 from tasks.core.errors import BadModel
 from tests.helpers.samples import LORA
 
@@ -75,7 +75,7 @@ def test_the_rows_of_a_part_are_those_that_the_architecture_takes_for_it(name: s
 def adapted(config: PretrainedConfig, targets: dict[str, Any], name: str = "lora") -> Any:
     model = model_of(config)
     adapter = LoraAdapter.model_validate({**LORA, "name": name, "rank": 3, "alpha": 6.0, "targets": targets})
-    model = get_peft_model(model, config_of(adapter))
+    model = get_peft_model(model, peft_config(adapter))
     assert isinstance(adapter.targets, dict)
     keep_parts_apart(model, adapter.targets)
     return model

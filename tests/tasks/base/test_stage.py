@@ -21,9 +21,9 @@ from tasks.core.hub import snapshot
 from tasks.core.parquet import write_records
 from tasks.core.records import ChatExample, Message, TextExample, held_out
 from tasks.ingest.params import GeneratorSource
-from tasks.ingest.synthetic import Recipe, generate, read_lexicon
+from tasks.ingest.synthetic import Recipe, generate_rows, read_lexicon
 from tasks.models.loader import MODEL_FILES, load_model
-from tasks.orchestration.params import load
+from tasks.orchestration.params import load_params
 from tasks.tokenization.chat_template import load_tokenizer, render_chat, render_prompt
 from tests.conftest import ROOT, environment
 from tests.helpers.samples import pretrain_params
@@ -39,7 +39,7 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clean")
     lexicon = read_lexicon(ROOT / "data" / "lexicon.yaml")
-    write_records(folder, [r for rows in ("text", "talk") for r in generate(Recipe("s", rows, 60, 1), lexicon)])
+    write_records(folder, [r for rows in ("text", "talk") for r in generate_rows(Recipe("s", rows, 60, 1), lexicon)])
     return folder
 
 
@@ -124,7 +124,7 @@ def test_the_shipped_base_is_what_its_manifest_says_and_small_enough(tmp_path: P
     copy_model(shipped, tmp_path)
     assert sum(file.stat().st_size for file in shipped.iterdir()) <= 10_000_000
     manifest = json.loads((shipped / "manifest.json").read_text())
-    recipe = load(ROOT / "recipes" / "pretrain-tiny.yaml")
+    recipe = load_params(ROOT / "recipes" / "pretrain-tiny.yaml")
     assert manifest["base"].items() <= recipe.base.model_dump().items()
     assert load_model(tmp_path).num_parameters() == 2_951_616
     shutil.copytree(shipped, tmp_path / "altered")
@@ -137,13 +137,16 @@ def test_the_shipped_base_is_what_its_manifest_says_and_small_enough(tmp_path: P
 
 def test_no_held_out_fact_of_the_quickstart_is_in_what_the_base_was_pretrained_on() -> None:
     """The facts that the evaluation asks for, against a large part of the pretraining text, question by question."""
-    recipe, quickstart = load(ROOT / "recipes" / "pretrain-tiny.yaml"), load(ROOT / "recipes" / "quickstart.yaml")
+    recipe, quickstart = (
+        load_params(ROOT / "recipes" / "pretrain-tiny.yaml"),
+        load_params(ROOT / "recipes" / "quickstart.yaml"),
+    )
     lexicon = read_lexicon(ROOT / "data" / "lexicon.yaml")
     sources = [s for s in recipe.ingest.sources.values() if isinstance(s, GeneratorSource)]
     assert all(source.withheld >= quickstart.render.held_out for source in sources)
     seen: set[str] = set()
     for source in sources:
-        for row in generate(Recipe("s", source.rows, 20_000, source.seed, source.withheld), lexicon):
+        for row in generate_rows(Recipe("s", source.rows, 20_000, source.seed, source.withheld), lexicon):
             if isinstance(row, TextExample):
                 seen |= set(re.findall(r"(?:Question|问题)[:：]\n(.+)\n", row.text))
             elif isinstance(row, ChatExample):
@@ -151,7 +154,7 @@ def test_no_held_out_fact_of_the_quickstart_is_in_what_the_base_was_pretrained_o
     assert len(seen) > 40_000
     chats = quickstart.ingest.sources["chats"]
     assert isinstance(chats, GeneratorSource)
-    asked = list(generate(Recipe("s", "chat", chats.count, chats.seed), lexicon))
+    asked = list(generate_rows(Recipe("s", "chat", chats.count, chats.seed), lexicon))
     held = [r for r in asked if isinstance(r, ChatExample) and held_out(r.split_group(), quickstart.render.held_out)]
     tuned = {r.messages[0].content for r in asked if isinstance(r, ChatExample) and r not in held}
     assert len(held) > 300

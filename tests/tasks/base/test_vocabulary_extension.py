@@ -18,7 +18,7 @@ from tasks.base.vocabulary_extension import WORD_START, add_merges, learn_merges
 from tasks.core.errors import BadData, BadModel
 from tasks.core.records import ChatExample, TextExample
 from tasks.ingest.stage import Reading
-from tasks.ingest.synthetic import Recipe, generate, read_lexicon
+from tasks.ingest.synthetic import Recipe, generate_rows, read_lexicon
 from tasks.models.loader import load_model
 from tasks.tokenization.tokenizer import read_tokenizer
 from tests.conftest import ROOT
@@ -26,7 +26,7 @@ from tests.helpers.samples import file_source, stored
 
 
 def corpus(count: int = 300) -> list[Any]:
-    return list(generate(Recipe("s", "text", count, 5), read_lexicon(ROOT / "data" / "lexicon.yaml")))
+    return list(generate_rows(Recipe("s", "text", count, 5), read_lexicon(ROOT / "data" / "lexicon.yaml")))
 
 
 def growth(tokens: list[str] | None = None, merges: int = 0, begin_as: str = "pieces") -> Growth:
@@ -45,7 +45,8 @@ def test_learning_on_gives_what_learning_in_one_go_gives(tmp_path: Path) -> None
     add_merges(tmp_path, texts, 60)
     grown = read_tokenizer(tmp_path)
     assert grown.get_vocab() == whole.get_vocab()
-    unseen = [document(row) for row in generate(Recipe("s", "text", 50, 99), read_lexicon(ROOT / "data/lexicon.yaml"))]  # type: ignore[arg-type]
+    lexicon = read_lexicon(ROOT / "data/lexicon.yaml")
+    unseen = [document(row) for row in generate_rows(Recipe("s", "text", 50, 99), lexicon)]  # type: ignore[arg-type]
     assert grown(unseen)["input_ids"] == whole(unseen)["input_ids"]
 
 
@@ -182,7 +183,7 @@ def test_no_growth_changes_no_file(pico_base: Path, tmp_path: Path) -> None:
 
 def test_chats_are_trained_from_too(pico_base: Path, tmp_path: Path) -> None:
     shutil.copytree(pico_base, tmp_path / "base")
-    rows = list(generate(Recipe("s", "chat", 200, 5), read_lexicon(ROOT / "data" / "lexicon.yaml")))
+    rows = list(generate_rows(Recipe("s", "chat", 200, 5), read_lexicon(ROOT / "data" / "lexicon.yaml")))
     documents = [row for row in rows if isinstance(row, ChatExample)]
     new = grow(tmp_path / "base", growth(merges=3), documents)
     tokenizer = read_tokenizer(tmp_path / "base")

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from tasks.core.records import ChatExample, Message, held_out, normalised
+from tasks.core.records import ChatExample, Message, held_out, normalized_text
 
 
 def chat(text: str, group: str = "") -> ChatExample:
@@ -13,7 +13,7 @@ def test_equal_prompts_are_one_group_whatever_their_case_width_and_space() -> No
 
 
 def test_normalising_composes_characters() -> None:
-    assert normalised("e\u0301") == normalised("\u00e9")
+    assert normalized_text("e\u0301") == normalized_text("\u00e9")
 
 
 def test_the_held_out_share_is_as_asked_and_grows_without_moving_anything() -> None:

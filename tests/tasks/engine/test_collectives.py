@@ -19,7 +19,7 @@ from tasks.core import ranks
 from tasks.core.errors import BadInput, BadParams
 from tasks.core.ranks import World
 from tasks.engine import collectives
-from tasks.engine.collectives import shard
+from tasks.engine.collectives import share_of_rank
 from tasks.train import fsdp
 from tests.conftest import ROOT, environment
 from tests.helpers.samples import LORA
@@ -117,19 +117,19 @@ def test_each_process_holds_half_of_the_layers(launched: Path, alone: Path, name
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
 @pytest.mark.parametrize("rows", range(1, 12))
 def test_every_row_counts_once_and_all_processes_are_in_step(rows: int, processes: int, size: int) -> None:
-    hands = [shard(range(rows), size, World(rank, processes, rank)) for rank in range(processes)]
+    hands = [share_of_rank(range(rows), size, World(rank, processes, rank)) for rank in range(processes)]
     assert Counter(n for hand in hands for part, counts in hand if counts for n in part) == Counter(range(rows))
     assert len({tuple(len(part) for part, _ in hand) for hand in hands}) == 1
     assert all(0 < len(part) <= size for hand in hands for part, _ in hand)
 
 
 def test_one_process_takes_the_parts_that_it_always_took() -> None:
-    assert shard([1, 2, 3, 4, 5], 2, ranks.ALONE) == [([1, 2], True), ([3, 4], True), ([5], True)]
+    assert share_of_rank([1, 2, 3, 4, 5], 2, ranks.ALONE) == [([1, 2], True), ([3, 4], True), ([5], True)]
 
 
 def test_rows_of_like_length_go_to_different_processes() -> None:
     """A batch's rows are in the order of their lengths."""
-    first, second = (shard([1, 2, 8, 9], 2, World(rank, 2, rank)) for rank in (0, 1))
+    first, second = (share_of_rank([1, 2, 8, 9], 2, World(rank, 2, rank)) for rank in (0, 1))
     assert [part for part, _ in first + second] == [[1, 8], [2, 9]]
 
 

@@ -7,7 +7,7 @@ import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
 from tasks.evaluate.answer_matching import corpus_figures, extract_answer, normalize_answer, number_in, score_answer
-from tasks.evaluate.suite_params import Generate, Pattern
+from tasks.evaluate.suite_params import AnswerPattern, Generate
 
 PAIRS = [
     ("the cat sat on the mat", "the cat is on the mat"),
@@ -29,9 +29,9 @@ PAIRS = [
         ("no letter", "first_letter", None),
         ("\n Paris \nQuestion:", "first_line", "Paris"),
         ("  all of it\n", "whole", "all of it"),
-        ("a #### 1,000", Pattern(regex="#### *(.+)"), "1,000"),
-        ("true or false", Pattern(regex="true|false"), "false"),
-        ("neither", Pattern(regex="true|false"), None),
+        ("a #### 1,000", AnswerPattern(regex="#### *(.+)"), "1,000"),
+        ("true or false", AnswerPattern(regex="true|false"), "false"),
+        ("neither", AnswerPattern(regex="true|false"), None),
     ],
 )
 def test_answers_are_cut_out(text: str, how: object, answer: str | None) -> None:

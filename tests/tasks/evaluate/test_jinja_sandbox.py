@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tasks.core.errors import BadData
-from tasks.evaluate.jinja_sandbox import rendered
+from tasks.evaluate.jinja_sandbox import render_template
 from tasks.evaluate.lm_eval_tasks import confined
 
 HOSTILE = [
@@ -31,14 +31,14 @@ def test_a_hostile_or_broken_template_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadData):
-        rendered(template, {"x": [1]}, "here")
+        render_template(template, {"x": [1]}, "here")
     assert not list(tmp_path.iterdir())
 
 
 def test_what_templates_are_for_works() -> None:
     template = "{% for c in choices %}{{ letters[loop.index0] }}. {{ c | trim }}\n{% endfor %}{{ '-' * 3 }}"
-    assert rendered(template, {"choices": [" x", "y"], "letters": "AB"}, "") == "A. x\nB. y\n---"
-    assert rendered("{{ x | regex_replace('[0-9]+', '#') }}\n", {"x": "a1b22"}, "") == "a#b#\n"
+    assert render_template(template, {"choices": [" x", "y"], "letters": "AB"}, "") == "A. x\nB. y\n---"
+    assert render_template("{{ x | regex_replace('[0-9]+', '#') }}\n", {"x": "a1b22"}, "") == "a#b#\n"
 
 
 def test_lm_eval_renders_in_the_sandbox_for_the_time_of_a_call_only() -> None:

@@ -17,7 +17,7 @@ from tasks.adapters.package import package
 from tasks.core.artifacts import atomic_folder
 from tasks.core.errors import BadData, BadModel, BadParams
 from tasks.core.records import Message
-from tasks.evaluate.lm_eval_tasks import HarnessRun, _check_names, dataset_finder, run
+from tasks.evaluate.lm_eval_tasks import HarnessRun, _check_names, dataset_finder, run_harness
 from tasks.evaluate.model_under_test import ModelUnderTest
 from tasks.evaluate.suite_params import HubData, MirrorData, ReadySuite, TaskFileSuite, shipped_names
 from tasks.evaluate.suites import Asking, Results, examine_parts, read_ready, run_suites, shipped
@@ -409,7 +409,7 @@ def test_a_shipped_task_reads_the_mirror_and_nothing_else(examinee: ModelUnderTe
     (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: main\n  data_files:\n{files}---\n")
     find = dataset_finder(MirrorData(kind="mirror", path=str(tmp_path)))
     wanted = HarnessRun("s", ["openbookqa"], "acc_norm", 0, None, False, ships=True)
-    items, summaries = run(wanted, examinee, find)
+    items, summaries = run_harness(wanted, examinee, find)
     assert [(item.prompt, item.target) for item in items] == [
         ("What barks? The", "dog"),
         ("What says meow? The", "cat"),

@@ -412,15 +412,15 @@ def test_the_recipe_s_adapter_has_the_known_size_on_the_shape_of_mt0_large() -> 
     """2,359,296 trained numbers, as PEFT's documentation says; on meta tensors, without weights."""
     from peft import get_peft_model
 
-    from tasks.adapters.peft_configs import config_of
-    from tasks.orchestration.params import load
+    from tasks.adapters.peft_configs import peft_config
+    from tasks.orchestration.params import load_params
 
-    params = load(ROOT / "recipes" / "lora-mt0-twitter.yaml")
+    params = load_params(ROOT / "recipes" / "lora-mt0-twitter.yaml")
     large = {"d_model": 1024, "d_ff": 2816, "d_kv": 64, "num_layers": 24, "num_decoder_layers": 24, "num_heads": 16}
     config = AutoConfig.for_model("mt5", **{**SHAPE, **large}, vocab_size=250112, feed_forward_proj="gated-gelu")
     with torch.device("meta"):
         model = AutoModelForSeq2SeqLM.from_config(config)
-        adapted = get_peft_model(model, config_of(params.train["lora"].adapter, task=ENCODER_DECODER.task_type))
+        adapted = get_peft_model(model, peft_config(params.train["lora"].adapter, task=ENCODER_DECODER.task_type))
     assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == 2_359_296
 
 

@@ -7,7 +7,7 @@ from ruamel.yaml import YAML
 
 from tasks.core.errors import BadParams
 from tasks.inference.params import GREEDY, generation_of
-from tasks.orchestration.params import load
+from tasks.orchestration.params import load_params
 from tests.conftest import ROOT
 
 BAD = [
@@ -46,7 +46,7 @@ def test_params_refuse_it_with_its_path(tmp_path: Path, options: dict[str, objec
     content["evaluate"]["generation"] = options
     yaml.dump(content, tmp_path / "params.yaml")
     with pytest.raises(BadParams) as caught:
-        load(tmp_path / "params.yaml")
+        load_params(tmp_path / "params.yaml")
     assert "evaluate.generation" in str(caught.value)
     assert said in str(caught.value)
 
@@ -61,4 +61,6 @@ def test_what_is_not_asked_for_is_greedy() -> None:
     assert generation_of({}, "here") == GREEDY
     drawn = generation_of({"temperature": 1, "top_k": 3}, "here")
     assert drawn == GREEDY.model_copy(update={"temperature": 1.0, "top_k": 3})
-    assert load(ROOT / "recipes" / "quickstart.yaml").evaluate.generation == GREEDY.model_copy(update={"seed": 1})
+    assert load_params(ROOT / "recipes" / "quickstart.yaml").evaluate.generation == GREEDY.model_copy(
+        update={"seed": 1}
+    )

@@ -11,7 +11,7 @@ import pytest
 
 from tasks.core.errors import BadData
 from tasks.core.records import ChatExample, PreferencePair, TextExample, held_out
-from tasks.ingest.synthetic import Recipe, generate, read_lexicon
+from tasks.ingest.synthetic import Recipe, generate_rows, read_lexicon
 from tasks.ingest.synthetic_questions import FAMILIES, Lexicon
 from tests.conftest import ROOT
 
@@ -24,7 +24,7 @@ def lexicon() -> Lexicon:
 
 
 def pairs(lexicon: Lexicon, count: int = 3000, seed: int = 5) -> list[PreferencePair]:
-    return [r for r in generate(Recipe("s", "preference", count, seed), lexicon) if isinstance(r, PreferencePair)]
+    return [r for r in generate_rows(Recipe("s", "preference", count, seed), lexicon) if isinstance(r, PreferencePair)]
 
 
 def numbers(text: str) -> list[int]:
@@ -128,10 +128,10 @@ def test_there_are_eight_families_or_more_and_both_languages(lexicon: Lexicon) -
 
 
 def test_the_same_seed_gives_the_same_rows_and_more_rows_change_none(lexicon: Lexicon) -> None:
-    few = list(generate(Recipe("s", "chat", 50, 3), lexicon))
-    many = list(islice(generate(Recipe("s", "chat", 10**9, 3), lexicon), 200))
+    few = list(generate_rows(Recipe("s", "chat", 50, 3), lexicon))
+    many = list(islice(generate_rows(Recipe("s", "chat", 10**9, 3), lexicon), 200))
     assert few == many[:50]
-    assert few != list(generate(Recipe("s", "chat", 50, 4), lexicon))
+    assert few != list(generate_rows(Recipe("s", "chat", 50, 4), lexicon))
 
 
 def test_a_fact_has_one_name_in_every_form(lexicon: Lexicon) -> None:
@@ -145,18 +145,18 @@ def test_a_fact_has_one_name_in_every_form(lexicon: Lexicon) -> None:
 
 
 def test_withheld_facts_are_never_drawn(lexicon: Lexicon) -> None:
-    drawn = list(generate(Recipe("s", "chat", 2000, 1, withheld=0.3), lexicon))
+    drawn = list(generate_rows(Recipe("s", "chat", 2000, 1, withheld=0.3), lexicon))
     assert not any(held_out(row.group, 0.3) for row in drawn)
-    everything = list(generate(Recipe("s", "chat", 2000, 1), lexicon))
+    everything = list(generate_rows(Recipe("s", "chat", 2000, 1), lexicon))
     assert 0.2 < sum(held_out(row.group, 0.3) for row in everything) / 2000 < 0.4
 
 
 def test_documents_and_talk(lexicon: Lexicon) -> None:
-    texts = list(generate(Recipe("s", "text", 50, 1), lexicon))
+    texts = list(generate_rows(Recipe("s", "text", 50, 1), lexicon))
     assert all(
         isinstance(r, TextExample) and re.match(r"Question:\n.+\nAnswer:\n|问题：\n.+\n答案：\n", r.text) for r in texts
     )
-    chats = list(generate(Recipe("s", "talk", 50, 1), lexicon))
+    chats = list(generate_rows(Recipe("s", "talk", 50, 1), lexicon))
     for chat in chats:
         assert isinstance(chat, ChatExample)
         assert [m.role for m in chat.messages] == ["user", "assistant"] * (len(chat.messages) // 2)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tasks.core.errors import BadParams
-from tasks.orchestration.params import load
+from tasks.orchestration.params import load_params
 from tests.conftest import ROOT
 
 QUICKSTART = """\
@@ -52,7 +52,7 @@ def problems(tmp_path: Path, text: str) -> BadParams:
     path = tmp_path / "params.yaml"
     path.write_text(text)
     with pytest.raises(BadParams) as caught:
-        load(path)
+        load_params(path)
     assert caught.value.exit_code == 65
     return caught.value
 
@@ -62,7 +62,7 @@ def line_of(text: str, part: str) -> int:
 
 
 def test_the_quickstart_loads(tmp_path: Path) -> None:
-    params = load(ROOT / "recipes" / "quickstart.yaml")
+    params = load_params(ROOT / "recipes" / "quickstart.yaml")
     assert list(params.train) == ["qlora", "orpo", "reft"]
     assert params.train["orpo"].objective.name == "orpo"
 
@@ -158,7 +158,7 @@ def test_numbers_as_yaml_1_2_reads_them(tmp_path: Path) -> None:
     """YAML 1.1 takes 3e-3 for text; DVC reads 1.2, and so do we."""
     path = tmp_path / "params.yaml"
     path.write_text(QUICKSTART.replace("learning_rate: 3.0e-3", "learning_rate: 3e-3", 1))
-    assert load(path).train["qlora"].learning_rate == 0.003
+    assert load_params(path).train["qlora"].learning_rate == 0.003
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_what_is_not_plain_yaml_is_refused(tmp_path: Path, text: str, said: str)
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadParams, match="cannot be read"):
-        load(tmp_path / "nothing.yaml")
+        load_params(tmp_path / "nothing.yaml")
 
 
 def test_the_gate_names_only_suites_that_are_asked(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_method_is_laid_over_what_methods_share(tmp_path: Path) -> None:
     shared = f"train_defaults: {{epochs: 3, batch_size: 64, adapter: {adapter}, schedule: {{wsd: 0.5}}}}"
     methods = "train: {a: {epochs: 1, adapter: {rank: 8}}, b: {adapter: {name: dora, rank: 2}, schedule: linear}, c: }"
     path.write_text(f"{SMALLEST}{shared}\n{methods}\n")
-    a, b, c = load(path).train.values()
+    a, b, c = load_params(path).train.values()
     assert (a.epochs, a.batch_size, a.adapter.model_dump()["dropout"], a.adapter.model_dump()["rank"]) == (
         1,
         64,
@@ -245,6 +245,6 @@ def test_what_is_wrong_in_shared_values_is_told_once_and_at_their_line(tmp_path:
 def test_the_learning_rate_is_what_is_usual_for_the_adapter(tmp_path: Path, adapter: str, rate: float) -> None:
     path = tmp_path / "params.yaml"
     path.write_text(f"{SMALLEST}train: {{a: {{adapter: {{name: {adapter}}}}}}}\n")
-    method = load(path).train["a"]
+    method = load_params(path).train["a"]
     assert method.learning_rate == rate
     assert (method.batch_size, method.micro_batch_size) == (32, 8)

@@ -6,7 +6,7 @@ import pytest
 
 from flows.run.show_params import migrate_params, resolved
 from tasks.core.errors import BadParams
-from tasks.orchestration.params import load
+from tasks.orchestration.params import load_params
 
 OLD = """\
 ingest: {sources: {mine: {kind: file, path: my.jsonl}}}
@@ -54,7 +54,7 @@ def file(tmp_path: Path) -> Path:
 
 def test_old_words_are_refused_each_with_its_line_and_its_new_name(file: Path) -> None:
     with pytest.raises(BadParams) as caught:
-        load(file)
+        load_params(file)
     told = str(caught.value)
     for said in (
         "line 3: validate.leak_words -> validate.contamination_ngram",

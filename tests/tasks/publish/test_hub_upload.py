@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from tasks.adapters.attach import attach
-from tasks.adapters.files import BASE, CONFIG, PUBLISHED, WEIGHTS
+from tasks.adapters.files import BASE_FILE, CONFIG, PUBLISHED, WEIGHTS
 from tasks.core.artifacts import atomic_folder
 from tasks.core.errors import BadData, BadInput, BadModel, BadParams, Transient
 from tasks.models.loader import load_model
@@ -145,7 +145,7 @@ def test_the_card_says_what_is_known(adapter: Path, tmp_path: Path) -> None:
     shutil.copytree(adapter, tmp_path / "adapter")
     commit = "a" * 40
     said = {"name": "owner/base", "revision": commit, "weights_sha256": "b" * 64}
-    (tmp_path / "adapter" / BASE).write_text(json.dumps(said))
+    (tmp_path / "adapter" / BASE_FILE).write_text(json.dumps(said))
     text = card(tmp_path / "adapter")
     head = {"library_name": "peft", "tags": ["temper", "lora"], "base_model": "owner/base"}
     assert vars(ModelCard(text).data).items() >= head.items()

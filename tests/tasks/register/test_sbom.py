@@ -11,7 +11,7 @@ import pytest
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
-from tasks.register.sbom import normalised, sbom
+from tasks.register.sbom import normalized_name, sbom
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +23,8 @@ def test_it_lists_what_pip_lists_and_what_needs_what(written: str) -> None:
     bill = json.loads(written)
     command = [sys.executable, "-m", "pip", "list", "--format", "json", "--disable-pip-version-check"]
     listed = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert {normalised(each["name"]): each["version"] for each in bill["components"]} == {
-        normalised(each["name"]): each["version"] for each in listed
+    assert {normalized_name(each["name"]): each["version"] for each in bill["components"]} == {
+        normalized_name(each["name"]): each["version"] for each in listed
     }
     needs = {each["ref"]: each.get("dependsOn", []) for each in bill["dependencies"]}
     references = {each["bom-ref"] for each in bill["components"]}

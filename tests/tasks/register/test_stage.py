@@ -68,7 +68,7 @@ def test_a_version_holds_all_that_belongs_to_it(
     assert vars(ModelCard(card).data)["library_name"] == "transformers"
     lineage = json.loads((about / LINEAGE).read_text())
     assert lineage["base"]["weights_sha256"] == version.tags[tag.BASE_WEIGHTS]
-    assert lineage["templates"] == dict.fromkeys(("training", "evaluation", "model"), version.tags[tag.TEMPLATE])
+    assert lineage["templates"] == dict.fromkeys(("training", "evaluation", "model"), version.tags[tag.TEMPLATE_TAG])
     assert version.tags[tag.SIGNED] == "true"
     held = {Path(file.path).name for file in client.list_artifacts(str(version.run_id), version.tags[tag.REPORT])}
     assert held == {"metrics.json", "examples.parquet", "base.parquet", CARD, LINEAGE, SBOM, SIGNATURE}

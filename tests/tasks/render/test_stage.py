@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase, T5Tokenizer
 from tasks.core.errors import BadData
 from tasks.core.records import ChatExample, LabelledReply, Message, PreferencePair, Record, SeqPair
 from tasks.render.params import Render
-from tasks.render.stage import AT_ONCE, render_rows, report
+from tasks.render.stage import ROWS_AT_ONCE, length_report, render_rows
 from tasks.tokenization.chat_template import render_prompt
 from tests.helpers.samples import RENDER
 
@@ -77,10 +77,10 @@ def test_pairs_end_as_t5_ends_them() -> None:
 
 
 def test_many_rows_at_once_are_the_rows_one_by_one(tokenizer: PreTrainedTokenizerBase) -> None:
-    records: list[Record] = [chat(str(n), "what? " * (n % 7), "yes " * (n % 5 + 1)) for n in range(AT_ONCE + 5)]
+    records: list[Record] = [chat(str(n), "what? " * (n % 7), "yes " * (n % 5 + 1)) for n in range(ROWS_AT_ONCE + 5)]
     params = RENDER.model_copy(update={"held_out": 0.0})
     together, _ = render_rows(records, tokenizer, params)
-    some = [0, 1, AT_ONCE - 1, AT_ONCE, AT_ONCE + 4]
+    some = [0, 1, ROWS_AT_ONCE - 1, ROWS_AT_ONCE, ROWS_AT_ONCE + 4]
     assert [together["train", "chat"][n] for n in some] == [
         render_rows([records[n]], tokenizer, params)[0]["train", "chat"][0] for n in some
     ]
@@ -88,7 +88,7 @@ def test_many_rows_at_once_are_the_rows_one_by_one(tokenizer: PreTrainedTokenize
 
 def test_the_report_counts_tokens() -> None:
     rows = [{"ids": [1] * n, "mask": [False] * (n - 1) + [True], "prompt_tokens": n - 1} for n in (3, 7, 1, 4, 5)]
-    assert report(rows, "chat") == {
+    assert length_report(rows, "chat") == {
         "rows": 5,
         "tokens": 20,
         "p50": 4,

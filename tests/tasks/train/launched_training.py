@@ -58,7 +58,7 @@ def training(base: Path, name: str, folder: Path, stop_after: int = 0) -> None:
     seed_everything(params.seed)
     model = init_adapter(base, params.adapter, 6).float().train()  # in bf16 the order of sums would tell
     if ranks.shards_weights():
-        fsdp.shard(model)
+        fsdp.shard_weights(model)
     seed_everything(params.seed)
     watch = EvalHooks([EvalHook(HELD_OUT_LOSS, 2, lambda: held_out_loss(model, rows[:5], params))])
     log = train(model, rows, params, folder / "checkpoints", Progress(name, 6, "steps"), on_row, watch=watch)

@@ -17,7 +17,7 @@ from tasks.validate.decide import ValidationResult, apply_checks
 from tasks.validate.feature_cache import MOST_ROWS, FeatureCache
 from tasks.validate.params import Validate
 from tasks.validate.profile import drift, measure, profile_page, stability
-from tasks.validate.stage import check_share, places_of, split
+from tasks.validate.stage import check_share, partition, places_of
 from tests.helpers.samples import file_source, validate_params
 
 LETTERS = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
@@ -335,7 +335,7 @@ def test_held_out_questions_are_found_in_rows_to_learn_from(tmp_path: Path) -> N
 
 def test_every_row_is_accounted_for() -> None:
     records = [chat(str(n), "ua") for n in range(5)] + [TextExample(id="t", source="s", text="x")]
-    inside, outside = split(tables(records), [1, 5])
+    inside, outside = partition(tables(records), [1, 5])
     assert [r.id for kind in KINDS for r in as_records(kind, inside[kind])] == ["1", "t"]
     assert [r.id for kind in KINDS for r in as_records(kind, outside[kind])] == ["0", "2", "3", "4"]
 

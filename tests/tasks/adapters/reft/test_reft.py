@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tasks.adapters.positions import parse_positions
 from tasks.adapters.reft import ReftConfig, ReftLayer, from_pyreft, to_pyreft
-from tasks.adapters.reft.interventions import KINDS, Edit, Rotation
+from tasks.adapters.reft.interventions import INTERVENTIONS, Edit, Rotation
 from tasks.adapters.reft.prompt_positions import find_positions, places, prompts_of
 from tasks.adapters.reft.tuner import ReftModel
 from tasks.core.errors import BadModel
@@ -43,7 +43,7 @@ def parts(edit: Edit) -> tuple[Tensor, Tensor, Tensor]:
     return free, torch.zeros_like(free), edit.source
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", INTERVENTIONS)
 def test_an_edit_is_its_equation(kind: str) -> None:
     torch.manual_seed(0)
     edit, hidden = Edit(kind, 6, 2, projection_bias=False).double(), torch.randn(3, 6, dtype=torch.float64)
@@ -63,7 +63,7 @@ def test_only_the_subspace_of_r_is_edited() -> None:
     torch.testing.assert_close(after @ outside, hidden @ outside)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind].orthonormal])
+@pytest.mark.parametrize("kind", [kind for kind in INTERVENTIONS if INTERVENTIONS[kind].orthonormal])
 def test_rows_stay_orthonormal_while_training(kind: str) -> None:
     torch.manual_seed(2)
     edit, hidden, target = Edit(kind, 8, 3), torch.randn(16, 8), torch.randn(16, 8)
@@ -106,7 +106,7 @@ def test_a_stored_rotation_is_the_trained_one_bit_for_bit() -> None:
     torch.testing.assert_close(loaded.weight @ loaded.weight.T, torch.eye(2))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", INTERVENTIONS)
 def test_gradients_agree_with_finite_differences(kind: str) -> None:
     torch.manual_seed(5)
     edit, hidden = Edit(kind, 5, 2).double(), torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
@@ -369,7 +369,7 @@ def test_padding_and_packing_leave_loss_and_gradients_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", INTERVENTIONS)
 def test_saved_and_loaded_by_peft_alone_it_gives_the_same_bits(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     ids = torch.arange(16).view(2, 8) + 1
     labels = torch.where(torch.arange(8) < 5, -100, ids)
