@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,8 +140,25 @@ def digests(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> di
     return {name: known.get(name) or digest(folder / name) for name in names}
 
 
+_digests: dict[tuple[str, int, int, int, int, int], str] = {}
+"""Of files that this process has read, by algorithm, device, inode, size and the times of their last changes."""
+_SETTLED_NS = 2 * 10**9
+"""A file that changed less than so long ago could change again within one tick of the disk's clock, unseen."""
+
+
 def digest(path: Path, algorithm: str = "sha256") -> str:
-    """Compute the hexadecimal digest of one file."""
+    """Compute the hexadecimal digest of one file; the same process reads a file that has not changed once."""
+    about = path.stat()
+    key = (algorithm, about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+    if key in _digests:
+        return _digests[key]
+    found = _digest(path, algorithm)
+    if time.time_ns() - max(about.st_mtime_ns, about.st_ctime_ns) > _SETTLED_NS:
+        _digests[key] = found
+    return found
+
+
+def _digest(path: Path, algorithm: str) -> str:
     state = hashlib.new(algorithm, usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):

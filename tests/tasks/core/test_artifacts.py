@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from tasks.core.artifacts import MANIFEST, atomic_folder, atomic_write, digests, read_manifest
+from tasks.core import artifacts
+from tasks.core.artifacts import MANIFEST, atomic_folder, atomic_write, digest, digests, read_manifest
 from tasks.core.errors import BadData
 from tests.conftest import DEAD
 
@@ -79,6 +81,25 @@ def test_an_altered_folder_is_refused(tmp_path: Path, harm: str) -> None:
     with pytest.raises(BadData) as caught:
         read_manifest(folder)
     assert caught.value.exit_code == 65
+
+
+def test_a_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was just written is read again, since it could change within a tick of the disk's clock."""
+    read: list[str] = []
+    real = artifacts._digest
+    monkeypatch.setattr(artifacts, "_digest", lambda path, how: (read.append(how), real(path, how))[1])
+    file = tmp_path / "a"
+    file.write_bytes(b"one")
+    assert [digest(file), digest(file)] == [hashlib.sha256(b"one").hexdigest()] * 2
+    assert len(read) == 2
+    monkeypatch.setattr(artifacts, "_SETTLED_NS", 0)
+    os.utime(file, ns=(0, 0))  # so that the next change has another time
+    assert digest(file) == digest(file)
+    assert len(read) == 3
+    assert digest(file, "md5") == hashlib.md5(b"one").hexdigest()
+    file.write_bytes(b"two")
+    assert digest(file) == hashlib.sha256(b"two").hexdigest()
+    assert read[3:] == ["md5", "sha256"]
 
 
 def test_the_manifest_is_the_last_thing_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
