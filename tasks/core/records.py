@@ -156,9 +156,24 @@ KINDS: dict[str, type[Record]] = {
 """Every kind of row, by its name: the name of its file, too."""
 
 
+_WIDTHS = {
+    code: unicodedata.decomposition(chr(code)).split()[1:]
+    for code in (0x3000, *range(0xFF01, 0xFFEF))
+    if unicodedata.decomposition(chr(code)).startswith(("<wide>", "<narrow>"))
+}
+_OF_ONE_WIDTH = {code: "".join(chr(int(part, 16)) for part in parts) for code, parts in _WIDTHS.items()}
+
+
 def normalized_text(text: str) -> str:
-    """Normalise a text's case, width, composition and white space: equal prompts become equal strings."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    """Normalise a text's case, width, composition and white space: texts that are the same become equal strings.
+
+    This one form decides what is equal: for duplicates, contradictions, the groups of the split, and questions that
+    stand whole in other rows. All other characters mean something and stay: 8 - 2 is not 8 + 2, and 2 squared is not
+    22, which is why it is NFC and a change of widths instead of NFKC.
+    """
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text.translate(_OF_ONE_WIDTH))
+    return " ".join(text.casefold().split())
 
 
 def held_out(group: str, fraction: float) -> bool:

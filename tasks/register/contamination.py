@@ -10,9 +10,10 @@ from tasks.core.parquet import read_table
 from tasks.inference.rendered_rows import last_turn
 from tasks.reports.items import HELD_OUT, Item
 from tasks.text.ngram_overlap import Index
-from tasks.text.words import Words, normal_form, runs, whole_hash, words_of
+from tasks.text.words import Words, hashes_of, normal_form, runs, words_of
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
 _AT_ONCE = 4096
@@ -24,9 +25,9 @@ def contamination_by_suite(
 ) -> dict[str, float]:
     """Compute for each suite the share of items whose prompt stands in the rows to learn from.
 
-    A prompt stands there when a row's prompt has the same words, or a row has a run of `run_words` words of it that is
-    in no more than ten prompts. The held-out rows are only looked for whole: rows of one source share phrases, and what
-    else they share `validate` has looked for.
+    A prompt stands there when a row's prompt is equal to it in the form that the split groups by, or a row has a run of
+    `run_words` words of it that is in no more than ten prompts. The held-out rows are only looked for whole: rows of
+    one source share phrases, and what else they share `validate` has looked for.
 
     Args:
         items: of all suites.
@@ -35,31 +36,28 @@ def contamination_by_suite(
         run_words: `validate.contamination_ngram`.
     """
     import numpy as np
-    import pyarrow as pa
 
     suites: dict[str, list[str]] = {}
     for item in items:
         suites.setdefault(item.suite, []).append(item.prompt)
     indexes = {
-        suite: Index(_words(prompts), len(prompts), None if suite == HELD_OUT else run_words)
-        for suite, prompts in suites.items()
+        suite: Index(_array(prompts), None if suite == HELD_OUT else run_words) for suite, prompts in suites.items()
     }
     found: dict[str, set[int]] = {suite: set() for suite in suites}
     for prompts, texts in _training_texts(rendered, tokenizer):
-        asked = _words(prompts)
-        hashes = whole_hash(asked, len(prompts))
+        hashes = hashes_of(_array(prompts))
         filled = np.flatnonzero(hashes)
-        inside = runs(words_of(normal_form(pa.array(texts, pa.large_string()))), run_words)
+        inside = runs(words_of(normal_form(_array(texts))), run_words)
         for suite, index in indexes.items():
             searched = Words(np.empty(0, np.uint64), np.empty(0, np.int64)) if suite == HELD_OUT else inside
             found[suite].update(index.search(Words(hashes[filled], filled), searched).question.tolist())
     return {suite: len(found[suite]) / len(prompts) for suite, prompts in suites.items()}
 
 
-def _words(texts: Sequence[str]) -> Words:
+def _array(texts: Sequence[str]) -> pa.Array:
     import pyarrow as pa
 
-    return words_of(normal_form(pa.array(texts, pa.large_string())))
+    return pa.array(texts, pa.large_string())
 
 
 def _training_texts(rendered: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[str], list[str]]]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from tasks.text.words import Words, runs, whole_hash
+from tasks.text.words import Words, hashes_of, normal_form, runs, words_of
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
     from numpy.typing import NDArray
 
 COMMON = 10
@@ -52,17 +53,16 @@ def _distinct(hashes: NDArray[np.uint64], numbers: NDArray[np.int64]) -> tuple[N
 class Index:
     """The questions of one benchmark, to look for in any number of texts."""
 
-    def __init__(self, words: Words, questions: int, run_words: int | None) -> None:
+    def __init__(self, texts: pa.Array, run_words: int | None) -> None:
         """Index questions.
 
         Args:
-            words: of the questions; `words.text` is the question.
-            questions: how many there are.
+            texts: the questions.
             run_words: the length of a run; questions with fewer words are only found whole. None for no runs.
         """
         import numpy as np
 
-        whole = whole_hash(words, questions)
+        questions, words, whole = len(texts), words_of(normal_form(texts)), hashes_of(texts)
         filled = np.flatnonzero(np.bincount(words.text, minlength=questions) >= FEWEST_WORDS)
         self._whole = _Table(whole[filled], filled)
         found = runs(words, run_words or len(words.hash) + 1)
@@ -75,7 +75,7 @@ class Index:
         """Find which questions stand in texts, and in which.
 
         Args:
-            whole: the hash of each whole text, as `whole_hash` makes it, and the number of the text.
+            whole: the hash of each whole text, as `hashes_of` makes it, and the number of the text.
             found: the texts' runs of words, of the length that the index was made with.
         """
         import numpy as np

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from tasks.core.records import normalized_text
+
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
@@ -29,17 +31,34 @@ class Words(NamedTuple):
 
 
 def normal_form(texts: pa.Array) -> pa.Array:
-    """Normalise texts to words with spaces between them: without case, width, punctuation; Chinese characters apart."""
-    return _form(texts, r"[^\p{L}\p{M}\p{N}]+", str.isalnum, apart=True)
+    """Normalise texts to words with spaces between them: without case, width, punctuation; Chinese characters apart.
+
+    For runs of words and for what is nearly equal; what is equal is decided by `equality_form`.
+    """
+    return _form(texts, str.isalnum, _words_of_any_script)
 
 
-def spaced_form(texts: pa.Array) -> pa.Array:
-    """Normalise texts by case, width and white space; symbols and punctuation stay."""
-    return _form(texts, r"[\s\p{Z}]+", lambda character: not character.isspace(), apart=False)
+def equality_form(texts: pa.Array) -> pa.Array:
+    """Normalise texts as `tasks.core.records.normalized_text` does, but for how much white space stands between."""
+
+    def wide(those: pa.Array) -> pa.Array:
+        import pyarrow as pa
+
+        return pa.array([normalized_text(text or "") for text in those.to_pylist()], pa.large_string())
+
+    return _form(texts, lambda character: not character.isspace(), wide)
 
 
-def _form(texts: pa.Array, between: str, keeps: Callable[[str], bool], *, apart: bool) -> pa.Array:
-    """Lower case, with spaces for whatever stands between; `keeps` says the same of ASCII as `between` of the rest."""
+def _words_of_any_script(texts: pa.Array) -> pa.Array:
+    import pyarrow.compute as pc
+
+    wide = pc.utf8_lower(pc.utf8_normalize(texts, form="NFKC"))
+    wide = pc.replace_substring_regex(wide, pattern=r"[^\p{L}\p{M}\p{N}]+", replacement=" ")
+    return pc.replace_substring_regex(wide, pattern=r"([\p{Han}\p{Hiragana}\p{Katakana}])", replacement=r" \1 ")
+
+
+def _form(texts: pa.Array, keeps: Callable[[str], bool], wide: Callable[[pa.Array], pa.Array]) -> pa.Array:
+    """Make lower case of ASCII texts, with a space for each character that is not kept; `wide` forms the others."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -47,12 +66,8 @@ def _form(texts: pa.Array, between: str, keeps: Callable[[str], bool], *, apart:
     plain = pc.string_is_ascii(texts)
     if pc.all(plain).as_py() is not False:
         return _plain_form(texts, keeps)
-    places = pc.indices_nonzero(pc.invert(plain))
-    wide = pc.utf8_lower(pc.utf8_normalize(texts.take(places), form="NFKC"))
-    wide = pc.replace_substring_regex(wide, pattern=between, replacement=" ")
-    if apart:
-        wide = pc.replace_substring_regex(wide, pattern=r"([\p{Han}\p{Hiragana}\p{Katakana}])", replacement=r" \1 ")
-    return pc.replace_with_mask(_plain_form(pc.if_else(plain, texts, ""), keeps), pc.invert(plain), wide)
+    formed = wide(texts.take(pc.indices_nonzero(pc.invert(plain))))
+    return pc.replace_with_mask(_plain_form(pc.if_else(plain, texts, ""), keeps), pc.invert(plain), formed)
 
 
 def _plain_form(texts: pa.Array, keeps: Callable[[str], bool]) -> pa.Array:
@@ -179,3 +194,8 @@ def whole_hash(words: Words, texts: int) -> NDArray[np.uint64]:
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(salted, dtype=np.uint64)])
     stops = np.append(starts[1:], len(words.hash))
     return np.where(stops > starts, mixed(sums[stops] - sums[starts] + (stops - starts).astype(np.uint64)), 0)
+
+
+def hashes_of(texts: pa.Array) -> NDArray[np.uint64]:
+    """Hash each text, (texts,) uint64: equal for texts that are equal, symbol by symbol, and 0 for no text."""
+    return whole_hash(words_of(equality_form(texts)), len(texts))

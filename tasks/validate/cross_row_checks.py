@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tasks.core.records import held_out, normalized_text
 from tasks.text.ngram_overlap import Hits, Index, without_common
-from tasks.text.words import Words, mixed, normal_form, runs, spaced_form, whole_hash, words_of
+from tasks.text.words import Words, hashes_of, mixed, normal_form, runs, words_of
 from tasks.validate.duplicates import Duplicate, NearIndex, exact_duplicates
 from tasks.validate.params import Validate
 from tasks.validate.row_features import TurnColumns, calls_of, turn_columns
@@ -117,7 +117,7 @@ class _Seen(NamedTuple):
         rows: how many.
         turns: their texts.
         words: of the texts; `words.text` is the text.
-        whole: (texts,) the hash of all words of each text.
+        whole: (texts,) the hash of each text, equal for equal ones.
         hashes: (rows, 4) what `_row_hashes` makes of them.
     """
 
@@ -138,8 +138,7 @@ def _look(table: pa.Table, kind: str) -> Iterator[tuple[int, _Seen]]:
     def see(start: int) -> tuple[int, _Seen]:
         block = table.slice(start, _BLOCK_ROWS)
         turns = turn_columns(block, kind)
-        words = words_of(normal_form(turns.text))
-        whole = whole_hash(words, len(turns.row))
+        words, whole = words_of(normal_form(turns.text)), hashes_of(turns.text)
         return start, _Seen(len(block), turns, words, whole, _row_hashes(block, kind, turns, whole))
 
     starts = range(0, len(table), _BLOCK_ROWS)
@@ -177,7 +176,7 @@ def _row_hashes(block: pa.Table, kind: str, turns: TurnColumns, whole: NDArray[n
     import numpy as np
 
     result = np.zeros((len(block), 4), np.uint64)
-    result[:, 0] = _said(block, kind, turns)
+    result[:, 0] = _said(block, kind, turns, whole)
     if kind in ("preference", "labelled"):
         for column, letter in ((2, "c"), (3, "r")):
             those = turns.letter == ord(letter)
@@ -190,23 +189,22 @@ def _row_hashes(block: pa.Table, kind: str, turns: TurnColumns, whole: NDArray[n
     return result
 
 
-def _said(block: pa.Table, kind: str, turns: TurnColumns) -> NDArray[np.uint64]:
+def _said(block: pa.Table, kind: str, turns: TurnColumns, whole: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Hash each row: equal when the same roles have the same texts and call the same tools, symbol by symbol."""
     import numpy as np
     import pyarrow.compute as pc
 
     place = np.arange(len(turns.row)) - np.searchsorted(turns.row, turns.row)
     salt = mixed(turns.letter.astype(np.uint64) + mixed(place.astype(np.uint64)))
-    each = whole_hash(words_of(spaced_form(turns.text)), len(turns.row))
-    parts = np.where(each > 0, mixed(each + salt), 0)
+    parts = np.where(whole > 0, mixed(whole + salt), 0)
     if (calls := calls_of(block, kind)) is not None:
-        called = whole_hash(words_of(spaced_form(calls)), len(calls))
+        called = hashes_of(calls)
         parts += np.where(called > 0, mixed(called ^ salt), 0)
     total = np.zeros(len(block), np.uint64)
     np.add.at(total, turns.row, parts)
     if "tools" in block.column_names:
         tools = pc.binary_join(block["tools"].combine_chunks(), "\n")
-        total += whole_hash(words_of(spaced_form(tools)), len(block))
+        total += hashes_of(tools)
     return total
 
 
@@ -298,11 +296,7 @@ class _Search:
         self._questions = {name: len(texts) for name, texts in questions.items()}
         self._hits: dict[str, list[Hits]] = {name: [] for name in questions}
         self._indexes = {
-            name: Index(
-                words_of(normal_form(pa.array(texts, pa.large_string()))),
-                len(texts),
-                None if name == HELD_OUT_GROUPS else run_words,
-            )
+            name: Index(pa.array(texts, pa.large_string()), None if name == HELD_OUT_GROUPS else run_words)
             for name, texts in questions.items()
         }
 

@@ -20,8 +20,8 @@ TOKENS, HIDDEN, VOCABULARY = 37, 24, 131
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles either way, the last of each smaller than the others."""
-    monkeypatch.setattr(tiles, "TOKENS", 16)
-    monkeypatch.setattr(tiles, "VOCABULARY", 50)
+    monkeypatch.setattr(tiles, "TILE_TOKENS", 16)
+    monkeypatch.setattr(tiles, "TILE_VOCABULARY", 50)
 
 
 class Case:

@@ -10,9 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from tasks.core.records import normalized_text
 from tasks.text import words as module
 from tasks.text.ngram_overlap import COMMON, Hits, Index, without_common
-from tasks.text.words import Words, normal_form, runs, whole_hash, words_of
+from tasks.text.words import Words, equality_form, hashes_of, normal_form, runs, whole_hash, words_of
 from tasks.validate.duplicates import NearIndex, exact_duplicates
 
 TEXTS = [
@@ -74,6 +75,42 @@ def test_runs_stay_within_one_text() -> None:
     )
 
 
+DIFFERENT = [
+    ("8 - 2", "8 + 2"),
+    ("Is 3 < 5?", "Is 3 > 5?"),
+    ("x -> !x", "x -> x"),
+    ("(-2)**2", "-2**2"),
+    ("a == b", "a = b"),
+    (r"\frac{1}{2}", r"\frac12"),
+    ("2² and 3", "22 and 3"),
+    ("½", "1/2"),
+    ("∀x", "∃x"),
+    ("北京是", "北京 是"),
+    ("f(x)", "f x"),
+]
+SAME = [
+    ("What is  ２＋２？\n", "what is 2+2?"),
+    ("e\u0301", "\u00e9"),
+    ("Straße", "STRASSE"),
+    ("ｶﾞ", "ガ"),
+    ("a\x1cb", "A\u3000b"),
+]
+
+
+def test_equal_is_what_differs_in_case_width_composition_and_space_alone() -> None:
+    for one, other in DIFFERENT:
+        assert normalized_text(one) != normalized_text(other)
+    for one, other in SAME:
+        assert normalized_text(one) == normalized_text(other)
+    texts = [text for pair in DIFFERENT + SAME for text in pair] + TEXTS
+    formed = [" ".join(text.split()) for text in equality_form(pa.array(texts)).to_pylist()]
+    assert formed == [normalized_text(text) for text in texts]  # of whole arrays as of one text
+    hashes = hashes_of(pa.array(texts)).tolist()
+    for number, text in enumerate(texts):
+        same = [other for other in range(len(texts)) if normalized_text(texts[other]) == normalized_text(text)]
+        assert [other for other in range(len(texts)) if hashes[other] == hashes[number]] == same
+
+
 def test_a_whole_text_is_its_words_in_order() -> None:
     hashes = whole_hash(words(["a b", "A, b.", "b a", "ab", "a b c", "", "!"]), 7)
     assert hashes[0] == hashes[1]
@@ -124,14 +161,14 @@ def test_texts_without_words_are_nobodys_near_duplicate() -> None:
 
 def search(questions: list[str], texts: list[str], run_words: int | None = 5) -> Hits:
     found = words(texts)
-    whole = whole_hash(found, len(texts))
+    whole = hashes_of(pa.array(texts))
     filled = np.flatnonzero(whole)
-    index = Index(words(questions), len(questions), run_words)
+    index = Index(pa.array(questions), run_words)
     return index.search(Words(whole[filled], filled), runs(found, run_words or 5))
 
 
 def test_questions_are_found_whole_and_in_part() -> None:
-    questions = ["one two three four five six", "what is twelve plus seven", "go on"]
+    questions = ["one two three four five six", "what  is twelve plus seven?", "go on"]
     texts = ["so: two three four five SIX, yes", "What is twelve plus seven?", "go on", "four five six seven eight", ""]
     hits = search(questions, texts)
     assert set(zip(hits.text.tolist(), hits.question.tolist(), (hits.run == 0).tolist(), strict=True)) == {
