@@ -113,7 +113,12 @@ def cli_page() -> str:
 
 # The way of a row: the type that it has in each room, by the module that defines it.
 ROW = (
-    ("a file, a line, a cell", "tasks/readers/text_files.py", "FileRow", "what a file holds, with its place: file and row"),
+    (
+        "a file, a line, a cell",
+        "tasks/readers/text_files.py",
+        "FileRow",
+        "what a file holds, with its place: file and row",
+    ),
     ("ingest", "tasks/core/records.py", "Record", "a chat, a preference pair, a labelled reply, a text, or a pair"),
     (
         "validate",

@@ -33,9 +33,19 @@ class Words(NamedTuple):
 def normal_form(texts: pa.Array) -> pa.Array:
     """Normalise texts to words with spaces between them: without case, width, punctuation; Chinese characters apart.
 
-    For runs of words and for what is nearly equal; what is equal is decided by `equality_form`.
+    For long runs of words, which may do without symbols; what is equal is decided by `equality_form`.
     """
-    return _form(texts, str.isalnum, _words_of_any_script)
+    return _form(texts, str.isalnum, lambda those: _words_of_any_script(those, r"[^\p{L}\p{M}\p{N}]+"))
+
+
+def near_form(texts: pa.Array) -> pa.Array:
+    """Normalise texts likewise, but with all symbols that are no punctuation of sentences: 8 - 2 is not near 8 + 2."""
+    between = r"[\s\p{Z}.,;:?'\"\x{2018}-\x{201f}\x{2026}\x{3001}\x{3002}\x{300a}-\x{300f}]+"
+    return _form(
+        texts,
+        lambda character: not (character.isspace() or character in ".,;:?'\""),
+        lambda those: _words_of_any_script(those, between),
+    )
 
 
 def equality_form(texts: pa.Array) -> pa.Array:
@@ -49,11 +59,11 @@ def equality_form(texts: pa.Array) -> pa.Array:
     return _form(texts, lambda character: not character.isspace(), wide)
 
 
-def _words_of_any_script(texts: pa.Array) -> pa.Array:
+def _words_of_any_script(texts: pa.Array, between: str) -> pa.Array:
     import pyarrow.compute as pc
 
     wide = pc.utf8_lower(pc.utf8_normalize(texts, form="NFKC"))
-    wide = pc.replace_substring_regex(wide, pattern=r"[^\p{L}\p{M}\p{N}]+", replacement=" ")
+    wide = pc.replace_substring_regex(wide, pattern=between, replacement=" ")
     return pc.replace_substring_regex(wide, pattern=r"([\p{Han}\p{Hiragana}\p{Katakana}])", replacement=r" \1 ")
 
 

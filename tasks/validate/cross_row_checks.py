@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tasks.core.records import held_out, normalized_text
 from tasks.text.ngram_overlap import Hits, Index, without_common
-from tasks.text.words import Words, hashes_of, mixed, normal_form, runs, words_of
+from tasks.text.words import Words, hashes_of, mixed, near_form, normal_form, runs, words_of
 from tasks.validate.duplicates import Duplicate, NearIndex, exact_duplicates
 from tasks.validate.params import Validate
 from tasks.validate.row_features import TurnColumns, calls_of, turn_columns
@@ -89,11 +89,11 @@ def cross_row_checks(
         looking = params.duplicates.near != "ignore"
         index = NearIndex(*_near_settings(params)) if looking else None
         hashes = []
-        for start, seen in _look(table, kind):
+        for start, seen in _look(table, kind, near=looking):
             hashes.append(seen.hashes)
             search.through(seen, first + start, withheld[kind][start : start + seen.rows])
-            if index:
-                index.add(seen.words_by_row(), seen.rows)
+            if index and seen.near:
+                index.add(_by_row(seen.near, seen.turns), seen.rows)
         sides = np.concatenate(hashes)
         contradiction[first : first + len(table)] = _contradictions(sides, table, kind)
         order = np.argsort(-_lengths(table, kind), kind="stable") if params.duplicates.keep == "longest" else None
@@ -119,6 +119,7 @@ class _Seen(NamedTuple):
         words: of the texts; `words.text` is the text.
         whole: (texts,) the hash of each text, equal for equal ones.
         hashes: (rows, 4) what `_row_hashes` makes of them.
+        near: the words by which near duplicates are told, where they are looked for.
     """
 
     rows: int
@@ -126,20 +127,18 @@ class _Seen(NamedTuple):
     words: Words
     whole: NDArray[np.uint64]
     hashes: NDArray[np.uint64]
-
-    def words_by_row(self) -> Words:
-        """Return the words, with the row that each stands in."""
-        return _by_row(self.words, self.turns)
+    near: Words | None
 
 
-def _look(table: pa.Table, kind: str) -> Iterator[tuple[int, _Seen]]:
+def _look(table: pa.Table, kind: str, *, near: bool) -> Iterator[tuple[int, _Seen]]:
     """Yield the blocks of a table in order, a few at a time, so that no more than those are in memory."""
 
     def see(start: int) -> tuple[int, _Seen]:
         block = table.slice(start, _BLOCK_ROWS)
         turns = turn_columns(block, kind)
         words, whole = words_of(normal_form(turns.text)), hashes_of(turns.text)
-        return start, _Seen(len(block), turns, words, whole, _row_hashes(block, kind, turns, whole))
+        of_symbols = words_of(near_form(turns.text)) if near else None
+        return start, _Seen(len(block), turns, words, whole, _row_hashes(block, kind, turns, whole), of_symbols)
 
     starts = range(0, len(table), _BLOCK_ROWS)
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -161,10 +160,11 @@ def _near(index: NearIndex, table: pa.Table, kind: str, ranked: list[int]) -> li
     flagged = set(index.suspects().tolist())
     suspects = [row for row in ranked if row in flagged]
     turns = turn_columns(table.take(pa.array(suspects, pa.int64())), kind)
-    return index.duplicates(suspects, _by_row(words_of(normal_form(turns.text)), turns))
+    return index.duplicates(suspects, _by_row(words_of(near_form(turns.text)), turns))
 
 
 def _by_row(words: Words, turns: TurnColumns) -> Words:
+    """Return the words, with the row that each stands in instead of the text."""
     return Words(words.hash, turns.row[words.text])
 
 

@@ -45,7 +45,12 @@ def asked(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 
 def test_whole_prompts_are_found_in_rows_of_every_kind(tokenizer: PreTrainedTokenizerBase, rendered: Path) -> None:
-    texts = ["Which animal says moo?", "which  ANIMAL says moo?", "Name a colour of the sky.", "Which animal says woof?"]
+    texts = [
+        "Which animal says moo?",
+        "which  ANIMAL says moo?",
+        "Name a colour of the sky.",
+        "Which animal says woof?",
+    ]
     items = [item(HELD_OUT, asked(tokenizer, text)) for text in texts]
     assert contamination_by_suite(items, rendered, tokenizer, 13) == {HELD_OUT: 0.75}
 

@@ -36,8 +36,11 @@ def pair(row_id: str, chosen: str, rejected: str, prompt: str = "") -> Preferenc
     return PreferencePair(id=row_id, source="s", prompt=asked, chosen=chosen, rejected=rejected)
 
 
-def labelled(row_id: str, label: bool) -> LabelledReply:
-    return LabelledReply(id=row_id, source="s", prompt=(Message("user", "is it?"),), reply="yes, it is", label=label)
+def labelled(row_id: str, label: bool, prompt: str = "is it?") -> LabelledReply:
+    return LabelledReply(id=row_id, source="s", prompt=(Message("user", prompt),), reply="yes, it is", label=label)
+
+
+SIGNS = [("Is 3 < 5?", "Is 3 > 5?"), ("What is 8 - 2?", "What is 8 + 2?"), ("x -> !x", "x -> x"), ("2^2", "2_2")]
 
 
 def tables(records: Sequence[Record]) -> dict[str, pa.Table]:
@@ -122,6 +125,24 @@ BAD: dict[str, tuple[Record, str]] = {
     "this way": (pair("bad", "left one", "right one", "which?"), "contradicted"),
     "that way": (pair("bad", "right one", "left one", "which?"), "contradicted"),
 }  # fmt: skip
+
+
+def test_a_sign_makes_another_row(tmp_path: Path) -> None:
+    """What differs in a symbol alone contradicts nothing, is no duplicate and no question of the held-out rows."""
+    of_labels: list[Record] = [
+        labelled(f"{n} {label}", label, prompt)
+        for n, pair_of in enumerate(SIGNS)
+        for label, prompt in zip((True, False), pair_of, strict=True)
+    ]
+    chats: list[Record] = [
+        ChatExample(id=f"chat {text}", source="s", messages=(Message("user", text), Message("assistant", "The same.")))
+        for pair_of in SIGNS
+        for text in pair_of
+    ]
+    found = verdict_on([*of_labels, *chats], tmp_path / "docs")
+    assert not reasons_of(found)
+    assert not found.merged
+    assert all(each.exact == 0 for each in found.marks.benchmarks.values())
 
 
 @pytest.fixture(scope="module")
