@@ -87,7 +87,12 @@ def test_a_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytes
     """One that was just written is read again, since it could change within a tick of the disk's clock."""
     read: list[str] = []
     real = artifacts._digest
-    monkeypatch.setattr(artifacts, "_digest", lambda path, how: (read.append(how), real(path, how))[1])
+
+    def count(path: Path, algorithm: str) -> str:
+        read.append(algorithm)
+        return real(path, algorithm)
+
+    monkeypatch.setattr(artifacts, "_digest", count)
     file = tmp_path / "a"
     file.write_bytes(b"one")
     assert [digest(file), digest(file)] == [hashlib.sha256(b"one").hexdigest()] * 2
