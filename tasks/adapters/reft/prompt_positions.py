@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from tasks.adapters.positions import Spans
+from tasks.adapters.positions import Spans, parse_positions
 
 IGNORED = -100
 """The label of tokens that are no targets."""
@@ -30,6 +30,8 @@ class Segments(NamedTuple):
     length: Tensor
 
 
+LAST_ALONE = parse_positions("last")
+
 _NONE = Segments(torch.empty(0), torch.empty(0), torch.empty(0))
 
 Places = tuple[Tensor, Tensor]
@@ -39,16 +41,17 @@ Places = tuple[Tensor, Tensor]
 def places(prompts: Segments, spans: Spans) -> dict[str, Places]:
     """Compute the tokens of each span.
 
-    Where a prompt of p tokens is short, pyreft's rule holds: at most floor(p / 2) of its tokens are first ones, at most
-    ceil(p / 2) last ones, so that the two never meet.
+    Where a prompt of p tokens is short, pyreft's rule holds (`get_intervention_locations`, 0.1.0): at most floor(p / 2)
+    of its tokens are first ones, and at most as many last ones. So the two never meet, and the middle one of an odd
+    number is neither. The last token alone is that of any prompt (`make_last_position_supervised_data_module`).
     """
     if spans.all:
         return {"all": _from(prompts, prompts.start, prompts.length)}
-    found = {}
+    found, half = {}, prompts.length // 2
     if spans.first:
-        found["first"] = _from(prompts, prompts.start, (prompts.length // 2).clamp(max=spans.first))
+        found["first"] = _from(prompts, prompts.start, half.clamp(max=spans.first))
     if spans.last:
-        count = ((prompts.length + 1) // 2).clamp(max=spans.last)
+        count = half.clamp(max=spans.last) if spans != LAST_ALONE else prompts.length.clamp(max=1)
         found["last"] = _from(prompts, prompts.start + prompts.length - count, count)
     return found
 

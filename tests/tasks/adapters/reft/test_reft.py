@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tasks.adapters.positions import parse_positions
 from tasks.adapters.reft import ReftConfig, ReftLayer, from_pyreft, to_pyreft
 from tasks.adapters.reft.interventions import INTERVENTIONS, Edit, Rotation
-from tasks.adapters.reft.prompt_positions import find_positions, places, prompts_of
+from tasks.adapters.reft.prompt_positions import Segments, find_positions, places, prompts_of
 from tasks.adapters.reft.tuner import ReftModel
 from tasks.core.errors import BadModel
 from tests.conftest import REAL_DATA
@@ -142,7 +142,9 @@ def by_hand(valid: list[bool], labels: list[int], positions: str) -> set[int]:
     prompt, spans = list(range(start, end)), parse_positions(positions)
     if spans.all:
         return set(prompt)
-    first, last = min(len(prompt) // 2, spans.first), min((len(prompt) + 1) // 2, spans.last)
+    first, last = min(len(prompt) // 2, spans.first), min(len(prompt) // 2, spans.last)
+    if (spans.first, spans.last) == (0, 1):
+        last = min(len(prompt), 1)
     return set(prompt[:first]) | set(prompt[len(prompt) - last :])
 
 
@@ -157,6 +159,29 @@ def test_edited_tokens_are_those_of_the_prompt_under_any_padding(positions: str)
     expected = {(n, column) for n in range(len(rows)) for column in by_hand(valid[n], labels[n], positions)}
     assert edited == expected
     assert sum(len(at[0]) for at in found.values()) == len(expected)  # none twice
+
+
+@pytest.mark.parametrize(
+    ("tokens", "positions", "first", "last"),
+    [
+        (11, "f7+l7", [0, 1, 2, 3, 4], [6, 7, 8, 9, 10]),
+        (11, "l7", [], [6, 7, 8, 9, 10]),
+        (10, "f7+l7", [0, 1, 2, 3, 4], [5, 6, 7, 8, 9]),
+        (14, "f7+l7", list(range(7)), list(range(7, 14))),
+        (15, "f7+l7", list(range(7)), list(range(8, 15))),
+        (1, "f1+l1", [], []),
+        (1, "last", [], [0]),
+    ],
+)
+def test_short_prompts_are_edited_as_pyreft_does(
+    tokens: int, positions: str, first: list[int], last: list[int]
+) -> None:
+    """By hand from its `get_intervention_locations`: min(tokens // 2, n) on each side."""
+    prompts = Segments(torch.tensor([0]), torch.tensor([0]), torch.tensor([tokens]))
+    found = places(prompts, parse_positions(positions))
+    assert {name: columns.tolist() for name, (_, columns) in found.items()} == {
+        name: columns for name, columns in (("first", first), ("last", last)) if columns or f"{name[0]}1" in positions
+    }
 
 
 def test_packed_rows_have_a_prompt_each() -> None:
@@ -248,8 +273,8 @@ def test_only_the_chosen_tokens_of_the_edited_layer_change() -> None:
     before, after = hidden_states(plain, input_ids=ids), hidden_states(edited, input_ids=ids, labels=labels)
     assert torch.equal(after[1], before[1])  # the input of layer 1
     changed = (after[2] - before[2]).abs().sum(-1) > 0  # its output
-    assert changed.nonzero().tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 3], [1, 4]]
-    for span, at in (("first", ([0, 1], [0, 0])), ("last", ([0, 0, 1, 1], [1, 2, 3, 4]))):
+    assert changed.nonzero().tolist() == [[0, 0], [0, 2], [1, 0], [1, 3], [1, 4]]  # of three tokens one is last
+    for span, at in (("first", ([0, 1], [0, 0])), ("last", ([0, 1, 1], [2, 3, 4]))):
         # all tokens of a span at once, as the layer edits them: a product over other rows may be rounded otherwise
         assert torch.equal(after[2][at], edit_of(edited, 0, span)(before[2][at]))
 
@@ -497,7 +522,7 @@ def test_parity_with_pyreft(name: str, tmp_path: Path) -> None:
     wide = from_pyreft(stories(), GOLDEN / name / "checkpoint").eval().double()
     assert twenty_steps(wide, inputs) == pytest.approx(case["losses"], rel=1e-4)
     after = model(**inputs).logits
-    rounding = float((after - wide(**inputs).logits).abs().max())
+    rounding = float((after - wide(**inputs).logits).detach().abs().max())
     torch.testing.assert_close(after, tensors["logits_after_20_steps"], rtol=0, atol=max(1e-4, 2 * rounding))
     to_pyreft(model, tmp_path / "written")
     assert {p.name for p in (GOLDEN / name / "checkpoint").iterdir()} <= {
