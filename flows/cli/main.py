@@ -56,6 +56,7 @@ def run(
     from flows.run import prefect_server
     from flows.run.edit_params import change_params
     from flows.run.lock import held
+    from flows.run.prefect_runs import adopt_runs
     from flows.run.progress_board import on_board, plain_logs
 
     root = enter(workspace)
@@ -65,6 +66,8 @@ def run(
         prefect_server.end_old_server(root)
         terminal = sys.stderr.isatty()
         prefect_server.prepare_servers(root, terminal=terminal)
+        if prefect_server.temporary():
+            adopt_runs(root)
         from flows.retrain import retrain
 
         if not _debugging:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import sqlite3
+from contextlib import closing, suppress
 from pathlib import Path
 
 from flows.run.prefect_server import temporary
@@ -27,6 +28,20 @@ def limit_trainings(tag: str, limit: int = 1) -> None:
                 client.read_concurrency_limit_by_tag(tag)
                 return
         client.create_concurrency_limit(tag, limit)
+
+
+def adopt_runs(workspace: Path) -> None:
+    """Make the runs in a workspace's own Prefect database its own, where it was moved or copied since.
+
+    No server may be running on it.
+    """
+    database = workspace / ".temper" / "prefect" / "prefect.db"
+    if not database.is_file():
+        return
+    with closing(sqlite3.connect(database, timeout=60)) as connection, connection:
+        if connection.execute("select 1 from sqlite_master where name = 'flow_run'").fetchone():
+            own = "update flow_run set parameters = json_set(parameters, '$.workspace', ?)"
+            connection.execute(f"{own} where json_extract(parameters, '$.workspace') <> ?", (str(workspace),) * 2)
 
 
 def mark_dead_runs(flow_name: str, workspace: Path, but: str | None) -> int:

@@ -36,6 +36,40 @@ _THOUGHT = "<think>\n{}\n</think>\n\n"
 """How a turn of reasoning before the answer is written: as Qwen3 and DeepSeek-R1 have it in their templates."""
 
 
+_TRAINED = (
+    "weight",
+    "loss_weight",
+    "loss_mask",
+    "loss",
+    "compute_loss",
+    "has_loss",
+    "train",
+    "training",
+    "trainable",
+    "train_on",
+    "train_on_turn",
+    "should_train",
+    "learn",
+    "learnable",
+    "supervised",
+)
+"""What a turn's mark is called that is true, or 1, where the turn is trained on."""
+
+_NOT_TRAINED = ("mask", "masked", "is_masked", "ignore", "ignored", "ignore_loss", "no_loss", "skip_loss", "no_train")
+"""What it is called where true says that the turn is not trained on."""
+
+_LIKE_A_MARK = re.compile(
+    r"(?:^|[^a-z])(?:(?:un)?train(?:ed|ing|able)?|loss(?:es)?|(?:un)?mask(?:ed|ing)?|weight(?:s|ed|ing)?"
+    r"|learn(?:ed|t|ing|able)?|(?:un)?supervised)(?:[^a-z]|$)"
+)
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
+
+_YES_NO = dict.fromkeys(("true", "yes", "1", "1.0"), True) | dict.fromkeys(("false", "no", "0", "0.0"), False)
+
+_REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
+"""What a turn's reasoning before its answer is called."""
+
+
 def system_of(row: RawRow, place: str) -> list[Message]:
     """Parse the system turn, if the row has one apart from its turns."""
     key = "system" if "system" in row else "system_prompt"
@@ -105,7 +139,7 @@ def turns_of(row: RawRow, key: str, place: str) -> list[Message]:
 
 
 def _turn(turn: Any, where: str) -> Message:
-    """Parse one turn, {from, value} or {role, content}, perhaps with tool_calls, weight or loss_weight."""
+    """Parse one turn, {from, value} or {role, content}, perhaps with tool_calls, reasoning, or a mark of training."""
     if not isinstance(turn, Mapping):
         got = "null" if turn is None else repr(turn)[:60]
         raise BadData("is not a turn", where=where, got=got, expected="{from, value} or {role, content}")
@@ -115,10 +149,7 @@ def _turn(turn: Any, where: str) -> Message:
         raise BadData(
             "has an unknown role", where=where, got=repr(name), expected=", ".join(sorted(set(ROLES.values())))
         )
-    weight = turn.get("weight", turn.get("loss_weight", 1))
-    if weight not in (0, 1, None):
-        raise BadData("has a weight between", where=where, got=repr(weight), expected="0 or 1")
-    learn = weight != 0 or ROLES[name] != "assistant"
+    learn = _is_trained(turn, where) or ROLES[name] != "assistant"
     if name in _CALLING:
         return Message("assistant", "", _calls([turn.get(said)], where), learn)
     given = turn.get("tool_calls") or []
@@ -133,10 +164,45 @@ def _turn(turn: Any, where: str) -> Message:
         text = ""
     else:
         text = text_of(turn, said, where)
-    reasoning = turn.get("reasoning_content")
-    if isinstance(reasoning, str) and reasoning:
-        text = _THOUGHT.format(reasoning) + text
+    thoughts = [turn[key] for key in _REASONING if turn.get(key)]
+    if any(not isinstance(thought, str) for thought in thoughts) or len(set(thoughts)) > 1:
+        got = ", ".join(repr(thought)[:40] for thought in thoughts)
+        raise BadData("has reasoning that is not one text", where=where, got=got, expected="one text")
+    if thoughts:
+        text = _THOUGHT.format(thoughts[0]) + text
     return Message(ROLES[name], text, _calls(calls, where) if calls else "", learn)
+
+
+def _is_trained(turn: Mapping[str, Any], where: str) -> bool:
+    """Return whether a turn's marks, under whatever name, let it be trained on; a turn without any is.
+
+    Raises:
+        BadData: marks are not of a kind that is known, or at odds: a turn would be trained on that should not be.
+    """
+    marks: dict[str, bool] = {}
+    for key, value in turn.items():
+        if key in (*_TRAINED, *_NOT_TRAINED):
+            if value is not None:
+                marks[key] = _yes_or_no(key, value, where) is (key in _TRAINED)
+        elif _LIKE_A_MARK.search(_CAMEL.sub("_", str(key)).lower()) and value not in (None, "", [], {}):
+            raise BadData(
+                "has what may be a mark of training under a name that is not known",
+                where=where,
+                got=f"{key}: {value!r}"[:80],
+                expected=f"one of {', '.join((*_TRAINED, *_NOT_TRAINED))}",
+                fix="rename it, or remove it",
+            )
+    if len(set(marks.values())) > 1:
+        got = ", ".join(f"{key}: {turn[key]!r}" for key in marks)
+        raise BadData("has marks of training that are at odds", where=where, got=got)
+    return all(marks.values())
+
+
+def _yes_or_no(key: str, value: Any, where: str) -> bool:
+    found = _YES_NO.get(str(value).strip().lower())
+    if found is None:
+        raise BadData(f'has a "{key}" between', where=where, got=repr(value)[:60], expected="0 or 1, true or false")
+    return found
 
 
 def _content_parts(parts: Sequence[Any], where: str) -> tuple[str, list[Any]]:
@@ -148,8 +214,8 @@ def _content_parts(parts: Sequence[Any], where: str) -> tuple[str, list[Any]]:
         kind, key = part.get("type"), "value" if "value" in part else "text"
         if kind == "text":
             texts.append(text_of(part, key, inner))
-        elif kind == "reasoning":
-            texts.append(_THOUGHT.format(text_of(part, key, inner)))
+        elif kind in ("reasoning", "thinking"):
+            texts.append(_THOUGHT.format(text_of(part, str(kind) if kind in part else key, inner)))
         elif kind in ("tool_call", "function"):
             calls.append(part.get("value", part))
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from urllib.parse import urlsplit
 from filelock import FileLock
 
 from tasks.core.errors import BadParams, RegistryUnreachable
+from tasks.registry.relocation import ARTIFACTS, relocate
 from tasks.reports.training_log import SAMPLES, numbers_of
 
 if TYPE_CHECKING:
@@ -40,7 +42,11 @@ _BATCH_METRICS = 1000
 
 def tracking_uri(workspace: Path) -> str:
     """Return the MLflow server that MLFLOW_TRACKING_URI names, or a SQLite file in the workspace."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workspace.resolve() / '.temper' / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_database(workspace)}"
+
+
+def _database(workspace: Path) -> Path:
+    return workspace.resolve() / ".temper" / "mlflow.db"
 
 
 def connect(workspace: Path) -> MlflowClient:
@@ -65,6 +71,8 @@ def connect(workspace: Path) -> MlflowClient:
         )
     try:
         with _one_at_a_time(workspace):  # two processes that make the schema of a new SQLite file at once break it
+            if given is None and (moved := relocate(workspace, _database(workspace), EXPERIMENT)):
+                print(moved, file=sys.stderr, flush=True)
             mlflow.set_tracking_uri(uri)
             if given is None:  # MLflow writes it there, where it would pass for the user's wish for other workspaces
                 os.environ.pop("MLFLOW_TRACKING_URI", None)
@@ -94,7 +102,7 @@ def run_of(client: MlflowClient, workspace: Path, key: str, name: str, tags: Map
         experiment_id = experiment.experiment_id
     else:
         local = tracking_uri(workspace).startswith("sqlite")
-        location = (workspace.resolve() / ".temper" / "artifacts").as_uri() if local else None
+        location = (workspace.resolve() / ARTIFACTS).as_uri() if local else None
         shown_as = {"mlflow.experimentKind": "custom_model_development"}  # else the UI opens on its page for agents
         experiment_id = client.create_experiment(EXPERIMENT, artifact_location=location, tags=shown_as)
     found = client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -19,7 +19,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder, with or without a chat template.
 
     Raises:
-        BadModel: it does not load.
+        BadModel: it does not load, or loses text.
     """
     from transformers import AutoTokenizer
 
@@ -32,7 +32,56 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.is_fast:  # what a training once saved would cut every text, or fill it up
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
+    _check_keeps_text(tokenizer, folder)
     return tokenizer
+
+
+_SENTENCE = "The quick brown fox jumps over 12 lazy dogs."
+_WORDS_TRIED = 32
+
+
+def _check_keeps_text(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Refuse a tokenizer that loses text: what it encodes of a sentence must say the sentence, but for case and space.
+
+    A vocabulary need not be of English, or of a language at all: one that has no such words must keep words of its own.
+    Without its files a tokenizer loads with an empty vocabulary, and every text becomes nothing.
+    """
+    if any(
+        _letters(_there_and_back(tokenizer, text)) == _letters(text) for text in (_SENTENCE, *_own_words(tokenizer))
+    ):
+        return
+    became = _there_and_back(tokenizer, _SENTENCE)
+    there = sorted(path.name for path in folder.iterdir() if path.suffix in (".json", ".txt", ".model", ".tiktoken"))
+    raise BadModel(
+        "its tokenizer loses text",
+        where=str(folder),
+        got=f"a vocabulary of {len(tokenizer)}, by which {_SENTENCE!r} becomes {became!r}",
+        expected="tokenizer.json, or the files that its tokenizer_class reads",
+        examples=[f"there is {name}" for name in there],
+        fix="save it with transformers where it works: AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER)",
+    )
+
+
+def _there_and_back(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """Return what the tokens of a text say, or that they cannot be told."""
+    try:
+        (ids,) = encode(tokenizer, [text])
+    except Exception as error:  # what the library raises for a character that no token stands for
+        return f"{type(error).__name__}: {error}"
+    return str(tokenizer.decode(ids))
+
+
+def _own_words(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Yield some texts that tokens of a vocabulary stand for, without those that were added to it."""
+    ordinary = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.get_added_vocab().values()))
+    for token in ordinary[-_WORDS_TRIED:]:
+        if text := str(tokenizer.decode([token])).strip():
+            yield text
+
+
+def _letters(text: str) -> str:
+    """Return a text without its white space and case."""
+    return "".join(text.casefold().split())
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

@@ -294,7 +294,22 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "unknown role": ({"conversations": [{"from": "bot", "value": "x"}]}, "unknown role"),
     "unknown part": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "is no text"),
     "part without text": ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 'field "text" is not text'),
-    "weight between": ({"messages": [{**MESSAGES[1], "weight": 0.5}]}, "has a weight between"),
+    "weight between": ({"messages": [{**MESSAGES[1], "weight": 0.5}]}, 'has a "weight" between'),
+    "mark that is a word": ({"messages": [{**MESSAGES[1], "train": "later"}]}, 'has a "train" between'),
+    "marks at odds": (
+        {"messages": [{**MESSAGES[1], "train": True, "weight": 0}]},
+        "marks of training that are at odds",
+    ),
+    "mark of unknown name": ({"messages": [{**MESSAGES[1], "train_detail": [1]}]}, "what may be a mark of training"),
+    "mark in camel case": ({"messages": [{**MESSAGES[1], "lossScale": 0.0}]}, "what may be a mark of training"),
+    "two thoughts": (
+        {"messages": [MESSAGES[0], {**MESSAGES[1], "thinking": "a", "reasoning": "b"}]},
+        "has reasoning that is not one text",
+    ),
+    "thought that is no text": (
+        {"messages": [MESSAGES[0], {**MESSAGES[1], "reasoning": {"effort": 1}}]},
+        "has reasoning that is not one text",
+    ),
     "result without call": ({"messages": [MESSAGES[0], {"role": "tool", "content": "1"}]}, "no call asked for"),
     "call that is no JSON": (
         {"conversations": [TALK[0], {"from": "function_call", "value": "{"}]},
@@ -322,6 +337,31 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "choices that are a text": ({"query": "q", "choices": "x", "gold": 0}, "has no list of choices"),
     "answer that is an object": ({"query": "q", "choices": ["x"], "gold": {}}, "which choice is right"),
 }
+
+
+MARKS = [
+    *((key, value) for key in ("weight", "loss_weight", "loss_mask", "loss") for value in (0, 0.0, False, "false")),
+    *((key, False) for key in ("train", "training", "trainable", "train_on_turn", "learn", "supervised", "has_loss")),
+    *((key, True) for key in ("mask", "masked", "ignore", "skip_loss", "no_train")),
+    ("mask", 1),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), MARKS)
+def test_a_turn_that_is_marked_as_not_to_be_trained_on_is_not(key: str, value: object) -> None:
+    opposite: object = not value if isinstance(value, bool) else {0: 1, 1: 0, "false": "True"}[value]
+    turns = [MESSAGES[0], {**MESSAGES[1], key: value}, MESSAGES[0], {**MESSAGES[1], key: opposite}]
+    (found,) = parse({"messages": turns}, "conversations", Origin("1", "s", "p", 1))
+    assert isinstance(found, ChatExample)
+    assert [message.learn for message in found.messages] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking", "thought"])
+def test_reasoning_is_kept_whatever_it_is_called(key: str) -> None:
+    for turn in ({**MESSAGES[1], key: "hm"}, {**MESSAGES[1], key: "hm", "weight": None}):
+        (found,) = parse({"messages": [MESSAGES[0], turn]}, "conversations", Origin("1", "s", "p", 1))
+        assert isinstance(found, ChatExample)
+        assert found.messages[1].content == "<think>\nhm\n</think>\n\na"
 
 
 @pytest.mark.parametrize("name", MALFORMED)
