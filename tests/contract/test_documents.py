@@ -24,7 +24,7 @@ from flows.run.show_params import schema_text
 from tasks.core import pipeline
 from tasks.core.errors import BadParams
 from tasks.orchestration.params import Params, load_params
-from tests.conftest import ROOT, dvc, git
+from tests.conftest import ROOT, dvc, git, run_all_stages
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 PIPELINE = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
@@ -318,11 +318,13 @@ register: {model: mine}
 
 
 def test_nine_lines_on_rows_of_ones_own_are_a_params_file_for_dvc(workspace: Path) -> None:
-    """DVC runs every stage by itself; the base knows nothing, and a rank of 16 moves it far enough."""
+    """DVC finds all that its stages name; the base knows nothing, and a rank of 16 moves it far enough."""
     rows = [{"instruction": f"How much is {n} and {m}?", "output": str(n + m)} for n in range(12) for m in range(10)]
     (workspace / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (workspace / "params.yaml").write_text(NINE_LINES)
-    dvc(workspace, "repro")
+    run_all_stages(workspace)
+    dvc(workspace, "commit", "--force")  # reads every dependency and every params key of every stage
+    assert "up to date" in dvc(workspace, "status")
     assert (workspace / "data" / "reports" / "mine" / "registered.json").is_file()
     assert load_params(workspace / "params.yaml").train["mine"].adapter.name == "qlora"
 
