@@ -23,8 +23,12 @@ def params_page() -> str:
         "Written by `make docs` from `tasks/orchestration/params.py`. A file states what differs from the defaults.",
         "`temper run --set KEY=VALUE` changes one; `temper params` prints what each is, and where that comes from.",
     ]
+    shown: list[tuple[str, dict[str, Any]]] = []  # alternatives of a section may hold the same one
     for section in schema["properties"]:
         for path, body in _tables(section, schema["properties"][section], schema["$defs"]):
+            if (path, body) in shown:
+                continue
+            shown.append((path, body))
             lines += ["", f"## {path}{_choice(body)}", "", body["description"], ""]
             lines += ["| key | value | meaning | default |", "|---|---|---|---|"]
             for key, field in body["properties"].items():
@@ -37,7 +41,7 @@ def params_page() -> str:
 def _tables(path: str, field: dict[str, Any], defs: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield every section at or below a field, with its dotted path; NAME is chosen by the user, ITEM is in a list."""
     several = ".NAME" if _named(field) else ".ITEM" if "items" in field else ""
-    for body in _sections(field, defs):
+    for body in [*_sections(field, defs), *(each for one in field.get("anyOf", []) for each in _sections(one, defs))]:
         here = path + several
         if any("description" in each and not _sections(each, defs) for each in body["properties"].values()):
             yield here, body

@@ -19,6 +19,8 @@ RENAMED: Mapping[str, str] = {
     "evaluate.batch_rows": "batch_size",
     "promote.max_leaked": "max_contamination",
     "base.growth.learnt": "merges",
+    "train.*.evaluation.patience": "early_stopping_patience",
+    "train_defaults.evaluation.patience": "early_stopping_patience",
 }
 """Of each old place the new name of its last key; `*` is any method."""
 

@@ -62,7 +62,7 @@ def watch_for(
     looks, patience, keep_best = list[EvalHook](), None, False
     if isinstance(method.evaluation, Evaluation):
         asked = method.evaluation
-        patience = None if asked.patience == "never" else asked.patience
+        patience = None if asked.early_stopping_patience == "never" else asked.early_stopping_patience
         keep_best = asked.keep == "best"
         looks.append(EvalHook(HELD_OUT_LOSS, asked.every_steps, loss))
     if isinstance(method.samples, Samples):

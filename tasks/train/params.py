@@ -98,7 +98,7 @@ class Evaluation(Section):
 
     every_steps: Count = 50
     """How often it is computed; and after the last step."""
-    patience: Literal["never"] | Count = "never"
+    early_stopping_patience: Literal["never"] | Count = "never"
     """The training stops after so many evaluations in a row that are no better than the best; or never early."""
     keep: Literal["last", "best"] = "best"
     """Which weights become the adapter: those of the last step, or those with the lowest held-out loss."""
@@ -200,10 +200,9 @@ class Method(Section):
     def _rules_fit(self) -> Method:
         if self.optimizer == "adamw_schedule_free" and self.schedule != "constant":
             raise ValueError("adamw_schedule_free stands for a schedule: it needs `schedule: constant`")
-        ends_early = isinstance(self.evaluation, Evaluation) and self.evaluation.patience != "never"
+        ends_early = isinstance(self.evaluation, Evaluation) and self.evaluation.early_stopping_patience != "never"
         keeps_best = isinstance(self.evaluation, Evaluation) and self.evaluation.keep == "best"
         if isinstance(self.adapter, AdaloraAdapter) and (ends_early or keeps_best):
-            raise ValueError(
-                "adalora takes ranks away until its last step: it needs `patience: never` and `keep: last`"
-            )
+            fix = "it needs `early_stopping_patience: never` and `keep: last`"
+            raise ValueError(f"adalora takes ranks away until its last step: {fix}")
         return self

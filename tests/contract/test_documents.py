@@ -343,3 +343,14 @@ def test_the_way_of_a_row_names_what_there_is() -> None:
             targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
             names |= {getattr(node, "name", ""), *(target.id for target in targets if isinstance(target, ast.Name))}
         assert name in names, (file, name)
+
+
+def test_the_page_of_params_has_a_table_for_every_section() -> None:
+    schema = json.loads((ROOT / "params.schema.json").read_text())
+    page = (ROOT / "docs" / "params.md").read_text()
+    for name, section in schema["$defs"].items():
+        for key, field in section.get("properties", {}).items():
+            inner = field.get("items", field)
+            if "description" in field and not {"$ref", "oneOf", "patternProperties"} & inner.keys():
+                assert f"| `{key}` |" in page, (name, key)
+                assert " ".join(field["description"].split()) in page, (name, key)

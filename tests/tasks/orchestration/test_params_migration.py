@@ -22,6 +22,7 @@ train:
   mine:
     batch_rows: 16
     micro_batch_rows: 4 # of each process
+    evaluation: {every_steps: 5, patience: 2}
 merge: {probe_rows: 3}
 promote: {max_leaked: 0.1}
 """
@@ -40,6 +41,7 @@ train:
   mine:
     batch_size: 16
     micro_batch_size: 4 # of each process
+    evaluation: {every_steps: 5, early_stopping_patience: 2}
 merge: {probe_examples: 3}
 promote: {max_contamination: 0.1}
 """
@@ -62,12 +64,13 @@ def test_old_words_are_refused_each_with_its_line_and_its_new_name(file: Path) -
         "line 6: validate.duplicates.exact: merge -> drop",
         "line 12: train.mine.batch_rows -> train.mine.batch_size",
         "line 13: train.mine.micro_batch_rows -> train.mine.micro_batch_size",
-        "line 14: merge.probe_rows -> merge.probe_examples",
-        "line 15: promote.max_leaked -> promote.max_contamination",
+        "line 14: train.mine.evaluation.patience -> train.mine.evaluation.early_stopping_patience",
+        "line 15: merge.probe_rows -> merge.probe_examples",
+        "line 16: promote.max_leaked -> promote.max_contamination",
         "temper params --migrate",
     ):
         assert said in told
-    assert len(caught.value.examples) == 7
+    assert len(caught.value.examples) == 8
 
 
 def test_an_old_file_is_rewritten_with_its_comments_and_kept(file: Path) -> None:

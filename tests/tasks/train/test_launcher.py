@@ -26,7 +26,7 @@ SAMPLES = {"every_steps": 8, "prompts": 1, "max_new_tokens": 3}
 def begin(workspace: Path, config: str, **settings: object) -> subprocess.Popen[str]:
     """Starts the stage; eleven rows in steps of four, one of which two processes cannot share evenly."""
     small = {"batch_size": 4, "micro_batch_size": 2, "checkpoint_every_steps": 2, "epochs": 8, "adapter.dropout": 0.1}
-    looks = {"evaluation": {"every_steps": 8, "patience": "never", "keep": "best"}, "samples": SAMPLES}
+    looks = {"evaluation": {"every_steps": 8, "early_stopping_patience": "never", "keep": "best"}, "samples": SAMPLES}
     change_params(workspace, None, [f"train.reft.{k}={json.dumps(v)}" for k, v in (small | looks | settings).items()])
     if not (workspace / "rendered").exists():
         write_chats(workspace / "rendered", {"train": 11, "held_out": 5})

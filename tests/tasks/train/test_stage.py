@@ -89,7 +89,7 @@ def test_it_evaluates_samples_and_keeps_the_best(stage: Any, workspace: Path) ->
     code, said = stage(
         epochs=4,
         schedule={"wsd": 0.5},
-        evaluation={"every_steps": 3, "patience": 9, "keep": "best"},
+        evaluation={"every_steps": 3, "early_stopping_patience": 9, "keep": "best"},
         samples={"every_steps": 5, "prompts": 2, "max_new_tokens": 3},
     )
     assert code == 0, said
@@ -113,7 +113,7 @@ def test_it_evaluates_samples_and_keeps_the_best(stage: Any, workspace: Path) ->
 def test_it_stops_early_and_says_so(stage: Any, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([5.0, 4.0, 4.5, 4.25, 4.0, 4.0])  # before; after each epoch; of what was kept
     monkeypatch.setattr(StepLosses, "held_out", lambda *_: next(losses))
-    code, said = stage(epochs=9, evaluation={"every_steps": 3, "patience": 2, "keep": "last"})
+    code, said = stage(epochs=9, evaluation={"every_steps": 3, "early_stopping_patience": 2, "keep": "last"})
     assert code == 0, said
     assert "train reft: stopped early: no lower held-out loss in 2 evaluations" in said
     assert "train reft: 9 of 27 steps, held-out loss 5.000 -> 4.000" in said
@@ -181,8 +181,8 @@ def test_nothing_to_train_is_refused(pico_base: Path, tmp_path: Path) -> None:
         train(model, examples("qlora"), params, tmp_path, Progress("t", 1, "steps"))
 
 
-BEST = {"every_steps": 2, "patience": "never", "keep": "best"}
-EARLY = {"every_steps": 2, "patience": 1, "keep": "last"}
+BEST = {"every_steps": 2, "early_stopping_patience": "never", "keep": "best"}
+EARLY = {"every_steps": 2, "early_stopping_patience": 1, "keep": "last"}
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ EARLY = {"every_steps": 2, "patience": 1, "keep": "last"}
         (LORA, {"learning_rate": float("nan")}, "learning_rate"),
         (LORA, {"schedule": {"wsd": 0.0}}, "greater than 0"),
         (LORA, {"schedule": {"wsd": 1.5}}, "less than or equal to 1"),
-        (LORA, {"evaluation": {**BEST, "patience": 0}}, "patience"),
+        (LORA, {"evaluation": {**BEST, "early_stopping_patience": 0}}, "patience"),
         (LORA, {"optimizer": "adamw_schedule_free"}, "it needs `schedule: constant`"),
         (LORA, {"report_to": ["comet"]}, "'tensorboard' or 'wandb'"),
         (ADALORA, {"evaluation": BEST}, "adalora takes ranks away until its last step"),
