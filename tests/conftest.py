@@ -298,7 +298,7 @@ def digests(workspace: Path, *folders: str) -> dict[str, str]:
 
 @pytest.fixture
 def copy(factory: Path, tmp_path: Path) -> Path:
-    """A copy of the finished workspace to change; MLflow's artifacts stay where they were made."""
+    """A copy of the finished workspace to change, with artifacts of its own."""
     target = tmp_path / "a copy"
     shutil.copytree(factory, target, symlinks=True)
     return target

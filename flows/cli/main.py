@@ -220,9 +220,8 @@ def push(
 
 @app.command()
 def schedule(
-    cron: Annotated[
-        str | None, typer.Option(help='Serve the schedule of a cron line, in UTC, such as "0 3 * * *".')
-    ] = None,
+    cron: Annotated[str | None, typer.Option(help='Serve the schedule of a cron line, such as "0 3 * * *".')] = None,
+    timezone: Annotated[str, typer.Option(help="The time zone of the cron line, such as Europe/Berlin.")] = "UTC",
     every: Annotated[str | None, typer.Option(help="Serve a run every so often: 30m, 6h, 1d.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the schedules.")] = False,
     pause: Annotated[bool, typer.Option("--pause", help="Pause this workspace's schedule.")] = False,
@@ -244,9 +243,12 @@ def schedule(
     elif remove:
         typer.echo(f"removed {schedule.remove(root)}")
     else:
-        line = schedule.check_cron(cron) if cron else None
+        interval = schedule.parse_interval(every) if every else None
+        if cron:
+            dates = (date.strftime("%a %Y-%m-%d %H:%M %Z") for date in schedule.check_cron(cron, timezone))
+            typer.echo(f"next runs: {', '.join(dates)}")
         typer.echo(f"serving the schedule of {root}; stop it with Ctrl-C")
-        schedule.serve(root, cron=line, every=schedule.parse_interval(every) if every else None)
+        schedule.serve(root, cron=cron, every=interval, timezone=timezone)
 
 
 @app.command()

@@ -7,6 +7,7 @@ was.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import re
@@ -14,7 +15,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -52,23 +53,62 @@ def parse_interval(text: str) -> timedelta:
     return timedelta(**{_UNITS[match[2]]: int(match[1])})
 
 
-def check_cron(text: str) -> str:
-    """Check that a text is a cron line of five fields.
+_FIELDS = {"minutes": 60, "hours": 24, "days of the month": None, "months": 12, "days of the week": 7}
+"""The fields of a cron line, and how many values one goes round; months differ in their days."""
+
+
+def check_cron(text: str, timezone: str = "UTC") -> list[datetime]:
+    """Check that a cron line says what it seems to say.
+
+    Args:
+        text: five fields.
+        timezone: the name of the time zone that they are of, such as Europe/Berlin.
+
+    Returns:
+        The next three dates.
 
     Raises:
-        BadParams: it is not one.
+        BadParams: it is no such line, its days never come, or a step does not divide what it goes round.
     """
-    from prefect.client.schemas.schedules import CronSchedule
+    from prefect.server.schemas.schedules import CronSchedule
 
+    where, expected = f'--cron "{text}"', 'five fields, such as "0 3 * * *"'
+    fields = text.split()
+    if len(fields) in (6, 7):
+        got = f"{len(fields)} fields; the sixth would be read as seconds, and a seventh as years"
+        raise BadParams("is not a cron schedule", where=where, got=got, expected=expected)
     try:
-        return CronSchedule(cron=text, timezone="UTC").cron
+        schedule = CronSchedule(cron=text, timezone=timezone)
     except ValueError as error:
+        what = "is not a time zone" if "timezone" in str(error) else "is not a cron schedule"
         raise BadParams(
-            "is not a cron schedule",
-            where=f'--cron "{text}"',
+            what,
+            where=f"--timezone {timezone}" if "timezone" in str(error) else where,
             got=next((line.strip() for line in str(error).split("\n") if "alue error" in line), str(error)),
-            expected='five fields, such as "0 3 * * *"',
+            expected="a name such as UTC or Europe/Berlin" if "timezone" in str(error) else expected,
         ) from error
+    try:
+        dates = [datetime.fromisoformat(date.isoformat()) for date in asyncio.run(schedule.get_dates(3))]
+    except ValueError:  # it has looked through fifty years
+        dates = []
+    if len(dates) < 3:
+        raise BadParams("names days that never come", where=where, got="no date in the next fifty years")
+    for (name, values), field in zip(_FIELDS.items(), fields, strict=False):
+        step = re.fullmatch(r"\*/(\d+)", field)
+        if step and int(step[1]) > 1 and (values is None or values % int(step[1])):
+            raise BadParams(
+                f"has a step that does not divide the {name}",
+                where=where,
+                got=f"{field}, which begins anew with every round: the last gap would be shorter than {step[1]}",
+                expected=f"the {name} one by one, such as {','.join(str(each) for each in _some(name, int(step[1])))}",
+            )
+    return dates
+
+
+def _some(name: str, step: int) -> range:
+    """Return the values that a step in a field means, from its first on."""
+    first = 1 if name in ("days of the month", "months") else 0
+    return range(first, first + (_FIELDS[name] or 31), step)
 
 
 def name_of(workspace: Path) -> str:
@@ -77,9 +117,10 @@ def name_of(workspace: Path) -> str:
     return f"{folder or 'workspace'}-{hashlib.sha256(str(workspace).encode()).hexdigest()[:6]}"
 
 
-def serve(workspace: Path, *, cron: str | None, every: timedelta | None) -> None:
+def serve(workspace: Path, *, cron: str | None, every: timedelta | None, timezone: str = "UTC") -> None:
     """Serve the schedule until it is stopped; do not return before."""
     from prefect.exceptions import PrefectException
+    from prefect.schedules import Cron
     from prefect.types.entrypoint import EntrypointType
 
     from flows.retrain import retrain
@@ -94,7 +135,7 @@ def serve(workspace: Path, *, cron: str | None, every: timedelta | None) -> None
             try:
                 retrain.serve(
                     name=name_of(workspace),
-                    cron=cron,
+                    schedule=Cron(cron, timezone=timezone) if cron else None,
                     interval=every,
                     paused=_is_paused(workspace),
                     parameters={"workspace": str(workspace)},

@@ -60,6 +60,7 @@ def connect(workspace: Path) -> MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     import mlflow
     from mlflow.exceptions import MlflowException
+    from mlflow.tracking._tracking_service import utils
 
     uri, given = tracking_uri(workspace), os.environ.get("MLFLOW_TRACKING_URI")
     if urlsplit(uri).scheme in ("", "file"):
@@ -73,6 +74,8 @@ def connect(workspace: Path) -> MlflowClient:
         with _one_at_a_time(workspace):  # two processes that make the schema of a new SQLite file at once break it
             if given is None and (moved := relocate(workspace, _database(workspace), EXPERIMENT)):
                 print(moved, file=sys.stderr, flush=True)
+            if mlflow.get_tracking_uri() != uri:  # it knows folders by the ids of runs, which a copy has as well
+                utils._artifact_repos_cache.clear()
             mlflow.set_tracking_uri(uri)
             if given is None:  # MLflow writes it there, where it would pass for the user's wish for other workspaces
                 os.environ.pop("MLFLOW_TRACKING_URI", None)

@@ -46,7 +46,7 @@ def registered(pico_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture
 def workspace(registered: Path, tmp_path: Path) -> Path:
-    """A copy to promote in; artifacts stay where they were made."""
+    """A copy to promote in, with artifacts of its own."""
     target = tmp_path / "workspace"
     shutil.copytree(registered, target)
     return target

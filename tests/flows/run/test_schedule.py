@@ -5,6 +5,7 @@ import re
 import signal
 import time
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,36 @@ def test_what_is_no_interval(text: str) -> None:
 def test_what_is_no_cron_line(text: str) -> None:
     with pytest.raises(BadParams, match="is not a cron schedule"):
         check_cron(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("0 3 * * * *", "6 fields; the sixth would be read as seconds"),
+        ("0 3 * * * * 2030", "7 fields"),
+        ("0 0 30 2 *", "names days that never come"),
+        ("0 0 31 4,6,9,11 *", "names days that never come"),
+        ("*/7 * * * *", "a step that does not divide the minutes"),
+        ("0 */5 * * *", "such as 0,5,10,15,20"),
+        ("0 0 */2 * *", "a step that does not divide the days of the month"),
+        ("0 0 1 */5 *", "such as 1,6,11"),
+        ("0 0 * * */2", "a step that does not divide the days of the week"),
+    ],
+)
+def test_a_line_that_means_something_else_than_it_seems_is_refused(text: str, said: str) -> None:
+    with pytest.raises(BadParams) as caught:
+        check_cron(text)
+    assert said in str(caught.value)
+
+
+def test_the_next_dates_are_of_the_time_zone() -> None:
+    for timezone in ("UTC", "Asia/Shanghai", "America/New_York"):
+        dates = check_cron("30 3 * * 1", timezone)
+        assert [(date.weekday(), date.hour, date.minute) for date in dates] == [(0, 3, 30)] * 3
+        assert all(timedelta(days=6) < later - date < timedelta(days=8) for date, later in pairwise(dates))
+    assert check_cron("*/15 */6 * * *")[0].minute % 15 == 0
+    with pytest.raises(BadParams, match="is not a time zone"):
+        check_cron("0 3 * * *", "Mars/Olympus")
 
 
 def test_names_tell_folders_of_the_same_name_apart() -> None:
