@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 FLOW = "retrain"
 _UNITS = {"m": "minutes", "h": "hours", "d": "days"}
-_WAIT_S = 5
+_WAIT_S, _DRAIN_S = 5, 30
 
 
 class Scheduled(NamedTuple):
@@ -129,7 +129,7 @@ def serve(workspace: Path, *, cron: str | None, every: timedelta | None, timezon
     os.chdir(workspace)
     # its way of stopping on SIGTERM, which works, calls coroutines that it does not await
     warnings.filterwarnings("ignore", message="coroutine 'Runner", category=RuntimeWarning)
-    with held(workspace, "temper schedule", "schedule.lock"), prefect_server.kept_up(workspace) as api:
+    with held(workspace, "temper schedule", "schedule.lock"), prefect_server.kept_up(workspace) as api, _events_sent():
         while True:
             prefect_server.wait_for(api)
             try:
@@ -152,6 +152,17 @@ def serve(workspace: Path, *, cron: str | None, every: timedelta | None, timezon
             ) as error:  # the runner gives up after a long outage of its server
                 print(f"the Prefect server went away ({type(error).__name__}); waiting for it", flush=True)
                 time.sleep(_WAIT_S)
+
+
+@contextmanager
+def _events_sent() -> Iterator[None]:
+    """Let Prefect send its events while there is a server: at the end of the process each would wait for one."""
+    from prefect.events.worker import EventsWorker
+
+    try:
+        yield
+    finally:
+        EventsWorker.drain_all(timeout=_DRAIN_S)
 
 
 def listed() -> list[Scheduled]:

@@ -138,7 +138,7 @@ def test_a_schedule_is_served_runs_survives_its_server_and_goes(copy: Path) -> N
         assert deployments(copy) == []
         second = noted(copy)["pid"]
         serving.process.send_signal(signal.SIGINT)
-        serving.process.wait(timeout=180)
+        wait_for("its end", lambda: serving.process.poll() is not None, serving, 180)
     deadline = time.monotonic() + 10
     while psutil.pid_exists(second) and time.monotonic() < deadline:
         time.sleep(0.1)
