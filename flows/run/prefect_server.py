@@ -202,8 +202,13 @@ def _note_file(workspace: Path) -> Path:
 def _note(workspace: Path, pid: int, *, temporary: bool, api: str = "") -> None:
     import psutil
 
-    about = {"pid": pid, "created": psutil.Process(pid).create_time(), "temporary": temporary, "api": api}
-    about["workspace"] = str(workspace.resolve())  # a copy of the folder has the note, but not the server
+    about = {
+        "pid": pid,
+        "created": psutil.Process(pid).create_time(),
+        "temporary": temporary,
+        "api": api,
+        "workspace": str(workspace.resolve()),  # a copy of the folder has the note, but not the server
+    }
     atomic_write(_note_file(workspace), as_json(about))
 
 

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from zoneinfo import available_timezones
 
 from flows.run import prefect_server
 from tasks.core.errors import BadParams
@@ -77,15 +78,17 @@ def check_cron(text: str, timezone: str = "UTC") -> list[datetime]:
     if len(fields) in (6, 7):
         got = f"{len(fields)} fields; the sixth would be read as seconds, and a seventh as years"
         raise BadParams("is not a cron schedule", where=where, got=got, expected=expected)
+    if timezone not in available_timezones():
+        named = "a name such as UTC or Europe/Berlin"
+        raise BadParams("is not a time zone", where=f"--timezone {timezone}", expected=named)
     try:
         schedule = CronSchedule(cron=text, timezone=timezone)
     except ValueError as error:
-        what = "is not a time zone" if "timezone" in str(error) else "is not a cron schedule"
         raise BadParams(
-            what,
-            where=f"--timezone {timezone}" if "timezone" in str(error) else where,
+            "is not a cron schedule",
+            where=where,
             got=next((line.strip() for line in str(error).split("\n") if "alue error" in line), str(error)),
-            expected="a name such as UTC or Europe/Berlin" if "timezone" in str(error) else expected,
+            expected=expected,
         ) from error
     try:
         dates = [datetime.fromisoformat(date.isoformat()) for date in asyncio.run(schedule.get_dates(3))]

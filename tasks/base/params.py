@@ -73,6 +73,7 @@ class CheckpointBase(Section):
 
 
 MICRO_BATCH_BLOCKS = 8
+"""Blocks in a forward pass at most, where params name no number."""
 
 
 class Pretraining(Section):

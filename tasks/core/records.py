@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
 from tasks.core.errors import BadData
@@ -156,12 +157,11 @@ KINDS: dict[str, type[Record]] = {
 """Every kind of row, by its name: the name of its file, too."""
 
 
-_WIDTHS = {
-    code: unicodedata.decomposition(chr(code)).split()[1:]
-    for code in (0x3000, *range(0xFF01, 0xFFEF))
-    if unicodedata.decomposition(chr(code)).startswith(("<wide>", "<narrow>"))
-}
-_OF_ONE_WIDTH = {code: "".join(chr(int(part, 16)) for part in parts) for code, parts in _WIDTHS.items()}
+@cache
+def _of_one_width() -> dict[int, int]:
+    """Map the characters that Unicode has again in full or half width to their usual ones, and its wide space."""
+    forms = {code: unicodedata.decomposition(chr(code)).split() for code in (0x3000, *range(0xFF01, 0xFFEF))}
+    return {code: int(form[1], 16) for code, form in forms.items() if form and form[0] in ("<wide>", "<narrow>")}
 
 
 def normalized_text(text: str) -> str:
@@ -172,7 +172,7 @@ def normalized_text(text: str) -> str:
     22, which is why it is NFC and a change of widths instead of NFKC.
     """
     if not text.isascii():
-        text = unicodedata.normalize("NFC", text.translate(_OF_ONE_WIDTH))
+        text = unicodedata.normalize("NFC", text.translate(_of_one_width()))
     return " ".join(text.casefold().split())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tasks.text.patterns import PiiPattern, matches
+from tasks.text.patterns import TextPattern, matches
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,4 +26,4 @@ def refusing(replies: pa.Array) -> NDArray[np.int64]:
     """1 for each reply whose beginning declines, in English or Chinese, (replies,)."""
     import pyarrow.compute as pc
 
-    return matches(pc.utf8_slice_codeunits(replies, 0, _BEGINNING), PiiPattern(REFUSAL))
+    return matches(pc.utf8_slice_codeunits(replies, 0, _BEGINNING), TextPattern(REFUSAL))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -46,9 +46,8 @@ def _check_keeps_text(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     A vocabulary need not be of English, or of a language at all: one that has no such words must keep words of its own.
     Without its files a tokenizer loads with an empty vocabulary, and every text becomes nothing.
     """
-    if any(
-        _letters(_there_and_back(tokenizer, text)) == _letters(text) for text in (_SENTENCE, *_own_words(tokenizer))
-    ):
+    tried = chain([_SENTENCE], _own_words(tokenizer))  # these are looked up only where the sentence does not do
+    if any(_letters(_there_and_back(tokenizer, text)) == _letters(text) for text in tried):
         return
     became = _there_and_back(tokenizer, _SENTENCE)
     there = sorted(path.name for path in folder.iterdir() if path.suffix in (".json", ".txt", ".model", ".tiktoken"))

@@ -16,7 +16,7 @@ from tasks.inference.rendered_rows import RenderedRows, row_of
 from tasks.inference.rows import TokenRow
 from tasks.tokenization.architecture import ENCODER_DECODER, Architecture
 from tasks.train.examples import Example
-from tasks.train.params import AnyObjective, KtoObjective, SftObjective
+from tasks.train.params import AnyObjective, KtoObjective, Method, SftObjective
 
 
 def kind_of_rows(objective: AnyObjective, architecture: Architecture) -> str:
@@ -142,9 +142,10 @@ def shapes_of(examples: Sequence[Example]) -> list[tuple[int, int]]:
     return [(sequence.tokens, sequence.prompt_tokens) for sequence in sequences]
 
 
-def all_batches(lengths: Sequence[int], *, epochs: int, batch_size: int, seed: int) -> list[list[int]]:
-    """Return the rows of every step, fixed by these numbers: a resumed training sees what it would have seen."""
-    return [rows for epoch in range(epochs) for rows in batches_of(epoch, lengths, batch_size, seed)]
+def all_batches(lengths: Sequence[int], method: Method) -> list[list[int]]:
+    """Return the rows of every step: fixed by the method, so that a resumed training sees what it would have seen."""
+    epochs = (batches_of(epoch, lengths, method.batch_size, method.seed) for epoch in range(method.epochs))
+    return [rows for epoch in epochs for rows in epoch]
 
 
 def batches_of(epoch: int, lengths: Sequence[int], batch_size: int, seed: int) -> list[list[int]]:

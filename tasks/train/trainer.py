@@ -92,7 +92,7 @@ def reference_for(
     """Precompute an untrained model's reference for all that a training needs, where it is to be computed ahead."""
     if not isinstance(method.objective, ReferringObjective) or method.objective.reference != "precomputed":
         return None
-    steps = ([examples[i] for i in chosen] for chosen in _batches(examples, method))
+    steps = ([examples[i] for i in chosen] for chosen in all_batches(lengths_of(examples), method))
     rows = reference_sequences(chain(steps, parts_of(held_out, method.batch_size)), method.objective)
     with fast_products(enabled=isinstance(method.adapter, FullAdapter)):
         return precomputed(model, rows, method.micro_batch_size, checkpoints / "reference")
@@ -113,7 +113,8 @@ def plan_training(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise BadModel("the adapter has no trainable parameters", where="adapter", got=method.adapter.name)
-    batches = _batches(examples, method)
+    lengths = lengths_of(examples)
+    batches = all_batches(lengths, method)
     losses = losses_for(model, examples, method, micro_batch, reference)
     plan = TrainingPlan(
         steps=len(batches),
@@ -130,7 +131,6 @@ def plan_training(
         from tasks.adapters.adalora import RankSteps
 
         optimizers.append(RankSteps(model))
-    lengths = lengths_of(examples)
     tokens = [sum(lengths[i] for i in rows) for rows in batches]
     return Training(model, parameters, losses, plan, optimizers, tokens, micro_batch)
 
@@ -161,11 +161,6 @@ def train(
         watch,
         training.micro_batch,
     )
-
-
-def _batches(examples: Sequence[Example], method: Method) -> list[list[int]]:
-    lengths = lengths_of(examples)
-    return all_batches(lengths, epochs=method.epochs, batch_size=method.batch_size, seed=method.seed)
 
 
 def initial_state(model: Model) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unicodedata import is_normalized
 
-from tasks.text.patterns import PATTERNS, PiiPattern, matches
+from tasks.text.patterns import PATTERNS, TextPattern, matches
 from tasks.text.refusals import refusing
 from tasks.text.words import content_of
 
@@ -153,7 +153,7 @@ def _facts(table: pa.Table, kind: str) -> pd.DataFrame:
         "characters": total(letters["characters"]),
         "words": total(letters["words"]),
         "blank_turns": total((letters["visible"] == 0) & ~calling),  # who only calls a tool says nothing by right
-        "outer_space": total(matches(turns.text, PiiPattern(r"\A\s|\s\z"))),
+        "outer_space": total(matches(turns.text, TextPattern(r"\A\s|\s\z"))),
         "control_characters": total(letters["control"]),
         "unicode_normalization": total(_unnormalized(turns.text)),
         "calls": total(calling),

@@ -135,8 +135,7 @@ def estimate(
     Raises:
         BadModel: the method does not fit the model, or its step cannot be run on the meta device.
     """
-    lengths = lengths_of(examples)
-    chosen = all_batches(lengths, epochs=method.epochs, batch_size=method.batch_size, seed=method.seed)
+    chosen = all_batches(lengths_of(examples), method)
     examples = list(examples)  # epochs share what is made of rows
     batches = [[examples[i] for i in rows] for rows in chosen]
     steps = len(batches) if all_rows else max(len(batches), _least_steps(method.adapter))
