@@ -168,9 +168,12 @@ def tell_of_storage(error: Exception) -> tuple[str, int] | None:
 
 
 def quiet_libraries(*, offline: bool = True) -> None:
-    """Set the switches of QUIET and OFFLINE that the user has not set; call it before the first heavy import."""
+    """Set the switches of QUIET and OFFLINE that the user has not set; call it before any other heavy import."""
     for name, value in (QUIET | OFFLINE if offline else QUIET).items():
         os.environ.setdefault(name, value)
+    hub = sys.modules.get("huggingface_hub.constants")  # it looks once, and is there already in the fork of a run
+    if hub and (switch := os.environ.get("HF_HUB_OFFLINE")):
+        hub.HF_HUB_OFFLINE = switch.upper() in ("1", "ON", "YES", "TRUE")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of a package that would fetch kernels
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # in PEFT
 

@@ -1,4 +1,4 @@
-"""Runs stages as child processes of one session, which holds the workspace while it lasts.
+"""Runs stages as processes of one session, which holds the workspace while it lasts.
 
 The session knows from one `dvc status` at its start which stages are up to date; a stage that is, and that nothing in
 this session has fed anew, is passed over without a process. Everything else is DVC's decision.
@@ -26,12 +26,15 @@ from tasks.core import pipeline
 from tasks.core.errors import BadInput, OutOfMemory, TemperError, Transient
 from tasks.core.memory import kills_for_memory
 from tasks.core.stage import OWNER
+from tasks.orchestration.fork_server import ForkedProcess, ForkServer
 from tasks.orchestration.params import Params
 from tasks.orchestration.run_journal import Event, StageResult, record
 
 if TYPE_CHECKING:
     import psutil
 
+
+Process = subprocess.Popen[str] | ForkedProcess
 
 STOP_S = 30
 """A stage that is asked to stop has so long to write a checkpoint."""
@@ -56,8 +59,10 @@ class PipelineRun:
     outcomes: dict[str, StageResult] = field(default_factory=dict)
     errors: dict[str, TemperError] = field(default_factory=dict)
     """What went wrong last in stages that have not come through."""
-    _children: set[subprocess.Popen[str]] = field(default_factory=set)
+    _children: set[Process] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _server: ForkServer | None = None
+    """Started with the first stage that has to run."""
 
     def pass_over(self, stage: str) -> StageResult | None:
         """Return the outcome of a stage that need not run; None for one that must be left to DVC."""
@@ -132,6 +137,33 @@ class PipelineRun:
                 child.wait(timeout=max(0.0, deadline - time.monotonic()))
             _kill_group(child)
 
+    def close(self) -> None:
+        """End the fork server, when no stage is to be run any more."""
+        if self._server:
+            self._server.close()
+
+    def _start_dvc(self, words: list[str]) -> Process:
+        """Start DVC in a session of its own, forked where there is a fork server."""
+        with self._lock:
+            child: Process | None = None
+            if sys.platform == "linux":
+                with suppress(OSError):  # without it a stage takes longer, no more
+                    self._server = self._server or ForkServer(self.workspace, child_environment())
+                    child = self._server.dvc(words)
+            child = child or subprocess.Popen(
+                [sys.executable, "-m", "dvc", *words],
+                cwd=self.workspace,
+                env=child_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
+            self._children.add(child)
+            return child
+
     def _method(self, stage: str) -> str | None:
         name, _, item = stage.partition("@")
         return item if name == "train" else None
@@ -155,20 +187,7 @@ class PipelineRun:
     def _dvc_repro(self, stage: str, timeout_s: float, log: Callable[[str], None]) -> str:
         if self.stopping:
             raise Transient("was not started, because the run is being stopped", where=stage)
-        command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
-        child = subprocess.Popen(
-            command,
-            cwd=self.workspace,
-            env=child_environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        with self._lock:
-            self._children.add(child)
+        child = self._start_dvc(["--wait-for-lock", "repro", "--single-item", stage])
         timed_out = threading.Event()
 
         def end() -> None:
@@ -245,12 +264,12 @@ def child_environment() -> dict[str, str]:
     }
 
 
-def _kill_group(child: subprocess.Popen[str]) -> None:
+def _kill_group(child: Process) -> None:
     with suppress(ProcessLookupError):  # it may be gone already
         os.killpg(child.pid, signal.SIGKILL)
 
 
-def _stage_processes(child: subprocess.Popen[str]) -> list[psutil.Process]:
+def _stage_processes(child: Process) -> list[psutil.Process]:
     """Find the stage that a `dvc repro` runs: the process below it that is `python -m tasks....`."""
     import psutil
 
@@ -299,6 +318,7 @@ def opened(
         session.stop()  # as when Prefect cancels the flow: no stage runs on when the workspace is free again
         raise
     finally:
+        session.close()
         _open.remove(session)
         _current.reset(token)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -110,6 +111,7 @@ def test_a_training_that_ran_out_of_memory_is_told_apart_and_given_advice(
 ) -> None:
     from tasks.orchestration import dvc_session
 
+    (tmp_path / ".temper").mkdir()
     python = tmp_path / "python"
     python.write_text(FAKE_DVC % code)
     python.chmod(0o755)
@@ -118,7 +120,7 @@ def test_a_training_that_ran_out_of_memory_is_told_apart_and_given_advice(
     monkeypatch.setattr(dvc_session, "kills_for_memory", lambda: next(counts))
     params = SimpleNamespace(train={"a": SimpleNamespace(fit_memory=fit)})
     session = PipelineRun(tmp_path, params, {}, {}, frozenset(), advise=lambda method: f"  fits: less of {method}")  # type: ignore[arg-type]
-    with pytest.raises(kind) as caught:
+    with closing(session), pytest.raises(kind) as caught:
         session.run("train@a", 10, lambda line: None)
     assert type(caught.value) is kind
     assert said in str(caught.value)
@@ -132,6 +134,7 @@ def test_another_stage_that_runs_out_of_memory_is_told_without_advice(
 ) -> None:
     from tasks.orchestration import dvc_session
 
+    (tmp_path / ".temper").mkdir()
     python = tmp_path / "python"
     python.write_text(FAKE_DVC % -9)
     python.chmod(0o755)
@@ -139,5 +142,5 @@ def test_another_stage_that_runs_out_of_memory_is_told_without_advice(
     counts = iter([0, 1])
     monkeypatch.setattr(dvc_session, "kills_for_memory", lambda: next(counts))
     session = PipelineRun(tmp_path, None, {}, {}, frozenset(), advise=lambda method: 1 / 0)  # type: ignore[arg-type,return-value]
-    with pytest.raises(OutOfMemory, match="take a machine with more"):
+    with closing(session), pytest.raises(OutOfMemory, match="take a machine with more"):
         session.run("merge@a", 10, lambda line: None)
