@@ -20,6 +20,7 @@ import pytest
 from filelock import FileLock
 
 from tasks.core.stage import quiet_libraries
+from tests.helpers.commands import environment, run_module
 
 quiet_libraries()
 os.environ.setdefault("TEMPER_COMPUTE_DTYPE", "float32")  # as on a machine without fast bf16, whatever this one has
@@ -131,20 +132,11 @@ def git(folder: Path, *words: str) -> str:
     return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
-def environment(**extra: str) -> dict[str, str]:
-    """The environment of a command: this Python's programs first, and no server of the machine's."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_TRACKING"))}
-    return {**kept, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **extra}
-
-
 def temper(
     workspace: Path, *words: str, code: int = 0, timeout: int = 600, **extra: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs the command line as a user does; fails the test when the exit code is another."""
-    command = [sys.executable, "-m", "flows.cli", *words]
-    done = subprocess.run(
-        command, cwd=workspace, env=environment(**extra), capture_output=True, text=True, timeout=timeout, check=False
-    )
+    done = run_module(workspace, "flows.cli", *words, timeout_s=timeout, variables=extra)
     assert done.returncode == code, (
         f"exit {done.returncode}, expected {code}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
     )
@@ -245,20 +237,16 @@ def factory(clone: Path, pico_base: Path, tmp_path_factory: pytest.TempPathFacto
 
 def _first_run(target: Path) -> None:
     listener, heard = ROOT / "tests" / "connections", target.parent / "connections.txt"
-    done = temper(target, "run", PYTHONPATH=str(listener), TEMPER_TEST_CONNECTIONS=str(heard))
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "run"],
+        cwd=target,
+        env=environment(PYTHONPATH=str(listener), TEMPER_TEST_CONNECTIONS=str(heard)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
     (target / FIRST_RUN).write_text(done.stdout + done.stderr)
-
-
-_ALL_STAGES = """
-import os, runpy, shlex, sys
-from pathlib import Path
-from tasks.core import pipeline as graph
-
-for node in graph.load(Path.cwd()).values():
-    os.environ["DVC_STAGE"] = node.name
-    _, _, module, *sys.argv[1:] = shlex.split(node.command)
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
-"""
 
 
 def run_stages(workspace: Path, recipe: str, *settings: str) -> str:
@@ -274,14 +262,7 @@ def run_stages(workspace: Path, recipe: str, *settings: str) -> str:
 
 def run_all_stages(workspace: Path) -> str:
     """Runs the commands of all stages, as params.yaml stands, in one process. Returns what was printed."""
-    done = subprocess.run(
-        [sys.executable, "-c", _ALL_STAGES],
-        cwd=workspace,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_module(workspace, "tests.helpers.all_stages")
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
     return done.stdout
 

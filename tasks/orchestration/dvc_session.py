@@ -26,7 +26,7 @@ from tasks.core import pipeline
 from tasks.core.errors import BadInput, OutOfMemory, TemperError, Transient
 from tasks.core.memory import kills_for_memory
 from tasks.core.stage import OWNER
-from tasks.orchestration.fork_server import ForkedProcess, ForkServer
+from tasks.orchestration.fork_server import Command, ForkedProcess, ForkServer
 from tasks.orchestration.params import Params
 from tasks.orchestration.run_journal import Event, StageResult, record
 
@@ -144,16 +144,19 @@ class PipelineRun:
 
     def _start_dvc(self, words: list[str]) -> Process:
         """Start DVC in a session of its own, forked where there is a fork server."""
+        command = ["python", "-m", "dvc", *words]
+        environment = child_environment()
         with self._lock:
             child: Process | None = None
             if sys.platform == "linux":
                 with suppress(OSError):  # without it a stage takes longer, no more
-                    self._server = self._server or ForkServer(self.workspace, child_environment())
-                    child = self._server.dvc(words)
+                    log = self.workspace / ".temper" / "fork-server.log"
+                    self._server = self._server or ForkServer(self.workspace, environment, log)
+                    child = self._server.start(Command(command, str(self.workspace), environment))
             child = child or subprocess.Popen(
-                [sys.executable, "-m", "dvc", *words],
+                [sys.executable, *command[1:]],
                 cwd=self.workspace,
-                env=child_environment(),
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

@@ -34,7 +34,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TextIO
 
 LIBRARIES = (
     "dvc.cli.parser",
@@ -55,56 +55,94 @@ LIBRARIES = (
 )
 """What stages import, in the order in which a run comes to need it."""
 
-_MESSAGE_BYTES = 1 << 16
+_MESSAGE_BYTES = 1 << 20
 _SIGNALLED = 128
 """What a shell adds to the number of the signal that ended a process."""
 _PLAIN = re.compile(r"python -m tasks\.[\w\s./=@:,+%'\"-]+")
 """A command that means the same to a shell and to `shlex`."""
 
 
-class ForkServer:
-    """A fork server, as the run that started it sees it."""
+class Command(NamedTuple):
+    """What a fork is to do.
 
-    def __init__(self, workspace: Path, environment: Mapping[str, str], libraries: Sequence[str] = LIBRARIES) -> None:
+    Attributes:
+        words: `python`, `-m`, a module, and its arguments.
+        folder: where.
+        environment: all of its variables.
+    """
+
+    words: Sequence[str]
+    folder: str
+    environment: Mapping[str, str]
+
+
+class ForkServer:
+    """A fork server, as the process that started it sees it."""
+
+    def __init__(
+        self, workspace: Path, environment: Mapping[str, str], log: Path, libraries: Sequence[str] = LIBRARIES
+    ) -> None:
         """Start the server; it takes requests at once, whatever it has imported by then.
 
+        Args:
+            workspace: the folder with this project's code.
+            environment: with it the libraries are imported.
+            log: a file for what they say meanwhile.
+            libraries: modules to import.
+
         Raises:
-            OSError: the workspace cannot be written.
+            OSError: the log cannot be written.
         """
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs, (workspace / ".temper" / "fork-server.log").open("w") as log:
+        with theirs, log.open("w") as said:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tasks.orchestration.fork_server", str(theirs.fileno()), *libraries],
                 cwd=workspace,
                 # asked in this way, CUDA can still be used by the forks of a process that has asked
                 env={**environment, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                stdout=said,
+                stderr=said,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
 
-    def dvc(self, words: list[str]) -> ForkedProcess:
-        """Fork a process that runs DVC with some arguments, in a session of its own.
+    def start(self, command: Command) -> ForkedProcess:
+        """Fork a process that runs a command in a session of its own, whose output is read from its `stdout`.
 
         Raises:
             OSError: the server is gone.
         """
         output, theirs = os.pipe()
+        try:
+            return self.fork(command, theirs, theirs, os.fdopen(output, errors="replace"))
+        finally:
+            os.close(theirs)
+
+    def fork(self, command: Command, stdout: int, stderr: int, output: TextIO | None = None) -> ForkedProcess:
+        """Fork a process that runs a command in a session of its own.
+
+        Args:
+            command: of DVC; or of another module, which then finds no process for a stage below it.
+            stdout: the file descriptor that it writes to.
+            stderr: the one for its errors.
+            output: where this process reads what it writes, closed if it cannot be started.
+
+        Raises:
+            OSError: the server is gone.
+        """
         end, its_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with its_end:
-                socket.send_fds(self._requests, [json.dumps(words).encode()], [theirs, its_end.fileno()])
+                socket.send_fds(self._requests, [json.dumps(command).encode()], [stdout, stderr, its_end.fileno()])
             if not (pid := end.recv(_MESSAGE_BYTES)):
                 raise ConnectionResetError("the fork server is gone")
         except OSError:
-            os.close(output)
             end.close()
+            if output:
+                output.close()
             raise
-        finally:
-            os.close(theirs)
-        return ForkedProcess(int(pid), output, end)
+        return ForkedProcess(int(pid), end, output)
 
     def close(self) -> None:
         """End the server. What was forked from it goes on."""
@@ -117,13 +155,13 @@ class ForkedProcess:
 
     Attributes:
         pid: its process id, which is that of its session and its group too.
-        stdout: what it and its children print, both streams, as lines.
+        stdout: what it and its children print.
     """
 
-    def __init__(self, pid: int, output: int, end: socket.socket) -> None:
-        """Take the process's id, the file descriptor of its output, and where its server tells of its end."""
+    def __init__(self, pid: int, end: socket.socket, stdout: TextIO | None) -> None:
+        """Take the process's id, where its server tells of its end, and where its output is read."""
         self.pid = pid
-        self.stdout = os.fdopen(output, errors="replace")
+        self.stdout = stdout
         self._end = end
 
     def wait(self, timeout: float | None = None) -> int:
@@ -133,35 +171,29 @@ class ForkedProcess:
             timeout: seconds after which `subprocess.TimeoutExpired` is raised.
         """
         if not select.select([self._end], [], [], timeout)[0]:
-            raise subprocess.TimeoutExpired("dvc", timeout or 0.0)
+            raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0.0)
         code = self._end.recv(_MESSAGE_BYTES, socket.MSG_PEEK)  # whoever else waits finds it as well
         return int(code) if code else -signal.SIGKILL  # without its server nobody knows, and nobody would come to know
 
 
-class _Command(NamedTuple):
-    """What the process of a stage is to do: the order that DVC's process gives it."""
-
-    words: list[str]
-    folder: str
-    environment: dict[str, str]
-
-
 def main() -> None:
-    """Serve until the run closes its end; each fork leaves the server's loop and becomes what was asked for."""
-    if (request := _serve(socket.socket(fileno=int(sys.argv[1])), deque(sys.argv[2:]))) is None:
+    """Serve until whoever started this closes its end; each fork leaves the loop and becomes what was asked for."""
+    if (command := _serve(socket.socket(fileno=int(sys.argv[1])), deque(sys.argv[2:]))) is None:
         return
     random.seed()  # or all forks would draw the same names
     os.setsid()
+    if command.words[2] != "dvc":
+        _end_as(partial(_be, command))
     order, orders = os.pipe()
     if stage := os.fork():
         os.close(order)
-        _end_as(partial(_be_dvc, request, stage, orders))
+        _end_as(partial(_be_dvc, command, stage, orders))
     os.close(orders)
     with open(order) as file:
         said = file.read()
     if not said:  # DVC had nothing to run
         os._exit(0)
-    _end_as(partial(_be_stage, _Command(*json.loads(said))))
+    _end_as(partial(_be, Command(*json.loads(said))))
 
 
 def _end_as(work: Callable[[], object]) -> NoReturn:
@@ -190,8 +222,8 @@ def _end_as(work: Callable[[], object]) -> NoReturn:
     os._exit(code or 0)
 
 
-def _serve(requests: socket.socket, libraries: deque[str]) -> list[str] | None:
-    """Import libraries and answer requests meanwhile; return DVC's arguments in a request's fork, None at the end."""
+def _serve(requests: socket.socket, libraries: deque[str]) -> Command | None:
+    """Import libraries and answer requests meanwhile; return the command in a request's fork, None at the end."""
     ended, ending = os.pipe()
     os.set_blocking(ending, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -203,23 +235,24 @@ def _serve(requests: socket.socket, libraries: deque[str]) -> list[str] | None:
             os.read(ended, _MESSAGE_BYTES)
             _tell_ends(ends)
         if requests in ready:
-            message, descriptors, _, _ = socket.recv_fds(requests, _MESSAGE_BYTES, 2)
+            message, descriptors, _, _ = socket.recv_fds(requests, _MESSAGE_BYTES, 3)
             if not message:
                 return None
-            output, end = descriptors[0], socket.socket(fileno=descriptors[1])
+            stdout, stderr, end = descriptors
             if (pid := os.fork()) == 0:
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                for each in (requests, end, *ends.values()):
+                os.dup2(stdout, 1)
+                os.dup2(stderr, 2)
+                for each in (requests, *ends.values()):
                     each.close()
-                for stream in (1, 2):
-                    os.dup2(output, stream)
-                for descriptor in (output, ended, ending):
+                for descriptor in (stdout, stderr, end, ended, ending):
                     os.close(descriptor)
-                return list(json.loads(message))
-            os.close(output)
-            end.send(str(pid).encode())
-            ends[pid] = end
+                return Command(*json.loads(message))
+            os.close(stdout)
+            os.close(stderr)
+            ends[pid] = socket.socket(fileno=end)
+            ends[pid].send(str(pid).encode())
         elif libraries:
             importlib.import_module(libraries.popleft())
             gc.freeze()  # what forks share is not to be copied by their collections
@@ -233,43 +266,42 @@ def _tell_ends(ends: dict[int, socket.socket]) -> None:
                 end.send(str(os.waitstatus_to_exitcode(found[1])).encode())
 
 
-def _be_dvc(words: list[str], stage: int, orders: int) -> None:
-    """Run DVC with some arguments; a stage's command goes to the process that waits for it."""
-    import dvc.cli
+def _be_dvc(command: Command, stage: int, orders: int) -> None:
+    """Run DVC; what it would run of a stage goes to the process that waits for it."""
     import dvc.stage.run
     from dvc.stage.exceptions import StageCmdFailedError
-    from setproctitle import setproctitle
 
     started_by_shell, waiting = dvc.stage.run._run, [stage]
 
-    def run(executable: str, command: str, *, cwd: str, env: dict[str, str], **settings: object) -> None:
-        if not waiting or not _PLAIN.fullmatch(command):
-            started_by_shell(executable, command, cwd=cwd, env=env, **settings)
+    def run(executable: str, line: str, *, cwd: str, env: dict[str, str], **settings: object) -> None:
+        if not waiting or not _PLAIN.fullmatch(line):
+            started_by_shell(executable, line, cwd=cwd, env=env, **settings)
             return
         with open(orders, "w") as file:
-            json.dump(_Command(shlex.split(command), cwd, env), file)
+            json.dump(Command(shlex.split(line), cwd, env), file)
         _, status = os.waitpid(waiting.pop(), 0)
         if code := os.waitstatus_to_exitcode(status):
-            raise StageCmdFailedError(command, code if code > 0 else _SIGNALLED - code)
+            raise StageCmdFailedError(line, code if code > 0 else _SIGNALLED - code)
 
     dvc.stage.run._run = run
-    sys.argv = ["dvc", *words]
-    setproctitle(shlex.join(sys.argv))
-    sys.exit(dvc.cli.main(words))
+    _be(command)
 
 
-def _be_stage(command: _Command) -> None:
+def _be(command: Command) -> None:
     """Do in this process what `python -m MODULE ARGUMENTS` would do in a new one."""
     from setproctitle import setproctitle
 
     os.chdir(command.folder)
     torch = sys.modules.get("torch")
     if torch and torch.cuda._is_in_bad_fork():  # a library has used CUDA as it was imported: forks cannot
-        os.execvpe(command.words[0], command.words, command.environment)  # noqa: S606  # by no shell, as is meant
+        os.execve(sys.executable, command.words, command.environment)  # noqa: S606  # by no shell, as is meant
     setproctitle(shlex.join(command.words))  # it finds its place by the environment: before that is changed
     os.environ.clear()
     os.environ.update(command.environment)
-    sys.argv = command.words[2:]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tasks"]:
+        del sys.modules[name]  # as it stands in that folder, it is read anew
+    sys.path[0] = command.folder
+    sys.argv = list(command.words[2:])
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 

@@ -29,7 +29,8 @@ from tasks.tokenization.chat_template import load_tokenizer
 from tasks.train.params import AnyObjective
 from tasks.train.stage import main
 from temper import DPO, KTO, ORPO, SFT, Full, LoRA, QLoRA, ReFT, SimPO
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT
+from tests.helpers.commands import environment
 from tests.helpers.samples import file_source, write_lines
 
 SUMS = [(a, b) for a in range(2, 9) for b in range(2, 9)]

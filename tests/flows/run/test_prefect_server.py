@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from flows.run.prefect_server import end_old_server, note_server
-from tests.conftest import environment
+from tests.helpers.commands import environment
 
 SAY = """
 import os, sys

@@ -15,7 +15,8 @@ from flows.run.lock import held
 from flows.run.repair import keep_lock_copy, put_in_order
 from tasks.core.errors import WorkspaceBusy
 from tasks.core.pipeline import recorded_keys
-from tests.conftest import DEAD, dvc, environment, git
+from tests.conftest import DEAD, dvc, git
+from tests.helpers.commands import environment
 
 PIPELINE = """
 stages:

@@ -25,7 +25,8 @@ from tasks.ingest.synthetic import Recipe, generate_rows, read_lexicon
 from tasks.models.loader import MODEL_FILES, load_model
 from tasks.orchestration.params import load_params
 from tasks.tokenization.chat_template import load_tokenizer, render_chat, render_prompt
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT
+from tests.helpers.commands import environment
 from tests.helpers.samples import pretrain_params
 from tests.tasks.base.test_continued_pretraining import params as continue_params
 from tests.tasks.base.test_pretraining import texts

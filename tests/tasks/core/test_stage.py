@@ -16,7 +16,8 @@ import pytest
 
 from tasks.core import pipeline
 from tasks.orchestration.dvc_session import PipelineRun, stage_exit_code
-from tests.conftest import ROOT, dvc, environment, git
+from tests.conftest import ROOT, dvc, git
+from tests.helpers.commands import environment
 
 PARAMS = "work:\n  do: nothing\n  seconds: 0\n"
 PIPELINE = """

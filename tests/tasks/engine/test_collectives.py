@@ -21,7 +21,8 @@ from tasks.core.ranks import World
 from tasks.engine import collectives
 from tasks.engine.collectives import share_of_rank
 from tasks.train import fsdp
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT
+from tests.helpers.commands import environment
 from tests.helpers.samples import LORA
 from tests.tasks.train.launched_training import METHODS, ROWS, SHARDED, STOPPED, training
 

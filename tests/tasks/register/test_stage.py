@@ -35,8 +35,8 @@ from tasks.registry.names import ABOUT
 from tasks.registry.signing import SIGNATURE, SIGNING_KEY, VERIFYING_KEY
 from tasks.registry.versions import fetch_model, versions
 from tasks.serving.signature import requirements
-from tests.conftest import environment
 from tests.flows.test_promote import Dying
+from tests.helpers.commands import environment
 from tests.helpers.samples import LOREFT, SFT, method
 
 

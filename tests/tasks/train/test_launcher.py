@@ -15,7 +15,8 @@ from flows.run.edit_params import change_params
 from tasks.core.artifacts import read_manifest
 from tasks.engine.checkpoints import latest
 from tasks.train.launcher import LAUNCH, code_of
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT
+from tests.helpers.commands import environment
 from tests.tasks.train.test_stage import write_chats
 
 CONFIGS = ROOT / "infra" / "launch"

@@ -31,7 +31,8 @@ from tasks.train.estimate.memory_tracker import Cost, dry_run_step
 from tasks.train.estimate.meta_model import count, meta_model, read_model_config, tensors_of, to_fake_tensors
 from tasks.train.examples import Example
 from tasks.train.objectives import sft_loss
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT
+from tests.helpers.commands import environment
 from tests.helpers.samples import DPO, IA3, KTO, LEARNT_PROMPTS, LORA, LORA_8_BIT, LOREFT, ORPO, QLORA, SFT, method
 from tests.helpers.training import loss_of, train
 from tests.tasks.train.estimate.test_meta_model import LLAMA_2_7B
