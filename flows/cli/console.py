@@ -15,7 +15,7 @@ import typer
 from flows.cli.format import local_time, print_table, size
 
 if TYPE_CHECKING:
-    from flows.files.show_tokens import ShownRow
+    from flows.files.show_tokens import Rendering
     from flows.retrain import RunReport
     from flows.run.doctor import Diagnosis
     from flows.run.schedule import Scheduled
@@ -73,19 +73,19 @@ def inspection(found: Mapping[str, Any]) -> None:
     kinds = ", ".join(f"{count} {kind}" for kind, count in found["kinds"].items())
     typer.echo(f"{found['path']}: {found['format']}, {found['rows']} rows ({kinds})")
     for name in ("rejected", "repaired", "duplicates", "contamination"):
-        typer.echo(f"  {name + ':':<12}{found[name]}")
-    for title, counts in (("why", "reasons"), ("repairs", "repairs"), ("also found", "warnings")):
+        typer.echo(f"  {name + ':':<15}{found[name]}")
+    for title, counts in (("why", "reasons"), ("repairs", "repairs"), ("also found", "warnings"), ("note", "remarks")):
         for name, count in found.get(counts, {}).items():
-            typer.echo(f"  {title + ':':<12}{count} x {name}")
+            typer.echo(f"  {title + ':':<15}{count} x {name}")
     for name, leaks in found.get("benchmarks", {}).items():
         said = f"{leaks['exact']} of {leaks['questions']} questions whole, {leaks['overlapping']} in part"
-        typer.echo(f"  {'benchmark:':<12}{name}: {said}, in {leaks['rows']} rows")
+        typer.echo(f"  {'benchmark:':<15}{name}: {said}, in {leaks['rows']} rows")
 
 
-def rendering(rows: Sequence[ShownRow], counts: Mapping[str, int], refused: Mapping[str, int]) -> None:
+def rendering(found: Rendering) -> None:
     """Print rows as tokens: in colour where the terminal has it, else with brackets around target tokens."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    for row in rows:
+    for row in found.shown:
         typer.secho(row.place, bold=True)
         if colour:
             greens = cycle((typer.colors.GREEN, typer.colors.BRIGHT_GREEN))  # by turns, so that one sees the tokens
@@ -96,9 +96,14 @@ def rendering(rows: Sequence[ShownRow], counts: Mapping[str, int], refused: Mapp
                 text = "".join(token for token, _ in run)
                 typer.echo(f"[[{text}]]" if target else text, nl=False)
         typer.echo("\n")
-    typer.echo("{rows} rows, {rendered} rendered, {tokens} tokens, {target_tokens} of them targets".format(**counts))
-    for what, count in refused.items():
-        typer.echo(f"  refused: {count} x {what}")
+    said = "{rows} rows, {rendered} rendered, {tokens} tokens, {target_tokens} of them targets"
+    typer.echo(said.format(**found.counts))
+    for what, each in found.refused.items():
+        typer.echo(f"  refused: {each.rows} x {what}\n           {each.first.line()}")
+        if each.first.fix:
+            typer.echo(f"           to take it: {each.first.fix}")
+    for text, count in found.remarks.most_common():
+        typer.echo(f"  note:    {count} x {text}")
 
 
 def summary(workspace: Path, report: RunReport) -> None:

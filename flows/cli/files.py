@@ -39,13 +39,19 @@ def render(
     path: Annotated[Path, typer.Argument(help="A file of chats, preference pairs or labelled replies.")],
     tokenizer: Annotated[Path, typer.Option(help="A folder with a tokenizer and its chat template.")],
     show: Annotated[int, typer.Option(min=0, help="Rows to show.")] = 3,
+    loss_on: Annotated[str, typer.Option(help="The assistant's turns that are trained on: all or last.")] = "all",
+    reasoning: Annotated[str, typer.Option(help="What becomes of it: keep, drop or last_turn_only.")] = "keep",
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Refuse longer rows.")] = None,
 ) -> None:
     """Show rows as the tokens that a model is trained on; those that the loss falls on stand out."""
     from flows.files import show_tokens
+    from tasks.core.params_file import validated
     from tasks.core.stage import quiet_libraries
+    from tasks.render.params import Render
 
     quiet_libraries()
-    console.rendering(*show_tokens.render(path, tokenizer, show))
+    params = validated(Render, {"loss_on": loss_on, "reasoning": reasoning}, "temper render", ())
+    console.rendering(show_tokens.render(path, tokenizer, show, params, max_tokens))
 
 
 @app.command()

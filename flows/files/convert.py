@@ -48,12 +48,14 @@ def as_alpaca(record: Record) -> Mapping[str, Any]:
     if not isinstance(record, ChatExample):
         raise _refused(record, "alpaca", f"a row of the kind {record.kind}")
     turns = list(record.messages)
+    if turns and turns[0] != Message(turns[0].role, turns[0].content):
+        raise _refused(record, "alpaca", "a system turn with a name")
     system = {"system": turns.pop(0).content} if turns and turns[0].role == "system" else {}
     roles = [turn.role for turn in turns]
     if roles != ["user", "assistant"] * (len(roles) // 2) or not roles:
         raise _refused(record, "alpaca", f"turns of {', '.join(roles) or 'nobody'}")
-    if record.tools or any(turn.calls or not turn.learn for turn in turns):
-        raise _refused(record, "alpaca", "tools, or turns of weight 0")
+    if record.tools or any(turn != Message(turn.role, turn.content) for turn in turns):
+        raise _refused(record, "alpaca", "tools, reasoning, names, or turns of weight 0")
     if "system" in system and not system["system"]:
         raise _refused(record, "alpaca", "an empty system turn")
     history = [[one.content, other.content] for one, other in zip(turns[:-2:2], turns[1:-2:2], strict=True)]
@@ -84,9 +86,25 @@ def _refused(record: Record, form: str, got: str) -> BadData:
 
 def _message(message: Message) -> dict[str, Any]:
     row: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.reasoning:
+        row["reasoning_content"] = message.reasoning
+    if message.name:
+        row["name"] = message.name
     if message.calls:
-        row["tool_calls"] = [{"type": "function", "function": call} for call in json.loads(message.calls)]
+        row["tool_calls"] = [
+            {**({"id": call_id} if call_id else {}), "type": "function", "function": {"name": name, "arguments": said}}
+            for call_id, name, said in _calls(message)
+        ]
+    elif message.call_id:
+        row["tool_call_id"] = message.call_id
     return row if message.learn else {**row, "weight": 0}
+
+
+def _calls(message: Message) -> list[tuple[str, str, Any]]:
+    """List a turn's calls: the id, the name, and the arguments as they were given."""
+    calls = json.loads(message.calls)
+    ids = message.call_id.split("\n") if message.call_id else [""] * len(calls)
+    return [(each, call["name"], call.get("text", call["arguments"])) for each, call in zip(ids, calls, strict=True)]
 
 
 def _talk(messages: Sequence[Message], record: Record) -> list[dict[str, Any]]:
@@ -94,8 +112,10 @@ def _talk(messages: Sequence[Message], record: Record) -> list[dict[str, Any]]:
     for message in messages:
         if message.calls and message.content:
             raise _refused(record, "conversations", "a turn with both text and a tool call")
+        if message.reasoning or message.name or message.call_id:
+            raise _refused(record, "conversations", "a turn with reasoning, a name or the id of a call")
         if message.calls:
-            calls = json.loads(message.calls)
+            calls = [{"name": name, "arguments": said} for _, name, said in _calls(message)]
             turn = {
                 "from": "function_call",
                 "value": json.dumps(calls if len(calls) > 1 else calls[0], ensure_ascii=False),
@@ -130,10 +150,13 @@ def convert(source: Path, target: Path, form: str) -> int:
     count = 0
     with atomic_file(target) as file:
         array = target.suffix == ".json"
-        for record in Reading("", any_file(source, max_refused=0.0)).records():
+        reading = Reading("", any_file(source, max_refused=0.0))
+        for record in reading.records():
             line = json.dumps(CONVERSIONS[form](record), ensure_ascii=False)
             file.write(((("[\n" if not count else ",\n") + line) if array else line + "\n").encode())
             count += 1
+            if lost := [text for text in reading.remarks if text.endswith("is not read")]:
+                raise _refused(record, form, "; ".join(lost))
         if array:
             file.write(b"\n]\n")
     return count

@@ -43,7 +43,8 @@ def inspect(path: Path, against: Sequence[Path]) -> dict[str, Any]:
 
     Returns:
         `format`, `rows` (as the files hold them), `kinds`, and how many rows would be `rejected`, `repaired`, merged
-        as `duplicates` and found as `leaks`; with `reasons` and `repairs` by name, `benchmarks`, and all `files`.
+        as `duplicates` and found as `contamination`; with `reasons`, `repairs` and `remarks` by name, `benchmarks`,
+        and all `files`.
 
     Raises:
         BadData: the file holds no rows, or no file of the folder does.
@@ -53,13 +54,15 @@ def inspect(path: Path, against: Sequence[Path]) -> dict[str, Any]:
     from tasks.validate.feature_cache import FeatureCache
 
     params = nearest_params()
-    files, records, refused = look_into(path)
+    remarks = Counter[str]()
+    files, records, refused = look_into(path, remarks)
     found = {
         "path": str(path),
         "format": _named({file.path: file.format for file in files if file.format}),
         "rows": sum(file.rows for file in files),
         "kinds": dict(Counter(record.kind for record in records)),
         "files": [file._asdict() for file in files],
+        "remarks": dict(remarks.most_common()),
     }
     reasons = Counter(error.what for error in refused)
     if not records:
@@ -94,8 +97,8 @@ def inspect(path: Path, against: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def look_into(path: Path) -> tuple[list[FileFound], list[Record], list[BadData]]:
-    """Read the files; return them, their rows, and why rows were refused."""
+def look_into(path: Path, remarks: Counter[str]) -> tuple[list[FileFound], list[Record], list[BadData]]:
+    """Read the files; return them, their rows, and why rows were refused; count what is to be said of the others."""
     files: list[FileFound] = []
     records: list[Record] = []
     refused: list[BadData] = []
@@ -112,6 +115,7 @@ def look_into(path: Path) -> tuple[list[FileFound], list[Record], list[BadData]]
             continue
         records += found
         refused += reading.refused
+        remarks += reading.remarks
         files.append(FileFound(str(file), _named(reading.formats), reading.read, len(reading.refused), ""))
     if not records and not refused:
         raise BadData("no file here holds rows", where=str(path), examples=[file.error for file in files])

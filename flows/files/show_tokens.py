@@ -11,6 +11,7 @@ from flows.files.inspect import any_file
 from tasks.core.errors import BadData
 from tasks.core.records import ChatExample, LabelledReply, PreferencePair, Record, SeqPair
 from tasks.ingest.stage import Reading
+from tasks.render.params import Render
 
 
 class ShownRow(NamedTuple):
@@ -23,45 +24,90 @@ class ShownRow(NamedTuple):
     tokens: list[tuple[str, bool]]
 
 
-def render(path: Path, tokenizer_folder: Path, show: int) -> tuple[list[ShownRow], dict[str, int], Counter[str]]:
+class Refusal(NamedTuple):
+    """Why rows were refused: the first of those with one reason, and how many there are."""
+
+    first: BadData
+    rows: int
+
+
+class Rendering(NamedTuple):
+    """What became of a file's rows.
+
+    Attributes:
+        shown: the first rows.
+        counts: `rows`, `rendered`, `tokens` and `target_tokens`.
+        refused: by what was wrong.
+        remarks: what is to be said of rows that were taken.
+    """
+
+    shown: list[ShownRow]
+    counts: dict[str, int]
+    refused: dict[str, Refusal]
+    remarks: Counter[str]
+
+
+def render(path: Path, tokenizer_folder: Path, show: int, params: Render, max_tokens: int | None) -> Rendering:
     """Render a file's rows with a tokenizer, chats by its template.
 
-    Returns:
-        The first rows to show, counts (rows, rendered, tokens, target tokens), and why rows were refused.
+    Args:
+        path: the file.
+        tokenizer_folder: a folder with the tokenizer.
+        show: how many rows to show.
+        params: which turns are trained on, and what becomes of reasoning.
+        max_tokens: longer rows are refused; None for any length.
+
+    Raises:
+        BadData: no row can be rendered.
     """
     from tasks.tokenization.chat_template import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_folder)
-    shown: list[ShownRow] = []
-    counts, refused = {"rows": 0, "rendered": 0, "tokens": 0, "target_tokens": 0}, Counter[str]()
-    for record in Reading("", any_file(path)).records():
-        counts["rows"] += 1
+    reading = Reading("", any_file(path))
+    found = Rendering([], {"rows": 0, "rendered": 0, "tokens": 0, "target_tokens": 0}, {}, reading.remarks)
+    for record in reading.records():
+        found.counts["rows"] += 1
+        place = f"{record.file}:{record.row}"
         try:
-            parts = render_record(record, tokenizer)
+            parts = render_record(record, tokenizer, params)
+            longest = max(len(ids) for _, ids, _ in parts)
+            if max_tokens and longest > max_tokens:
+                raise BadData("is longer than --max-tokens", got=f"{longest} tokens", fix=f"--max-tokens {longest}")
         except BadData as error:
-            refused[error.what] += 1
+            error.where = error.where or place
+            before = found.refused.get(error.what, Refusal(error, 0))
+            found.refused[error.what] = before._replace(rows=before.rows + 1)
             continue
         for name, ids, mask in parts:
-            counts["rendered"] += 1
-            counts["tokens"] += len(ids)
-            counts["target_tokens"] += sum(mask)
-            if len(shown) < show:
-                shown.append(ShownRow(f"{record.file}:{record.row}{name}", _as_text(tokenizer, ids, mask)))
-    return shown, counts, refused
+            found.counts["rendered"] += 1
+            found.counts["tokens"] += len(ids)
+            found.counts["target_tokens"] += sum(mask)
+            if len(found.shown) < show:
+                found.shown.append(ShownRow(f"{place}{name}", _as_text(tokenizer, ids, mask)))
+    for malformed in reading.refused:  # which never came to the template
+        before = found.refused.get(malformed.what, Refusal(malformed, 0))
+        found.refused[malformed.what] = before._replace(rows=before.rows + 1)
+    if not found.counts["rendered"]:
+        first = next(iter(found.refused.values())).first
+        lines = [f"{each.rows} x {each.first.line()}" for each in found.refused.values()]
+        raise BadData("no row can be rendered", where=str(path), examples=lines, fix=first.fix)
+    return found
 
 
-def render_record(record: Record, tokenizer: Any) -> list[tuple[str, list[int], list[bool]]]:
+def render_record(record: Record, tokenizer: Any, params: Render) -> list[tuple[str, list[int], list[bool]]]:
     """Render a row as token ids with its loss mask: of two replies both, and of an input and its target both."""
-    from tasks.render.stage import tokens_of_pairs
-    from tasks.tokenization.chat_template import Answered, Chat, render_chat, render_replies
+    from tasks.render.stage import prompt_of, tokens_of_pairs
+    from tasks.tokenization.chat_template import Answered, render_chat, render_replies
+    from tasks.tokenization.template_form import reasoning_kept
 
     if isinstance(record, ChatExample):
-        ids, mask, _ = render_chat(tokenizer, record.messages, record.tools)
+        messages = reasoning_kept(record.messages, params.reasoning)
+        ids, mask, _ = render_chat(tokenizer, messages, record.tools, params.loss_on)
         return [("", ids, mask)]
     if isinstance(record, (PreferencePair, LabelledReply)):
         pair = isinstance(record, PreferencePair)
         replies = (record.chosen, record.rejected) if isinstance(record, PreferencePair) else (record.reply,)
-        (answered,) = render_replies(tokenizer, [Chat(record.prompt, record.tools)], [replies])
+        (answered,) = render_replies(tokenizer, [prompt_of(record, params)], [replies])
         if not isinstance(answered, Answered):
             raise answered
         names = (" chosen", " rejected") if pair else ("",)

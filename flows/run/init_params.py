@@ -18,6 +18,7 @@ from tasks.core import pipeline
 from tasks.core.errors import BadData
 from tasks.core.records import ChatExample, LabelledReply, PreferencePair, Record
 from tasks.orchestration.params import load_params
+from tasks.render.params import Render
 
 USUAL_METHODS = {"chat": ("sft", "qlora"), "preference": ("orpo", "orpo"), "labelled": ("kto", "kto")}
 """The objective that suits a kind of rows, and what the method is called."""
@@ -59,7 +60,7 @@ def init_params(workspace: Path, source: Path, base: Path) -> str:
         BadData: the source holds no rows that a method here learns from.
         BadModel: the base has no tokenizer with a chat template.
     """
-    files, records, refused = look_into(source)
+    files, records, refused = look_into(source, Counter())
     kinds = Counter(record.kind for record in records)
     methods = [USUAL_METHODS[kind] for kind in USUAL_METHODS if kinds[kind]]
     if not methods:
@@ -88,7 +89,7 @@ def row_lengths(records: Sequence[Record], base: Path) -> Lengths:
     counts = [0]
     for record in records[:: max(1, len(records) // MOST_ROWS)]:
         try:
-            counts += [len(ids) for _, ids, _ in render_record(record, tokenizer)]
+            counts += [len(ids) for _, ids, _ in render_record(record, tokenizer, Render())]
         except BadData:
             continue  # `render` refuses it with its reason
     config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)

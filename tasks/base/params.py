@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from datetime import date
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, model_validator
 
 from tasks.adapters.params import LoraAdapter
 from tasks.core.params import Commit, Count, FilePath, HubName, Name, NotNegative, Positive, Section, Seed, Share
@@ -14,17 +15,39 @@ FileName = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f/\\]+$")]
 Token = Annotated[str, StringConstraints(min_length=1)]
 
 
-class LocalBase(Section):
+def _is_day(value: str) -> str:
+    date.fromisoformat(value)
+    return value
+
+
+def _as_text(value: Any) -> Any:
+    return value.isoformat() if isinstance(value, date) else value  # YAML has dates of its own
+
+
+Day = Annotated[
+    str, BeforeValidator(_as_text), StringConstraints(pattern=r"^\d{4}-\d\d-\d\d$"), AfterValidator(_is_day)
+]
+
+
+class Templated(Section):
+    """What every base that is not made here has."""
+
+    template: Name = "own"
+    """`own` for the chat template that the model brings, if any, or the name of one in data/templates/."""
+    template_date: Day = "2025-01-01"
+    """What a template that writes the date of the day writes instead, as Llama 3's does: it is then the same in
+    training, evaluation and serving, whenever they are."""
+
+
+class LocalBase(Templated):
     """A Hugging Face model folder on this disk."""
 
     kind: Literal["local"]
     path: FilePath
     """The folder: config.json, safetensors, a tokenizer."""
-    template: Name = "own"
-    """`own` for the chat template that the model brings, or the name of one in data/templates/."""
 
 
-class HubBase(Section):
+class HubBase(Templated):
     """A model of the Hugging Face hub, pinned to a commit."""
 
     kind: Literal["hub"]
@@ -34,11 +57,9 @@ class HubBase(Section):
     """Owner and name."""
     revision: Commit
     """The whole commit hash; branches and tags move and are refused."""
-    template: Name = "own"
-    """`own` for the chat template that the model brings, or the name of one in data/templates/."""
 
 
-class CheckpointBase(Section):
+class CheckpointBase(Templated):
     """A Llama that plain PyTorch code has saved as a state dict, and its tokenizer."""
 
     kind: Literal["checkpoint"]
@@ -62,8 +83,6 @@ class CheckpointBase(Section):
     """The longest text that it was trained on."""
     stop_token: Token
     """The token of the tokenizer that ends a text."""
-    template: Name = "own"
-    """The name of a chat template in data/templates/, or `own` for none."""
 
     @model_validator(mode="after")
     def _heads_fit(self) -> CheckpointBase:
@@ -144,7 +163,7 @@ class PretrainBase(Pretraining):
         return self
 
 
-class PinnedBase(Section):
+class PinnedBase(Templated):
     """A Hugging Face model folder on this disk, pinned to its content: DVC watches the rows, not this folder."""
 
     kind: Literal["local"]
@@ -152,8 +171,6 @@ class PinnedBase(Section):
     """The folder: config.json, safetensors, a tokenizer."""
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
     """Of the names and digests of its files; another one is refused, and the message says what it is."""
-    template: Name = "own"
-    """`own` for the chat template that the model brings, if any, or the name of one in data/templates/."""
 
 
 class Growth(Section):

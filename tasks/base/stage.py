@@ -29,6 +29,7 @@ from tasks.core.stage import run_stage
 from tasks.engine.checkpoints import checkpoint_folder
 from tasks.models.loader import MODEL_FILES, load_model, model_files
 from tasks.tokenization.architecture import ENCODER_DECODER, architecture_in, architecture_of
+from tasks.tokenization.template_form import dated
 from tasks.tokenization.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
@@ -108,12 +109,25 @@ def put(params: AnyBase | PinnedBase, folder: Path, checkpoints: Path) -> dict[s
         copy_model(Path(params.path), folder)
     if isinstance(params, PinnedBase):
         check_pin(folder, params)
-    if params.template == "own":
-        return {}
-    added = give_template(folder, Path(TEMPLATES, f"{params.template}.jinja"))
-    if added:
-        print(f"base: added {', '.join(added)}; adapters that leave embeddings frozen learn them poorly")
-    return {"added_tokens": added}
+    about: dict[str, Any] = {}
+    if params.template != "own":
+        about["added_tokens"] = give_template(folder, Path(TEMPLATES, f"{params.template}.jinja"))
+        if added := ", ".join(about["added_tokens"]):
+            print(f"base: added {added}; adapters that leave embeddings frozen learn them poorly")
+    if pin_date(folder, params.template_date):
+        print(f"base: its chat template writes the date of the day; it is {params.template_date} now and for good")
+    return about
+
+
+def pin_date(folder: Path, day: str) -> bool:
+    """Make the chat template of a model folder write this date whenever it is used; return whether it writes any."""
+    tokenizer = read_tokenizer(folder)
+    template = tokenizer.chat_template
+    if not isinstance(template, str) or (written := dated(template, day)) == template:
+        return False
+    tokenizer.chat_template = written
+    tokenizer.save_pretrained(folder)
+    return True
 
 
 def check_pin(folder: Path, params: PinnedBase) -> None:

@@ -27,7 +27,8 @@ def record_schema(kind: str) -> pa.Schema:
     import pyarrow as pa
 
     text = pa.string()
-    messages = pa.list_(pa.struct([("role", text), ("content", text), ("calls", text), ("learn", pa.bool_())]))
+    kinds = {"learn": pa.bool_()}
+    messages = pa.list_(pa.struct([(name, kinds.get(name, text)) for name in Message._fields]))
     tools = ("tools", pa.list_(text))
     own = {
         "chat": [("messages", messages), tools],

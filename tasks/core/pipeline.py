@@ -215,7 +215,7 @@ def overlap(one: str, other: str) -> bool:
 def key_of(command: str, data: Mapping[str, str], params: Mapping[str, Any], defaults: Mapping[str, str]) -> str:
     """Compute the key for hashes that are known already, such as those in dvc.lock, under the libraries of now."""
     read = [command, sorted(data.items()), sorted(params.items()), sorted(defaults.items()), library_versions()]
-    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(read, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def declared_defaults(workspace: Path, deps: Iterable[str]) -> dict[str, str]:

@@ -18,13 +18,25 @@ class Message(NamedTuple):
         role: system, user, assistant or tool.
         content: the text.
         calls: the tools that the assistant calls in this turn, as a JSON list of {name, arguments}; empty for none.
+            Arguments that were given as text have that too, as `text`.
         learn: whether the loss falls on it, if it is the assistant's.
+        reasoning: what the assistant thinks before its text.
+        name: the tool whose result this is, or the speaker.
+        call_id: the id of the call whose result this is; of a turn that calls, the ids of its calls, one a line.
     """
 
     role: str
     content: str
     calls: str = ""
     learn: bool = True
+    reasoning: str = ""
+    name: str = ""
+    call_id: str = ""
+
+
+def written_out(message: Message) -> str:
+    """Return a turn's text with its reasoning before it, in the tags that Qwen3 and DeepSeek-R1 have in theirs."""
+    return f"<think>\n{message.reasoning}\n</think>\n\n{message.content}" if message.reasoning else message.content
 
 
 def conversation(asked: Any) -> list[Message]:

@@ -23,12 +23,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tasks.core import pipeline
 from tasks.core.errors import BadInput, BadParams, InputsChanged, TemperError, Transient
 from tasks.core.memory import out_of_memory, ran_out
 from tasks.core.ranks import launched
+
+if TYPE_CHECKING:
+    import psutil
 
 OWNER = "TEMPER_OWNER"
 """Environment variable: process id of the flow that started this stage."""
@@ -173,9 +176,14 @@ def quiet_libraries(*, offline: bool = True) -> None:
         os.environ.setdefault(name, value)
     hub = sys.modules.get("huggingface_hub.constants")  # it looks once, and is there already in the fork of a run
     if hub and (switch := os.environ.get("HF_HUB_OFFLINE")):
-        hub.HF_HUB_OFFLINE = switch.upper() in ("1", "ON", "YES", "TRUE")
+        vars(hub)["HF_HUB_OFFLINE"] = switch.upper() in ("1", "ON", "YES", "TRUE")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of a package that would fetch kernels
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # in PEFT
+
+
+def words_of(process: psutil.Process) -> list[str]:
+    """Return the words of a process's command line, also of one that has named itself as a run's forks do."""
+    return " ".join(process.cmdline()).split()
 
 
 def die_with_owner() -> None:
@@ -187,7 +195,7 @@ def die_with_owner() -> None:
     import psutil
 
     watched = [psutil.Process(os.getppid())]
-    watched += [p for p in psutil.Process().parents()[:3] if any(Path(part).name == "dvc" for part in p.cmdline()[:3])]
+    watched += [p for p in psutil.Process().parents()[:3] if any(Path(word).name == "dvc" for word in words_of(p)[:3])]
     if owner := os.environ.get(OWNER):
         if not psutil.pid_exists(int(owner)):
             os._exit(Transient.exit_code)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tasks.core.errors import BadData
-from tasks.core.records import ChatExample, LabelledReply, Record
+from tasks.core.records import ChatExample, LabelledReply, Record, written_out
 from tasks.ingest.parsers import (
     INPUT_TARGET,
     PROMPT_REPLY,
@@ -95,7 +95,9 @@ def parse_labelled(row: RawRow, origin: Origin) -> Sequence[Record]:
     *prompt, reply = chat.messages
     if reply.calls:
         raise BadData("labels a reply that calls a tool", where=place, expected="a reply of text")
-    return [LabelledReply(**origin._asdict(), prompt=tuple(prompt), reply=reply.content, label=label, tools=chat.tools)]
+    return [
+        LabelledReply(**origin._asdict(), prompt=tuple(prompt), reply=written_out(reply), label=label, tools=chat.tools)
+    ]
 
 
 def _truth(label: Any, place: str) -> bool:

@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 from tasks.core.errors import BadData
-from tasks.core.records import ChatExample, Message, PreferencePair, Record, SeqPair, TextExample
+from tasks.core.records import ChatExample, Message, PreferencePair, Record, SeqPair, TextExample, written_out
 from tasks.ingest.turns import (
     RawRow,
     check_tools,
@@ -170,11 +170,11 @@ def parse_preference(row: RawRow, origin: Origin) -> Sequence[Record]:
     if not shared:
         raise BadData("has no prompt", where=place, got=f"the fields {', '.join(row)}", expected="prompt, or messages")
     for reply in (first[-1], second[-1]):
-        if reply.role != "assistant" or reply.calls:
+        if reply.role != "assistant" or reply.calls or reply.name:
             raise BadData(
                 "a reply must be one turn of text by the assistant", where=place, got=f"a turn of {reply.role}"
             )
-    return [_preference(origin, shared, first[-1].content, second[-1].content, row)]
+    return [_preference(origin, shared, written_out(first[-1]), written_out(second[-1]), row)]
 
 
 def _shared(stated: list[Message], before: list[Message], chosen: list[Message], place: str) -> list[Message]:

@@ -2,7 +2,7 @@
 
 Reads:  one entry of `ingest.sources`: a file or folder of rows here or elsewhere, or the generator's lexicon.
 Writes: data/raw/SOURCE/: KIND.parquet for every kind of row (chat, preference, labelled, text, pair), refused.parquet
-        (place, reason, excerpt), manifest.json (source, path, sha256, formats, rows, refused, licence, use).
+        (place, reason, excerpt), manifest.json (source, path, sha256, formats, rows, refused, remarks, licence, use).
 Params: ingest.sources.SOURCE
 Fails:  a source that cannot be read or is not what it says, more malformed rows than its max_refused (65, never
         retried).
@@ -11,6 +11,7 @@ Fails:  a source that cannot be read or is not what it says, more malformed rows
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -38,8 +39,9 @@ from tasks.ingest.params import (
     Source,
 )
 from tasks.ingest.parsers import Origin
+from tasks.ingest.remarks import collected
 from tasks.ingest.synthetic import Recipe, generate_rows, read_lexicon
-from tasks.readers.files import read_rows_of
+from tasks.readers.files import read_rows_and_errors
 
 _REFUSALS_KEPT = 100_000
 _EXCERPT_CHARACTERS = 200
@@ -56,6 +58,8 @@ class Reading:
     refused: list[BadData] = field(default_factory=list)
     excerpts: list[str] = field(default_factory=list)
     formats: dict[str, str] = field(default_factory=dict)
+    remarks: Counter[str] = field(default_factory=Counter)
+    """How often something was taken in a way that is to be said, or was not read."""
 
     def records(self) -> Iterator[Record]:
         """Yield the rows of the source, in its own order.
@@ -95,7 +99,7 @@ class Reading:
     def _records_of(self, path: Path, source: RowsOfFiles, place: str) -> Iterator[Record]:
         whole = origin_of(source)
         last_id, repeats = "", 0
-        for file, number, row in read_rows_of(path, source.encoding, place):
+        for file, number, row in read_rows_and_errors(path, source.encoding, place):
             self.read += 1
             inside = file.removeprefix(whole).strip("/!")
             row_id = f"{self.name}-{inside}:{number}" if inside else f"{self.name}-{number}"
@@ -103,12 +107,17 @@ class Reading:
             last_id = row_id
             origin = Origin(f"{row_id}.{repeats + 1}" if repeats else row_id, self.name, file, number)
             try:
-                form = self._form(source, row, origin)
-                yield from parse(row, form, origin)
+                if isinstance(row, BadData):
+                    raise row
+                with collected(self.remarks):
+                    form = self._form(source, row, origin)
+                    records = parse(row, form, origin)
+                yield from records
                 self.formats.setdefault(file, form if isinstance(form, str) else "columns")
             except BadData as error:
                 self.refused.append(error)
-                self.excerpts.append(json.dumps(row, ensure_ascii=False, default=str)[:_EXCERPT_CHARACTERS])
+                said = row.got if isinstance(row, BadData) else json.dumps(row, ensure_ascii=False, default=str)
+                self.excerpts.append(said[:_EXCERPT_CHARACTERS])
                 if len(self.refused) == _REFUSALS_KEPT:
                     self._check_refused(source.max_refused)
 
@@ -193,6 +202,7 @@ def main() -> None:
             about["rows"] = write_records(folder, reading.records())
             write_rows(folder / REFUSED, reading.refusals(), text_schema(("place", "reason", "excerpt")))
             about |= {"read": reading.read, "refused": len(reading.refused), "formats": reading.formats}
+            about["remarks"] = dict(reading.remarks.most_common())
             path = Path(source.path)
             if isinstance(source, RemoteSource):
                 about["sha256"] = source.sha256
@@ -200,3 +210,5 @@ def main() -> None:
                 about["sha256"] = digests(path) if path.is_dir() else digest(path)
         rows = ", ".join(f"{count} {kind}" for kind, count in about["rows"].items() if count)
         print(f"ingest {stage.item}: {rows} from {about['path']}; {len(reading.refused)} refused", flush=True)
+        for text, count in reading.remarks.most_common():
+            print(f"ingest {stage.item}: {text} ({count} times)", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 from tasks.core.errors import BadData
 from tasks.core.records import Message
+from tasks.ingest.remarks import remark
 
 RawRow = Mapping[str, Any]
 
@@ -22,19 +24,20 @@ ROLES = {
     "chatgpt": "assistant",
     "assistant": "assistant",
     "model": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "ai": "assistant",
     "function_call": "assistant",
     "tool_call": "assistant",
     "tool": "tool",
     "function": "tool",
+    "ipython": "tool",
     "observation": "tool",
     "tool_response": "tool",
 }
-"""What roles are called, and what they are."""
+"""What roles are called, in small letters, and what they are."""
 
 _CALLING = ("function_call", "tool_call")
-_THOUGHT = "<think>\n{}\n</think>\n\n"
-"""How a turn of reasoning before the answer is written: as Qwen3 and DeepSeek-R1 have it in their templates."""
-
 
 _TRAINED = (
     "weight",
@@ -68,6 +71,11 @@ _YES_NO = dict.fromkeys(("true", "yes", "1", "1.0"), True) | dict.fromkeys(("fal
 
 _REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
 """What a turn's reasoning before its answer is called."""
+
+_READ = frozenset(
+    ("from", "value", "role", "content", "name", "tool_calls", "function_call", "tool_call_id", "type")
+) | {*_TRAINED, *_NOT_TRAINED, *_REASONING}
+"""All keys of a turn that are read."""
 
 
 def system_of(row: RawRow, place: str) -> list[Message]:
@@ -104,7 +112,7 @@ def stated_prompt_of(row: RawRow, place: str) -> list[Message]:
 
 def prompt_of(row: RawRow, key: str, place: str) -> list[Message]:
     """Parse a prompt given as text, as a transcript, or as a list of messages."""
-    if isinstance(row.get(key), list):
+    if isinstance(row.get(key), list) or _is_list_of_turns(row.get(key)):
         return turns_of(row, key, place)
     text = text_of(row, key, place)
     return (
@@ -115,7 +123,7 @@ def prompt_of(row: RawRow, key: str, place: str) -> list[Message]:
 def reply_of(row: RawRow, key: str, place: str) -> list[Message]:
     """Parse a reply as messages: the last one is the reply itself, those before it are its prompt."""
     value = row[key]
-    if isinstance(value, str):
+    if isinstance(value, str) and not _is_list_of_turns(value):
         return (
             _transcript(value) if value.startswith("\n\nHuman:") else [Message("assistant", text_of(row, key, place))]
         )
@@ -135,7 +143,8 @@ def _transcript(text: str) -> list[Message]:
 
 def turns_of(row: RawRow, key: str, place: str) -> list[Message]:
     """Parse the messages of a field that lists them."""
-    return [_turn(turn, f"{place} {key}[{number}]") for number, turn in enumerate(list_of(row, key, place))]
+    turns = [_turn(turn, f"{place} {key}[{number}]") for number, turn in enumerate(list_of(row, key, place))]
+    return _with_names(turns)
 
 
 def _turn(turn: Any, where: str) -> Message:
@@ -144,33 +153,65 @@ def _turn(turn: Any, where: str) -> Message:
         got = "null" if turn is None else repr(turn)[:60]
         raise BadData("is not a turn", where=where, got=got, expected="{from, value} or {role, content}")
     speaker, said = ("from", "value") if "from" in turn else ("role", "content")
-    name = text_of(turn, speaker, where)
+    given = text_of(turn, speaker, where)
+    name = given if given in ROLES else given.strip().lower()
     if name not in ROLES:
         raise BadData(
-            "has an unknown role", where=where, got=repr(name), expected=", ".join(sorted(set(ROLES.values())))
+            "has an unknown role", where=where, got=repr(given), expected=", ".join(sorted(set(ROLES.values())))
         )
-    learn = _is_trained(turn, where) or ROLES[name] != "assistant"
+    if name != given:
+        remark(f'the role "{given}" is taken as {ROLES[name]}')
+    if not turn.keys() <= _READ:
+        for key in sorted(str(key) for key in turn.keys() - _READ if turn[key] not in (None, "", [], {})):
+            remark(f'"{key}" of a turn is not read')
+    role, learn = ROLES[name], _is_trained(turn, where) or ROLES[name] != "assistant"
     if name in _CALLING:
-        return Message("assistant", "", _calls([turn.get(said)], where), learn)
-    given = turn.get("tool_calls") or []
-    calls = [given] if isinstance(given, (str, dict)) else list(given)
+        return _calling(Message("assistant", "", learn=learn), [turn.get(said)], where)
+    asked = turn.get("tool_calls") or []
+    calls = [asked] if isinstance(asked, (str, Mapping)) else list(asked)
     if turn.get("function_call"):
         calls.append(turn["function_call"])
     content = turn.get(said)
+    thoughts = [turn[key] for key in _REASONING if turn.get(key)]
     if isinstance(content, list):
-        text, inner = _content_parts(content, where)
+        text, inner, thought = _content_parts(content, where)
         calls += inner
-    elif content is None and calls:
+        thoughts += [thought] if thought else []
+    elif content is None and (calls or thoughts):
         text = ""
     else:
         text = text_of(turn, said, where)
-    thoughts = [turn[key] for key in _REASONING if turn.get(key)]
     if any(not isinstance(thought, str) for thought in thoughts) or len(set(thoughts)) > 1:
         got = ", ".join(repr(thought)[:40] for thought in thoughts)
         raise BadData("has reasoning that is not one text", where=where, got=got, expected="one text")
-    if thoughts:
-        text = _THOUGHT.format(thoughts[0]) + text
-    return Message(ROLES[name], text, _calls(calls, where) if calls else "", learn)
+    if thoughts and role != "assistant":
+        raise BadData(f"has reasoning in a turn of the {role}", where=where, expected="reasoning of the assistant")
+    speaks = {key: _label(turn, key, where) for key in ("name", "tool_call_id")}
+    reasoning = str(thoughts[0]) if thoughts else ""
+    message = Message(role, text, "", learn, reasoning, speaks["name"], speaks["tool_call_id"])
+    return _calling(message, calls, where) if calls else message
+
+
+def _label(turn: Mapping[str, Any], key: str, where: str) -> str:
+    """Return a name or an id, which is text or a number; nothing for none."""
+    value = turn.get(key)
+    if value is None or isinstance(value, (str, int)):
+        return "" if value is None else str(value)
+    raise BadData(f'has a "{key}" that is no name', where=where, got=repr(value)[:60], expected="text")
+
+
+def _with_names(turns: list[Message]) -> list[Message]:
+    """Check that the results of tools name calls that were made; give each the name of its tool where it has an id."""
+    made: dict[str, str] = {}
+    named = []
+    for turn in turns:
+        if turn.calls and turn.call_id:
+            tools = [call["name"] for call in json.loads(turn.calls)]
+            made |= zip(turn.call_id.split("\n"), tools, strict=True)
+        elif turn.role == "tool" and not turn.name and turn.call_id in made:
+            turn = turn._replace(name=made[turn.call_id])
+        named.append(turn)
+    return named
 
 
 def _is_trained(turn: Mapping[str, Any], where: str) -> bool:
@@ -205,9 +246,9 @@ def _yes_or_no(key: str, value: Any, where: str) -> bool:
     return found
 
 
-def _content_parts(parts: Sequence[Any], where: str) -> tuple[str, list[Any]]:
-    """Typed parts: texts joined, reasoning before them in its tags, tool calls apart."""
-    texts, calls = [], []
+def _content_parts(parts: Sequence[Any], where: str) -> tuple[str, list[Any], str]:
+    """Typed parts: texts joined, tool calls, and reasoning, which must stand before the text."""
+    texts, calls, thoughts = list[str](), list[Any](), list[str]()
     for number, part in enumerate(parts):
         inner = f"{where}.content[{number}]"
         part = {"type": "text", "text": part} if isinstance(part, str) else mapping_of(part, inner)
@@ -215,31 +256,38 @@ def _content_parts(parts: Sequence[Any], where: str) -> tuple[str, list[Any]]:
         if kind == "text":
             texts.append(text_of(part, key, inner))
         elif kind in ("reasoning", "thinking"):
-            texts.append(_THOUGHT.format(text_of(part, str(kind) if kind in part else key, inner)))
+            if any(text.strip() for text in texts):
+                raise BadData("is reasoning after text", where=inner, expected="reasoning before the answer")
+            thoughts.append(text_of(part, str(kind) if kind in part else key, inner))
         elif kind in ("tool_call", "function"):
             calls.append(part.get("value", part))
         else:
             raise BadData("is no text", where=inner, got=repr(kind), expected="text, reasoning or tool_call")
-    return "".join(texts), calls
+    return "".join(texts), calls, "\n\n".join(thoughts)
 
 
-def _calls(calls: Sequence[Any], where: str) -> str:
-    """Tool calls as one JSON list of {name, arguments}, whatever they were wrapped in."""
-    found: list[dict[str, Any]] = []
+def _calling(message: Message, calls: Sequence[Any], where: str) -> Message:
+    """Return the turn with its tool calls, whatever they were wrapped in."""
+    found, ids = list[dict[str, Any]](), list[str]()
     for call in calls:
         value = _json(call, where, "a tool call") if isinstance(call, str) else call
         for each in value if isinstance(value, list) else [value]:
-            inner = mapping_of(each, where)
-            inner = mapping_of(inner.get("function", inner), where)
+            outer = mapping_of(each, where)
+            inner = mapping_of(outer.get("function", outer), where)
             arguments = inner.get("arguments", inner.get("parameters", {}))
             if not isinstance(inner.get("name"), str):
                 raise BadData("a tool call names no tool", where=where, got=repr(dict(inner))[:80])
+            text = {}
             if isinstance(arguments, str):
+                text = {"text": arguments}
                 arguments = _json(arguments or "{}", where, "the arguments of a tool call")
-            found.append({"name": inner["name"], "arguments": arguments})
+            found.append({"name": inner["name"], "arguments": arguments, **text})
+            ids.append(_label(outer, "id", where))
     if not found:
         raise BadData("a tool call calls nothing", where=where, expected="{name, arguments}")
-    return json.dumps(found, ensure_ascii=False)
+    if any(ids) and (not all(ids) or len(set(ids)) < len(ids) or any("\n" in each for each in ids)):
+        raise BadData("has calls of which some have no id of their own", where=where, got=repr(ids)[:80])
+    return message._replace(calls=json.dumps(found, ensure_ascii=False), call_id="\n".join(ids) if any(ids) else "")
 
 
 def tools_of(row: RawRow, place: str) -> tuple[str, ...]:
@@ -278,11 +326,33 @@ def _json(text: str, where: str, what: str) -> Any:
 def list_of(row: RawRow, key: str, place: str) -> list[Any]:
     """Return a field after checking that it lists something."""
     value = row.get(key)
+    if isinstance(value, str) and value.lstrip().startswith("["):  # as a table's cell has it
+        value = _cell(value, f"{place} {key}")
+        remark(f'"{key}" is a list that was written as text')
     if not isinstance(value, list) or not value:
         raise BadData(
             f'"{key}" holds no turns', where=place, got=repr(value)[:60], expected="a list with something in it"
         )
     return value
+
+
+def _is_list_of_turns(value: Any) -> bool:
+    """Return whether a text is the list of turns that a table's cell can only hold as text."""
+    return (
+        isinstance(value, str)
+        and re.match(r"""\s*\[\s*\{\s*["'](?:role|from|content|value)["']\s*:""", value) is not None
+    )
+
+
+def _cell(text: str, where: str) -> Any:
+    """Parse a list out of the cell of a table: JSON, or what Python prints of one, as pandas writes it."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise BadData("is not valid JSON", where=where, got=text[:80], fix="correct this row") from error
 
 
 def mapping_of(value: Any, where: str) -> RawRow:

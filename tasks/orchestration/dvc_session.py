@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from tasks.core import pipeline
 from tasks.core.errors import BadInput, OutOfMemory, TemperError, Transient
 from tasks.core.memory import kills_for_memory
-from tasks.core.stage import OWNER
+from tasks.core.stage import OWNER, words_of
 from tasks.orchestration.fork_server import Command, ForkedProcess, ForkServer
 from tasks.orchestration.params import Params
 from tasks.orchestration.run_journal import Event, StageResult, record
@@ -278,7 +278,7 @@ def _stage_processes(child: Process) -> list[psutil.Process]:
 
     with suppress(psutil.NoSuchProcess):
         below = psutil.Process(child.pid).children(recursive=True)
-        return [p for p in below if any(part.startswith("tasks.") for part in p.cmdline()[1:3])]
+        return [p for p in below if any(word.startswith("tasks.") for word in words_of(p)[1:3])]
     return []
 
 

@@ -211,7 +211,7 @@ def _end_as(work: Callable[[], object]) -> NoReturn:
     except SystemExit as end:
         code = end.code
     except BaseException:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]  # there is an exception here
+        sys.excepthook(*sys.exc_info())
     if not (code is None or isinstance(code, int)):
         print(code, file=sys.stderr)
         code = 1
@@ -230,7 +230,8 @@ def _serve(requests: socket.socket, libraries: deque[str]) -> Command | None:
     signal.set_wakeup_fd(ending, warn_on_full_buffer=False)
     ends: dict[int, socket.socket] = {}
     while True:
-        ready, _, _ = select.select([requests, ended], [], [], 0 if libraries else None)
+        sources: list[socket.socket | int] = [requests, ended]
+        ready, _, _ = select.select(sources, [], [], 0 if libraries else None)
         if ended in ready:
             os.read(ended, _MESSAGE_BYTES)
             _tell_ends(ends)
@@ -294,7 +295,7 @@ def _be(command: Command) -> None:
     os.chdir(command.folder)
     torch = sys.modules.get("torch")
     if torch and torch.cuda._is_in_bad_fork():  # a library has used CUDA as it was imported: forks cannot
-        os.execve(sys.executable, command.words, command.environment)  # noqa: S606  # by no shell, as is meant
+        os.execve(sys.executable, list(command.words), command.environment)  # noqa: S606  # by no shell, as is meant
     setproctitle(shlex.join(command.words))  # it finds its place by the environment: before that is changed
     os.environ.clear()
     os.environ.update(command.environment)

@@ -44,7 +44,19 @@ def read_rows_of(path: Path, encoding: str = "utf-8", place: str = "") -> Iterat
         place: what the file is called in errors and rows; its path unless given.
 
     Raises:
-        BadData: it is missing, empty, damaged, not data at all, or not in that encoding.
+        BadData: it is missing, empty, damaged, not data at all, or not in that encoding; or one of its rows is not
+            well-formed.
+    """
+    for row in read_rows_and_errors(path, encoding, place):
+        if isinstance(row.value, BadData):
+            raise row.value
+        yield row
+
+
+def read_rows_and_errors(path: Path, encoding: str = "utf-8", place: str = "") -> Iterator[FileRow]:
+    """Yield the rows of one file as `read_rows_of` does, and of one that is not well-formed a `BadData` that says why.
+
+    What makes the place of the next row unknown is still an error of the file.
     """
     if not path.exists():
         raise BadData("there is no such file", where=str(path), fix="correct the path")
@@ -277,4 +289,11 @@ def _rows_of_batches(batches: Iterator[pa.RecordBatch], place: str) -> Iterator[
         for start in range(0, batch.num_rows, 1024):
             for value in batch.slice(start, 1024).to_pylist():
                 number += 1
-                yield FileRow(place, number, value)
+                yield FileRow(place, number, {name: _without_nulls(inner) for name, inner in value.items()})
+
+
+def _without_nulls(value: Any) -> Any:
+    """Leave out the nulls of objects: Arrow gives every object of a column the keys of all others."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

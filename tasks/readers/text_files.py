@@ -32,7 +32,7 @@ class FileRow(NamedTuple):
     Attributes:
         file: the path given, and for a member of an archive `!` and its name.
         number: the line of the row's beginning (JSON lines, CSV, text) or its number (arrays, tables), from 1.
-        value: what stands there.
+        value: what stands there; a `BadData` for a row that is not well-formed.
     """
 
     file: str
@@ -118,15 +118,17 @@ def _read_lines(source: Named, encoding: str) -> Iterator[FileRow]:
         except BadData as error:
             if first:
                 _refuse_one_object(source, encoding, error)
-            raise
+            value = error  # the next line is another row, whatever is wrong with this one
         first = False
         yield FileRow(source.place, number, value)
 
 
 def _refuse_one_object(source: Named, encoding: str, error: BadData) -> None:
-    """Refuse a file that is one object over many lines, with an error for just that."""
+    """Refuse a file that is no JSON, or one object over many lines, with an error for just that."""
+    place = source.stream.tell()
     source.stream.seek(0)
     text = source.stream.read(MAX_VALUE_CHARACTERS).decode(encoding, "replace").removeprefix("\ufeff")
+    source.stream.seek(place)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -157,10 +159,8 @@ def _read_array(source: Named, encoding: str) -> Iterator[FileRow]:
     rest.skip()
     rest.drop()  # the bracket
     while (following := rest.skip()) and following != "]":
-        value = rest.decode()
         number += 1
-        _check_depth(value, f"{source.place}:{number}")
-        yield FileRow(source.place, number, value)
+        yield FileRow(source.place, number, rest.decode_or_error(f"{source.place}:{number}"))
         if (following := rest.skip()) == ",":
             rest.drop()
             if rest.skip() == "]":
@@ -178,6 +178,9 @@ def _read_array(source: Named, encoding: str) -> Iterator[FileRow]:
     rest.drop()
     if rest.skip():
         raise BadData("goes on after the array's end", where=rest.where, got=repr(rest.peek(20)))
+
+
+_BRACKETS = re.compile(r'"(?:\\.|[^"\\])*"|[{}\[\]]', re.DOTALL)
 
 
 class _Rest:
@@ -233,6 +236,47 @@ class _Rest:
             else:
                 self.use(stop)
                 return value
+
+    def decode_or_error(self, where: str) -> Any:
+        """Decode the JSON value that comes next; return what is wrong with it where its brackets show its end.
+
+        Raises:
+            BadData: they do not, so that nobody knows where the next value begins.
+        """
+        try:
+            value = self.decode()
+        except BadData:
+            line = self._line
+            if not (text := self._bracketed()):
+                raise
+            try:
+                return _parse(text, self._place, line)
+            except BadData as error:
+                return error
+        try:
+            _check_depth(value, where)
+        except BadData as error:
+            return error
+        return value
+
+    def _bracketed(self) -> str:
+        """Drop and return the object or array that comes next, as far as its brackets go; nothing without an end."""
+        while True:
+            depth = 0
+            for found in _BRACKETS.finditer(self._text, self._at):
+                depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(found[0], 0)
+                if depth <= 0:
+                    break
+            else:
+                if self._more and len(self._text) < MAX_VALUE_CHARACTERS:
+                    self._fill()
+                    continue
+                return ""
+            if self._text[found.start()] not in "}]":
+                return ""
+            text = self._text[self._at : found.end()]
+            self.use(found.end())
+            return text
 
     def _cut(self) -> None:
         self._text, self._at = self._text[self._at :], 0
@@ -341,12 +385,13 @@ def _read_table(source: Named, encoding: str, delimiter: str) -> Iterator[FileRo
         if not header:
             header = _check_header(fields, source.place, delimiter)
         elif fields and len(fields) != len(header):
-            raise BadData(
+            uneven = BadData(
                 f"has {len(fields)} fields",
                 where=f"{source.place}:{begun}",
                 expected=f"{len(header)}, as the header",
                 fix="quote fields that hold the delimiter",
             )
+            yield FileRow(source.place, begun, uneven)
         elif fields:
             yield FileRow(source.place, begun, {n: v for n, v in zip(header, fields, strict=True) if n})
 

@@ -17,3 +17,6 @@ class Render(HeldOut):
     loss_on: Literal["all", "last"] = "all"
     """Which of the assistant's turns are trained on: all, or only the last. Templates that rewrite earlier turns, such
     as Qwen3's, need `last`."""
+    reasoning: Literal["keep", "drop", "last_turn_only"] = "keep"
+    """What becomes of the assistant's reasoning: kept, left out, or kept in the last turn alone, as served models see a
+    conversation. Templates that read it get it as a field of its own; for others it stands before the text."""

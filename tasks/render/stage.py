@@ -36,6 +36,7 @@ from tasks.tokenization.chat_template import (
     tokens_of_chats,
     tokens_of_replies,
 )
+from tasks.tokenization.template_form import reasoning_kept
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -144,16 +145,23 @@ class Halves(NamedTuple):
 
 
 def _chats(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], params: Render) -> Any:
-    return texts_of_chats(tokenizer, [Chat(row.messages, row.tools) for row in rows], params.loss_on)
+    chats = [Chat(reasoning_kept(row.messages, params.reasoning), row.tools) for row in rows]
+    return texts_of_chats(tokenizer, chats, params.loss_on)
 
 
 def _preferences(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], params: Render) -> Any:
-    prompts = [Chat(row.prompt, row.tools) for row in rows]
+    prompts = [prompt_of(row, params) for row in rows]
     return texts_of_replies(tokenizer, prompts, [(row.chosen, row.rejected) for row in rows])
 
 
 def _labelled(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], params: Render) -> Any:
-    return texts_of_replies(tokenizer, [Chat(row.prompt, row.tools) for row in rows], [(row.reply,) for row in rows])
+    return texts_of_replies(tokenizer, [prompt_of(row, params) for row in rows], [(row.reply,) for row in rows])
+
+
+def prompt_of(row: PreferencePair | LabelledReply, params: Render) -> Chat:
+    """Build the prompt of replies, whose own turns are all earlier ones."""
+    earlier = "keep" if params.reasoning == "keep" else "drop"
+    return Chat(reasoning_kept(row.prompt, earlier), row.tools)
 
 
 def tokens_of_pairs(tokenizer: PreTrainedTokenizerBase, rows: Sequence[SeqPair]) -> Iterable[Any]:

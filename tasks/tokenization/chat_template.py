@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -20,6 +20,7 @@ from tasks.core.errors import BadData, BadModel
 from tasks.core.records import Message
 from tasks.core.signals import limited
 from tasks.tokenization.architecture import DECODER, architecture_in
+from tasks.tokenization.template_form import DAY, TemplateForm, as_template_input, dated, find_calls, find_reasoning
 from tasks.tokenization.tokenizer import encode, encode_answers, encode_pieces, encode_rows, read_tokenizer
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             fix="put a chat_template.jinja beside tokenizer.json",
         )
     if chats:
+        if isinstance(tokenizer.chat_template, str):
+            tokenizer.chat_template = dated(tokenizer.chat_template, DAY)
         _find_stop_token(tokenizer)
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise BadModel(
@@ -217,7 +220,7 @@ def texts_of_chats(
             pieces[place] = BadData(
                 "the tokens of an earlier turn change when the next is added",
                 got=f"turn {index + 1}",
-                fix="set render.loss_on to last, so that only the last reply is trained on",
+                fix="set render.loss_on to last (--loss-on last), so that only the last reply is trained on",
             )
             continue
         target_parts = _marked(reply, len(prompt), _whole(after).marks)
@@ -274,6 +277,12 @@ def _reply_text(
     missing = [call["name"] for call in json.loads(reply.calls or "[]") if call["name"] not in added]
     if missing:
         return BadData("the chat template drops the assistant's tool calls", got=", ".join(missing))
+    if reply.reasoning.strip() not in added:
+        return BadData(
+            "the chat template drops the assistant's reasoning",
+            got=repr(reply.reasoning[:60]),
+            fix="set render.reasoning to drop (--reasoning drop), or take another template",
+        )
     said = reply.content.strip()
     place = added.find(said)
     if place < 0:
@@ -315,21 +324,39 @@ def _texts(
 ) -> list[TemplateText | BadData]:
     """Render each conversation by the template; `answering` adds what comes before an answer."""
     result: list[Any] = [None] * len(chats)
+    form = form_of(tokenizer, chats)
     by_tools: dict[tuple[str, ...], list[int]] = {}
     for place, chat in enumerate(chats):
         by_tools.setdefault(tuple(chat.tools), []).append(place)
     for tools, places in by_tools.items():
         schemas = [json.loads(tool) for tool in tools] or None
-        plain = [[_plain(message) for message in chats[place].messages] for place in places]
+        plain = [as_template_input(chats[place].messages, form) for place in places]
         try:
             with limited(TEMPLATE_SECONDS + 0.01 * len(plain), "the chat template"):
                 texts: list[Any] = _apply(tokenizer, plain, schemas, answering)
         except BadData:  # some row is at fault: see which
             texts = [_apply_alone(tokenizer, one, schemas, answering) for one in plain]
-        for place, text in zip(places, texts, strict=True):
-            dropped = _dropped(text.text, chats[place]) if isinstance(text, TemplateText) else None
+        for place, one, text in zip(places, plain, texts, strict=True):
+            dropped = None
+            if isinstance(text, TemplateText):
+                dropped = _dropped(text.text, chats[place], lambda n: _reads(tokenizer, one, schemas, n))  # noqa: B023  # called at once
             result[place] = dropped or text
     return result
+
+
+def _reads(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], schemas: Any, place: int) -> bool:
+    """Return whether the template writes all of a turn's text in some form: it writes another one for another text."""
+
+    def rendered(content: str) -> TemplateText | BadData:
+        changed = [*messages]
+        changed[place] = {**messages[place], "content": content}
+        return _apply_alone(tokenizer, changed, schemas, answering=False)
+
+    content = messages[place]["content"]
+    texts = [rendered(each) for each in (content, f"qxzv{content}", f"{content}qxzv")]
+    return not any(isinstance(text, BadData) for text in texts) and len({_whole(text).text for text in texts}) == len(
+        texts
+    )
 
 
 def _apply_alone(tokenizer: PreTrainedTokenizerBase, one: Any, schemas: Any, answering: bool) -> TemplateText | BadData:
@@ -369,23 +396,41 @@ def _apply(tokenizer: PreTrainedTokenizerBase, plain: list[Any], schemas: Any, a
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-def _plain(message: Message) -> Mapping[str, Any]:
-    """Convert a message to the form that templates expect."""
-    plain: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.calls:
-        plain["tool_calls"] = [{"type": "function", "function": call} for call in json.loads(message.calls)]
-    return plain
+def form_of(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat]) -> TemplateForm:
+    """Return what the template reads of turns, as far as these chats have it; each template is tried once."""
+    template = str(tokenizer.chat_template)
+    known = _FORMS.setdefault(template, {})
+    turns = [message for chat in chats for message in chat.messages]
+
+    def render(messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None) -> str:
+        return _whole(_apply_alone(tokenizer, messages, tools, answering=False)).text  # type: ignore[no-any-return]
+
+    if "reasoning" not in known and any(message.reasoning for message in turns):
+        known["reasoning"] = find_reasoning(render)
+    if "calls" not in known and any(message.calls for message in turns):
+        known["calls"] = find_calls(render)
+    return TemplateForm(known.get("reasoning", ""), *known.get("calls", (False, False)))
 
 
-def _dropped(text: str, chat: Chat) -> BadData | None:
-    """Check that a template leaves out nothing of the system's or the user's turns; return the problem, if any."""
+_FORMS: dict[str, dict[str, Any]] = {}
+"""What was found of each template."""
+
+
+def _dropped(text: str, chat: Chat, reads: Callable[[int], bool]) -> BadData | None:
+    """Check that a template leaves out nothing of the system's or the user's turns; return the problem, if any.
+
+    Args:
+        text: what it made of the chat.
+        chat: the chat.
+        reads: tells whether it writes a turn's text in another form, such as JSON or HTML; asked where it is not found.
+    """
     for tool in chat.tools:
         schema = json.loads(tool)
         name = schema.get("function", schema).get("name") if isinstance(schema, dict) else None
         if name and name not in text:
             return BadData("the chat template drops the tools", got=str(name), fix="take a template that knows tools")
-    for message in chat.messages:
-        if message.role != "assistant" and message.content.strip() not in text:
+    for place, message in enumerate(chat.messages):
+        if message.role != "assistant" and message.content.strip() not in text and not reads(place):
             return BadData(
                 f"the chat template drops the {message.role} turn",
                 got=repr(message.content[:60]),

@@ -11,7 +11,7 @@ from tasks.text.ngram_overlap import Hits, Index, without_common
 from tasks.text.words import Words, hashes_of, mixed, near_form, normal_form, runs, words_of
 from tasks.validate.duplicates import Duplicate, NearIndex, exact_duplicates
 from tasks.validate.params import Validate
-from tasks.validate.row_features import TurnColumns, calls_of, turn_columns
+from tasks.validate.row_features import TurnColumns, field_of_turns, turn_columns
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,7 +93,8 @@ def cross_row_checks(
             hashes.append(seen.hashes)
             search.through(seen, first + start, withheld[kind][start : start + seen.rows])
             if index and seen.near:
-                index.add(_by_row(seen.near, seen.turns), seen.rows)
+                block = table.slice(start, seen.rows)
+                index.add(_by_row(seen.near, seen.turns, _not_learnt(block, kind, seen.turns)), seen.rows)
         sides = np.concatenate(hashes)
         contradiction[first : first + len(table)] = _contradictions(sides, table, kind)
         order = np.argsort(-_lengths(table, kind), kind="stable") if params.duplicates.keep == "longest" else None
@@ -159,13 +160,27 @@ def _near(index: NearIndex, table: pa.Table, kind: str, ranked: list[int]) -> li
 
     flagged = set(index.suspects().tolist())
     suspects = [row for row in ranked if row in flagged]
-    turns = turn_columns(table.take(pa.array(suspects, pa.int64())), kind)
-    return index.duplicates(suspects, _by_row(words_of(near_form(turns.text)), turns))
+    some = table.take(pa.array(suspects, pa.int64()))
+    turns = turn_columns(some, kind)
+    return index.duplicates(suspects, _by_row(words_of(near_form(turns.text)), turns, _not_learnt(some, kind, turns)))
 
 
-def _by_row(words: Words, turns: TurnColumns) -> Words:
-    """Return the words, with the row that each stands in instead of the text."""
-    return Words(words.hash, turns.row[words.text])
+def _by_row(words: Words, turns: TurnColumns, salt: NDArray[np.uint64]) -> Words:
+    """Return the words, with the row that each stands in instead of the text; rows of another salt share none."""
+    row = turns.row[words.text]
+    return Words(words.hash ^ salt[row], row)
+
+
+def _not_learnt(block: pa.Table, kind: str, turns: TurnColumns) -> NDArray[np.uint64]:
+    """Hash which turns of each row are not trained on, (rows,) uint64; 0 where all are."""
+    import numpy as np
+
+    result = np.zeros(len(block), np.uint64)
+    if (learn := field_of_turns(block, kind, "learn")) is not None:
+        place = np.arange(len(turns.row)) - np.searchsorted(turns.row, turns.row)
+        masked = learn.to_numpy(zero_copy_only=False) == "false"
+        np.add.at(result, turns.row[masked], mixed(place[masked].astype(np.uint64) + np.uint64(1)))
+    return result
 
 
 # --- equal and opposite rows ------------------------------------------------------------------------------------------
@@ -190,17 +205,18 @@ def _row_hashes(block: pa.Table, kind: str, turns: TurnColumns, whole: NDArray[n
 
 
 def _said(block: pa.Table, kind: str, turns: TurnColumns, whole: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Hash each row: equal when the same roles have the same texts and call the same tools, symbol by symbol."""
+    """Hash each row: equal when the same turns say, think and call the same, and the same of them are trained on."""
     import numpy as np
     import pyarrow.compute as pc
 
     place = np.arange(len(turns.row)) - np.searchsorted(turns.row, turns.row)
     salt = mixed(turns.letter.astype(np.uint64) + mixed(place.astype(np.uint64)))
     parts = np.where(whole > 0, mixed(whole + salt), 0)
-    if (calls := calls_of(block, kind)) is not None:
-        called = hashes_of(calls)
-        parts += np.where(called > 0, mixed(called ^ salt), 0)
-    total = np.zeros(len(block), np.uint64)
+    for number, name in enumerate(("calls", "reasoning", "name")):
+        if (beside := field_of_turns(block, kind, name)) is not None:
+            hashes = hashes_of(beside)
+            parts += np.where(hashes > 0, mixed(hashes ^ (salt + np.uint64(number))), 0)
+    total = _not_learnt(block, kind, turns)
     np.add.at(total, turns.row, parts)
     if "tools" in block.column_names:
         tools = pc.binary_join(block["tools"].combine_chunks(), "\n")

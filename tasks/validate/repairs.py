@@ -90,6 +90,10 @@ def repair(record: Record, checks: Sequence[str]) -> tuple[Record, list[Repair]]
     return record, done
 
 
+_SAID = ("content", "calls", "reasoning")
+"""The texts of a turn."""
+
+
 def _texts_of(record: Record) -> dict[str, str | tuple[Message, ...]]:
     names = ("messages", "prompt", "chosen", "rejected", "reply", "text", "input", "target")
     return {field.name: getattr(record, field.name) for field in fields(record) if field.name in names}
@@ -98,7 +102,7 @@ def _texts_of(record: Record) -> dict[str, str | tuple[Message, ...]]:
 def _changed(value: str | tuple[Message, ...], how: Callable[[str], str]) -> str | tuple[Message, ...]:
     if isinstance(value, str):
         return how(value)
-    return tuple(message._replace(content=how(message.content), calls=how(message.calls)) for message in value)
+    return tuple(m._replace(content=how(m.content), calls=how(m.calls), reasoning=how(m.reasoning)) for m in value)
 
 
 def _pairs(before: Any, after: Any) -> list[tuple[str, str]]:
@@ -107,5 +111,5 @@ def _pairs(before: Any, after: Any) -> list[tuple[str, str]]:
     return [
         (said, now)
         for one, other in zip(before, after, strict=True)
-        for said, now in ((one.content, other.content), (one.calls, other.calls))
+        for said, now in ((getattr(one, name), getattr(other, name)) for name in _SAID)
     ]

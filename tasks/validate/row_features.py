@@ -79,11 +79,16 @@ _TEXTS = {
 
 def calls_of(table: pa.Table, kind: str) -> pa.LargeStringArray | None:
     """Return each chat turn's tool calls, as JSON text; None for kinds whose turns call none."""
+    return field_of_turns(table, kind, "calls")
+
+
+def field_of_turns(table: pa.Table, kind: str, name: str) -> pa.LargeStringArray | None:
+    """Return a field of each chat turn as text; None for kinds whose turns have no more than their text."""
     import pyarrow as pa
 
-    return (
-        table["messages"].combine_chunks().flatten().field("calls").cast(pa.large_string()) if kind == "chat" else None
-    )
+    if kind != "chat":
+        return None
+    return table["messages"].combine_chunks().flatten().field(name).cast(pa.string()).cast(pa.large_string())
 
 
 def _letters(roles: pa.Array) -> NDArray[np.uint8]:
@@ -169,8 +174,10 @@ def _facts(table: pa.Table, kind: str) -> pd.DataFrame:
     facts["language_mismatch"] = ((question != reply) & (question != "none") & (reply != "none")).astype(np.int64)
     facts |= _same(table, kind, rows)
     scanned = turns.text
-    if calling.any():  # an address or a key may stand in what tools are called with, too
-        scanned = pc.binary_join_element_wise(turns.text, calls, pa.scalar("\n", pa.large_string()))
+    for name in ("calls", "reasoning"):  # an address or a key may stand there, too
+        beside = field_of_turns(table, kind, name)
+        if beside is not None and pc.any(pc.not_equal(beside, "")).as_py():
+            scanned = pc.binary_join_element_wise(scanned, beside, pa.scalar("\n", pa.large_string()))
     for name, patterns in PATTERNS.items():
         facts[name] = total(sum(matches(scanned, pattern, count=True) for pattern in patterns))
     return pd.DataFrame(facts, columns=list(FEATURE_COLUMNS))

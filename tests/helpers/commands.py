@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -32,11 +31,9 @@ def _server() -> ForkServer:
     return ForkServer(ROOT, environment(), log, [*LIBRARIES, "mlflow.pyfunc", "great_expectations", "datasets"])
 
 
-def run_module(
-    folder: Path, *words: str, timeout_s: float = 600, variables: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Runs `python -m WORDS` in a folder, with further variables of environment; kills it when it takes too long."""
-    command = Command(["python", "-m", *words], str(folder), environment(**(variables or {})))
+def run_module(folder: Path, *words: str, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m WORDS` in a folder; kills it when it takes too long."""
+    command = Command(["python", "-m", *words], str(folder), environment())
     with tempfile.TemporaryFile("w+", errors="replace") as out, tempfile.TemporaryFile("w+", errors="replace") as err:
         process = _server().fork(command, out.fileno(), err.fileno())
         try:

@@ -13,6 +13,7 @@ import pytest
 from flows.files import convert, inspect, show_tokens
 from tasks.core.errors import BadData, BadParams
 from tasks.ingest.stage import Reading
+from tasks.render.params import Render
 from tests.conftest import ROOT
 from tests.helpers.samples import file_source
 
@@ -102,9 +103,9 @@ def test_render_shows_what_is_trained(tmp_path: Path) -> None:
 
 def test_both_replies_of_a_pair_are_shown(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", PAIR, {"prompt": "q", "chosen": "x", "rejected": "y"})
-    shown, counts, refused = show_tokens.render(path, ROOT / "models" / "tiny", 2)
-    assert [row.place.rpartition(" ")[2] for row in shown] == ["chosen", "rejected"]
-    assert (counts["rows"], counts["rendered"], dict(refused)) == (2, 4, {})
+    found = show_tokens.render(path, ROOT / "models" / "tiny", 2, Render(), None)
+    assert [row.place.rpartition(" ")[2] for row in found.shown] == ["chosen", "rejected"]
+    assert (found.counts["rows"], found.counts["rendered"], found.refused) == (2, 4, {})
 
 
 KEPT: dict[str, list[Any]] = {

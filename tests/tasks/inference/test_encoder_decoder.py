@@ -442,13 +442,14 @@ def test_an_adapter_of_a_decoder_does_not_go_onto_an_encoder_decoder(
 
 def test_pairs_are_shown_as_tokens(bases: dict[str, Path], tmp_path: Path) -> None:
     from flows.files.show_tokens import render
+    from tasks.render.params import Render
 
     (tmp_path / "rows.jsonl").write_text('{"input": "what a lovely morning", "target": "no complaint"}\n')
-    shown, counts, refused = render(tmp_path / "rows.jsonl", bases["mt5"], 2)
-    assert [row.place.rpartition(" ")[2] for row in shown] == ["input", "target"]
-    assert [{trained for _, trained in row.tokens} for row in shown] == [{False}, {True}]
-    assert counts["rows"] == 1
-    assert counts["target_tokens"] == len(shown[1].tokens)
-    assert not refused
+    found = render(tmp_path / "rows.jsonl", bases["mt5"], 2, Render(), None)
+    assert [row.place.rpartition(" ")[2] for row in found.shown] == ["input", "target"]
+    assert [{trained for _, trained in row.tokens} for row in found.shown] == [{False}, {True}]
+    assert found.counts["rows"] == 1
+    assert found.counts["target_tokens"] == len(found.shown[1].tokens)
+    assert not found.refused
     tokenizer = load_tokenizer(bases["mt5"])
     assert decode(tokenizer, tokenizer("no complaint")["input_ids"]) == "no complaint"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from tasks.core.errors import BadData
 from tasks.core.records import ChatExample, LabelledReply, Message, PreferencePair, Record, SeqPair, TextExample
 from tasks.ingest.formats import FORMATS, detect, parse
 from tasks.ingest.parsers import Origin
+from tasks.ingest.remarks import collected
 
 AT = Origin("s-1", "s", "f.jsonl", 1)
 HERE = AT._asdict()
@@ -90,7 +92,7 @@ UNDERSTOOD: dict[str, tuple[str, dict[str, Any], Record]] = {
                 },
             ]
         },
-        chat(U, Message("assistant", "<think>\nhm\n</think>\n\na")),
+        chat(U, A._replace(reasoning="hm")),
     ),
     "messages with calls": (
         "conversations",
@@ -108,7 +110,49 @@ UNDERSTOOD: dict[str, tuple[str, dict[str, Any], Record]] = {
                 MESSAGES[1],
             ]
         },
-        chat(U, CALLED, Message("tool", "1"), A),
+        chat(
+            U,
+            CALLED._replace(calls=json.dumps([{**CALL, "text": json.dumps(CALL["arguments"])}])),
+            Message("tool", "1"),
+            A,
+        ),
+    ),
+    "messages with ids and names": (
+        "conversations",
+        {
+            "messages": [
+                {**MESSAGES[0], "name": "Ann"},
+                {
+                    "role": "assistant",
+                    "tool_calls": [
+                        {"id": "one", "type": "function", "function": CALL},
+                        {"id": "two", "type": "function", "function": CALL},
+                    ],
+                },
+                {"role": "tool", "tool_call_id": "two", "content": "2"},
+                {"role": "tool", "tool_call_id": "one", "name": "find", "content": "1"},
+                MESSAGES[1],
+            ]
+        },
+        chat(
+            U._replace(name="Ann"),
+            Message("assistant", "", json.dumps([CALL, CALL]), call_id="one\ntwo"),
+            Message("tool", "2", name="find", call_id="two"),  # the name of the tool that the id's call asked
+            Message("tool", "1", name="find", call_id="one"),
+            A,
+        ),
+    ),
+    "messages as a table's cell has them": ("conversations", {"messages": json.dumps(MESSAGES)}, chat(U, A)),
+    "messages as Python prints them": ("conversations", {"messages": repr(MESSAGES)}, chat(U, A)),
+    "a prompt of messages in a table's cell": (
+        "prompt_reply",
+        {"prompt": json.dumps(MESSAGES[:1]), "completion": "a"},
+        chat(U, A),
+    ),
+    "roles in other spellings": (
+        "conversations",
+        {"conversations": [{"from": "Human", "value": "q"}, {"from": "bot", "value": "a"}]},
+        chat(U, A),
     ),
     "messages with weights": (
         "conversations",
@@ -291,7 +335,30 @@ MALFORMED: dict[str, tuple[Any, str]] = {
         'field "content" is not text',
     ),
     "no role": ({"messages": [{"content": "x"}]}, 'field "role" is not text'),
-    "unknown role": ({"conversations": [{"from": "bot", "value": "x"}]}, "unknown role"),
+    "unknown role": ({"conversations": [{"from": "narrator", "value": "x"}]}, "unknown role"),
+    "reasoning of the user": ({"messages": [{**MESSAGES[0], "reasoning": "hm"}]}, "reasoning in a turn of the user"),
+    "reasoning after text": (
+        {
+            "messages": [
+                MESSAGES[0],
+                {
+                    "role": "assistant",
+                    "content": [{"type": "text", "text": "a"}, {"type": "thinking", "thinking": "hm"}],
+                },
+            ]
+        },
+        "reasoning after text",
+    ),
+    "calls of one id": (
+        {
+            "messages": [
+                MESSAGES[0],
+                {"role": "assistant", "tool_calls": [{"id": "1", "function": CALL}, {"id": "1", "function": CALL}]},
+            ]
+        },
+        "some have no id of their own",
+    ),
+    "a cell that is cut": ({"messages": json.dumps(MESSAGES)[:-5]}, "is not valid JSON"),
     "unknown part": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "is no text"),
     "part without text": ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 'field "text" is not text'),
     "weight between": ({"messages": [{**MESSAGES[1], "weight": 0.5}]}, 'has a "weight" between'),
@@ -361,7 +428,26 @@ def test_reasoning_is_kept_whatever_it_is_called(key: str) -> None:
     for turn in ({**MESSAGES[1], key: "hm"}, {**MESSAGES[1], key: "hm", "weight": None}):
         (found,) = parse({"messages": [MESSAGES[0], turn]}, "conversations", Origin("1", "s", "p", 1))
         assert isinstance(found, ChatExample)
-        assert found.messages[1].content == "<think>\nhm\n</think>\n\na"
+        assert found.messages[1] == Message("assistant", "a", reasoning="hm")
+
+
+def test_reasoning_of_a_pairs_replies_is_written_into_them() -> None:
+    replies = [{"role": "assistant", "content": text, "reasoning": "hm"} for text in ("a", "b")]
+    (found,) = read({"prompt": "q", "chosen": replies[:1], "rejected": replies[1:]})
+    assert isinstance(found, PreferencePair)
+    assert (found.chosen, found.rejected) == ("<think>\nhm\n</think>\n\na", "<think>\nhm\n</think>\n\nb")
+
+
+def test_what_is_not_read_of_a_turn_and_how_it_was_taken_is_said() -> None:
+    said = Counter[str]()
+    turns = [{**MESSAGES[0], "timestamp": "noon", "refusal": None}, {**MESSAGES[1], "role": "AI", "timestamp": "one"}]
+    with collected(said):
+        read({"messages": json.dumps(turns)})
+    assert said == {
+        '"timestamp" of a turn is not read': 2,
+        'the role "AI" is taken as assistant': 1,
+        '"messages" is a list that was written as text': 1,
+    }
 
 
 @pytest.mark.parametrize("name", MALFORMED)

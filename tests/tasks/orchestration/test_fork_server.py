@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tasks.core.stage import words_of
 from tasks.orchestration.fork_server import Command, ForkedProcess, ForkServer
 from tests.conftest import ROOT, dvc, git
 from tests.helpers.commands import environment
@@ -56,7 +57,8 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with a stage for each way to end, and this project's server as its own code."""
     folder = tmp_path_factory.mktemp("forks") / "work space"
     (folder / "tasks" / "orchestration").mkdir(parents=True)
-    (folder / ".temper").mkdir()
+    (folder / "tasks" / "__init__.py").touch()
+    (folder / "tasks" / "orchestration" / "__init__.py").touch()
     shutil.copy(ROOT / "tasks" / "orchestration" / "fork_server.py", folder / "tasks" / "orchestration")
     (folder / "tasks" / "probe.py").write_text(PROBE)
     stages = {name: f"python -m tasks.probe {name} out-{name}" for name in ("refuse", "die", "wait", "tell")}
@@ -94,7 +96,7 @@ def repro(stage: str) -> list[str]:
 @pytest.mark.parametrize("stage", ["tell", "shell"])
 def test_a_stage_finds_what_it_would_find_without_the_server(graph: Path, server: ForkServer, stage: str) -> None:
     out = graph / f"out-{stage}"
-    dvc(graph, *repro(stage), **ASKED)
+    dvc(graph, *repro(stage), code=0, **ASKED)
     alone: dict[str, Any] = json.loads(out.read_text())
     code, said = ran(server.start(dvc_of(graph, *repro(stage))))
     assert code == 0, said
@@ -128,6 +130,7 @@ def test_requests_run_side_by_side_and_a_group_is_killed_whole(graph: Path, serv
     with pytest.raises(subprocess.TimeoutExpired):
         waiting.wait(timeout=0.05)
     (stage,) = psutil.Process(waiting.pid).children()
+    assert words_of(stage) == ["python", "-m", "tasks.probe", "wait", "out-wait"]  # by which a run finds it
     assert os.getpgid(stage.pid) == os.getsid(stage.pid) == waiting.pid
     assert ran(server.start(dvc_of(graph, "--version")))[0] == 0
     os.killpg(waiting.pid, signal.SIGKILL)
