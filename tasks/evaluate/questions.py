@@ -3,7 +3,8 @@
 No defect is passed over in silence. What is left out or read by a rule is counted, by task:
 `without_answer` (left out: the answer is null or empty, or nothing can be cut out of it), `several_answers` (any of
 them is right), `duplicate_choices` (of a text that occurs twice either place is right), `empty_choices` (null ones at
-the end are no choices), `thousands_commas` and `negative_numbers` (in right answers, which are compared as numbers).
+the end are no choices), `numbered_from_1` (an answer that is a number, of a file whose first choice is 1),
+`thousands_commas` and `negative_numbers` (in right answers, which are compared as numbers).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tasks.core.errors import BadData, did_you_mean
 from tasks.evaluate.answer_matching import extract_answer
 from tasks.evaluate.suite_params import Choice, Generate, RowsPart
 from tasks.readers.files import is_prose, read_rows_of
+from tasks.readers.numbered_answers import number_of, numbered_from
 from tasks.readers.text_files import FileRow
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -156,13 +158,14 @@ def _named_rows(place: Path, pattern: re.Pattern[str]) -> Iterator[tuple[str, Fi
 
 def _questions(part: RowsPart, rows: Sequence[FileRow], counted: Counter[str]) -> Iterator[Question]:
     metric = part.metric
+    first = _first_number(part, rows) if isinstance(metric, Choice) else 0
     for row in rows:
         fields = {name: _field(row, columns) for name, columns in part.columns.items()}
         question = Question(_text(fields.get("id")) or str(row.number), fields)
         where = f"{row.file}:{row.number}"
         made: Question | None
         if isinstance(metric, Choice):
-            made = _choices(question, metric, where, counted)
+            made = _choices(question, metric, where, first, counted)
         elif metric.name in ("generate", "loglikelihood"):
             made = _answers(question, part, counted)
         else:
@@ -196,10 +199,33 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _choices(question: Question, metric: Choice, where: str, counted: Counter[str]) -> Question | None:
-    given = question.fields["choices"]
-    if not isinstance(given, list):
-        raise BadData("`choices` is no list", where=where, got=repr(given)[:60], fix="name one column for each choice")
+def _first_number(part: RowsPart, rows: Sequence[FileRow]) -> int:
+    """Return the number of the first choice in these rows."""
+
+    def answers() -> Iterator[tuple[Any, int]]:
+        for row in rows:
+            given, answer = (_field(row, part.columns[name]) for name in ("choices", "answer"))
+            listed, named = _listed(given)
+            choices = [_text(choice).strip() for choice in listed if choice not in (None, "")]
+            for label in answer if isinstance(answer, list) else [answer]:
+                if label not in (None, "") and _text(label).strip() not in [*choices, *named]:
+                    yield label, len(choices)
+
+    return numbered_from(answers(), part.numbered_from, rows[0].file)
+
+
+def _listed(given: Any) -> tuple[list[Any], list[str]]:
+    """Return choices and their own labels, which the datasets of the hub keep as {text, label}."""
+    if isinstance(given, Mapping) and isinstance(given.get("text"), list) and isinstance(given.get("label"), list):
+        return given["text"], [_text(label) for label in given["label"]]
+    return (given, []) if isinstance(given, list) else ([], [])
+
+
+def _choices(question: Question, metric: Choice, where: str, first: int, counted: Counter[str]) -> Question | None:
+    given, named = _listed(question.fields["choices"])
+    if not given:
+        got = repr(question.fields["choices"])[:60]
+        raise BadData("`choices` is no list", where=where, got=got, fix="name one column for each choice")
     while given and given[-1] in (None, ""):
         given, counted["empty_choices"] = given[:-1], counted["empty_choices"] + 1
     choices = [_text(choice).strip() for choice in given]
@@ -210,7 +236,11 @@ def _choices(question: Question, metric: Choice, where: str, counted: Counter[st
         return None
     if len(choices) < 2 or len(choices) > len(LETTERS):
         raise BadData(f"has {len(choices)} choices", where=where, expected=f"2 to {len(LETTERS)}")
-    right = [_place(label, choices, metric, where) for label in labels]
+    right = [
+        named.index(_text(label)) if _text(label) in named else _place(label, choices, metric, where, first)
+        for label in labels
+    ]
+    counted["numbered_from_1"] += first == 1 and not named and any(number_of(label) is not None for label in labels)
     counted["several_answers"] += len(set(right)) > 1
     counted["duplicate_choices"] += len(set(choices)) < len(choices)
     if metric.endings != "letters":  # a letter names one place; the same text cannot be told apart
@@ -218,13 +248,14 @@ def _choices(question: Question, metric: Choice, where: str, counted: Counter[st
     return question._replace(fields={**question.fields, "choices": choices}, right=tuple(sorted(set(right))))
 
 
-def _place(label: Any, choices: Sequence[str], metric: Choice, where: str) -> int:
-    """Return the place of the choice that a label names: by its number from 0, its letter, or its text."""
+def _place(label: Any, choices: Sequence[str], metric: Choice, where: str, first: int) -> int:
+    """Return the place of the choice that a label names: by its number from the first, its letter, or its text."""
     text = _text(label).strip()
     letter = LETTERS.find(text.strip("().").upper()) if len(text.strip("().")) == 1 else -1
     by_letter = [letter] if 0 <= letter < len(choices) else []
     by_text = [choices.index(text)] if text in choices else []
-    by_number = [int(text)] if text.isdigit() and int(text) < len(choices) else []
+    number = number_of(text)
+    by_number = [number - first] if number is not None and 0 <= number - first < len(choices) else []
     if isinstance(label, int) and not isinstance(label, bool):
         found = by_number
     else:
@@ -235,7 +266,8 @@ def _place(label: Any, choices: Sequence[str], metric: Choice, where: str) -> in
             "the answer is none of the choices",
             where=where,
             got=repr(label)[:80],
-            expected=f"a number below {len(choices)}, a letter up to {LETTERS[len(choices) - 1]}, or a choice's text",
+            expected=f"a number from {first} to {len(choices) - 1 + first}, "
+            f"a letter up to {LETTERS[len(choices) - 1]}, or a choice's text",
         )
     return found[0]
 

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, StringConstraints, field_validator, 
 from tasks.core.errors import did_you_mean
 from tasks.core.layout import CLONE
 from tasks.core.params import Commit, Count, FilePath, HubName, Name, Section
+from tasks.readers.numbered_answers import NumberedFrom
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Limit: TypeAlias = Count | Literal["none"]
@@ -161,6 +162,8 @@ class RowsPart(Section):
     """What stands between a prompt and its ending; nothing where the chat template is used."""
     metric: Metric
     """What is asked, and how it is scored."""
+    numbered_from: NumberedFrom = "auto"
+    """The number of the first choice, where answers are numbers: 0, 1, or what all answers of the files tell."""
     shots: Shots | Literal["none"] = "none"
     """Solved questions that stand before each question."""
     max_new_tokens: Count = 256

@@ -6,7 +6,7 @@ cannot keep whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Mapping, Sequence
 from typing import Any
 
 from tasks.core.errors import BadData
@@ -22,10 +22,12 @@ from tasks.ingest.parsers import (
     parse_pair,
     parse_preference,
     parse_prompt_reply,
+    parse_prompt_text,
     parse_ranked,
     parse_seed_tasks,
     parse_text,
 )
+from tasks.ingest.remarks import remark
 from tasks.ingest.turns import RawRow
 
 
@@ -44,12 +46,37 @@ def parse(row: Any, form: str | Mapping[str, str], origin: Origin) -> Sequence[R
     Raises:
         BadData: the row is not of that format, or holds what would be lost.
     """
-    _check_object(row, origin.place)
+    row = _as_object(row, origin.place)
     if any(row.get(key) for key in ("image", "images", "audio", "audios", "video", "videos")):
         raise BadData("holds pictures or sound, which temper does not train on", where=origin.place)
     if isinstance(form, Mapping):
         row, form = _renamed(row, form, origin.place)
-    return FORMATS[form](row, origin)
+    read = _Reading(row)
+    records = FORMATS[form](read, origin)
+    for key in row.keys() - read.keys_read:
+        if row[key] not in (None, "", [], {}):
+            remark(f'the column "{key}" is not read')
+    return records
+
+
+class _Reading(dict[str, Any]):
+    """A row that knows which of its columns were looked at."""
+
+    def __init__(self, row: Mapping[str, Any]) -> None:
+        super().__init__(row)
+        self.keys_read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.keys_read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:  # type: ignore[override]  # the overloads are dict's alone
+        self.keys_read.add(key)
+        return super().get(key, default)
+
+    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]  # of a class that is dict's alone
+        self.keys_read.update(self)
+        return super().items()
 
 
 def detect(row: Any, place: str) -> str:
@@ -58,7 +85,7 @@ def detect(row: Any, place: str) -> str:
     Raises:
         BadData: no format has such keys.
     """
-    _check_object(row, place)
+    row = _as_object(row, place)
     for form, is_it in _SIGNS.items():
         if is_it(row):
             return form
@@ -75,10 +102,16 @@ def detect(row: Any, place: str) -> str:
     )
 
 
-def _check_object(row: Any, place: str) -> None:
+def _as_object(row: Any, place: str) -> RawRow:
+    """Return a row as an object; one that is a list of turns and nothing else as `messages`."""
+    turns = row if isinstance(row, list) else []
+    if turns and all(isinstance(turn, Mapping) and {"role", "from"} & turn.keys() for turn in turns):
+        remark("a row is a list of turns, taken as its messages")
+        return {"messages": row}
     if not isinstance(row, Mapping):
         got = "null" if row is None else type(row).__name__
         raise BadData("is not an object", where=place, got=got, expected="an object with named fields")
+    return row
 
 
 def parse_labelled(row: RawRow, origin: Origin) -> Sequence[Record]:
@@ -117,6 +150,7 @@ FORMATS: Mapping[str, Callable[[RawRow, Origin], Sequence[Record]]] = {
     "preference": parse_preference,
     "ranked": parse_ranked,
     "labelled": parse_labelled,
+    "prompt_text": parse_prompt_text,
     "text": parse_text,
     "pair": parse_pair,
 }
@@ -146,10 +180,11 @@ _SIGNS: Mapping[str, Callable[[RawRow], bool]] = {
     "alpaca": lambda row: f"{language_of(row)}instruction" in row and f"{language_of(row)}output" in row,
     "choices": lambda row: (
         any(key in row for key in ("question", "query", "Question"))
-        and ("choices" in row or "options" in row or ("A" in row and "B" in row))
+        and ("choices" in row or "options" in row or ("A" in row and "B" in row) or ("a" in row and "b" in row))
     ),
     "prompt_reply": lambda row: any(pair[0] in row and pair[1] in row for pair in PROMPT_REPLY),
     "pair": lambda row: any(pair[0] in row and pair[1] in row for pair in INPUT_TARGET),
+    "prompt_text": lambda row: isinstance(row.get("prompt"), str) and isinstance(row.get("text"), str),
     "text": lambda row: isinstance(row.get("text"), str) or set(row) == {"content"},
 }
 """How each format is told, in the order of asking; other columns are not read."""

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from tasks.core.params import Commit, Count, FilePath, HubName, Name, Section, Seed, Share, SourceFacts
+from tasks.readers.numbered_answers import NumberedFrom
 
 
 class AnySource(SourceFacts):
@@ -40,6 +41,7 @@ Format = Literal[
     "preference",
     "ranked",
     "labelled",
+    "prompt_text",
     "text",
     "pair",
 ]
@@ -71,6 +73,8 @@ class RowsOfFiles(AnySource):
         "utf-8"
     )
     """Of text files."""
+    numbered_from: NumberedFrom = "auto"
+    """The number of the first choice of a question, where answers are numbers: 0, 1, or what all of a file tell."""
     max_refused: Share = 0.01
     """The stage fails when a larger share of the rows is malformed; the others are listed in refused.parquet."""
     take: Literal["all"] | First | Shuffled = "all"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, takewhile
 from typing import Any, NamedTuple
 
 from tasks.core.errors import BadData
 from tasks.core.records import ChatExample, Message, PreferencePair, Record, SeqPair, TextExample, written_out
+from tasks.ingest.remarks import remark
 from tasks.ingest.turns import (
     RawRow,
     check_tools,
@@ -23,6 +24,7 @@ from tasks.ingest.turns import (
     tools_of,
     turns_of,
 )
+from tasks.readers.numbered_answers import number_of
 
 
 class Origin(NamedTuple):
@@ -112,19 +114,60 @@ def parse_choices(row: RawRow, origin: Origin) -> Sequence[Record]:
 
     A question of a test without answers becomes a chat without a reply, which is good to look for contamination with.
     """
-    place, row = origin.place, {str(key).lower() if len(str(key)) > 1 else key: value for key, value in row.items()}
-    asked = text_of(row, "question" if "question" in row else "query", place)
-    passage = row.get("passage")
-    options = row.get("choices", row.get("options"))
-    if options is None:
-        options = [row[letter] for letter in LETTERS if isinstance(row.get(letter), str)]
+    place = origin.place
+    given = _small_keys(row)
+    asked = text_of(given, "question" if "question" in given else "query", place)
+    passage = given.get("passage")
+    options, _, answer = choices_of(row)
     if not isinstance(options, list) or len(options) > len(LETTERS):
         raise BadData("has no list of choices", where=place, got=repr(options)[:60], expected="a list of texts")
     lines = [f"{passage}\n{asked}" if isinstance(passage, str) and passage else asked]
     lines += [o if re.match(r"\(?[A-Z][).]", o) else f"{LETTERS[i]}. {o}" for i, o in enumerate(map(str, options))]
-    answer = next((row[k] for k in ("gold", "label", "answer") if row.get(k) not in (None, "", [])), None)
     reply = [] if answer is None else [Message("assistant", _choice(answer, len(options), place))]
     return [_chat(origin, [Message("user", "\n".join(lines)), *reply], row)]
+
+
+def _small_keys(row: RawRow) -> dict[str, Any]:
+    return {str(key).lower() if len(str(key)) > 1 else key: value for key, value in row.items()}
+
+
+_ANSWERS = ("gold", "label", "answer", "answerkey", "answer_key")
+
+
+def choices_of(row: RawRow) -> tuple[Any, str, Any]:
+    """Return the choices of a question, the key of its answer in small letters, and the answer, None for none.
+
+    An answer is the letter of the choice where the choices have labels of their own, as ARC has on the hub.
+    """
+    row = _small_keys(row)
+    options = row.get("choices", row.get("options"))
+    if options is None:
+        options = [row[each] for each in LETTERS if isinstance(row.get(each), str)]
+        options = options or [row[each] for each in LETTERS.lower() if isinstance(row.get(each), str)]
+    key = next((key for key in _ANSWERS if row.get(key) not in (None, "", [])), "")
+    answer = row.get(key)
+    if isinstance(options, Mapping) and isinstance(options.get("text"), list) and "label" in options:
+        labels = [str(label) for label in options["label"]]
+        options = options["text"]
+        if str(answer) in labels:
+            answer = LETTERS[labels.index(str(answer))]
+    return options, key, answer
+
+
+def lettered(row: RawRow, first: int, place: str) -> RawRow:
+    """Return a question whose answer is the number of a choice with the letter of that instead.
+
+    Raises:
+        BadData: there is no such choice.
+    """
+    options, key, answer = choices_of(row)
+    number = number_of(answer)
+    if number is None or not isinstance(options, list) or str(answer).strip() in map(str, options):
+        return row
+    if not 0 <= number - first < len(options):
+        expected = f"{first} to {first + len(options) - 1}"
+        raise BadData("names a choice that is not there", where=place, got=str(answer), expected=expected)
+    return {**{name: value for name, value in row.items() if str(name).lower() != key}, key: LETTERS[number - first]}
 
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -141,7 +184,7 @@ def _choice(answer: Any, options: int, place: str) -> str:
             )
         return LETTERS[answer]
     text = "".join(map(str, answer)) if isinstance(answer, list) else answer
-    if options and text.strip().isdigit():
+    if options and text.strip().isdecimal():
         raise BadData(
             "does not say which choice is right", where=place, got=repr(text), expected="a letter, or a number"
         )
@@ -167,6 +210,12 @@ def parse_preference(row: RawRow, origin: Origin) -> Sequence[Record]:
     shared = _shared(stated, prompts[0], first, place)
     if prompts[0] != prompts[1]:
         raise BadData("chosen and rejected answer different prompts", where=place, fix="give both the same prompt")
+    if not shared and (begins := _common_beginning(first[-1].content, second[-1].content)):
+        remark("what chosen and rejected begin with is taken as their prompt")
+        shared = [Message("user", begins.strip())]
+        first, second = (
+            [reply[-1]._replace(content=reply[-1].content[len(begins) :].lstrip())] for reply in (first, second)
+        )
     if not shared:
         raise BadData("has no prompt", where=place, got=f"the fields {', '.join(row)}", expected="prompt, or messages")
     for reply in (first[-1], second[-1]):
@@ -175,6 +224,19 @@ def parse_preference(row: RawRow, origin: Origin) -> Sequence[Record]:
                 "a reply must be one turn of text by the assistant", where=place, got=f"a turn of {reply.role}"
             )
     return [_preference(origin, shared, written_out(first[-1]), written_out(second[-1]), row)]
+
+
+_SENTENCES = re.compile(r".*(?:[.?!:](?=\s)|[。？！：])", re.DOTALL)  # the marks of Chinese
+
+
+def _common_beginning(chosen: str, rejected: str) -> str:
+    """Return what two texts begin with, up to the end of a line or a sentence; nothing if one has no more than that."""
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
+    shared = chosen[: sum(1 for _ in same)]
+    lines, end, _ = shared.rpartition("\n")
+    sentences = _SENTENCES.match(shared)
+    found = lines + end if lines.strip() else sentences[0] if sentences else ""
+    return found if chosen[len(found) :].strip() and rejected[len(found) :].strip() else ""
 
 
 def _shared(stated: list[Message], before: list[Message], chosen: list[Message], place: str) -> list[Message]:
@@ -225,6 +287,15 @@ def _scores(row: RawRow, replies: Sequence[Any], place: str) -> list[float]:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
             raise BadData("a score is not a number", where=place, got=repr(value), expected="a number for each reply")
     return [-float(value) if lower_is_better else float(value) for value in given]
+
+
+def parse_prompt_text(row: RawRow, origin: Origin) -> Sequence[Record]:
+    """`prompt` and `text`, which is the reply, or the prompt and the reply after it."""
+    prompt, text = text_of(row, "prompt", origin.place), text_of(row, "text", origin.place)
+    whole = bool(prompt) and text.startswith(prompt)
+    remark(f'"text" beside "prompt" is taken as {"the prompt and its reply" if whole else "the reply"}')
+    reply = text[len(prompt) :].strip() if whole else text
+    return [_chat(origin, [Message("user", prompt), Message("assistant", reply)], row)]
 
 
 def parse_text(row: RawRow, origin: Origin) -> Sequence[Record]:

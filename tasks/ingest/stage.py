@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -38,10 +38,11 @@ from tasks.ingest.params import (
     Shuffled,
     Source,
 )
-from tasks.ingest.parsers import Origin
-from tasks.ingest.remarks import collected
+from tasks.ingest.parsers import Origin, choices_of, lettered
+from tasks.ingest.remarks import collected, remark
 from tasks.ingest.synthetic import Recipe, generate_rows, read_lexicon
 from tasks.readers.files import read_rows_and_errors
+from tasks.readers.numbered_answers import number_of, numbered_from
 
 _REFUSALS_KEPT = 100_000
 _EXCERPT_CHARACTERS = 200
@@ -60,6 +61,7 @@ class Reading:
     formats: dict[str, str] = field(default_factory=dict)
     remarks: Counter[str] = field(default_factory=Counter)
     """How often something was taken in a way that is to be said, or was not read."""
+    _first_numbers: dict[str, int] = field(default_factory=dict)
 
     def records(self) -> Iterator[Record]:
         """Yield the rows of the source, in its own order.
@@ -111,6 +113,8 @@ class Reading:
                     raise row
                 with collected(self.remarks):
                     form = self._form(source, row, origin)
+                    if form == "choices" and _is_numbered(row):
+                        row = lettered(row, self._numbered_from(path, source, place, file), origin.place)
                     records = parse(row, form, origin)
                 yield from records
                 self.formats.setdefault(file, form if isinstance(form, str) else "columns")
@@ -120,6 +124,20 @@ class Reading:
                 self.excerpts.append(said[:_EXCERPT_CHARACTERS])
                 if len(self.refused) == _REFUSALS_KEPT:
                     self._check_refused(source.max_refused)
+
+    def _numbered_from(self, path: Path, source: RowsOfFiles, place: str, file: str) -> int:
+        """Return the number of the first choice in a file, for which all of it is read once more."""
+        if file not in self._first_numbers:
+            rows = (each.value for each in read_rows_and_errors(path, source.encoding, place) if each.file == file)
+            asked = (choices_of(row) for row in rows if isinstance(row, Mapping))
+            answers = (
+                (answer, len(options))
+                for options, _, answer in asked
+                if isinstance(options, list) and str(answer).strip() not in map(str, options)
+            )
+            self._first_numbers[file] = numbered_from(answers, source.numbered_from, file)
+            remark(f"the choices of {file} are numbered from {self._first_numbers[file]}")
+        return self._first_numbers[file]
 
     def _form(self, source: RowsOfFiles, row: Any, origin: Origin) -> str | dict[str, str]:
         """Return the format of a row: the columns that params name, else the format that its keys show."""
@@ -151,6 +169,12 @@ class Reading:
             {"place": error.where, "reason": error.line(), "excerpt": excerpt}
             for error, excerpt in zip(self.refused, self.excerpts, strict=True)
         ]
+
+
+def _is_numbered(row: Any) -> bool:
+    """Return whether a question of several choices has a number for its answer."""
+    options, _, answer = choices_of(row)
+    return bool(options) and number_of(answer) is not None
 
 
 def shuffled(records: Sequence[Record], take: Shuffled) -> Iterator[Record]:
@@ -211,4 +235,4 @@ def main() -> None:
         rows = ", ".join(f"{count} {kind}" for kind, count in about["rows"].items() if count)
         print(f"ingest {stage.item}: {rows} from {about['path']}; {len(reading.refused)} refused", flush=True)
         for text, count in reading.remarks.most_common():
-            print(f"ingest {stage.item}: {text} ({count} times)", flush=True)
+            print(f"ingest {stage.item}: {text} ({count} rows)", flush=True)

@@ -368,6 +368,8 @@ def text_of(row: RawRow, field: str, place: str) -> str:
     if not isinstance(value, str):
         got = "nothing" if field not in row else "null" if value is None else type(value).__name__
         raise BadData(f'field "{field}" is not text', where=place, got=got, expected="a string")
+    if "<img" in value:
+        remark(f'"{field}" holds an <img> address, which is taken as words')
     try:
         value.encode()
     except UnicodeEncodeError as error:

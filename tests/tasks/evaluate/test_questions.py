@@ -31,11 +31,28 @@ def asked(answer: Any, choices: Any = ("x", "y", "z")) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("answer", "right"),
-    [(0, (0,)), (2, (2,)), ("B", (1,)), ("(c)", (2,)), ("y", (1,)), ("1", (1,)), (["A", "C"], (0, 2)), ([2], (2,))],
+    [(0, (0,)), (2, (2,)), ("B", (1,)), ("(c)", (2,)), ("y", (1,)), (["A", "C"], (0, 2)), ([2], (2,))],
 )
 def test_an_answer_is_a_number_a_letter_a_text_or_several(tmp_path: Path, answer: Any, right: tuple[int, ...]) -> None:
     (question,) = one(tmp_path, CHOICE, asked(answer)).questions
     assert question.right == right
+
+
+ARC = ({"text": ["iron", "oak", "wool"], "label": ["1", "2", "3"]}, "2")
+"""As the hub has it: choices with labels of their own, by which the answer goes."""
+
+
+def test_numbers_are_read_alike_in_a_whole_file(tmp_path: Path) -> None:
+    assert [q.right for q in one(tmp_path, CHOICE, asked("1"), asked("3")).questions] == [(0,), (2,)]
+    assert [q.right for q in one(tmp_path, CHOICE, asked("1"), asked("0")).questions] == [(1,), (0,)]
+    assert [q.right for q in one(tmp_path, CHOICE, asked("1"), asked("B")).questions] == [(0,), (1,)]
+    assert one(tmp_path, CHOICE, asked("1"), numbered_from=0).questions[0].right == (1,)
+    assert one(tmp_path, CHOICE, asked(ARC[1], ARC[0])).questions[0].right == (1,)
+    with pytest.raises(BadData, match="numbered from 0 or from 1"):
+        one(tmp_path, CHOICE, asked("1"), asked("2"))
+    with pytest.raises(BadData, match="none of the choices"):
+        one(tmp_path, CHOICE, asked("0"), numbered_from=1)
+    assert one(tmp_path, CHOICE, asked("1"), asked("3")).counted["numbered_from_1"] == 2
 
 
 def test_a_letter_that_is_a_choice_itself_means_what_the_metric_asks_for(tmp_path: Path) -> None:

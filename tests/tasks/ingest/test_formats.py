@@ -162,6 +162,8 @@ UNDERSTOOD: dict[str, tuple[str, dict[str, Any], Record]] = {
     "prompt and response": ("prompt_reply", {"prompt": "q", "response": "a"}, chat(U, A)),
     "question and answer": ("prompt_reply", {"question": "q", "answer": "a"}, chat(U, A)),
     "input and output": ("prompt_reply", {"ID": 0, "Label": 2, "input": "q", "output": "a"}, chat(U, A)),
+    "prompt and text": ("prompt_text", {"prompt": "q", "text": "a"}, chat(U, A)),
+    "prompt and text that begins with it": ("prompt_text", {"prompt": "q", "text": "q a"}, chat(U, A)),
     "prompt and completion as messages": (
         "prompt_reply",
         {"prompt": MESSAGES[:1], "completion": MESSAGES[1:]},

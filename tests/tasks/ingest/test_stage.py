@@ -9,7 +9,7 @@ import pytest
 
 from tasks.core.errors import BadData, Transient
 from tasks.core.parquet import read_records, write_records
-from tasks.core.records import KINDS, ChatExample, Message, Record, SeqPair
+from tasks.core.records import KINDS, ChatExample, Message, PreferencePair, Record, SeqPair
 from tasks.ingest.params import FolderSource, GeneratorSource, HubSource
 from tasks.ingest.stage import Reading
 from tests.conftest import ROOT
@@ -54,6 +54,93 @@ def test_inputs_and_targets_are_the_same_from_every_form_of_a_real_file(real_dat
     columns = {"input": "Tweet text", "target": "text_label"}  # RAFT's own names
     few = [rows(form / f"twitter_complaints_small.{form.name}", format=columns) for form in forms]
     assert all([(r.input, r.target) for r in found if isinstance(r, SeqPair)] == pairs[0][:10] for found in few)
+
+
+def test_one_malformed_row_costs_that_row(tmp_path: Path) -> None:
+    """A number that is none, a comma too many, a cut line, a row of a table with a field too many: and where."""
+    good = json.dumps(ALPACA)
+    lines = [good, '{"instruction": NaN}', good, '{"instruction": "a", }', good, good, '{"instruction": "cu']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "a.json").write_text("[" + ",\n".join(lines[:-1]) + "]")
+    (tmp_path / "a.csv").write_text("prompt,reply\na,b\na,b,c\nc,d\n")
+    for name, kept, lost in (
+        ("a.jsonl", [1, 3, 5, 6], [2, 4, 7]),
+        ("a.json", [1, 3, 5, 6], [2, 4]),
+        ("a.csv", [2, 4], [3]),
+    ):
+        reading = Reading("s", file_source(tmp_path / name, max_refused=0.5))
+        assert [record.row for record in reading.records()] == kept
+        assert [int(error.where.split(":")[1]) for error in reading.refused] == lost
+        with pytest.raises(BadData):
+            rows(tmp_path / name)
+
+
+def test_an_array_that_is_cut_has_no_end_to_go_on_from(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[" + json.dumps(ALPACA) + ', {"instruction": "cu')
+    with pytest.raises(BadData, match="is cut off"):
+        rows(tmp_path / "a.json", max_refused=1.0)
+
+
+def test_parquet_gives_the_rows_that_lines_give(tmp_path: Path) -> None:
+    """Arrow gives every object the keys of all others; those are not the row's."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    calls = [{"name": "warmth", "arguments": {"town": "Oslo"}}, {"name": "lamp", "arguments": {"on": True}}]
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "tool_calls": [{"type": "function", "function": call}]},
+                {"role": "tool", "content": "1"},
+            ],
+            "tools": [{"type": "function", "function": {"name": call["name"], "parameters": call["arguments"]}}],
+        }
+        for call in calls
+    ]
+    lines = rows(write(tmp_path / "a.jsonl", chats))
+    pq.write_table(pa.Table.from_pylist(chats), tmp_path / "a.parquet")
+    assert [(r.messages, r.tools) for r in rows(tmp_path / "a.parquet") if isinstance(r, ChatExample)] == [
+        (r.messages, r.tools) for r in lines if isinstance(r, ChatExample)
+    ]
+
+
+def test_numbered_answers_are_read_alike_in_a_whole_file(tmp_path: Path) -> None:
+    """ARC, flat: numbers from 1 beside letters."""
+    (tmp_path / "arc.csv").write_text("question,a,b,answerKey\nIron?,x,y,1\nOak?,x,y,B\n")
+    reading = Reading("s", file_source(tmp_path / "arc.csv"))
+    assert [r.messages[-1].content for r in reading.records() if isinstance(r, ChatExample)] == ["A", "B"]
+    assert reading.remarks == {f"the choices of {tmp_path / 'arc.csv'} are numbered from 1": 1}
+    (tmp_path / "some.csv").write_text("question,A,B,C,answer\nIron?,x,y,z,1\nOak?,x,y,z,2\n")
+    with pytest.raises(BadData, match="numbered from 0 or from 1"):
+        rows(tmp_path / "some.csv")
+    found = rows(tmp_path / "some.csv", numbered_from=0)
+    assert [r.messages[-1].content for r in found if isinstance(r, ChatExample)] == ["B", "C"]
+
+
+def test_what_was_taken_and_what_else_stood_there_is_said(tmp_path: Path) -> None:
+    given = [
+        {"prompt": "q", "text": "q a", "score": 1},
+        {"prompt": "q", "text": "a", "score": None},
+        {"question": "q", "answer": "a", "output": "o"},
+        {"chosen": "Say hi. Hello", "rejected": "Say hi. No"},
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": "see <img src=x>"}],
+    ]
+    reading = Reading("s", file_source(write(tmp_path / "a.jsonl", given)))
+    read = list(reading.records())
+    assert [r.messages[-1].content for r in read if isinstance(r, ChatExample)] == ["a", "a", "a", "see <img src=x>"]
+    assert [(r.prompt[0].content, r.chosen, r.rejected) for r in read if isinstance(r, PreferencePair)] == [
+        ("Say hi.", "Hello", "No")
+    ]
+    assert set(reading.remarks) == {
+        '"text" beside "prompt" is taken as the prompt and its reply',
+        '"text" beside "prompt" is taken as the reply',
+        'the column "score" is not read',
+        'the column "output" is not read',
+        "what chosen and rejected begin with is taken as their prompt",
+        "a row is a list of turns, taken as its messages",
+        '"content" holds an <img> address, which is taken as words',
+    }
 
 
 def test_the_text_of_a_row_is_not_touched(tmp_path: Path) -> None:
