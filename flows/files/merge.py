@@ -11,9 +11,9 @@ from tasks.adapters.files import CONFIG, check_base_folder
 from tasks.core.artifacts import as_json, atomic_folder, check_manifest, read_object
 from tasks.core.errors import BadParams
 from tasks.core.layout import EQUIVALENCE
+from tasks.deltas.peft_config import settings_of
 from tasks.merge.adapter_combination import Combination, combined
 from tasks.merge.merged_model import DEQUANTIZED, DTYPES, ORIGINAL, Merged, merge, merge_changes, write_merged
-from tasks.merge.peft_config import settings_of
 from tasks.models.safetensors_reader import MIB
 
 if TYPE_CHECKING:

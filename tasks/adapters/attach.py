@@ -83,7 +83,10 @@ def make_trainable(model: PreTrainedModel, adapter: AnyAdapter, steps: int = 1) 
     # not through PEFT's prepare_model_for_kbit_training: it turns norms and embeddings to float32, which the model that
     # is merged, evaluated and served does not have
     _check_rank(model, adapter)
-    adapted = _adapted(model, peft_config(adapter, steps, architecture_of(model).task_type), "params")
+    config = peft_config(adapter, steps, architecture_of(model).task_type)
+    if getattr(config, "target_modules", None) == "all-linear":
+        vars(config)["exclude_modules"] = _no_plain_layers(model)
+    adapted = _adapted(model, config, "params")
     _check_names(adapted, adapter)
     _check_embeddings(adapted)
     if isinstance(adapter, AdaloraAdapter):
@@ -99,6 +102,23 @@ def make_trainable(model: PreTrainedModel, adapter: AnyAdapter, steps: int = 1) 
 
         add_in_one_pass(adapted)
     return adapted
+
+
+def _no_plain_layers(model: PreTrainedModel) -> list[str] | None:
+    """Return the linear layers of a model that do more than multiply, such as Llama 4's routers with two results.
+
+    An update of their product would stand in for all that they do.
+    """
+    from torch import nn
+
+    own = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and type(module).forward is not nn.Linear.forward
+        and type(module).__module__.startswith("transformers.models.")
+    ]
+    return own or None
 
 
 def load_adapted(base: Path, folder: Path, adapter: AnyAdapter) -> Model:

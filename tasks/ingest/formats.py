@@ -70,7 +70,7 @@ class _Reading(dict[str, Any]):
         self.keys_read.add(key)
         return super().__getitem__(key)
 
-    def get(self, key: str, default: Any = None) -> Any:  # type: ignore[override]  # the overloads are dict's alone
+    def get(self, key: str, default: Any = None) -> Any:
         self.keys_read.add(key)
         return super().get(key, default)
 

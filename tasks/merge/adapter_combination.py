@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 
 from tasks.core.errors import BadModel, BadParams
-from tasks.merge.lazy_tensors import Change, ComputedTensor
-from tasks.merge.weight_deltas import changes_of
+from tasks.deltas.lazy_tensors import Change, ComputedTensor
+from tasks.deltas.weight_deltas import changes_of
 from tasks.models.safetensors_reader import StoredTensor, TensorSource
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """The files of a merged model: what becomes of each tensor of the base, and of what lies beside the weights.
 
-Needs neither the model nor torch: tensors are read, changed and written block by block.
+The model is never in memory: tensors are read, changed and written block by block.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from tasks.adapters.files import CONFIG
 from tasks.core.artifacts import as_json, digest, read_object
 from tasks.core.errors import BadModel
 from tasks.core.progress import Progress
-from tasks.merge.lazy_tensors import Change, ComputedTensor
+from tasks.deltas.base_tensors import by_names_in_memory, is_tied, with_head
+from tasks.deltas.lazy_tensors import Change, ComputedTensor
+from tasks.deltas.weight_deltas import changes_of, embedding_and_head
 from tasks.merge.safetensors_writer import Planned, write_shards
-from tasks.merge.weight_deltas import changes_of, embedding_and_head
 from tasks.models.loader import model_files, refuse_code
 from tasks.models.safetensors_reader import BYTES, INDEX, StoredTensor, TensorSource, stored_in
 
@@ -56,8 +57,11 @@ def merge(
         BadModel: one of them is unsafe, torn, quantized, or they do not fit each other.
     """
     config, stored = _base(base)
-    changes = changes_of(adapter, with_head(stored, config), str(config.get("model_type")))
-    return _merged(config, stored, changes, dtype, replaced, (adapter / CONFIG).is_file())
+    tensors, family = with_head(stored, config), str(config.get("model_type"))
+    if not (adapter / CONFIG).is_file():  # weights that were trained whole have the names of files
+        return _merged(config, stored, changes_of(adapter, tensors, family), dtype, replaced, False)
+    changes = by_names_in_memory(base, tensors, lambda named: changes_of(adapter, named, family))
+    return _merged(config, stored, changes, dtype, replaced, True)
 
 
 def merge_changes(
@@ -65,7 +69,8 @@ def merge_changes(
 ) -> Merged:
     """Build the merged tensors of a base with changes that are computed for its tensors and its model_type."""
     config, stored = _base(base)
-    found = changes(with_head(stored, config), str(config.get("model_type")))
+    family = str(config.get("model_type"))
+    found = by_names_in_memory(base, with_head(stored, config), lambda named: changes(named, family))
     return _merged(config, stored, found, dtype, {}, True)
 
 
@@ -106,18 +111,6 @@ def _has_template(folder: Path) -> bool:
     return path.is_file() and bool(read_object(path).get("chat_template"))
 
 
-def with_head(stored: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> dict[str, StoredTensor]:
-    """Return a base's tensors; a head tied to the embedding is listed with its tensor, whether it is stored or not."""
-    embedding, head = embedding_and_head(stored)
-    return {**stored, head: stored[embedding]} if _is_tied(stored, config) else dict(stored)
-
-
-def _is_tied(stored: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> bool:
-    embedding, head = embedding_and_head(stored)
-    says = config.get("tie_word_embeddings") is True or head not in stored
-    return bool(embedding) and not config.get("is_encoder_decoder") and says
-
-
 def _base(folder: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     model_files(folder)
     config = read_object(folder / "config.json")
@@ -154,7 +147,7 @@ def _merged(
     tensors = {name: planned(name, tensor) for name, tensor in stored.items()}
     embedding, head = embedding_and_head(stored)
     grown = bool(embedding) and tensors[embedding].source.shape[0] != stored[embedding].shape[0]
-    if _is_tied(stored, config):
+    if is_tied(stored, config):
         apart = head in changes or (embedding in changes and not grown)
         if of_adapter and apart and changes.get(head) is not changes.get(embedding):
             tensors[head] = planned(head, stored[embedding])

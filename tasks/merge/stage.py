@@ -22,12 +22,12 @@ from tasks.core.artifacts import as_json, atomic_folder, read_manifest
 from tasks.core.errors import NotEquivalent
 from tasks.core.layout import EQUIVALENCE
 from tasks.core.stage import run_stage
+from tasks.deltas.lazy_tensors import ComputedTensor
+from tasks.deltas.weight_deltas import name_in
 from tasks.inference.rendered_rows import read_questions
 from tasks.merge.export.formats import export
-from tasks.merge.lazy_tensors import ComputedTensor
 from tasks.merge.merged_model import DEQUANTIZED, ORIGINAL, merge, write_merged
 from tasks.merge.params import Merge
-from tasks.merge.weight_deltas import name_in
 from tasks.models.device import seed_everything
 from tasks.models.loader import Model
 from tasks.models.quantization import dequantized

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tasks.adapters.attach import save_adapter
@@ -22,11 +23,13 @@ from tasks.core.errors import BadParams
 from tasks.core.memory import explain_out_of_memory
 from tasks.core.progress import Progress
 from tasks.core.stage import StageContext, run_stage
+from tasks.deltas.base_tensors import check_mergeable
 from tasks.engine import collectives
 from tasks.engine.checkpoints import check_writable, checkpoint_folder
 from tasks.engine.evaluation_hooks import EvalHooks
 from tasks.engine.memory import AdaptiveMicroBatch, adaptive_micro_batch, keep_freed_blocks
 from tasks.models.device import seed_everything
+from tasks.models.loader import Model
 from tasks.registry.client import KEPT_LOSS, flat
 from tasks.reports.training_log import Log
 from tasks.tokenization.architecture import architecture_in
@@ -66,6 +69,20 @@ def say_what_was_kept(name: str, log: Log, watch: EvalHooks, steps: int, before:
     print(f"train {name}: {len(log)} of {steps} steps, held-out loss {before:.3f} -> {after:.3f}{kept}", flush=True)
 
 
+def prove_mergeable(model: Model, base: Path) -> None:
+    """Refuse to train an adapter that could not be merged, which would be found only hours later.
+
+    Raises:
+        BadModel: its names or shapes do not fit the files of the base.
+    """
+    from peft import PeftModel
+
+    if ranks.is_first() and isinstance(model, PeftModel):
+        with TemporaryDirectory() as folder:
+            save_adapter(model, Path(folder))
+            check_mergeable(base, Path(folder))
+
+
 def main() -> None:
     """Run the stage `train@METHOD`, in one process or in several that were launched together."""
     launcher.launch_if_asked("tasks.train")
@@ -101,6 +118,7 @@ def _train_stage(stage: StageContext, method: Method, checkpoints: Path, rows: A
         )
     training = prepare(base, method, examples, held_out, checkpoints, rows)
     model, initial = training.model, initial_state(training.model)
+    prove_mergeable(model, base)
 
     def loss() -> float:
         return training.losses.held_out(held_out, method.batch_size)

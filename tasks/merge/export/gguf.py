@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks.core.artifacts import read_object
 from tasks.core.errors import BadModel
+from tasks.deltas.lazy_tensors import OfShape
 from tasks.merge.export.ollama import begins_with
-from tasks.merge.lazy_tensors import OfShape
 from tasks.models.loader import model_files
 from tasks.models.safetensors_reader import StoredTensor, TensorSource, blocks, rounded, stored_in
 

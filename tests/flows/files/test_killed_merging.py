@@ -15,7 +15,7 @@ from tasks.core.artifacts import read_manifest
 from tests.conftest import digests
 from tests.flows.files import killed_merging
 from tests.helpers.forked import attempt, forks_of
-from tests.tasks.merge.test_weight_deltas import llama, perturbed, saved
+from tests.tasks.deltas.test_weight_deltas import llama, perturbed, saved
 
 KILLS = int(os.environ.get("TEMPER_KILLS", "5"))
 

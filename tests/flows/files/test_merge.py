@@ -14,7 +14,7 @@ from tasks.adapters.files import CONFIG, WEIGHTS
 from tasks.core.artifacts import MANIFEST, read_manifest
 from tests.conftest import ROOT
 from tests.flows.files.test_inspect import command
-from tests.tasks.merge.test_weight_deltas import llama, perturbed, saved
+from tests.tasks.deltas.test_weight_deltas import llama, perturbed, saved
 
 
 @pytest.fixture(scope="module")

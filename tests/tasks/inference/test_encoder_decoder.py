@@ -18,6 +18,7 @@ from tasks.base.stage import check_loads, give_template
 from tasks.core.errors import BadData, BadModel, BadParams
 from tasks.core.progress import Progress
 from tasks.core.records import ChatExample, Message, PreferencePair, Record, SeqPair
+from tasks.deltas.weight_deltas import changes_of
 from tasks.evaluate.held_out import answer_pairs
 from tasks.inference.chat import answer_text
 from tasks.inference.encoder_decoder import PairRow, check_room, generate_targets, score_pairs
@@ -26,7 +27,6 @@ from tasks.inference.params import GREEDY
 from tasks.inference.rendered_rows import row_of
 from tasks.merge.merged_model import merge, write_merged
 from tasks.merge.stage import kl_divergence
-from tasks.merge.weight_deltas import changes_of
 from tasks.models.device import seed_everything
 from tasks.models.loader import load_model
 from tasks.models.safetensors_reader import stored_in

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tasks.core.errors import BadModel, BadParams
 from tasks.merge.adapter_combination import Combination, combine, combined
 from tasks.merge.merged_model import merge_changes, write_merged
-from tests.tasks.merge.test_weight_deltas import llama, perturbed, saved, written
+from tests.tasks.deltas.test_weight_deltas import llama, perturbed, saved, written
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from tasks.core.artifacts import digest
 from tasks.core.errors import BadModel
-from tasks.merge.lazy_tensors import ComputedTensor
+from tasks.deltas.lazy_tensors import ComputedTensor
 from tasks.merge.safetensors_writer import Planned, write_shards
 from tasks.models.safetensors_reader import INDEX, read_header, rounded, stored_in, widened
 

@@ -30,4 +30,4 @@ def test_what_nothing_tells_params_must(answers: list[str], said: str) -> None:
     with pytest.raises(BadData, match=said) as caught:
         numbered_from([(answer, 4) for answer in answers], "auto", "f")
     assert "numbered_from" in caught.value.fix
-    assert [numbered_from([(a, 4) for a in answers], stated, "f") for stated in (0, 1)] == [0, 1]  # type: ignore[arg-type]
+    assert [numbered_from([(a, 4) for a in answers], stated, "f") for stated in (0, 1)] == [0, 1]

@@ -11,8 +11,8 @@ from itertools import product
 from typing import NamedTuple
 
 from tasks.core.errors import BadModel
-from tasks.merge.lazy_tensors import AddedExperts
-from tasks.merge.peft_config import Settings
+from tasks.deltas.lazy_tensors import AddedExperts
+from tasks.deltas.peft_config import Settings
 from tasks.models.safetensors_reader import StoredTensor, TensorSource
 
 _PARTS = {"gate_up_proj": (("gate_proj", "w1"), ("up_proj", "w3")), "down_proj": (("down_proj", "w2"),)}
@@ -107,14 +107,16 @@ def fused_weights(base: Mapping[str, StoredTensor], settings: Settings) -> set[s
     for target in settings.target_parameters or ():
         module, _, parameter = target.rpartition(".")
         parts = "|".join(name for part in _PARTS.get(parameter, ()) for name in part) or "-"
-        places = "|".join(re.escape(each) for each in _places(module))
+        places = "|".join(re.escape(each) for each in _places(module)) if module else r"[^.]*experts[^.]*"
         apart = re.compile(rf"(.*\.)?({places})\.\d+\.({parts})\.weight")
         found |= {name for name in base if f".{name}".endswith(f".{target}") or apart.fullmatch(name)}
     return found
 
 
 def _holds(module: str, target: str) -> bool:
-    return f".{module}".endswith(f".{target.rpartition('.')[0]}")
+    """Return whether a parameter that is targeted, by its own name or with its module's, may be of this module."""
+    place = target.rpartition(".")[0]
+    return not place or f".{module}".endswith(f".{place}")
 
 
 def _places(module: str) -> tuple[str, str]:

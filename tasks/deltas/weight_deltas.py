@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, TypeAlias
 from tasks.adapters.files import CONFIG, WEIGHTS, weights_file
 from tasks.core.artifacts import read_object
 from tasks.core.errors import BadModel
-from tasks.merge.expert_deltas import Fused, fused_weights
-from tasks.merge.lazy_tensors import Added, Change, Factor, Longer, Normed, Plus, Rows, Scaled
-from tasks.merge.peft_config import Settings, settings_of
+from tasks.deltas.expert_deltas import Fused, fused_weights
+from tasks.deltas.lazy_tensors import Added, Change, Factor, Longer, Normed, Plus, Rows, Scaled
+from tasks.deltas.peft_config import Settings, settings_of
 from tasks.models.safetensors_reader import BYTES, StoredTensor, TensorSource, blocks, read_header, stored_in
 
 _ROUNDING = 1e-5
@@ -59,13 +59,13 @@ def changes_of(adapter: Path, base: Mapping[str, StoredTensor], family: str = ""
         return _whole(adapter, base)
     settings = settings_of(adapter)
     kind = settings.peft_type
-    if kind not in _METHODS:
+    if kind not in METHODS:
         raise BadModel(
-            "is of a method that cannot be merged", where=str(adapter / CONFIG), got=kind, expected=", ".join(_METHODS)
+            "is of a method that cannot be merged", where=str(adapter / CONFIG), got=kind, expected=", ".join(METHODS)
         )
     tensors = adapter_tensors(adapter)
     check_finite(tensors, adapter / WEIGHTS)
-    return _collected(_Adapter(adapter, settings, tensors, base, family), _METHODS[kind])
+    return _collected(_Adapter(adapter, settings, tensors, base, family), METHODS[kind])
 
 
 def adapter_tensors(adapter: Path) -> dict[str, StoredTensor]:
@@ -357,11 +357,12 @@ def _ia3(adapter: _Adapter, left: Mapping[str, StoredTensor]) -> Iterator[FoundD
             yield bias, _scaled(factors, by_row=True), (name,)
 
 
-_METHODS: dict[str, DeltaReader] = {
+METHODS: dict[str, DeltaReader] = {
     "LORA": _lora,
     "ADALORA": _adalora,
     "IA3": _ia3,
 }
+"""The methods of PEFT that change weights, and so can be merged."""
 
 
 def _become(weight: StoredTensor) -> Change:

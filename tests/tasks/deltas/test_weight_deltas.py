@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from tasks.adapters.files import CONFIG, WEIGHTS
 from tasks.core.artifacts import read_object
 from tasks.core.errors import BadModel
-from tasks.merge.merged_model import merge, with_head, write_merged
-from tasks.merge.weight_deltas import changes_of
+from tasks.deltas.base_tensors import check_mergeable, with_head
+from tasks.deltas.weight_deltas import changes_of
+from tasks.merge.merged_model import merge, write_merged
 from tasks.models.safetensors_reader import stored_in
 
 COMMON = {
@@ -387,7 +388,7 @@ def test_a_quantized_base_is_refused(fitting: tuple[Path, Path], tmp_path: Path)
 def test_patterns_are_read_as_peft_reads_them() -> None:
     from peft.utils.other import get_pattern_key
 
-    from tasks.merge.peft_config import own
+    from tasks.deltas.peft_config import own
 
     patterns = {"q_proj": 1, r"layers\.1\..*k_proj": 2, "model.layers.0.mlp.up_proj": 3, "proj": 4}
     modules = [
@@ -397,3 +398,61 @@ def test_patterns_are_read_as_peft_reads_them() -> None:
     ]
     for module in [*modules, "q_proj", "xq_proj"]:
         assert own(patterns, module, 0) == patterns.get(get_pattern_key(patterns.keys(), module), 0)
+
+
+def routed(family: str) -> Any:
+    """Models some of whose linear layers are parameters of experts, do more than multiply, or have two names."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    few = {name: value for name, value in COMMON.items() if name != "num_key_value_heads"}
+    experts = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8}
+    groups = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}
+    made: dict[str, Callable[[], Any]] = {
+        "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**COMMON, num_local_experts=4)),  # type: ignore[arg-type]
+        "qwen3_moe": lambda: t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**COMMON, **experts, num_experts=4, head_dim=8)),  # type: ignore[arg-type, call-arg]
+        "deepseek_v3": lambda: t.DeepseekV3ForCausalLM(
+            t.DeepseekV3Config(**few, **experts, **latent, **groups, num_key_value_heads=4)  # type: ignore[arg-type]
+        ),
+        "llama4": lambda: t.Llama4ForCausalLM(
+            t.Llama4TextConfig(**COMMON, intermediate_size_mlp=48, num_local_experts=4, head_dim=8)  # type: ignore[arg-type]
+        ),
+        "gpt_neox": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**few)),  # type: ignore[arg-type]
+    }
+    return made[family]().eval()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "llama4", "gpt_neox"])
+def test_all_linear_layers_of_every_kind_are_merged(tmp_path: Path, family: str) -> None:
+    """As training makes the adapter, proved before it by shapes, and as PEFT computes it after."""
+    from tasks.adapters.attach import init_adapter, save_adapter
+    from tasks.adapters.params import LoraAdapter
+    from tests.helpers.samples import LORA
+
+    base = saved(routed(family), tmp_path / "base")
+    targets = ["query_key_value", "lm_head"] if family == "gpt_neox" else "all-linear"  # its files say embed_out
+    adapted = perturbed(init_adapter(base, LoraAdapter.model_validate({**LORA, "targets": targets})))
+    (tmp_path / "adapter").mkdir()
+    save_adapter(adapted, tmp_path / "adapter")
+    check_mergeable(base, tmp_path / "adapter")
+    with torch.no_grad():
+        expected = adapted(input_ids=IDS).logits
+    assert not torch.allclose(expected, logits(routed(family)), atol=1e-2)
+    torch.testing.assert_close(
+        logits(merged(base, tmp_path / "adapter", tmp_path / "out")), expected, atol=1e-5, rtol=0
+    )
+
+
+def test_what_could_not_be_merged_is_found_before_it_is_trained(tmp_path: Path) -> None:
+    from tasks.adapters.attach import init_adapter
+    from tasks.adapters.params import LoraAdapter
+    from tasks.train.stage import prove_mergeable
+    from tests.helpers.samples import LORA
+
+    base = saved(llama(), tmp_path / "base")
+    model = init_adapter(base, LoraAdapter.model_validate(LORA))
+    prove_mergeable(model, base)
+    wider = saved(llama(intermediate_size=56), tmp_path / "wider")
+    with pytest.raises(BadModel, match="does not fit this base"):
+        prove_mergeable(model, wider)

@@ -1,0 +1,60 @@
+"""The tensors of a base as adapters know them: by their names in memory, with a head that is tied to the embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tasks.adapters.files import read_adapter_config
+from tasks.core.artifacts import read_object
+from tasks.core.errors import BadModel
+from tasks.deltas.lazy_tensors import Change
+from tasks.deltas.weight_deltas import METHODS, changes_of, embedding_and_head
+from tasks.models.file_names import names_in_memory
+from tasks.models.safetensors_reader import StoredTensor, stored_in
+
+
+def with_head(stored: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> dict[str, StoredTensor]:
+    """Return a base's tensors; a head tied to the embedding is listed with its tensor, whether it is stored or not."""
+    embedding, head = embedding_and_head(stored)
+    return {**stored, head: stored[embedding]} if is_tied(stored, config) else dict(stored)
+
+
+def is_tied(stored: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> bool:
+    """Return whether a model's head is its embedding."""
+    embedding, head = embedding_and_head(stored)
+    says = config.get("tie_word_embeddings") is True or head not in stored
+    return bool(embedding) and not config.get("is_encoder_decoder") and says
+
+
+def by_names_in_memory(
+    base: Path, tensors: Mapping[str, StoredTensor], find: Callable[[Mapping[str, StoredTensor]], Mapping[str, Change]]
+) -> dict[str, Change]:
+    """Find changes of tensors by the names that these have in memory, as adapters do; return them by those of files."""
+    names = names_in_memory(base, tensors)
+    found = find({names[name]: tensor for name, tensor in tensors.items()})
+    return {name: found[names[name]] for name in tensors if names[name] in found}
+
+
+def check_mergeable(base: Path, adapter: Path) -> None:
+    """Prove by names and shapes that an adapter can be folded into its base, before anything is trained of it.
+
+    Adapters of methods that change no weights are published beside their base, and need no proof.
+
+    Raises:
+        BadModel: it could not be merged.
+    """
+    if read_adapter_config(adapter).get("peft_type") not in METHODS:
+        return
+    config = read_object(base / "config.json")
+    tensors, family = with_head(stored_in(base), config), str(config.get("model_type"))
+    changes = by_names_in_memory(base, tensors, lambda named: changes_of(adapter, named, family))
+    grows = embedding_and_head(tensors)  # by the rows of added tokens
+    wrong = [
+        f"{name}: shape {tensors[name].shape}, changed to {change(tensors[name]).shape}"
+        for name, change in changes.items()
+        if name not in grows and change(tensors[name]).shape != tensors[name].shape
+    ]
+    if wrong:
+        raise BadModel("could not be merged into its base", where=str(base), examples=wrong)

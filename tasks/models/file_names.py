@@ -1,0 +1,37 @@
+"""What the tensors of a model's files are called in memory: transformers renames some of them as it loads a model.
+
+The library says which: heads, wrapped decoders, mixtures of experts. Tensors that it joins or splits, such
+as experts, keep the names that they have in files, within modules that have the names of memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tasks.core.errors import BadModel
+
+
+def names_in_memory(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the names in memory of tensors in a model folder's files, by those that they have there.
+
+    Raises:
+        BadModel: the folder's configuration is of no model that transformers knows.
+    """
+    import torch
+    import transformers
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, apply_renamings
+
+    from tasks.tokenization.architecture import architecture_in
+
+    kind = getattr(transformers, architecture_in(folder).loader)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model = kind.from_config(config)
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
+        got = str(error).split("\n")[0]
+        raise BadModel("cannot be built from its configuration", where=str(folder / "config.json"), got=got) from error
+    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    return {name: apply_renamings(name, renamings) for name in names}
