@@ -179,7 +179,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadModel("is not valid JSON", where=str(path), got=str(error)) from error
     if not isinstance(content, dict):
         raise BadModel("is not a JSON object", where=str(path), got=type(content).__name__)

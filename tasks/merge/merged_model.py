@@ -20,8 +20,9 @@ from tasks.deltas.base_tensors import by_names_in_memory, is_tied, with_head
 from tasks.deltas.lazy_tensors import Change, ComputedTensor
 from tasks.deltas.weight_deltas import changes_of, embedding_and_head
 from tasks.merge.safetensors_writer import Planned, write_shards
-from tasks.models.loader import model_files, refuse_code
+from tasks.models.loader import model_files
 from tasks.models.safetensors_reader import BYTES, INDEX, StoredTensor, TensorSource, stored_in
+from tasks.tokenization.model_config import refuse_code
 
 ORIGINAL, DEQUANTIZED = "original", "dequantized"
 """What the update of a quantized base may be added to: its own weights, or what their quantized form stands for."""

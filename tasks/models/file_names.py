@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from tasks.core.errors import BadModel
+from tasks.tokenization.model_config import does_not_load, read_config
 
 
 def names_in_memory(folder: Path, names: Iterable[str]) -> dict[str, str]:
@@ -26,12 +26,11 @@ def names_in_memory(folder: Path, names: Iterable[str]) -> dict[str, str]:
     from tasks.tokenization.architecture import architecture_in
 
     kind = getattr(transformers, architecture_in(folder).loader)
+    config = read_config(folder)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             model = kind.from_config(config)
-    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
-        got = str(error).split("\n")[0]
-        raise BadModel("cannot be built from its configuration", where=str(folder / "config.json"), got=got) from error
+    except Exception as error:
+        raise does_not_load(folder, error) from error
     renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
     return {name: apply_renamings(name, renamings) for name in names}

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from tasks.core.artifacts import read_object
 from tasks.core.errors import BadModel
+from tasks.core.memory import ran_out
 from tasks.core.ranks import shards_weights
 from tasks.models.device import compute_dtype, device
 from tasks.models.safetensors_reader import weight_map
 from tasks.tokenization.architecture import architecture_in
+from tasks.tokenization.model_config import check_sizes, does_not_load, refuse_code
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -56,6 +57,7 @@ def model_files(folder: Path) -> list[Path]:
         )
     for path in (config, folder / "tokenizer_config.json"):
         refuse_code(path)
+    check_sizes(config)
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
         if pickles:
@@ -77,28 +79,6 @@ def model_files(folder: Path) -> list[Path]:
     return sorted({p for pattern in MODEL_FILES for p in folder.glob(pattern) if p.is_file()})
 
 
-_WRITTEN_HERE = {"baichuan"}
-"""Architectures that transformers lacks and temper has: what code their folders ask for is not needed, nor ever run."""
-
-
-def refuse_code(path: Path) -> None:
-    """Refuse a config.json or tokenizer_config.json that names custom code to run.
-
-    Raises:
-        BadModel: it does, or it is not valid JSON.
-    """
-    if not path.is_file():
-        return
-    content = read_object(path)
-    asks = [key for key in content if key == "auto_map" or key.startswith("_attn_implementation")]
-    if content.get("model_type") in _WRITTEN_HERE:
-        asks = [key for key in asks if key != "auto_map"]
-    if asks:
-        raise BadModel(
-            "asks to run its own code; refused", where=str(path), got=", ".join(asks), fix="remove these keys"
-        )
-
-
 def load_model(
     folder: Path, quantization: Quantization | None = None, *, full_precision: bool = False
 ) -> PreTrainedModel:
@@ -114,7 +94,6 @@ def load_model(
     """
     import torch
     import transformers
-    from safetensors import SafetensorError
 
     from tasks.models.quantization import loading_config, prepare_for_training
 
@@ -130,10 +109,10 @@ def load_model(
             device_map={"": "cpu" if shards_weights() else device()},
             quantization_config=loading_config(quantization, compute_dtype()) if quantization else None,
         )
-    except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
-        raise BadModel(
-            "does not load", where=str(folder), got=f"{type(error).__name__}: {error}".split("\n")[0]
-        ) from error
+    except Exception as error:  # whatever a library makes of values that mean nothing to it
+        if ran_out(error):
+            raise
+        raise does_not_load(folder, error) from error
     if quantization:
         prepare_for_training(model, quantization)
     model.requires_grad_(False)

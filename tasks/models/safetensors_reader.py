@@ -170,7 +170,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             for name, entry in header.items()
             for begin, end in [entry["data_offsets"]]
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadModel("has a header that is none", where=str(file), got=str(error), fix="fetch it again") from error
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)))
     _check_layout(file, ordered, size, 8 + length)

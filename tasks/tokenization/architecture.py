@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from tasks.core.errors import BadModel
+from tasks.tokenization.model_config import read_config
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -49,20 +49,9 @@ def architecture_in(folder: Path) -> Architecture:
     Raises:
         BadModel: its configuration cannot be read, or is of no known architecture.
     """
-    from transformers import AutoConfig
-
-    from tasks.tokenization.baichuan import make_known
-
-    make_known()
     if not (folder / "config.json").is_file():
         return DECODER
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise BadModel(
-            "does not load", where=str(folder), got=f"{type(error).__name__}: {error}".split("\n")[0]
-        ) from error
-    return ENCODER_DECODER if config.is_encoder_decoder else DECODER
+    return ENCODER_DECODER if read_config(folder).is_encoder_decoder else DECODER
 
 
 def architecture_of(model: PreTrainedModel | PeftModel) -> Architecture:

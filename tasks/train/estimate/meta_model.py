@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tasks.adapters.attach import make_trainable
 from tasks.adapters.params import AnyAdapter, FullAdapter, Int8Adapter, PeftAdapter, QloraAdapter
 from tasks.core.errors import BadModel
-from tasks.models.loader import Model, refuse_code
+from tasks.models.loader import Model
 from tasks.models.quantization import loading_config
+from tasks.tokenization.model_config import refuse_code
 
 if TYPE_CHECKING:
     import torch

@@ -41,6 +41,20 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "pickle only": (pickled, "pickle weights are refused"),
     "own code": (edited("config.json", auto_map={"AutoModel": "x.Y"}), "run its own code"),
     "own attention": (edited("config.json", _attn_implementation_internal="x/y"), "run its own code"),
+    "a kernel of the hub": (edited("config.json", attn_implementation="owner/kernel"), "run its own code"),
+    "a kernel for a part": (
+        edited("config.json", text_config={"attn_implementation": {"": "sdpa", "vision": "owner/kernel"}}),
+        "run its own code",
+    ),
+    "code of a part": (edited("config.json", text_config={"auto_map": {"AutoModel": "x.Y"}}), "run its own code"),
+    "layers without end": (edited("config.json", num_hidden_layers=10**9), "has sizes that no model has"),
+    "a size in words": (edited("config.json", hidden_size="large"), "has sizes that no model has"),
+    "no heads": (edited("config.json", num_attention_heads=0), "has sizes that no model has"),
+    "a size of a part": (edited("config.json", text_config={"vocab_size": 2**41}), "has sizes that no model has"),
+    "nested without end": (
+        lambda folder: (folder / "config.json").write_text("[" * 200_000 + "]" * 200_000),
+        "not valid JSON",
+    ),
     "own tokenizer": (edited("tokenizer_config.json", auto_map={"AutoTokenizer": ["x.Y", None]}), "run its own code"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "is not a model folder"),
     "broken config": (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
@@ -65,6 +79,11 @@ def test_an_unsafe_or_broken_folder_is_refused(pico_base: Path, tmp_path: Path, 
     "change",
     [
         edited("config.json", model_type="foo"),
+        edited("config.json", model_type=["llama"]),
+        edited("config.json", num_key_value_heads=0),
+        edited("config.json", rope_parameters=[3]),
+        edited("config.json", architectures=7, tie_word_embeddings={"a": 1}, hidden_act=[1]),
+        edited("config.json", dtype="nothing"),
         lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100]),
         lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 100),
     ],
@@ -74,6 +93,12 @@ def test_a_model_that_does_not_load_says_so(pico_base: Path, tmp_path: Path, cha
     change(tmp_path / "base")
     with pytest.raises(BadModel, match="does not load"):
         load_model(tmp_path / "base")
+
+
+def test_names_of_built_in_implementations_pass(pico_base: Path, tmp_path: Path) -> None:
+    shutil.copytree(pico_base, tmp_path / "base")
+    edited("config.json", attn_implementation="sdpa", _attn_implementation="eager")(tmp_path / "base")
+    assert load_model(tmp_path / "base").num_parameters()
 
 
 def test_only_what_belongs_to_a_model_is_taken(pico_base: Path, tmp_path: Path) -> None:
