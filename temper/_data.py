@@ -55,6 +55,7 @@ def render(
     max_tokens: int = 192,
     too_long: Literal["truncate", "drop", "refuse"] = "refuse",
     loss_on: Literal["all", "last"] = "all",
+    reasoning: Literal["keep", "drop", "last_turn_only"] = "keep",
 ) -> Data:
     """Render rows to token ids and loss masks with a model's tokenizer and chat template, and split them.
 
@@ -65,6 +66,7 @@ def render(
         max_tokens: tokens in a rendered row, at most.
         too_long: what becomes of a longer one.
         loss_on: which of the assistant's turns the loss falls on.
+        reasoning: what becomes of the assistant's: kept, left out, or kept in the last turn alone.
 
     Raises:
         BadData: rows that have no token to train on, that the template does not fit, or that the model cannot learn.
@@ -74,8 +76,8 @@ def render(
     from tasks.render.stage import RENDERED, check_kinds, render_rows
     from tasks.tokenization.architecture import architecture_in
 
-    asked = {"held_out": held_out, "max_tokens": max_tokens, "too_long": too_long, "loss_on": loss_on}
-    params = checked(Render, asked, "temper.render")
+    lengths = {"held_out": held_out, "max_tokens": max_tokens, "too_long": too_long}
+    params = checked(Render, {**lengths, "loss_on": loss_on, "reasoning": reasoning}, "temper.render")
     records = [row for row in rows if row.kind in RENDERED]
     check_kinds(rows, architecture_in(base.folder))
     rendered, counts = render_rows(records, base.tokenizer, params)

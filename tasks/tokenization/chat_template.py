@@ -398,9 +398,10 @@ _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 def form_of(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat]) -> TemplateForm:
     """Return what the template reads of turns, as far as these chats have it; each template is tried once."""
-    template = str(tokenizer.chat_template)
-    known = _FORMS.setdefault(template, {})
-    turns = [message for chat in chats for message in chat.messages]
+    turns = [turn for chat in chats for turn in chat.messages if turn.calls or turn.reasoning]
+    if not turns:
+        return TemplateForm()
+    known = _FORMS.setdefault(str(tokenizer.chat_template), {})
 
     def render(messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None) -> str:
         return _whole(_apply_alone(tokenizer, messages, tools, answering=False)).text  # type: ignore[no-any-return]

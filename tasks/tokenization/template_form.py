@@ -107,6 +107,10 @@ def _tried(render: Render, turns: Sequence[Mapping[str, Any]], tools: Sequence[A
         return ""
 
 
+_NOTHING_MORE = ("", "", "")
+"""The reasoning, name and call of a turn without."""
+
+
 def as_template_input(messages: Sequence[Message], form: TemplateForm) -> list[Mapping[str, Any]]:
     """Convert messages to what a template of a form is given."""
     made = 0
@@ -114,6 +118,9 @@ def as_template_input(messages: Sequence[Message], form: TemplateForm) -> list[M
     result: list[Mapping[str, Any]] = []
     for message in messages:
         plain: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message[4:] == _NOTHING_MORE and not message.calls and not waiting:  # as nearly all are
+            result.append(plain)
+            continue
         if message.reasoning and form.reasoning:
             plain[form.reasoning] = message.reasoning
         elif message.reasoning:
