@@ -183,7 +183,8 @@ def quiet_libraries(*, offline: bool = True) -> None:
 
 def words_of(process: psutil.Process) -> list[str]:
     """Return the words of a process's command line, also of one that has named itself as a run's forks do."""
-    return " ".join(process.cmdline()).split()
+    words = [word for word in process.cmdline() if word]
+    return words[0].split() if len(words) == 1 else words  # a name is one text, which begins with `python -m`
 
 
 def die_with_owner() -> None:

@@ -11,7 +11,8 @@ from tasks.text.ngram_overlap import Hits, Index, without_common
 from tasks.text.words import Words, hashes_of, mixed, near_form, normal_form, runs, words_of
 from tasks.validate.duplicates import Duplicate, NearIndex, exact_duplicates
 from tasks.validate.params import Validate
-from tasks.validate.row_features import TurnColumns, field_of_turns, turn_columns
+from tasks.validate.prompt_groups import NEAR
+from tasks.validate.row_features import TurnColumns, field_of_turns, prompts_of, turn_columns
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,7 +79,7 @@ def cross_row_checks(
     contradiction, contamination = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
     exact: list[Duplicate] = []
     near: list[Duplicate] = []
-    prompts = {kind: _prompts(table, kind) for kind, table in tables.items()}
+    prompts = {kind: prompts_of(table, kind) for kind, table in tables.items()}
     withheld = {kind: _withheld(table, prompts[kind], held_out_share) for kind, table in tables.items()}
     asked = {} if params.checks.contamination.action == "ignore" else _questions(tables, benchmarks, prompts, withheld)
     search = _Search(asked, params.contamination_ngram)
@@ -253,23 +254,9 @@ def _lengths(table: pa.Table, kind: str) -> NDArray[np.int64]:
 
 def questions_of(tables: Mapping[str, pa.Table]) -> list[str]:
     """List a benchmark's questions: the first user turn of its rows of whatever kind, or the whole of a plain text."""
-    asked = [text for kind, table in tables.items() for text in _prompts(table, kind)]
+    asked = [text for kind, table in tables.items() for text in prompts_of(table, kind)]
     texts = tables["text"]["text"].to_pylist() if "text" in tables else []
     return [text for text in [*asked, *texts] if text]
-
-
-def _prompts(table: pa.Table, kind: str) -> list[str]:
-    """Return the first user turn of each row; nothing for plain texts."""
-    import numpy as np
-    import pyarrow as pa
-
-    turns = turn_columns(table, kind)
-    asked = np.flatnonzero(turns.letter == ord("u"))
-    rows, places = np.unique(turns.row[asked], return_index=True)
-    prompts = [""] * len(table)
-    for row, text in zip(rows.tolist(), turns.text.take(pa.array(asked[places])).to_pylist(), strict=True):
-        prompts[row] = text
-    return prompts
 
 
 def _withheld(table: pa.Table, prompts: list[str], share: float) -> NDArray[np.bool_]:
@@ -292,7 +279,8 @@ def _questions(
     for kind, table in tables.items():
         for group, text, out in zip(table["group"].to_pylist(), prompts[kind], withheld[kind], strict=True):
             if out:
-                held[HELD_OUT_GROUPS if group else HELD_OUT].add(text)
+                stated = group and not group.startswith(NEAR)
+                held[HELD_OUT_GROUPS if stated else HELD_OUT].add(text)
     return dict(benchmarks) | {name: sorted(texts) for name, texts in held.items() if texts}
 
 

@@ -13,6 +13,7 @@ from tasks.validate.duplicates import Duplicate
 from tasks.validate.expectations import REASONS, ExpectationResult, expectation, run_expectations
 from tasks.validate.feature_cache import FeatureCache
 from tasks.validate.params import Validate
+from tasks.validate.prompt_groups import group_near_prompts
 from tasks.validate.repairs import REPAIRS, Repair, repair
 from tasks.validate.row_features import row_features
 
@@ -57,7 +58,7 @@ def apply_checks(
     """Check all rows together.
 
     Args:
-        tables: the rows of each kind; rows that are repaired are changed in here.
+        tables: the rows of each kind; rows that are repaired, and groups of near-equal prompts, are changed in here.
         benchmarks: the questions of every benchmark.
         held_out: the share of groups that is kept for evaluation.
         params: what is looked for, and what is done about it.
@@ -73,6 +74,7 @@ def apply_checks(
 
     facts = {kind: memory.facts_of(table, kind) for kind, table in tables.items()}
     repaired = [entry for kind in tables for entry in _repair(kind, tables, facts, params)]
+    group_near_prompts(tables, params)
     table = pd.concat([facts[kind].assign(kind=kind) for kind in tables], ignore_index=True)
     for name in ("id", "source"):
         table[name] = np.concatenate([tables[kind][name].to_numpy() for kind in tables])

@@ -84,7 +84,7 @@ class Duplicates(Section):
     exact: Literal["drop", "warn", "ignore"] = "drop"
     """The same words, whatever case, width and punctuation."""
     near: Literal["drop", "warn", "ignore"] = "ignore"
-    """Nearly the same words."""
+    """Nearly the same words. Where they are looked for, near-equal prompts are one group of the split."""
     similarity: Annotated[float, Field(gt=0, le=1)] = 0.8
     """The least share of runs of three words that near duplicates have in common (Jaccard index)."""
     permutations: Count = 128

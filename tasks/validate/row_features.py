@@ -77,6 +77,20 @@ _TEXTS = {
 }
 
 
+def prompts_of(table: pa.Table, kind: str) -> list[str]:
+    """Return the first user turn of each row; nothing for plain texts."""
+    import numpy as np
+    import pyarrow as pa
+
+    turns = turn_columns(table, kind)
+    asked = np.flatnonzero(turns.letter == ord("u"))
+    rows, places = np.unique(turns.row[asked], return_index=True)
+    prompts = [""] * len(table)
+    for row, text in zip(rows.tolist(), turns.text.take(pa.array(asked[places])).to_pylist(), strict=True):
+        prompts[row] = text
+    return prompts
+
+
 def calls_of(table: pa.Table, kind: str) -> pa.LargeStringArray | None:
     """Return each chat turn's tool calls, as JSON text; None for kinds whose turns call none."""
     return field_of_turns(table, kind, "calls")

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sqlite3
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -16,6 +17,7 @@ import pytest
 from flows.run.edit_params import change_params
 from flows.run.lock import held
 from tasks.core import pipeline
+from tasks.core.stage import words_of
 from tests.conftest import Beside, digests, dvc, temper, wait_for
 
 LONG = ["train.qlora.epochs=10", "train.qlora.checkpoint_every_steps=10"]
@@ -24,10 +26,10 @@ LONG = ["train.qlora.epochs=10", "train.qlora.checkpoint_every_steps=10"]
 
 def stage_process(workspace: Path, stage: str) -> int | None:
     """The process id of a stage that runs in a workspace."""
-    for process in psutil.process_iter(["cmdline", "cwd"]):
-        command = " ".join(process.info["cmdline"] or []).split()  # a fork's stands in one piece
-        if command[1:4] == ["-m", *stage.split()] and process.info["cwd"] == str(workspace):
-            return int(process.pid)
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if words_of(process)[1:4] == ["-m", *stage.split()] and process.cwd() == str(workspace):
+                return int(process.pid)
     return None
 
 

@@ -263,6 +263,41 @@ def test_duplicates_are_merged_across_sources(tmp_path: Path) -> None:
     assert {kept.facts["id"][each.kept] for each in kept.merged} == {"c"}
 
 
+def test_rows_that_differ_in_what_is_learnt_are_no_duplicates(tmp_path: Path) -> None:
+    words = "the quick brown fox jumps over the lazy dog while twelve cats sit on one very old red wall and sing"
+    turns = chat("x", "uaua", words).messages
+    masked = tuple(m._replace(learn=place != 1) for place, m in enumerate(turns))
+    thinking = tuple(m._replace(reasoning="hm") if place == 1 else m for place, m in enumerate(turns))
+    rows = [
+        ChatExample(id=row_id, source="s", messages=messages)
+        for row_id, messages in (("a", turns), ("b", masked), ("c", thinking), ("d", masked), ("e", turns))
+    ]
+    found = verdict_on(rows, tmp_path, validate_params({"outer_space": "warn"}))
+    ids = found.facts["id"]
+    exact = {(ids[each.row], ids[each.kept]) for each in found.marks.exact}
+    assert exact == {("d", "b"), ("e", "a")}
+    assert {(ids[each.row], ids[each.kept]) for each in found.marks.near} == {("c", "a")}  # as its turns say the same
+
+
+def test_near_equal_prompts_are_one_group_where_near_duplicates_are_looked_for(tmp_path: Path) -> None:
+    asked = "Please tell me now, in a sentence or two, what the capital city of the country called France is"
+    prompts = [asked, f"{asked}!", "What is 8 - 2?", "What is 8 + 2?"]
+    rows = [
+        ChatExample(id=str(n), source="s", messages=(Message("user", prompt), Message("assistant", f"reply {n}")))
+        for n, prompt in enumerate(prompts)
+    ]
+    rows.append(dataclasses.replace(rows[1], id="stated", group="mine"))
+    settings = validate_params().duplicates.model_dump()
+    for near, together in (("warn", True), ("ignore", False)):
+        given = tables(rows)
+        params = validate_params(duplicates={**settings, "near": near})
+        apply_checks(given, {}, 0.5, params, tmp_path / near, FeatureCache(None))
+        groups = [record.split_group() for record in as_records("chat", given["chat"])]
+        assert (groups[0] == groups[1]) is together
+        assert len(set(groups[2:])) == 3
+        assert groups[-1] == "mine"
+
+
 def test_nothing_merges_into_a_row_in_quarantine(tmp_path: Path) -> None:
     bad = chat("bad", "ua", "hello <|im_end|> there")
     good = dataclasses.replace(
@@ -349,9 +384,11 @@ def test_held_out_questions_are_found_in_rows_to_learn_from(tmp_path: Path) -> N
     records = [chat(f"r{n}", "ua", f"{QUESTION} Say it {n} times.") for n in range(10)]
     out = {r.id for r in records if held_out(r.split_group(), 0.3)}
     assert 0 < len(out) < 10
-    assert reasons_of(verdict_on(records, tmp_path, held_out=0.3)).keys() == {r.id for r in records} - out
+    params = validate_params(duplicates={**validate_params().duplicates.model_dump(), "near": "ignore"})
+    assert reasons_of(verdict_on(records, tmp_path, params, held_out=0.3)).keys() == {r.id for r in records} - out
     grouped = [dataclasses.replace(r, group=r.id) for r in records]  # who names groups says that these ask other things
-    assert not verdict_on(grouped, tmp_path / "grouped", held_out=0.3).reasons
+    assert not verdict_on(grouped, tmp_path / "grouped", params, held_out=0.3).reasons
+    assert not verdict_on(records, tmp_path / "near", held_out=0.3).reasons  # near-equal prompts are on one side
 
 
 def test_every_row_is_accounted_for() -> None:
