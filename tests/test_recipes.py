@@ -76,7 +76,7 @@ def chat_base(pico_base: Path, folder: Path, config: Any = None) -> None:
 
 def test_llama3_learns_to_answer_by_one_edit(workspace: Path, pico_base: Path, real_data: Path) -> None:
     """The recipe as it is, on a Llama with a layer 8; the rows are real instructions, in OpenHermes' form."""
-    found = json.loads((real_data / "llama_factory" / "alpaca_en_demo.json").read_text())[:300]
+    found = json.loads((real_data / "llama_factory" / "alpaca_en_demo.json").read_text())[:100]
     rows = [
         {"conversations": [{"from": "human", "value": r["instruction"]}, {"from": "gpt", "value": r["output"]}]}
         for r in found
@@ -89,7 +89,7 @@ def test_llama3_learns_to_answer_by_one_edit(workspace: Path, pico_base: Path, r
     assert torch.cuda.is_available() or "paged_adamw: there is no GPU to page from" in said
     config = adapter_config(workspace, "reft")
     assert (config["intervention"], config["r"], config["positions"]) == ("loreft", 4, "last")
-    assert json.loads((workspace / "data/raw/openhermes/manifest.json").read_text())["rows"]["chat"] == 300
+    assert json.loads((workspace / "data/raw/openhermes/manifest.json").read_text())["rows"]["chat"] == 100
     assert "<|start_header_id|>assistant<|end_header_id|>" in (workspace / "data/base/chat_template.jinja").read_text()
     assert metrics(workspace, "reft")["base"]["loss"] != metrics(workspace, "reft")["loss"]
     assert "register reft: models:/temper-reft-llama3/1" in said
@@ -113,7 +113,7 @@ def test_llama3_learns_from_real_pairs_by_orpo(workspace: Path, pico_base: Path,
         shape = LlamaConfig.from_pretrained(pico_base, max_position_embeddings=4096)
         chat_base(pico_base, workspace / "models" / "pico", shape)
         settings += ["render.max_tokens=2048"]  # its tokenizer has few words
-    settings += ["render.held_out=0.1"]  # of 300 rows
+    settings += ["ingest.sources.mix.take={first: 100}", "render.held_out=0.1"]  # of 300 rows
     said = run_stages(workspace, "orpo-llama3.yaml", *settings)
     assert torch.cuda.is_available() or "paged_adamw_8bit: there is no GPU to page from" in said
     config = adapter_config(workspace, "orpo")

@@ -16,7 +16,7 @@ from tests.conftest import digests
 from tests.helpers.forked import Forks, attempt, forks_of
 from tests.tasks.train import killed_training
 
-KILLS = int(os.environ.get("TEMPER_KILLS", "3"))
+KILLS = int(os.environ.get("TEMPER_KILLS", "2"))
 
 
 @pytest.fixture(scope="module")
