@@ -112,8 +112,8 @@ def test_llama3_learns_from_real_pairs_by_orpo(workspace: Path, pico_base: Path,
     else:
         shape = LlamaConfig.from_pretrained(pico_base, max_position_embeddings=4096)
         chat_base(pico_base, workspace / "models" / "pico", shape)
-        settings += ["render.max_tokens=2048"]  # its tokenizer has few words
-    settings += ["ingest.sources.mix.take={first: 100}", "render.held_out=0.1"]  # of 300 rows
+        settings += ["render.max_tokens=2048", "ingest.sources.mix.take={first: 100}"]  # its tokenizer has few words
+    settings += ["render.held_out=0.1"]  # of so few rows
     said = run_stages(workspace, "orpo-llama3.yaml", *settings)
     assert torch.cuda.is_available() or "paged_adamw_8bit: there is no GPU to page from" in said
     config = adapter_config(workspace, "orpo")
