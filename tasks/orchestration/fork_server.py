@@ -145,8 +145,9 @@ class ForkServer:
         return ForkedProcess(int(pid), end, output)
 
     def close(self) -> None:
-        """End the server. What was forked from it goes on."""
+        """End the server, in the middle of an import if need be. What was forked from it goes on."""
         self._requests.close()
+        self._process.terminate()
         self._process.wait()
 
 
