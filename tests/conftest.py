@@ -157,17 +157,27 @@ def temper(
 ) -> subprocess.CompletedProcess[str]:
     """Runs the command line as a user does; fails the test when the exit code is another."""
     if extra:  # libraries look at the environment once, as they are imported
-        done = subprocess.run(
-            [sys.executable, "-m", "flows.cli", *words],
-            cwd=workspace,
-            env=environment(**extra),
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        done = _started_anew(workspace, ["flows.cli", *words], extra, timeout)
     else:
         done = run_module(workspace, "flows.cli", *words, timeout_s=timeout)
+    return _ended_with(code, done)
+
+
+def _started_anew(
+    workspace: Path, words: list[str], variables: dict[str, str], timeout: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *words],
+        cwd=workspace,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def _ended_with(code: int, done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
     assert done.returncode == code, (
         f"exit {done.returncode}, expected {code}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
     )
@@ -215,17 +225,7 @@ def wait_for(what: str, found: Callable[[], object], beside: Beside, timeout_s: 
 
 def dvc(workspace: Path, *words: str, code: int = 0, **extra: str) -> str:
     """Runs DVC as a user does; returns everything it printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", *words],
-        cwd=workspace,
-        env=environment(**extra),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == code, (
-        f"exit {done.returncode}, expected {code}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
-    )
+    done = _ended_with(code, _started_anew(workspace, ["dvc", *words], extra))
     return done.stdout + done.stderr
 
 

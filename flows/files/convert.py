@@ -10,7 +10,15 @@ from typing import Any
 from flows.files.inspect import any_file
 from tasks.core.artifacts import atomic_file
 from tasks.core.errors import BadData, BadParams
-from tasks.core.records import ChatExample, LabelledReply, Message, PreferencePair, Record
+from tasks.core.records import (
+    ChatExample,
+    LabelledReply,
+    Message,
+    PreferencePair,
+    Record,
+    calls_with_ids,
+    tool_call,
+)
 from tasks.ingest.stage import Reading
 
 SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
@@ -48,14 +56,12 @@ def as_alpaca(record: Record) -> Mapping[str, Any]:
     if not isinstance(record, ChatExample):
         raise _refused(record, "alpaca", f"a row of the kind {record.kind}")
     turns = list(record.messages)
-    if turns and turns[0] != Message(turns[0].role, turns[0].content):
-        raise _refused(record, "alpaca", "a system turn with a name")
+    if record.tools or any(turn != Message(turn.role, turn.content) for turn in turns):
+        raise _refused(record, "alpaca", "tools, reasoning, names, or turns of weight 0")
     system = {"system": turns.pop(0).content} if turns and turns[0].role == "system" else {}
     roles = [turn.role for turn in turns]
     if roles != ["user", "assistant"] * (len(roles) // 2) or not roles:
         raise _refused(record, "alpaca", f"turns of {', '.join(roles) or 'nobody'}")
-    if record.tools or any(turn != Message(turn.role, turn.content) for turn in turns):
-        raise _refused(record, "alpaca", "tools, reasoning, names, or turns of weight 0")
     if "system" in system and not system["system"]:
         raise _refused(record, "alpaca", "an empty system turn")
     history = [[one.content, other.content] for one, other in zip(turns[:-2:2], turns[1:-2:2], strict=True)]
@@ -92,19 +98,15 @@ def _message(message: Message) -> dict[str, Any]:
         row["name"] = message.name
     if message.calls:
         row["tool_calls"] = [
-            {**({"id": call_id} if call_id else {}), "type": "function", "function": {"name": name, "arguments": said}}
-            for call_id, name, said in _calls(message)
+            tool_call(call_id, call["name"], _given_arguments(call)) for call_id, call in calls_with_ids(message)
         ]
     elif message.call_id:
         row["tool_call_id"] = message.call_id
     return row if message.learn else {**row, "weight": 0}
 
 
-def _calls(message: Message) -> list[tuple[str, str, Any]]:
-    """List a turn's calls: the id, the name, and the arguments as they were given."""
-    calls = json.loads(message.calls)
-    ids = message.call_id.split("\n") if message.call_id else [""] * len(calls)
-    return [(each, call["name"], call.get("text", call["arguments"])) for each, call in zip(ids, calls, strict=True)]
+def _given_arguments(call: Mapping[str, Any]) -> Any:
+    return call.get("text", call["arguments"])
 
 
 def _talk(messages: Sequence[Message], record: Record) -> list[dict[str, Any]]:
@@ -115,7 +117,7 @@ def _talk(messages: Sequence[Message], record: Record) -> list[dict[str, Any]]:
         if message.reasoning or message.name or message.call_id:
             raise _refused(record, "conversations", "a turn with reasoning, a name or the id of a call")
         if message.calls:
-            calls = [{"name": name, "arguments": said} for _, name, said in _calls(message)]
+            calls = [{"name": call["name"], "arguments": _given_arguments(call)} for _, call in calls_with_ids(message)]
             turn = {
                 "from": "function_call",
                 "value": json.dumps(calls if len(calls) > 1 else calls[0], ensure_ascii=False),

@@ -46,6 +46,11 @@ class Rendering(NamedTuple):
     refused: dict[str, Refusal]
     remarks: Counter[str]
 
+    def refuse(self, error: BadData) -> None:
+        """Count a row that was refused."""
+        before = self.refused.get(error.what, Refusal(error, 0))
+        self.refused[error.what] = before._replace(rows=before.rows + 1)
+
 
 def render(path: Path, tokenizer_folder: Path, show: int, params: Render, max_tokens: int | None) -> Rendering:
     """Render a file's rows with a tokenizer, chats by its template.
@@ -75,8 +80,7 @@ def render(path: Path, tokenizer_folder: Path, show: int, params: Render, max_to
                 raise BadData("is longer than --max-tokens", got=f"{longest} tokens", fix=f"--max-tokens {longest}")
         except BadData as error:
             error.where = error.where or place
-            before = found.refused.get(error.what, Refusal(error, 0))
-            found.refused[error.what] = before._replace(rows=before.rows + 1)
+            found.refuse(error)
             continue
         for name, ids, mask in parts:
             found.counts["rendered"] += 1
@@ -85,8 +89,7 @@ def render(path: Path, tokenizer_folder: Path, show: int, params: Render, max_to
             if len(found.shown) < show:
                 found.shown.append(ShownRow(f"{place}{name}", _as_text(tokenizer, ids, mask)))
     for malformed in reading.refused:  # which never came to the template
-        before = found.refused.get(malformed.what, Refusal(malformed, 0))
-        found.refused[malformed.what] = before._replace(rows=before.rows + 1)
+        found.refuse(malformed)
     if not found.counts["rendered"]:
         first = next(iter(found.refused.values())).first
         lines = [f"{each.rows} x {each.first.line()}" for each in found.refused.values()]

@@ -81,9 +81,8 @@ def init_params(workspace: Path, source: Path, base: Path) -> str:
 
 def row_lengths(records: Sequence[Record], base: Path) -> Lengths:
     """Count the tokens of up to 2,000 rows, spread over the whole source, as the base's template renders them."""
-    from transformers import AutoConfig
-
     from tasks.tokenization.chat_template import load_tokenizer
+    from tasks.tokenization.model_config import read_config
 
     tokenizer = load_tokenizer(base)
     counts = [0]
@@ -92,8 +91,7 @@ def row_lengths(records: Sequence[Record], base: Path) -> Lengths:
             counts += [len(ids) for _, ids, _ in render_record(record, tokenizer, Render())]
         except BadData:
             continue  # `render` refuses it with its reason
-    config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-    return Lengths(max(counts), int(getattr(config, "max_position_embeddings", 0) or 0))
+    return Lengths(max(counts), int(getattr(read_config(base), "max_position_embeddings", 0) or 0))
 
 
 def _text(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import unicodedata
 from dataclasses import dataclass
 from functools import cache
@@ -37,6 +38,19 @@ class Message(NamedTuple):
 def written_out(message: Message) -> str:
     """Return a turn's text with its reasoning before it, in the tags that Qwen3 and DeepSeek-R1 have in theirs."""
     return f"<think>\n{message.reasoning}\n</think>\n\n{message.content}" if message.reasoning else message.content
+
+
+def calls_with_ids(message: Message) -> list[tuple[str, dict[str, Any]]]:
+    """Return the calls of a turn, each with its id, which is empty where it has none."""
+    calls = json.loads(message.calls or "[]")
+    ids = message.call_id.split("\n") if message.call_id else [""] * len(calls)
+    return list(zip(ids, calls, strict=True))
+
+
+def tool_call(call_id: str, name: str, arguments: Any) -> dict[str, Any]:
+    """Build a call as messages have it, with its id if it has one."""
+    function = {"name": name, "arguments": arguments}
+    return {**({"id": call_id} if call_id else {}), "type": "function", "function": function}
 
 
 def conversation(asked: Any) -> list[Message]:

@@ -26,6 +26,7 @@ from tasks.models.device import compute_dtype, device, seed_everything
 from tasks.models.loader import MODEL_FILES, Model, load_model, model_files
 from tasks.tokenization.architecture import ENCODER_DECODER, architecture_in, positions_of
 from tasks.tokenization.chat_template import load_tokenizer, render_prompt, template_digest
+from tasks.tokenization.model_config import read_config
 from tasks.tokenization.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
@@ -155,9 +156,7 @@ class ModelUnderTest:
     @cached_property
     def room(self) -> float:
         """Return how many tokens the model can read; infinity for families that set no limit."""
-        from transformers import AutoConfig
-
-        return positions_of(AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False))
+        return positions_of(read_config(self.folder))
 
     def _length(self, request: Request) -> int:
         context, *ending = request.arguments

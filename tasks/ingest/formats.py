@@ -46,6 +46,8 @@ def parse(row: Any, form: str | Mapping[str, str], origin: Origin) -> Sequence[R
     Raises:
         BadData: the row is not of that format, or holds what would be lost.
     """
+    if isinstance(row, list):
+        remark("a row is a list of turns, taken as its messages")
     row = _as_object(row, origin.place)
     if any(row.get(key) for key in ("image", "images", "audio", "audios", "video", "videos")):
         raise BadData("holds pictures or sound, which temper does not train on", where=origin.place)
@@ -106,7 +108,6 @@ def _as_object(row: Any, place: str) -> RawRow:
     """Return a row as an object; one that is a list of turns and nothing else as `messages`."""
     turns = row if isinstance(row, list) else []
     if turns and all(isinstance(turn, Mapping) and {"role", "from"} & turn.keys() for turn in turns):
-        remark("a row is a list of turns, taken as its messages")
         return {"messages": row}
     if not isinstance(row, Mapping):
         got = "null" if row is None else type(row).__name__

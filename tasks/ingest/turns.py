@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tasks.core.errors import BadData
-from tasks.core.records import Message
+from tasks.core.records import Message, calls_with_ids
 from tasks.ingest.remarks import remark
 
 RawRow = Mapping[str, Any]
@@ -201,13 +201,12 @@ def _label(turn: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def _with_names(turns: list[Message]) -> list[Message]:
-    """Check that the results of tools name calls that were made; give each the name of its tool where it has an id."""
+    """Give results of tools that name the id of a call, and no tool, the name of the tool that was called."""
     made: dict[str, str] = {}
     named = []
     for turn in turns:
         if turn.calls and turn.call_id:
-            tools = [call["name"] for call in json.loads(turn.calls)]
-            made |= zip(turn.call_id.split("\n"), tools, strict=True)
+            made |= {call_id: call["name"] for call_id, call in calls_with_ids(turn)}
         elif turn.role == "tool" and not turn.name and turn.call_id in made:
             turn = turn._replace(name=made[turn.call_id])
         named.append(turn)

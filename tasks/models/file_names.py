@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from tasks.tokenization.architecture import architecture_by
 from tasks.tokenization.model_config import does_not_load, read_config
 
 
@@ -23,10 +24,8 @@ def names_in_memory(folder: Path, names: Iterable[str]) -> dict[str, str]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, apply_renamings
 
-    from tasks.tokenization.architecture import architecture_in
-
-    kind = getattr(transformers, architecture_in(folder).loader)
     config = read_config(folder)
+    kind = getattr(transformers, architecture_by(config).loader)
     try:
         with torch.device("meta"):
             model = kind.from_config(config)

@@ -51,9 +51,14 @@ def architecture_in(folder: Path) -> Architecture:
     """
     if not (folder / "config.json").is_file():
         return DECODER
-    return ENCODER_DECODER if read_config(folder).is_encoder_decoder else DECODER
+    return architecture_by(read_config(folder))
 
 
 def architecture_of(model: PreTrainedModel | PeftModel) -> Architecture:
     """Return the architecture of a loaded model."""
-    return ENCODER_DECODER if model.config.is_encoder_decoder else DECODER
+    return architecture_by(model.config)
+
+
+def architecture_by(config: PreTrainedConfig) -> Architecture:
+    """Return the architecture of the model that a configuration describes."""
+    return ENCODER_DECODER if config.is_encoder_decoder else DECODER

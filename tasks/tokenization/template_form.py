@@ -14,7 +14,7 @@ from datetime import date
 from typing import Any, NamedTuple
 
 from tasks.core.errors import BadData, BadModel
-from tasks.core.records import Message, written_out
+from tasks.core.records import Message, calls_with_ids, tool_call, written_out
 
 DAY = "2025-01-01"
 """The date that templates write unless params say another."""
@@ -127,13 +127,12 @@ def as_template_input(messages: Sequence[Message], form: TemplateForm) -> list[M
             plain["content"] = written_out(message)
         name, call_id = message.name, message.call_id
         if message.calls:
-            calls = json.loads(message.calls)
-            ids = call_id.split("\n") if call_id else [""] * len(calls)
+            calls = calls_with_ids(message)
             if form.reads_ids and not call_id:  # nine letters and digits suit every template that looks at them
-                ids = [f"call{made + number + 1:05}" for number in range(len(calls))]
+                calls = [(f"call{made + number:05}", call) for number, (_, call) in enumerate(calls, start=1)]
             made += len(calls)
-            waiting = [(each, call["name"]) for each, call in zip(ids, calls, strict=True)]
-            plain["tool_calls"] = [_call(each, call, form) for each, call in zip(ids, calls, strict=True)]
+            waiting = [(each, call["name"]) for each, call in calls]
+            plain["tool_calls"] = [tool_call(each, call["name"], _arguments(call, form)) for each, call in calls]
         elif message.role == "tool" and form.reads_ids and waiting:  # results come in the order of their calls
             asked = next((each for each in waiting if each[0] == call_id), waiting[0])
             waiting.remove(asked)
@@ -146,12 +145,10 @@ def as_template_input(messages: Sequence[Message], form: TemplateForm) -> list[M
     return result
 
 
-def _call(call_id: str, call: Mapping[str, Any], form: TemplateForm) -> dict[str, Any]:
-    arguments = call["arguments"]
+def _arguments(call: Mapping[str, Any], form: TemplateForm) -> Any:
     if form.text_arguments:
-        arguments = call.get("text") or json.dumps(arguments, ensure_ascii=False)
-    function = {"name": call["name"], "arguments": arguments}
-    return {**({"id": call_id} if call_id else {}), "type": "function", "function": function}
+        return call.get("text") or json.dumps(call["arguments"], ensure_ascii=False)
+    return call["arguments"]
 
 
 def reasoning_kept(messages: Sequence[Message], keep: str) -> Sequence[Message]:

@@ -177,9 +177,10 @@ def _not_learnt(block: pa.Table, kind: str, turns: TurnColumns) -> NDArray[np.ui
     import numpy as np
 
     result = np.zeros(len(block), np.uint64)
-    if (learn := field_of_turns(block, kind, "learn")) is not None:
+    if kind == "chat":
+        learn = block["messages"].combine_chunks().flatten().field("learn").to_numpy(zero_copy_only=False)
         place = np.arange(len(turns.row)) - np.searchsorted(turns.row, turns.row)
-        masked = learn.to_numpy(zero_copy_only=False) == "false"
+        masked = ~learn
         np.add.at(result, turns.row[masked], mixed(place[masked].astype(np.uint64) + np.uint64(1)))
     return result
 

@@ -91,18 +91,13 @@ def prompts_of(table: pa.Table, kind: str) -> list[str]:
     return prompts
 
 
-def calls_of(table: pa.Table, kind: str) -> pa.LargeStringArray | None:
-    """Return each chat turn's tool calls, as JSON text; None for kinds whose turns call none."""
-    return field_of_turns(table, kind, "calls")
-
-
 def field_of_turns(table: pa.Table, kind: str, name: str) -> pa.LargeStringArray | None:
     """Return a field of each chat turn as text; None for kinds whose turns have no more than their text."""
     import pyarrow as pa
 
     if kind != "chat":
         return None
-    return table["messages"].combine_chunks().flatten().field(name).cast(pa.string()).cast(pa.large_string())
+    return table["messages"].combine_chunks().flatten().field(name).cast(pa.large_string())
 
 
 def _letters(roles: pa.Array) -> NDArray[np.uint8]:
@@ -160,7 +155,7 @@ def _facts(table: pa.Table, kind: str) -> pd.DataFrame:
         return np.bincount(turns.row, weights=per_turn, minlength=rows).astype(np.int64)
 
     letters = _count_letters(turns.text)
-    calls = calls_of(table, kind)
+    calls, reasoning = (field_of_turns(table, kind, name) for name in ("calls", "reasoning"))
     calling = (
         np.zeros(len(turns.row), bool) if calls is None else pc.not_equal(calls, "").to_numpy(zero_copy_only=False)
     )
@@ -188,8 +183,7 @@ def _facts(table: pa.Table, kind: str) -> pd.DataFrame:
     facts["language_mismatch"] = ((question != reply) & (question != "none") & (reply != "none")).astype(np.int64)
     facts |= _same(table, kind, rows)
     scanned = turns.text
-    for name in ("calls", "reasoning"):  # an address or a key may stand there, too
-        beside = field_of_turns(table, kind, name)
+    for beside in (calls, reasoning):  # an address or a key may stand there, too
         if beside is not None and pc.any(pc.not_equal(beside, "")).as_py():
             scanned = pc.binary_join_element_wise(scanned, beside, pa.scalar("\n", pa.large_string()))
     for name, patterns in PATTERNS.items():
