@@ -34,16 +34,18 @@ from tasks.adapters.params import (
     LowRank,
     PromptTuningAdapter,
     QloraAdapter,
+    ReftAdapter,
 )
 from tasks.adapters.peft_configs import peft_config
 from tasks.core.artifacts import as_json, atomic_write
 from tasks.core.errors import BadModel
+from tasks.models.decoder import decoder_of
 from tasks.models.loader import Model, load_model
 from tasks.tokenization.architecture import architecture_of
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 
@@ -85,7 +87,7 @@ def make_trainable(model: PreTrainedModel, adapter: AnyAdapter, steps: int = 1) 
     _check_rank(model, adapter)
     config = peft_config(adapter, steps, architecture_of(model).task_type)
     if getattr(config, "target_modules", None) == "all-linear":
-        vars(config)["exclude_modules"] = _no_plain_layers(model)
+        vars(config)["exclude_modules"] = _no_plain_layers(model, config)
     adapted = _adapted(model, config, "params")
     _check_names(adapted, adapter)
     _check_embeddings(adapted)
@@ -101,24 +103,73 @@ def make_trainable(model: PreTrainedModel, adapter: AnyAdapter, steps: int = 1) 
         from tasks.adapters.lora_kernel import add_in_one_pass
 
         add_in_one_pass(adapted)
+    if isinstance(adapter, ReftAdapter):
+        from tasks.adapters.reft.tuner import check_states
+
+        check_states(adapted)
     return adapted
 
 
-def _no_plain_layers(model: PreTrainedModel) -> list[str] | None:
-    """Return the linear layers of a model that do more than multiply, such as Llama 4's routers with two results.
+def _no_plain_layers(model: PreTrainedModel, config: PeftConfig) -> list[str] | None:
+    """Return the linear layers of a model that an update cannot be added to.
 
-    An update of their product would stand in for all that they do.
+    Some do more than multiply, such as Llama 4's routers with two results: an update of their product would stand in
+    for all that they do. Some weights are held by several modules, each of which would get an update of its own. Some
+    are read by a kernel that passes over the module, which PEFT knows. And what sees images is not trained by text.
     """
     from torch import nn
 
-    own = [
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    shared, decoder = _shared_weights(model), decoder_of(model)
+    reads = (
+        set(decoder.modules()) if decoder and model.config.get_text_config() is not model.config else linear.values()
+    )
+    return [
         name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and type(module).forward is not nn.Linear.forward
-        and type(module).__module__.startswith("transformers.models.")
-    ]
-    return own or None
+        for name, module in linear.items()
+        if module not in reads
+        or id(module.weight) in shared
+        or not _multiplies(module)
+        or _is_passed_over(model, config, name)
+    ] or None
+
+
+def _multiplies(module: Any) -> bool:
+    """Return whether a linear layer of a model's own kind gives nothing but a product, plus its bias."""
+    import torch
+    from torch import nn
+
+    own = type(module).forward is not nn.Linear.forward and type(module).__module__.startswith("transformers.models.")
+    if not own:
+        return True
+    given = torch.linspace(-1, 1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)[None]
+    with torch.no_grad():
+        try:
+            found = module(given)
+        except Exception:  # whatever it needs besides: it is no plain layer
+            return False
+        product = nn.functional.linear(given, module.weight, module.bias)
+    if not isinstance(found, torch.Tensor) or found.shape != product.shape:
+        return False
+    return found.is_meta or bool(torch.allclose(found, product, rtol=1e-2, atol=1e-2))
+
+
+def _is_passed_over(model: PreTrainedModel, config: PeftConfig, name: str) -> bool:
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
+    try:
+        _check_lora_target_modules_mamba(config, model, name.rpartition(".")[2])
+    except ValueError:
+        return True
+    return False
+
+
+def _shared_weights(model: nn.Module) -> set[int]:
+    """Return the ids of weights that more than one module holds."""
+    from collections import Counter
+
+    held = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
+    return {weight for weight, count in held.items() if count > 1}
 
 
 def load_adapted(base: Path, folder: Path, adapter: AnyAdapter) -> Model:
@@ -177,7 +228,18 @@ def add_adapter(model: PreTrainedModel | PeftModel, adapter: Adapter, name: str 
     state = _without_base(adapted, adapter.state)
     _check_places(published_state(adapted, name), state, adapter.where)
     set_peft_model_state_dict(adapted, state, adapter_name=name)
+    _take_lost(adapted, state, name)
     return adapted.requires_grad_(False).eval()
+
+
+def _take_lost(adapted: PeftModel, state: Mapping[str, Tensor], name: str) -> None:
+    """Set what PEFT lost without a word: names that transformers would change in a file, it changes here as well."""
+    import torch
+
+    with torch.no_grad():
+        for key, held in published_state(adapted, name).items():
+            if not torch.equal(held, state[key].to(held)):
+                held.copy_(state[key])
 
 
 def base_identity(model: PreTrainedModel) -> Base:
@@ -244,7 +306,7 @@ def _check_rank(model: PreTrainedModel, adapter: AnyAdapter) -> None:
     if not isinstance(adapter, LowRank | AdaloraAdapter):
         return
     rank = max(adapter.rank.values()) if isinstance(adapter.rank, dict) else adapter.rank
-    width = model.config.get_text_config().hidden_size
+    width = getattr(model.config.get_text_config(), "hidden_size", rank)
     if rank > width:
         raise BadModel(
             "the rank is above the hidden size", where="adapter.rank", got=str(rank), expected=f"at most {width}"
@@ -297,6 +359,20 @@ def _check_embeddings(adapted: PeftModel) -> None:
             "encoder and decoder hold the embedding themselves, so that an adapter on it changes nothing",
             where="adapter.targets",
             fix="leave it out, or train the weights themselves: `name: full`",
+        )
+    shared = _shared_weights(adapted.get_base_model())
+    twice = [
+        name.removesuffix(".base_layer")
+        for name, module in adapted.get_base_model().named_modules()
+        if name.endswith(".base_layer") and id(module._parameters.get("weight")) in shared
+        if not (embedding is not None and module in embedding.modules())
+    ]
+    if twice:
+        raise BadModel(
+            "more than one module holds these weights, and each would get an update of its own",
+            where="adapter.targets",
+            examples=twice,
+            fix="leave them out, or train the weights themselves: `name: full`",
         )
 
 

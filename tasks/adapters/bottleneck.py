@@ -25,8 +25,8 @@ from tasks.adapters.hooks import (
     HookedTuner,
     chosen_layers,
     component_of,
-    decoder_config,
     has,
+    hidden_size_of,
     layers_of,
     peft_type,
     register_with_peft,
@@ -155,7 +155,7 @@ class BottleneckModel(HookedTuner):
 
     def new_part(self, layer: BottleneckLayer, adapter_name: str, config: BottleneckConfig) -> nn.Module:
         """Build a bottleneck."""
-        return Bottleneck(decoder_config(self.model).hidden_size, config)
+        return Bottleneck(hidden_size_of(self.model), config)
 
     def _norm_before(self, name: str) -> nn.Module:
         block, layer = next((k, v) for k, v in layers_of(self.model).items() if name.startswith(f"{k}."))

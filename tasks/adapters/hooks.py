@@ -16,6 +16,7 @@ from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 
 from tasks.adapters.positions import parse_layers
+from tasks.models.decoder import decoder_of
 
 COMPONENTS = {
     "block_output": ("",),
@@ -62,11 +63,14 @@ class HookedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _change(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self.disable_adapters:
             return output
-        hidden = output[0] if isinstance(output, tuple) else output
+        several = isinstance(output, (tuple, list))
+        hidden = output[0] if several else output
         for name in self.active_adapters:
             if name in self.parts:
                 hidden = self.changed(hidden, name)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        if not several:
+            return hidden
+        return type(output)(hidden, *output[1:]) if hasattr(output, "_fields") else type(output)((hidden, *output[1:]))
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         known = [p for p in self._module[0].parameters() if p.device.type != "meta"]
@@ -154,8 +158,10 @@ def peft_type(name: str) -> PeftType:
 def body_of(model: nn.Module) -> nn.Module:
     """Return the stack of layers that reads the prompt: the encoder where there is one, else the decoder."""
     encodes = getattr(decoder_config(model), "is_encoder_decoder", False)
-    body: nn.Module = model.get_encoder() if encodes else model.get_decoder()  # type: ignore[operator]
-    return body
+    if encodes:
+        encoder: nn.Module = model.get_encoder()  # type: ignore[operator]
+        return encoder
+    return decoder_of(model) or model
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -164,10 +170,20 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         ValueError: they cannot be identified.
     """
-    body, count = body_of(model), decoder_config(model).num_hidden_layers
-    stack = next((m for m in body.modules() if isinstance(m, nn.ModuleList) and len(m) == count), None)
+    body, count = body_of(model), getattr(decoder_config(model), "num_hidden_layers", None)
+    own = (type(decoder_config(model)), type(getattr(body, "config", None)))
+    elsewhere = {  # what sees images has layers of its own
+        part
+        for module in body.modules()
+        if hasattr(module, "config") and not isinstance(module.config, own)
+        for part in module.modules()
+    }
+    lists = [m for m in body.modules() if isinstance(m, nn.ModuleList) and len(m) and m not in elsewhere]
+    stack = next((m for m in lists if len(m) == count), None)
+    if stack is None:  # some count otherwise, or have a part for each layer besides: what holds most is the layers
+        stack = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=None)
     if stack is None:
-        raise ValueError(f"{type(model).__name__}: no list of {count} layers was found in it")
+        raise ValueError(f"{type(model).__name__}: no list of layers was found in it")
     names = {id(module): name for name, module in model.named_modules()}
     return {names[id(layer)]: layer for layer in stack}
 
@@ -209,3 +225,15 @@ def decoder_config(model: nn.Module) -> Any:
     """Return the configuration that says how many layers there are and how wide they are."""
     config: Any = model.config
     return config if getattr(config, "is_encoder_decoder", False) else config.get_text_config()
+
+
+def hidden_size_of(model: nn.Module) -> int:
+    """Return how wide a model's hidden states are.
+
+    Raises:
+        ValueError: its configuration does not say, or says several widths.
+    """
+    width = getattr(decoder_config(model), "hidden_size", None)
+    if not isinstance(width, int):
+        raise ValueError(f"{type(model).__name__}: its configuration says no one hidden size, got {width}")
+    return width

@@ -97,11 +97,12 @@ def next_token_logp(model: Model, ids: Tensor) -> Tensor:
     import torch
 
     from tasks.inference.logprobs import score_hidden
+    from tasks.inference.states import states_of
 
     dtype = compute_dtype()
     with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
         # no attention mask: nothing looks ahead, so what stands before padding is not touched by it
-        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        hidden = states_of(model, {"input_ids": ids, "use_cache": False})[:, :-1]
         logp = score_hidden(model, hidden.flatten(0, 1), ids[:, 1:].flatten()).logp
     return logp.view(len(ids), -1)
 

@@ -22,10 +22,26 @@ def with_head(stored: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> 
 
 
 def is_tied(stored: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> bool:
-    """Return whether a model's head is its embedding."""
+    """Return whether a model's head is its embedding: as transformers decides, by the file where it holds both."""
     embedding, head = embedding_and_head(stored)
-    says = config.get("tie_word_embeddings") is True or head not in stored
-    return bool(embedding) and not config.get("is_encoder_decoder") and says
+    if not embedding or config.get("is_encoder_decoder"):
+        return False
+    if head not in stored:
+        return True
+    return config.get("tie_word_embeddings") is True and _equal(stored[embedding], stored[head])
+
+
+def _equal(one: StoredTensor, other: StoredTensor) -> bool:
+    """Compare two tensors a few rows at a time."""
+    import numpy as np
+
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    spans = ((start, min(start + _ROWS, one.rows)) for start in range(0, one.rows, _ROWS))
+    return all(np.array_equal(one.floats(*span), other.floats(*span)) for span in spans)
+
+
+_ROWS = 4096
 
 
 def by_names_in_memory(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from tasks.core.errors import Diverged, Interrupted
+from tasks.core.errors import BadModel, Diverged, Interrupted
 from tasks.core.progress import Progress
 from tasks.core.ranks import is_first
 from tasks.core.signals import on_stop
@@ -216,6 +216,12 @@ def _differentiate(parts: Iterable[tuple[Tensor, dict[str, float]]]) -> tuple[fl
     """Add the gradients of all parts, each before the next is computed; return the sums of their loss and log."""
     total, extra = 0.0, dict[str, float]()
     for part, logged in parts:
+        if not part.requires_grad:
+            raise BadModel(
+                "what this model gives does not depend on what is trained of it",
+                where="train.*.adapter",
+                fix="choose other modules or layers, or another base",
+            )
         part.backward()
         total += part.item()
         extra = {name: extra.get(name, 0.0) + value for name, value in logged.items()}

@@ -49,9 +49,9 @@ def score_continuations(
 
     from tasks.adapters.prompt_tuning import virtual_tokens
     from tasks.adapters.reft.prompt_positions import prompts_of
-    from tasks.inference.lm_head import unwrapped
     from tasks.inference.prefix_sharing import can_pack
     from tasks.inference.prefix_tree import batches
+    from tasks.models.decoder import unwrapped
 
     rows = [PrefixRow([*ending.context, *ending.tokens[:-1]], len(ending.context)) for ending in endings]
     whole = prompts_of(model) is not None
@@ -101,9 +101,9 @@ def _joined(model: Model, rows: Sequence[PrefixRow], whole: bool) -> tuple[Tenso
     import torch
 
     from tasks.adapters.reft.prompt_positions import prompts_of
-    from tasks.inference.lm_head import unwrapped
     from tasks.inference.prefix_sharing import packed_hidden
     from tasks.inference.prefix_tree import build_batch
+    from tasks.models.decoder import unwrapped
 
     forest = build_batch(rows, model.device, whole=whole)
     prompts = prompts_of(model)
@@ -144,8 +144,12 @@ def _padded(model: Model, rows: Sequence[PrefixRow], whole: bool) -> tuple[Tenso
     from tasks.adapters.reft.prompt_positions import prompts_of
     from tasks.inference.encoder_decoder import padded
     from tasks.inference.prefix_tree import unique_rows
+    from tasks.inference.rope import alike
+    from tasks.inference.states import states_of
 
     leaf_of = unique_rows(rows, whole=whole)
+    if len(alike(model.config, [len(row.ids) for row in rows])) > 1:
+        leaf_of = list(range(len(rows)))  # a row that is the beginning of another has other positions than that
     alone = sorted(set(leaf_of))
     filled = padded([rows[n].ids for n in alone], 0, model.device)
     given = {"input_ids": filled.ids, "attention_mask": filled.attended, "use_cache": False}
@@ -153,7 +157,7 @@ def _padded(model: Model, rows: Sequence[PrefixRow], whole: bool) -> tuple[Tenso
     prompts = prompts_of(model)
     lengths = torch.tensor([rows[n].prompt for n in alone], device=model.device)
     with prompts.given(lengths) if prompts else nullcontext():
-        hidden = model.get_decoder()(**given).last_hidden_state[:, virtual:]
+        hidden = states_of(model, given)[:, virtual:]
     width = filled.ids.shape[1]
     starts = {leaf: number * width for number, leaf in enumerate(alone)}
     places = [list(range(starts[leaf], starts[leaf] + len(row.ids))) for leaf, row in zip(leaf_of, rows, strict=True)]

@@ -201,7 +201,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval's class is untyped
         write = generate_targets if self._writes else continuations
         texts = [
             self.tok_decode(ids[: stop.lengths[row]])
-            for row, ids in enumerate(write(self.model, self.tokenizer, cut, most, generation, stop.criteria()))
+            for row, ids in enumerate(write(self.model, self.tokenizer, cut, most, generation, stop))
         ]
         return [postprocess_generated_text(text, until, None) for text in texts]
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from tasks.inference.sampling import StopTexts
+
 IGNORED = -100
 """The label of what is no token of a target."""
 
@@ -116,7 +118,7 @@ def _encoded(model: Model, inputs: Sequence[tuple[int, ...]]) -> dict[str, Any]:
 
     from tasks.adapters.prompt_tuning import virtual_tokens
     from tasks.adapters.reft.prompt_positions import prompts_of
-    from tasks.inference.lm_head import unwrapped
+    from tasks.models.decoder import unwrapped
 
     number = {each: n for n, each in enumerate(dict.fromkeys(inputs))}
     if torch.is_grad_enabled() or len(number) == len(inputs) or virtual_tokens(model) or prompts_of(model):
@@ -135,11 +137,11 @@ def generate_targets(
     inputs: Sequence[Sequence[int]],
     max_new_tokens: int,
     generation: Generation,
-    stopping: Any = None,
+    stop: StopTexts | None = None,
 ) -> list[list[int]]:
     """Generate answers to a batch of inputs: the tokens after the start token, up to the end token if there is one.
 
-    `stopping` is what else ends answers, as transformers takes it.
+    `stop` is what else ends answers.
     """
     import torch
 
@@ -153,7 +155,7 @@ def generate_targets(
             max_new_tokens=max_new_tokens,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            stopping_criteria=stopping,
+            stopping_criteria=stop.criteria() if stop else None,
             **decoding(model, generation, given.ids, given.attended),
         )
     return [until(row, tokenizer.eos_token_id) for row in written[:, 1:].tolist()]

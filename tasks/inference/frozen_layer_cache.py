@@ -23,6 +23,8 @@ from tasks.adapters.hooks import body_of, layers_of
 from tasks.adapters.positions import parse_positions
 from tasks.adapters.reft.prompt_positions import prompts_of
 from tasks.adapters.reft.tuner import ReftConfig, ReftLayer
+from tasks.inference.agreement import is_true, tokens
+from tasks.inference.prefix_sharing import unpack_rows
 
 
 class CachedPrefix(NamedTuple):
@@ -90,13 +92,29 @@ class FrozenLayerCache:
             below._last = last
             state = below._one([0, 1, 2, 3], 4)
             if state is None:
-                return None
+                continue
             token = state.hidden[0].nbytes
             before = state.attention[:, :, :, 0].nbytes if state.attention is not None else 0
             below._token_bytes = (token, before)
-            if below.kept_bytes(rows) <= max_bytes:
+            if below.kept_bytes(rows) <= max_bytes and is_true(base, partial(below._with_and_without, model)):
                 return below
         return None
+
+    def _with_and_without(self, model: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """Compute what scored tokens of two rows follow from, with what is kept of them and without."""
+        from tasks.inference.logprobs import score_tokens
+        from tasks.inference.rows import TokenRow
+
+        given = [tokens(model, row)[0].tolist() for row in ([1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11])]
+        rows = [
+            TokenRow(ids, [at >= prompt for at in range(len(ids))], prompt)
+            for ids, prompt in zip(given, (4, 2), strict=True)
+        ]
+        try:
+            with unpack_rows():
+                yield score_tokens(model, rows, self).logp[:, None], score_tokens(model, rows).logp[:, None]
+        finally:
+            self._states.clear()
 
     def kept_bytes(self, rows: Sequence[tuple[int, int]]) -> int:
         """Count the bytes that are kept of rows given as (tokens, prompt tokens)."""
@@ -119,7 +137,7 @@ class FrozenLayerCache:
 
         longest = max(start)
         attended = torch.tensor([[0] * (longest - size) + [1] * size for size in start], device=device)
-        if not longest:
+        if not longest or self._cut == len(self._layers):  # no layer is left that would look back
             return None, attended
         every = torch.stack([pad(state, (0, 0, longest - state.shape[3], 0)) for state in states if state is not None])
         cache, nothing = DynamicCache(), every.new_zeros(len(start), 1, longest, 1)
@@ -155,12 +173,12 @@ class FrozenLayerCache:
         cache = None
         try:
             with self._prompts.nowhere() if self._prompts else nullcontext():
-                cache = self._body(input_ids=ids, use_cache=True).past_key_values
+                cache = getattr(self._body(input_ids=ids, use_cache=self._last > 0), "past_key_values", None)
         except _Enough:
             pass
         finally:
             handle.remove()
-        if not isinstance(found[0], Tensor) or found[0].dim() != 3:
+        if not isinstance(found[0], Tensor) or found[0].dim() != 3 or (self._last and not hasattr(cache, "layers")):
             return None
         hidden = found[0][0, start:].clone()
         if cache is None:

@@ -2,24 +2,65 @@
 
 Most models multiply hidden states by one matrix, some then scale or cap the logits. A model's form is found by its
 own forward pass, run once on stand-ins for everything but the part after its layers. Where the head is not one plain
-matrix, or something else is done, that same part of the forward pass makes the logits.
+matrix, or something else is done, that same part of the forward pass makes the logits. That decoder and head together
+give what the whole forward pass gives is proved on a few tokens; a model of which it is not true is run as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from tasks.core.errors import BadModel
+from tasks.inference.agreement import holds, tokens
 from tasks.inference.linear_cross_entropy import Head
+from tasks.models.decoder import decoder_of, own_code, unwrapped
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+
+def takes_apart(model: PreTrainedModel | PeftModel) -> bool:
+    """Return whether the model's decoder and then its head give the logits of the model's own forward pass.
+
+    Raises:
+        BadModel: it is no decoder: what it says of a token depends on those behind it.
+    """
+    base = unwrapped(model)
+    if not holds(base, "it looks back alone", partial(_before_several_endings, base)):
+        raise BadModel(
+            "looks ahead, so that it is no model of what comes next",
+            where=type(base).__name__,
+            expected="a decoder",
+            fix='a model of BERT\'s kind is one with "is_decoder": true in its config.json, and trained as one',
+        )
+    decoder = decoder_of(base)
+    if decoder is None or base.get_output_embeddings() is None:
+        return False
+
+    def both_ways() -> Iterator[tuple[Tensor, Tensor]]:
+        ids = tokens(base, range(1, 7))
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        yield logits_of(base, decoder(**given).last_hidden_state[0]), base.forward(**given).logits[0]
+
+    return holds(base, "it can be taken apart", both_ways)
+
+
+def _before_several_endings(base: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Compute the logits of five tokens, with a sixth behind them, with another one, and with none."""
+    given = tokens(base, [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 7])
+    rows = [*given, given[0, :5]]
+    with own_code(base):
+        one, other, none = (base.forward(input_ids=row[None], use_cache=False).logits[0, :5] for row in rows)
+    yield one, other
+    yield one, none
 
 
 def head_of(model: PreTrainedModel | PeftModel) -> Head | None:
@@ -37,9 +78,16 @@ def head_of(model: PreTrainedModel | PeftModel) -> Head | None:
 def logits_of(model: PreTrainedModel | PeftModel, hidden: Tensor) -> Tensor:
     """Compute the logits, (tokens, vocabulary), by the model's own forward pass, of hidden states, (tokens, hidden)."""
     base = unwrapped(model)
-    with _instead(base, {base.get_decoder(): _Layers(hidden[None])}):
+    with _instead({_decoder(base): lambda *_, **__: _Output(hidden[None])}):
         logits: Tensor = _after_layers(base, len(hidden), hidden.device)
     return logits[0]
+
+
+def _decoder(base: Any) -> nn.Module:
+    decoder = decoder_of(base)
+    if decoder is None:
+        raise TypeError(f"{type(base).__name__} has no decoder apart from its head")
+    return decoder
 
 
 # --- what comes after the head ----------------------------------------------------------------------------------------
@@ -69,13 +117,19 @@ def _form_of(base: Any) -> _Form | None:
     """
     hidden = torch.linspace(-1, 1, base.get_output_embeddings().weight.shape[1], dtype=torch.float64)[None, None]
     output = torch.linspace(-100, 100, _PROBES, dtype=torch.float64)[None, None]
-    head = _Numbers(output)
+    seen: list[Tensor] = []
+
+    def head(states: Tensor) -> Tensor:
+        seen.append(states)
+        return output
+
+    layers = lambda *_, **__: _Output(hidden)  # noqa: E731
     try:
-        with torch.no_grad(), _instead(base, {base.get_decoder(): _Layers(hidden), base.get_output_embeddings(): head}):
+        with torch.no_grad(), _instead({_decoder(base): layers, base.get_output_embeddings(): head}):
             logits = _after_layers(base, 1, torch.device("cpu")).double()
     except Exception:  # stand-ins do not do for this model's code, whatever it is that fails: its real parts will
         return None
-    if len(head.seen) != 1 or not torch.equal(head.seen[0], hidden) or logits.shape != output.shape:
+    if len(seen) != 1 or not torch.equal(seen[0], hidden) or logits.shape != output.shape:
         return None
     config = base.config.get_text_config().to_dict()
     cap = config.get("final_logit_softcapping")
@@ -94,17 +148,6 @@ def _after_layers(base: Any, tokens: int, device: torch.device) -> Tensor:
     return logits
 
 
-class _Layers(nn.Module):
-    """Stands for all that comes before the head: gives the hidden states that it was told to."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
-        self._output = _Output(hidden)
-
-    def forward(self, *args: Any, **kwargs: Any) -> _Output:
-        return self._output
-
-
 class _Output:
     """Output of a stack of layers, with hidden states and nothing else."""
 
@@ -118,35 +161,17 @@ class _Output:
         return self.last_hidden_state if place == 0 else None
 
 
-class _Numbers(nn.Module):
-    """Stands for the head: gives the numbers that it was told to, and keeps what it was given."""
-
-    def __init__(self, output: Tensor) -> None:
-        super().__init__()
-        self._output = output
-        self.seen: list[Tensor] = []
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        self.seen.append(hidden)
-        return self._output
-
-
 @contextmanager
-def _instead(base: nn.Module, others: dict[nn.Module, nn.Module]) -> Iterator[None]:
-    """Replace modules by others within the block."""
-    places = [(module, name) for module in base.modules() for name, child in module._modules.items() if child in others]
-    before = [module._modules[name] for module, name in places]
+def _instead(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Replace the forward passes of modules within the block; all else of them stays."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward
     try:
-        for (module, name), child in zip(places, before, strict=True):
-            module._modules[name] = others[child]  # type: ignore[index]
         yield
     finally:
-        for (module, name), child in zip(places, before, strict=True):
-            module._modules[name] = child
-
-
-def unwrapped(model: PreTrainedModel | PeftModel) -> Any:
-    """Return the model without what PEFT put around it; adapters stay within."""
-    from peft import PeftModel
-
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+        for module, own in before.items():
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own

@@ -19,6 +19,22 @@ if TYPE_CHECKING:
     from tasks.inference.prefix_sharing import PackedBatch
 
 
+def find_out(model: Model) -> None:
+    """Find out what can be done with a model's rows, by a few tokens: once, and before anything else is done to it.
+
+    Raises:
+        BadModel: it cannot be run on text alone, or is no decoder.
+    """
+    from tasks.inference.prefix_sharing import can_pack
+    from tasks.inference.states import pads
+    from tasks.models.decoder import unwrapped
+
+    base = unwrapped(model)
+    if not base.config.is_encoder_decoder:
+        pads(base)
+        can_pack(base, 1)
+
+
 def score_rows(
     model: Model, rows: Sequence[Row], below: FrozenLayerCache | None = None, *, with_mean: bool = False
 ) -> Scored:
@@ -42,6 +58,11 @@ def score_tokens(
     """
     import torch
 
+    from tasks.inference.states import together
+    from tasks.models.decoder import unwrapped
+
+    if below and len(together(unwrapped(model), [row.tokens for row in rows])) > 1:
+        below = None  # what it keeps is put in for a whole batch
     joined = _joined(model, rows) if below is None else None
     hidden = _joined_hidden(model, rows, joined) if joined else _padded_hidden(model, rows, below)
     targets = [token for row in rows for token, counts in zip(row.ids[1:], row.mask[1:], strict=True) if counts]
@@ -58,19 +79,21 @@ def score_hidden(
     with_mean: bool = False,
     with_likeliest: bool = False,
 ) -> TokenScores:
-    """Score each target's log-probability, as the model gives it for a hidden state of its decoder.
+    """Score each target's log-probability, as the model gives it for what `states_of` gives of the token before.
 
     Args:
         model: a decoder, with or without an adapter.
-        hidden: the output of its layers, (tokens, hidden).
+        hidden: of each token, (tokens, hidden), or its logits, (tokens, vocabulary), if the model is run as a whole.
         targets: token ids, (tokens,) int64.
         with_mean: whether to compute the means over the vocabulary, as label smoothing needs them.
         with_likeliest: whether to compute if each target is the arg-max.
     """
     from tasks.inference.linear_cross_entropy import score_logits, score_targets
-    from tasks.inference.lm_head import head_of, logits_of
+    from tasks.inference.lm_head import head_of, logits_of, takes_apart
 
     asked = {"with_mean": with_mean, "with_likeliest": with_likeliest}
+    if not takes_apart(model):
+        return score_logits(hidden, targets, **asked)
     if head := head_of(model):
         return score_targets(hidden, head, targets, **asked)
     return score_logits(logits_of(model, hidden), targets, **asked)
@@ -79,8 +102,8 @@ def score_hidden(
 def _joined(model: Model, rows: Sequence[TokenRow]) -> PackedBatch | None:
     """Join the rows in one sequence, where the model and its adapter allow that and it pays; else return None."""
     from tasks.adapters.prompt_tuning import virtual_tokens
-    from tasks.inference.lm_head import unwrapped
     from tasks.inference.prefix_sharing import can_pack, drops, pack
+    from tasks.models.decoder import unwrapped
 
     base = unwrapped(model)
     longest = max(row.tokens for row in rows)
@@ -96,8 +119,8 @@ def _joined_hidden(model: Model, rows: Sequence[TokenRow], joined: PackedBatch) 
     import torch
 
     from tasks.adapters.reft.prompt_positions import prompts_of
-    from tasks.inference.lm_head import unwrapped
     from tasks.inference.prefix_sharing import packed_hidden
+    from tasks.models.decoder import unwrapped
 
     prompts = prompts_of(model)
     shapes = ([0] * len(joined.trees), *zip(*(tree[:2] for tree in joined.trees), strict=True))
@@ -120,6 +143,7 @@ def _padded_hidden(model: Model, rows: Sequence[TokenRow], below: FrozenLayerCac
     import torch
 
     from tasks.adapters.prompt_tuning import with_virtual_tokens
+    from tasks.inference.states import states_of
 
     prompts = [row.prompt_tokens for row in rows]
     with below.known([row.ids for row in rows], prompts) if below else nullcontext() as reuse:
@@ -142,7 +166,7 @@ def _padded_hidden(model: Model, rows: Sequence[TokenRow], below: FrozenLayerCac
             given["past_key_values"] = reuse.cache
         given, virtual = with_virtual_tokens(model, given)
         with _prompt_ends(model, prompts, start):
-            hidden = model.get_decoder()(**given).last_hidden_state[:, virtual:]
+            hidden = states_of(model, given)[:, virtual:]
     before: Tensor = hidden[scored.roll(-1, dims=1)]  # position t predicts token t + 1
     return before
 

@@ -9,16 +9,22 @@ are the row's. There is no mask, and no token is computed twice except in attent
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tasks.inference.agreement import holds, tokens
+from tasks.inference.lm_head import takes_apart
 from tasks.inference.prefix_tree import Block, PrefixTreeBatch, Range
+from tasks.inference.rope import alike
+from tasks.models.decoder import decoder_of
 
 NAME = "temper_joined"
 """What transformers calls the attention function; without a layout it is PyTorch's own, as before."""
@@ -105,7 +111,8 @@ def packed_hidden(base: Any, joined: PackedBatch | PrefixTreeBatch) -> Tensor:
     base.config._attn_implementation = NAME
     nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=joined.ids.device)  # a ready mask, so that none is made
     layout = {"joined_trees": joined.trees} if isinstance(joined, PackedBatch) else {"joined_blocks": joined.blocks}
-    hidden: Tensor = base.get_decoder()(
+    decoder: Any = decoder_of(base)
+    hidden: Tensor = decoder(
         input_ids=joined.ids, position_ids=joined.positions, attention_mask=nothing, use_cache=False, **layout
     ).last_hidden_state
     return hidden[0]
@@ -127,20 +134,42 @@ def unpack_rows() -> Iterator[None]:
 def can_pack(base: Any, longest: int) -> bool:
     """Return whether rows of up to `longest` tokens can be joined on this model.
 
-    Its attention must be PyTorch's, over all that stands before, and its positions must be what we say.
+    Its attention must be PyTorch's, over all that stands before, and its positions must be what we say. What its
+    configuration does not say of that, a few joined tokens prove.
     """
-    config = base.config.get_text_config()
-    if _apart.get():
+    if _apart.get() or base.config.is_encoder_decoder or not takes_apart(base):
         return False
+    config = base.config.get_text_config()
     if config._attn_implementation not in ("sdpa", NAME) or not base._supports_attention_backend or base._is_stateful:
         return False
     values = config.to_dict()
-    window = values.get("sliding_window")
     if any(kind not in ("full_attention", "sliding_attention") for kind in values.get("layer_types") or ()):
         return False
-    if window and longest > window and values.get("use_sliding_window", True):
+    if values.get("use_sliding_window", True) and longest > _window(values):
         return False
-    return not (values.get("attn_logit_softcapping") or values.get("alibi") or base.config.is_encoder_decoder)
+    if values.get("attn_logit_softcapping") or values.get("alibi") or len(alike(config, [1, longest])) > 1:
+        return False
+    if not holds(base, "it can be packed", partial(_packed_and_alone, base)):
+        config._attn_implementation = "sdpa"
+        return False
+    return True
+
+
+def _window(values: Mapping[str, Any]) -> float:
+    """Return how many tokens the narrowest attention looks back at, by whatever name the configuration calls that."""
+    names = [name for name in values if name.endswith(("window", "window_size", "window_len", "chunk_size"))]
+    return min((values[name] for name in names if isinstance(values[name], int) and values[name] > 0), default=math.inf)
+
+
+def _packed_and_alone(base: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Compute rows in one sequence, two of which share their prompt, and the same rows alone."""
+    rows = [tokens(base, row)[0].tolist() for row in ([1, 2, 3, 4, 5, 6], [1, 2, 3, 7, 8], [9, 10, 11, 12])]
+    prompts = [3, 3, 2]
+    joined, decoder = pack(rows, prompts, base.device), decoder_of(base)
+    hidden = packed_hidden(base, joined)
+    for row, places in zip(rows, joined.places, strict=True):
+        ids = torch.tensor([row], device=base.device)
+        yield hidden[places], decoder(input_ids=ids, use_cache=False).last_hidden_state[0]  # type: ignore[misc]
 
 
 def drops(base: nn.Module) -> bool:
@@ -208,7 +237,7 @@ def packed_attention(
         for tree, of_tree in zip(joined_trees, of_trees, strict=True)
         for part in _of_tree(tree, of_tree, {**how, "is_causal": True})
     ]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat([part.transpose(1, 2) for part in outputs], dim=1), None  # one copy, and of the layout asked for
 
 
 def _of_tree(tree: PrefixGroup, of_tree: Sequence[Tensor], how: dict[str, Any]) -> list[Tensor]:

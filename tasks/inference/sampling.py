@@ -8,7 +8,7 @@ a row gets then depends on the rows beside it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tasks.inference.params import Generation
@@ -26,13 +26,32 @@ def continuations(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     generation: Generation,
-    stopping: Any = None,
+    stop: StopTexts | None = None,
 ) -> list[list[int]]:
     """Generate the tokens that a decoder writes after each of a batch of prompts, up to the end token if any.
 
-    `stopping` is what else ends them, as transformers takes it.
+    `stop` is what else ends them.
     """
+    found: dict[int, list[int]] = {}
+    for group in _together(model, [len(prompt) for prompt in prompts], max_new_tokens):
+        stopping = stop.criteria(group) if stop else None
+        written = _generated(model, tokenizer, [prompts[n] for n in group], max_new_tokens, generation, stopping)
+        found |= zip(group, written, strict=True)
+    return [found[number] for number in range(len(prompts))]
+
+
+def _generated(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    generation: Generation,
+    stopping: Any,
+) -> list[list[int]]:
     import torch
+
+    from tasks.inference.rope import forget_longest
+    from tasks.models.decoder import unwrapped
 
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), tokenizer.pad_token_id or 0)
@@ -41,6 +60,7 @@ def continuations(
         ids[row, longest - len(prompt) :] = torch.tensor(list(prompt))
         attended[row, longest - len(prompt) :] = 1
     ids, attended = ids.to(model.device), attended.to(model.device)
+    forget_longest(unwrapped(model))
     with torch.no_grad():
         written: Tensor = model.generate(  # type: ignore[operator]
             input_ids=ids,
@@ -52,6 +72,55 @@ def continuations(
             **decoding(model, generation, ids, attended),
         )
     return [until(row, tokenizer.eos_token_id) for row in written[:, longest:].tolist()]
+
+
+# --- which prompts may stand beside each other ------------------------------------------------------------------------
+
+
+def _together(model: Model, lengths: Sequence[int], max_new_tokens: int) -> list[list[int]]:
+    """Group prompts of these lengths so that none is changed by the others: by padding, or by longer rows."""
+    from tasks.inference.rope import alike
+    from tasks.models.decoder import unwrapped
+
+    base = unwrapped(model)
+    last = [length + max_new_tokens for length in lengths]
+    found = []
+    for group in alike(base.config, last):
+        long = len(alike(base.config, [1, *(last[n] for n in group)])) > 1
+        if long:  # positions change while these are written, when the longest of a batch gets there
+            found += [[number] for number in group]
+        elif len({lengths[n] for n in group}) == 1 or pads_on_left(model):
+            found.append(group)
+        else:
+            by_length: dict[int, list[int]] = {}
+            for number in group:
+                by_length.setdefault(lengths[number], []).append(number)
+            found += by_length.values()
+    return found
+
+
+def pads_on_left(model: Model) -> bool:
+    """Return whether a model writes the same after a prompt with padding on its left: some count it for a position."""
+    import torch
+
+    from tasks.inference.agreement import holds, tokens
+    from tasks.models.decoder import unwrapped
+
+    def logits(ids: Tensor, attended: Tensor) -> Tensor:
+        how = {"do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True, "output_logits": True}
+        written = model.generate(  # type: ignore[operator]
+            input_ids=ids, attention_mask=attended, max_new_tokens=2, min_new_tokens=2, **how
+        )
+        return torch.stack([each[-1] for each in written.logits])
+
+    def padded_and_alone() -> Iterator[tuple[Tensor, Tensor]]:
+        rows = tokens(model, [1, 2, 3, 4, 5, 6], [0, 0, 7, 8, 9, 10])
+        mask = torch.ones_like(rows)
+        mask[1, :2] = 0
+        yield logits(rows, mask), logits(rows[1:, 2:], mask[1:, 2:])
+
+    _forget_defaults(model)
+    return holds(unwrapped(model), "it can be padded on the left", padded_and_alone)
 
 
 def until(ids: list[int], end: int | None) -> list[int]:
@@ -75,13 +144,27 @@ class StopTexts:
         self.lengths: list[int | None] = [None] * rows
         self._tokenizer, self._texts = tokenizer, [text for text in texts if text]
         self._last = 2 + max((len(text.encode()) for text in self._texts), default=0)  # no token is less than a byte
-        self._start: int | None = None
 
-    def criteria(self) -> Any:
-        """Return this as `generate` takes it."""
+    def criteria(self, rows: Sequence[int] | None = None) -> Any:
+        """Return this as `generate` takes it, for a batch of the answers of these numbers; for all without them."""
         from transformers import StoppingCriteriaList
 
-        return StoppingCriteriaList([self])
+        return StoppingCriteriaList([_Ends(self, range(len(self.lengths)) if rows is None else rows)])
+
+    def see(self, rows: Sequence[int], written: Tensor) -> None:
+        """Note which answers are at their end, after one token more of each: `written` (rows, tokens)."""
+        texts = self._tokenizer.batch_decode(written[:, -self._last :])
+        for row, text in zip(rows, texts, strict=True):
+            if self.lengths[row] is None and any(stop in text for stop in self._texts):
+                self.lengths[row] = written.shape[1]
+
+
+class _Ends:
+    """Ends answers of one batch."""
+
+    def __init__(self, stop: StopTexts, rows: Sequence[int]) -> None:
+        self._stop, self._rows = stop, rows
+        self._start: int | None = None
 
     def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
         """Return which answers are at their end, (rows,) bool, after one token more of each: `ids` (rows, tokens)."""
@@ -89,11 +172,8 @@ class StopTexts:
 
         if self._start is None:
             self._start = ids.shape[1] - 1
-        written = ids[:, max(self._start, ids.shape[1] - self._last) :]
-        for row, text in enumerate(self._tokenizer.batch_decode(written)):
-            if self.lengths[row] is None and any(stop in text for stop in self._texts):
-                self.lengths[row] = ids.shape[1] - self._start
-        return torch.tensor([length is not None for length in self.lengths], device=ids.device)
+        self._stop.see(self._rows, ids[:, self._start :])
+        return torch.tensor([self._stop.lengths[row] is not None for row in self._rows], device=ids.device)
 
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")

@@ -154,7 +154,9 @@ def _merged(
             tensors[head] = planned(head, stored[embedding])
             config = {**config, "tie_word_embeddings": False}
         else:
-            tensors.pop(head, None)  # it would be passed over, and be another than the embedding
+            tensors.pop(head, None)  # it would be another than the embedding
+    elif head in stored and config.get("tie_word_embeddings") is True:  # the file says otherwise, and is believed
+        config = {**config, "tie_word_embeddings": False}
     if grown:
         config = _with_vocabulary(config, tensors[embedding].source.shape[0])
     if dtype != "own":

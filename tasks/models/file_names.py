@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from tasks.tokenization.architecture import architecture_by
+from tasks.tokenization.architecture import loader_of
 from tasks.tokenization.model_config import does_not_load, read_config
 
 
@@ -20,15 +20,13 @@ def names_in_memory(folder: Path, names: Iterable[str]) -> dict[str, str]:
         BadModel: the folder's configuration is of no model that transformers knows.
     """
     import torch
-    import transformers
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, apply_renamings
 
     config = read_config(folder)
-    kind = getattr(transformers, architecture_by(config).loader)
     try:
         with torch.device("meta"):
-            model = kind.from_config(config)
+            model = loader_of(config).from_config(config)
     except Exception as error:
         raise does_not_load(folder, error) from error
     renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]

@@ -10,8 +10,8 @@ from tasks.core.memory import ran_out
 from tasks.core.ranks import shards_weights
 from tasks.models.device import compute_dtype, device
 from tasks.models.safetensors_reader import weight_map
-from tasks.tokenization.architecture import architecture_in
-from tasks.tokenization.model_config import check_sizes, does_not_load, refuse_code
+from tasks.tokenization.architecture import loader_of
+from tasks.tokenization.model_config import check_sizes, does_not_load, read_config, refuse_code
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -34,6 +34,9 @@ MODEL_FILES = (
     "tokenizer.model",
     "spiece.model",
     "chat_template.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
     "README.md",
     "LICENSE*",
 )
@@ -55,7 +58,7 @@ def model_files(folder: Path) -> list[Path]:
         raise BadModel(
             "is not a model folder", where=str(folder), got="no config.json", fix="name a Hugging Face model folder"
         )
-    for path in (config, folder / "tokenizer_config.json"):
+    for path in (config, *(folder / name for name in MODEL_FILES if name.endswith("r_config.json"))):
         refuse_code(path)
     check_sizes(config)
     if not any(folder.glob("*.safetensors")):
@@ -93,14 +96,12 @@ def load_model(
         BadModel: the folder is unsafe, incomplete, or not of a known architecture.
     """
     import torch
-    import transformers
 
     from tasks.models.quantization import loading_config, prepare_for_training
 
     model_files(folder)
-    loader = getattr(transformers, architecture_in(folder).loader)
     try:
-        model: PreTrainedModel = loader.from_pretrained(
+        model: PreTrainedModel = loader_of(read_config(folder)).from_pretrained(
             folder,
             dtype=torch.float32 if full_precision else compute_dtype(),
             local_files_only=True,

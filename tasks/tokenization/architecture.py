@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks.tokenization.model_config import read_config
 
@@ -22,19 +22,17 @@ class Architecture(NamedTuple):
 
     Attributes:
         name: what it is called in messages.
-        loader: the class of transformers that loads it with the head that writes text.
         task_type: what PEFT calls it.
         rows: the kind of rows that it learns to answer, and is evaluated on.
     """
 
     name: str
-    loader: str
     task_type: str
     rows: str
 
 
-DECODER = Architecture("decoder", "AutoModelForCausalLM", "CAUSAL_LM", "chat")
-ENCODER_DECODER = Architecture("encoder-decoder", "AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", "pair")
+DECODER = Architecture("decoder", "CAUSAL_LM", "chat")
+ENCODER_DECODER = Architecture("encoder-decoder", "SEQ_2_SEQ_LM", "pair")
 
 
 def positions_of(config: PreTrainedConfig) -> float:
@@ -62,3 +60,20 @@ def architecture_of(model: PreTrainedModel | PeftModel) -> Architecture:
 def architecture_by(config: PreTrainedConfig) -> Architecture:
     """Return the architecture of the model that a configuration describes."""
     return ENCODER_DECODER if config.is_encoder_decoder else DECODER
+
+
+def loader_of(config: PreTrainedConfig) -> type[Any]:
+    """Return the class of transformers that loads the model of a configuration with the head that writes text.
+
+    Models that see images, too, are loaded whole, as their files are, and their text part is what is trained.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto as known
+
+    if config.is_encoder_decoder:
+        return transformers.AutoModelForSeq2SeqLM
+    sees = known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    writes = config.model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if sees and (not writes or sees in (config.architectures or ())):
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM

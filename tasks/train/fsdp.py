@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from tasks.adapters.params import AnyAdapter, FullAdapter, Int8Adapter
 from tasks.core.errors import BadModel, BadParams
 from tasks.core.ranks import ALONE, shards_weights, uses_fsdp, world
-from tasks.inference.lm_head import unwrapped
+from tasks.inference.logprobs import find_out
+from tasks.models.decoder import decoder_of, unwrapped
 from tasks.models.device import device
 from tasks.models.loader import Model
 
@@ -75,12 +76,13 @@ def shard_weights(model: Model) -> None:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
+    find_out(model)  # while a process can run it by itself
     _keep_scales(model)
     again = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true") != "false"
     for layer in sharded_layers(model):
         fully_shard(layer, ignored_params=_kept_whole(layer), reshard_after_forward=again)
     if not model.config.is_encoder_decoder:  # as one stack, a layer is gathered while the one before is computed
-        stack = unwrapped(model).get_decoder()
+        stack = decoder_of(model) or unwrapped(model)
         fully_shard(stack, ignored_params=set(stack.parameters()), reshard_after_forward=again)
     for tensor in (*model.parameters(), *model.buffers()):
         if not isinstance(tensor, DTensor):

@@ -18,7 +18,7 @@ from tasks.core.ranks import shards_weights, world
 from tasks.engine.collectives import share_of_rank, sum_over_ranks
 from tasks.engine.memory import AdaptiveMicroBatch
 from tasks.inference.encoder_decoder import PairRow
-from tasks.inference.logprobs import score_rows
+from tasks.inference.logprobs import find_out, score_rows
 from tasks.inference.rendered_rows import Row
 from tasks.inference.rows import Scored, TokenRow
 from tasks.models.device import compute_dtype, device
@@ -201,7 +201,11 @@ def losses_for(
         method: as it is in params.
         rows: how many of them a forward pass takes.
         reference: of DPO and KTO; without one, the adapter is switched off.
+
+    Raises:
+        BadModel: the model cannot be run on text alone, or is no decoder.
     """
+    find_out(model)
     adapter = method.adapter
     return StepLosses(
         model,

@@ -120,6 +120,19 @@ class Prompts:
             self._given = None
 
     @contextmanager
+    def among(self, rows: Tensor) -> Iterator[None]:
+        """Keep within this block those of the prompts set before that are in these rows of the batch, (rows,) int64."""
+        before = self._given
+        if before is not None and before is not _NONE:
+            inside = torch.isin(before.row, rows)
+            place = (before.row[inside, None] == rows).int().argmax(1)
+            self._given = Segments(place, before.start[inside], before.length[inside])
+        try:
+            yield
+        finally:
+            self._given = before
+
+    @contextmanager
     def nowhere(self) -> Iterator[None]:
         """Declare that there are no prompts within this block, so that nothing is edited."""
         before, self._given = self._given, _NONE

@@ -17,7 +17,7 @@ from tasks.adapters.hooks import (
     body_of,
     chosen_layers,
     component_of,
-    decoder_config,
+    hidden_size_of,
     layers_of,
     peft_type,
     register_with_peft,
@@ -25,6 +25,8 @@ from tasks.adapters.hooks import (
 from tasks.adapters.positions import LAYERS, Spans, parse_positions
 from tasks.adapters.reft.interventions import INTERVENTIONS, Edit
 from tasks.adapters.reft.prompt_positions import Prompts, prompts_of
+from tasks.core.errors import BadModel
+from tasks.models.decoder import own_code
 
 
 @dataclass
@@ -62,6 +64,45 @@ class ReftConfig(PeftConfig):  # type: ignore[misc]
             raise ValueError(f"layers: got {chosen!r}, expected all, a range such as 4-7, or a list of numbers")
         if not self.source_bias and not INTERVENTIONS[self.intervention].affine:
             raise ValueError(f"source_bias: {self.intervention} learns nothing else")
+
+
+def check_states(model: Any) -> None:
+    """Run a few tokens, and refuse a model whose layers do not give each token one hidden state, as some do.
+
+    Raises:
+        BadModel: their states have another shape than (rows, tokens, hidden).
+    """
+    base, wrong = model.get_base_model(), dict[str, str]()
+    if any(p.is_meta for p in base.parameters()):
+        return
+    wanted = (1, 4, hidden_size_of(base))
+
+    def look(name: str, output: Any) -> None:
+        states = output[0] if isinstance(output, tuple | list) else output
+        if tuple(states.shape) != wanted:
+            wrong[name] = f"{name}: {tuple(states.shape)}"
+
+    edited = {name: part for name, part in base.named_modules() if "reft" in part._modules}
+    handles = [
+        part.register_forward_hook(lambda _, __, output, name=name: look(name, output), prepend=True)
+        for name, part in edited.items()
+    ]
+    training = base.training
+    try:
+        with torch.no_grad(), prompts_of(base).nowhere(), own_code(base):  # type: ignore[union-attr]
+            body_of(base.eval())(input_ids=torch.arange(1, 5, device=base.device)[None], use_cache=False)
+    finally:
+        base.train(training)
+        for handle in handles:
+            handle.remove()
+    if wrong:
+        raise BadModel(
+            "the layers of this model do not give each token one hidden state that could be edited",
+            where=f"{type(base).__name__}, adapter.component",
+            examples=list(wrong.values()),
+            expected=f"(1, 4, {wanted[2]}) for a row of 4 tokens",
+            fix="train it with low-rank updates",
+        )
 
 
 class ReftLayer(HookedLayer):
@@ -103,7 +144,7 @@ class ReftModel(HookedTuner):
         Raises:
             ValueError: the model has no such layer or component, or fewer dimensions than the rank.
         """
-        width = decoder_config(self.model).hidden_size
+        width = hidden_size_of(self.model)
         if config.r > width:
             raise ValueError(f"r: got {config.r}, expected at most the hidden size, {width}")
         layers = chosen_layers(self.model, config.layers)
@@ -124,7 +165,7 @@ class ReftModel(HookedTuner):
         """Build an edit for each span."""
         spans = layer.reft_spans[adapter_name] = parse_positions(config.positions)
         names = ("shared",) if config.share_weights and len(spans.names) > 1 else spans.names
-        width = decoder_config(self.model).hidden_size
+        width = hidden_size_of(self.model)
         biases = {"bias": config.source_bias, "projection_bias": config.projection_bias}
         made = {name: Edit(config.intervention, width, config.r, dropout=config.dropout, **biases) for name in names}
         return nn.ModuleDict(made)

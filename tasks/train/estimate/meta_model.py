@@ -13,6 +13,7 @@ from tasks.adapters.params import AnyAdapter, FullAdapter, Int8Adapter, PeftAdap
 from tasks.core.errors import BadModel
 from tasks.models.loader import Model
 from tasks.models.quantization import loading_config
+from tasks.tokenization.architecture import loader_of
 from tasks.tokenization.model_config import refuse_code
 
 if TYPE_CHECKING:
@@ -79,13 +80,13 @@ def meta_model(config: PreTrainedConfig, adapter: AnyAdapter | None, dtype: torc
             its weights.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     dtype = torch.float32 if isinstance(adapter, FullAdapter) else dtype
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = kind.from_config(deepcopy(config), dtype=dtype, trust_remote_code=False)  # type: ignore[no-untyped-call]
+            model: PreTrainedModel = loader_of(config).from_config(
+                deepcopy(config), dtype=dtype, trust_remote_code=False
+            )
     except UNUSABLE as error:
         raise BadModel(
             "no model can be made of this config", where=config.model_type, got=str(error).split("\n")[0]

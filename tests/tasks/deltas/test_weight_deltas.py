@@ -172,6 +172,23 @@ def test_single_tokens_are_also_the_head_s_where_it_is_the_embedding_and_stored_
     torch.testing.assert_close(logits(merged(base, adapter, tmp_path / "out")), logits(tuned), rtol=1e-4, atol=1e-5)
 
 
+def test_a_head_of_its_own_in_the_file_is_believed_whatever_the_configuration_says(tmp_path: Path) -> None:
+    """As transformers loads it; the merged model says so in both places, so that every release of it does."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = saved(llama(tie_word_embeddings=True), tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"] = torch.randn_like(weights["model.embed_tokens.weight"])
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tuned = perturbed(get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])))
+    got = merged(base, saved(tuned, tmp_path / "adapter"), tmp_path / "out")
+    torch.testing.assert_close(logits(got), logits(tuned), rtol=1e-4, atol=1e-5)
+    assert torch.equal(got.lm_head.weight, weights["lm_head.weight"])
+    assert read_object(tmp_path / "out" / "config.json")["tie_word_embeddings"] is False
+
+
 def test_the_tokenizer_that_an_adapter_brings_comes_whole(tmp_path: Path) -> None:
     base = saved(llama(), tmp_path / "base")
     for name in ("tokenizer.json", "chat_template.jinja", "special_tokens_map.json"):

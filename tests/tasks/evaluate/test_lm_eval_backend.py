@@ -318,8 +318,9 @@ def test_an_answer_ends_at_its_own_end_whatever_its_batch_goes_on_to_write(
     words = ("a dog and ran", "a cat and ran", "a</s> and ran")
     rows = [tokenizer.encode(each, add_special_tokens=False)[:6] for each in words]
     lengths = min(map(len, rows))
+    ends = stop.criteria()
     for length in range(1, lengths + 1):
-        ended = stop(torch.tensor([[9, 9, *row[:length]] for row in rows]), None)
+        ended = ends(torch.tensor([[9, 9, *row[:length]] for row in rows]), None)
     assert ended.tolist() == [False, "cat" in tokenizer.decode(rows[1][:lengths]), True]
     assert stop.lengths[0] is None
     assert rows[2][: stop.lengths[2]][-1] == tokenizer.eos_token_id

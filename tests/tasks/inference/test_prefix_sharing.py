@@ -89,6 +89,7 @@ def repeated(monkeypatch: pytest.MonkeyPatch, model: Any, rows: list[TokenRow]) 
 def seen_tokens(model: Any, rows: list[TokenRow]) -> int:
     """How many tokens the layers are given."""
     counts = list[int]()
+    score_tokens(model, rows)  # what the model can do is found out by a few tokens of its own, once
     handle = model.get_input_embeddings().register_forward_hook(lambda m, args, out: counts.append(args[0].numel()))
     score_tokens(model, rows)
     handle.remove()

@@ -38,6 +38,7 @@ def test_operations_are_those_that_pytorch_counts() -> None:
     params = method({**LORA, "rank": 4, "targets": "all-linear"}, SFT)
     model = make_trainable(LlamaForCausalLM(LLAMA).requires_grad_(False), params.adapter).train()
     row = TokenRow(list(range(3, 43)), [False] * 20 + [True] * 20, 20)
+    loss_of(model, [(row,)], params)  # what the model can do is found out before the first step, and once
     with FlopCounterMode(display=False) as counter:
         loss_of(model, [(row,)], params)[0].backward()
     needed = Needed.by(20, [20], 20)

@@ -1,0 +1,90 @@
+"""Proofs on a few tokens that two ways through a model give the same, made once before the faster one is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from tasks.adapters.reft.prompt_positions import prompts_of
+from tasks.core.errors import BadModel
+from tasks.core.memory import ran_out
+
+_EXACT, _ROUNDED = 1e-3, 0.05
+"""What two orders of computing may differ by, of what they give: of every token in float32, and in the median of tokens
+where numbers have 16 bits or fewer, since a mixture of experts may choose others for a token by rounding alone."""
+
+
+def agree(base: nn.Module, one: Tensor, other: Tensor) -> bool:
+    """Return whether two results of a model for the same tokens, (tokens, width), are the same but for rounding."""
+    if one.shape != other.shape:
+        return False
+    one, other = one.nan_to_num(), other.nan_to_num()  # broken weights are told of where they are trained
+    away = (one - other).float().norm(dim=-1) / other.float().norm(dim=-1).clamp_min(1e-6)
+    if torch.is_autocast_enabled(other.device.type) or any(p.dtype.itemsize < 4 for p in (other, *base.parameters())):
+        return bool(away.median() <= _ROUNDED)
+    return bool(away.max() <= _EXACT)
+
+
+def tokens(base: nn.Module, *rows: Sequence[int]) -> Tensor:
+    """Return rows of made-up token ids as a model takes them, (rows, tokens) int64, within its vocabulary."""
+    most = getattr(base.config.get_text_config(), "vocab_size", None)  # type: ignore[union-attr, operator]
+    ids = torch.tensor(rows, device=next(base.parameters()).device)
+    return ids % most if isinstance(most, int) else ids
+
+
+def holds(base: nn.Module, claim: str, compare: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> bool:
+    """Return whether a claim about a model is true, which is found out once.
+
+    What is only an outline of a model, without numbers, is taken at its word.
+
+    Args:
+        base: the model, without what PEFT put around it.
+        claim: its name.
+        compare: gives pairs of results, (tokens, width) each, that are the same if it is true. It runs without
+            gradients, dropout or edits of prompts, and an error in it is a no, but for a `BadModel`.
+    """
+    known = _known.setdefault(base, {})
+    if claim not in known:
+        known[claim] = is_true(base, compare)
+    return known[claim]
+
+
+_known: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
+
+
+def is_true(base: nn.Module, compare: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> bool:
+    """Find out whether all pairs of results are the same, as `holds` does it."""
+    if not _has_numbers(base):
+        return True
+    with _untouched(base):
+        try:
+            return all(agree(base, one, other) for one, other in compare())
+        except Exception as error:  # whatever a model's own code makes of what it does not expect
+            if ran_out(error) or isinstance(error, BadModel):
+                raise
+            return False
+
+
+def _has_numbers(model: nn.Module) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return not any(p.is_meta or isinstance(p, FakeTensor) for p in model.parameters())
+
+
+@contextmanager
+def _untouched(base: nn.Module) -> Iterator[None]:
+    """Leave a model as it was, after a block without gradients, dropout or edits of prompts."""
+    training = [module for module in base.modules() if module.training]
+    prompts = prompts_of(base)
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad(), prompts.nowhere() if prompts else nullcontext():
+            yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,96 @@
+"""What a model makes of padded rows, up to its vocabulary head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tasks.adapters.reft.prompt_positions import prompts_of
+from tasks.core.errors import BadModel
+from tasks.inference.agreement import holds, tokens
+from tasks.inference.lm_head import takes_apart
+from tasks.inference.rope import alike, forget_longest
+from tasks.models.decoder import decoder_of, own_code, unwrapped
+from tasks.models.loader import Model
+
+
+def states_of(model: Model, given: dict[str, Any]) -> Tensor:
+    """Compute the hidden states that the head reads, (rows, tokens, hidden), or logits if the model is run as a whole.
+
+    A row's do not depend on the rows beside it: where padding or the longest row would change it, the batch is split.
+
+    Args:
+        model: a decoder, with or without an adapter.
+        given: what it is called with; rows are padded on the right, and `attention_mask`, (rows, tokens), says where.
+
+    Raises:
+        BadModel: the model's own code refuses these rows.
+    """
+    base = unwrapped(model)
+    mask = given.get("attention_mask")
+    if mask is None:
+        return _run(base, given)
+    groups = together(base, mask.sum(1).tolist())
+    if len(groups) == 1:
+        return _run(base, given)
+    if given.get("past_key_values") is not None:
+        raise BadModel(
+            "rows of different lengths cannot be computed together on this model, nor behind keys and values",
+            where=type(base).__name__,
+            fix="choose another adapter than a trained prefix",
+        )
+    width, prompts, parts = mask.shape[1], prompts_of(base), list[Tensor]()
+    for group in groups:
+        rows = torch.tensor(group, device=base.device)
+        longest = int(mask[rows].sum(1).max())
+        own = {name: _of_rows(value, rows, longest) for name, value in given.items()}
+        with prompts.among(rows) if prompts else nullcontext():
+            parts.append(torch.nn.functional.pad(_run(base, own), (0, 0, 0, width - longest)))
+    order = torch.tensor([row for group in groups for row in group], device=base.device).argsort()
+    return torch.cat(parts).index_select(0, order)
+
+
+def together(base: Any, lengths: Sequence[int]) -> list[list[int]]:
+    """Group rows of these lengths in tokens so that none is changed by the others; numbers in their order."""
+    takes_apart(base)  # is known from here on, also where parts of the model are replaced for a while
+    if min(lengths) == max(lengths) or pads(base):
+        return alike(base.config, lengths)
+    return _by_length(lengths)
+
+
+def pads(base: Any) -> bool:
+    """Return whether a row gives the same with padding on its right: some models look there, or count it in."""
+
+    def padded_and_alone() -> Iterator[tuple[Tensor, Tensor]]:
+        ids = tokens(base, [1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 0, 0, 0])
+        mask = torch.ones_like(ids)
+        mask[1, 4:] = 0
+        both = _run(base, {"input_ids": ids, "attention_mask": mask, "use_cache": False})
+        own = {"input_ids": ids[1:, :4], "attention_mask": mask[1:, :4], "use_cache": False}
+        yield both[1, :4], _run(base, own)[0]
+
+    return holds(base, "it can be padded on the right", padded_and_alone)
+
+
+def _run(base: Any, given: dict[str, Any]) -> Tensor:
+    """Run the decoder, or all of a model that does not come apart."""
+    forget_longest(base)
+    decoder: Any = decoder_of(base) if takes_apart(base) else None
+    with own_code(base):
+        found: Tensor = base(**given).logits if decoder is None else decoder(**given).last_hidden_state
+    return found
+
+
+def _by_length(lengths: Sequence[int]) -> list[list[int]]:
+    groups: dict[int, list[int]] = {}
+    for number, length in enumerate(lengths):
+        groups.setdefault(length, []).append(number)
+    return list(groups.values())
+
+
+def _of_rows(value: Any, rows: Tensor, longest: int) -> Any:
+    return value[rows, :longest] if isinstance(value, Tensor) and value.dim() > 1 else value
