@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.core.errors import BadData
 from tasks.core.parquet import as_records, as_table
+from tasks.validate.columns import TEXT_COLUMNS, column_of_rows
 from tasks.validate.cross_row_checks import CrossRowFlags, cross_row_checks
 from tasks.validate.duplicates import Duplicate
-from tasks.validate.expectations import REASONS, ExpectationResult, expectation, run_expectations
+from tasks.validate.expectations import ExpectationResult, expectation, run_expectations
 from tasks.validate.feature_cache import FeatureCache
+from tasks.validate.own_expectations import OwnExpectation
 from tasks.validate.params import Validate
 from tasks.validate.prompt_groups import group_near_prompts
 from tasks.validate.repairs import REPAIRS, Repair, repair
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
     import pyarrow as pa
+    from great_expectations.expectations import Expectation
     from numpy.typing import NDArray
 
 
@@ -54,6 +58,7 @@ def apply_checks(
     params: Validate,
     docs: Path,
     memory: FeatureCache,
+    own: Sequence[OwnExpectation] = (),
 ) -> ValidationResult:
     """Check all rows together.
 
@@ -64,42 +69,52 @@ def apply_checks(
         params: what is looked for, and what is done about it.
         docs: where Data Docs go.
         memory: facts of rows that were checked before.
+        own: the team's expectations.
 
     Raises:
-        BadData: there are no rows.
+        BadData: there are no rows, or an expectation of the team does not fit what its column holds.
         TemperError: an expectation could not be evaluated.
     """
-    import numpy as np
     import pandas as pd
 
+    if not any(map(len, tables.values())):
+        raise BadData("there are no rows to validate", expected="at least one row in the sources of params.yaml")
     facts = {kind: memory.facts_of(table, kind) for kind, table in tables.items()}
     repaired = [entry for kind in tables for entry in _repair(kind, tables, facts, params)]
     group_near_prompts(tables, params)
-    table = pd.concat([facts[kind].assign(kind=kind) for kind in tables], ignore_index=True)
+    # without the empty ones: a column of nothing would make the whole column one of objects, which is slow
+    table = pd.concat([facts[kind].assign(kind=kind) for kind in tables if len(tables[kind])], ignore_index=True)
     for name in ("id", "source"):
-        table[name] = np.concatenate([tables[kind][name].to_numpy() for kind in tables])
+        table[name] = column_of_rows(tables, name)
     marks = cross_row_checks(tables, benchmarks, held_out, params)
-    table["contradiction"], table["contamination"] = marks.contradiction, marks.contamination
-    table["length_outlier"] = _outliers(table, params.outlier_deviations)
-    for name, duplicates in (("exact_duplicate", marks.exact), ("near_duplicate", marks.near)):
-        table[name] = 0
-        table.loc[[each.row for each in duplicates], name] = 1
+    table["contradictions"], table["contamination"] = marks.contradiction, marks.contamination
+    table["length_outliers"] = _outliers(table, params.outlier_deviations)
+    for name, duplicates in (("exact", marks.exact), ("near", marks.near)):
+        table[f"{name}_duplicates"] = 0
+        table.loc[[each.row for each in duplicates], f"{name}_duplicates"] = 1
 
-    actions = {name: getattr(params.checks, name) for name in type(params.checks).model_fields}
-    suites = {
-        "rows": [expectation("ids", 1.0, params)]
-        + [expectation(name, c.mostly, params) for name, c in actions.items() if c.action in ("reject", "repair")],
-        "notices": [expectation(name, c.mostly, params) for name, c in actions.items() if c.action == "warn"]
-        + [expectation(n, 0.0, params) for n in ("exact duplicates", "near duplicates")],
-    }
+    suites: dict[str, list[Expectation]] = {"rows": [expectation("ids", "reject", 1.0, params)], "notices": []}
+    for name in type(params.checks).model_fields:
+        check = getattr(params.checks, name)
+        if check.action != "ignore":
+            suite = suites["notices" if check.action == "warn" else "rows"]
+            suite.append(expectation(name, check.action, check.mostly, params))
+    for name in ("exact", "near"):
+        action = getattr(params.duplicates, name)
+        suites["notices"].append(expectation(f"{name}_duplicates", action, 0.0, params))
+    for each in own:
+        suites["notices" if each.expected.action == "warn" else "rows"].append(each.expectation)
+    for name in sorted({name for each in own for name in each.columns if name in TEXT_COLUMNS}):
+        table[name] = column_of_rows(tables, name)
     outcomes, result = run_expectations(table, suites, docs)
+    table = table.drop(columns=list(TEXT_COLUMNS), errors="ignore")
     reasons: dict[int, list[str]] = {}
     for name, outcome in outcomes.items():
         for row in outcome.rows:
             why = (
                 f"it contains a question of {', '.join(marks.contaminated_by[row])}"
                 if name == "contamination"
-                else REASONS[name][1]
+                else outcome.expected.reason
             )
             reasons.setdefault(row, []).append(why)
     merged = _merge(marks, reasons, params)
@@ -112,8 +127,7 @@ def _repair(kind: str, tables: dict[str, pa.Table], facts: dict[str, pd.DataFram
     import pyarrow as pa
 
     checks = [name for name in REPAIRS if getattr(params.checks, name).action == "repair"]
-    columns = [REASONS[name][0] for name in checks]
-    found = np.flatnonzero((facts[kind][columns] > 0).any(axis=1)) if checks else np.empty(0, np.int64)
+    found = np.flatnonzero((facts[kind][checks] > 0).any(axis=1)) if checks else np.empty(0, np.int64)
     if not len(found):
         return []
     done: list[Repair] = []
@@ -126,7 +140,9 @@ def _repair(kind: str, tables: dict[str, pa.Table], facts: dict[str, pd.DataFram
     order = np.arange(len(facts[kind]))
     order[found] = len(order) + np.arange(len(found))
     tables[kind] = pa.concat_tables([tables[kind], repaired]).take(pa.array(order))
-    facts[kind].loc[found] = row_features(repaired, kind).to_numpy()
+    looked_at_again = row_features(repaired, kind).set_index(found)
+    for name in facts[kind]:  # all columns at once would take them through Python's objects
+        facts[kind].loc[found, name] = looked_at_again[name]
     return done
 
 

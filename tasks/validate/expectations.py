@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,60 +16,101 @@ from tasks.validate.params import Validate
 
 if TYPE_CHECKING:
     import pandas as pd
+    from great_expectations.core import ExpectationValidationResult
     from great_expectations.expectations import Expectation
 
 
-class ExpectationResult(NamedTuple):
-    """Outcome of one check: the rows in which it found something, whether enough passed, and how many there were."""
+class Expected(NamedTuple):
+    """What is expected by one name, as the `meta` of its expectation holds it.
 
+    Attributes:
+        check: its name in reports.
+        action: what is done about rows that fail.
+        reason: what such a row is given.
+        where: the key of params, or the place in a file, that it comes from.
+        required: whether the stage fails when fewer rows pass than its `mostly` says.
+    """
+
+    check: str
+    action: str
+    reason: str
+    where: str
+    required: bool
+
+
+class ExpectationResult(NamedTuple):
+    """Outcome of one expectation.
+
+    Attributes:
+        expected: what was expected.
+        rows: the rows that fail; empty where nothing is done to rows.
+        found: how many fail.
+        success: whether enough passed.
+        observed: the value that was seen, of an expectation over a whole column.
+    """
+
+    expected: Expected
     rows: list[int]
     found: int
     success: bool
+    observed: str
 
 
-REASONS: Mapping[str, tuple[str, str]] = {
-    "ids": ("id", "its id occurs more than once"),
-    "roles": ("disorder", "its turns are out of order: an optional system turn, then user and assistant in turn"),
-    "turns": ("turns", "it has more turns than validate.max_turns"),
-    "characters": ("characters", "it is empty, or longer than validate.max_characters"),
-    "blank_turns": ("blank_turns", "one of its turns is blank"),
-    "outer_space": ("outer_space", "a text of it begins or ends with white space"),
-    "control_tokens": ("control_tokens", "its text contains a control token such as <|im_end|>"),
-    "template_text": ("template_text", "its text already contains a prompt template"),
-    "placeholders": ("placeholders", "its text contains an unfilled placeholder such as {{name}}"),
-    "html": ("html", "its text contains HTML"),
-    "replacement_characters": ("replacement_characters", "its text contains U+FFFD, left by a wrong decoding"),
-    "mojibake": ("mojibake", "its text was decoded wrongly"),
-    "control_characters": ("control_characters", "its text contains control characters"),
-    "unicode_normalization": ("unicode_normalization", "its text is not in Unicode's composed form (NFC)"),
-    "refusals": ("refusals", "a reply declines to answer"),
-    "language_mismatch": ("language_mismatch", "its reply is in another script than its question"),
-    "length_outliers": ("length_outlier", "its length is far from what is usual"),
-    "emails": ("emails", "its text contains an e-mail address"),
-    "phone_numbers": ("phone_numbers", "its text contains a telephone number"),
-    "secrets": ("secrets", "its text contains a secret key"),
-    "same_replies": ("same_replies", "chosen and rejected are the same"),
-    "prefix_replies": ("prefix_replies", "one of its replies is a beginning of the other"),
-    "contradictions": ("contradiction", "its label or order is contradicted by another row"),
-    "contamination": ("contamination", "it contains a question that models are evaluated with"),
-    "exact duplicates": ("exact_duplicate", "another row has the same words"),
-    "near duplicates": ("near_duplicate", "another row has nearly the same words"),
+REASONS: Mapping[str, str] = {
+    "ids": "its id occurs more than once",
+    "roles": "its turns are out of order: an optional system turn, then user and assistant in turn",
+    "turns": "it has more turns than validate.max_turns",
+    "characters": "it is empty, or longer than validate.max_characters",
+    "blank_turns": "one of its turns is blank",
+    "outer_space": "a text of it begins or ends with white space",
+    "control_tokens": "its text contains a control token such as <|im_end|>",
+    "template_text": "its text already contains a prompt template",
+    "placeholders": "its text contains an unfilled placeholder such as {{name}}",
+    "html": "its text contains HTML",
+    "replacement_characters": "its text contains U+FFFD, left by a wrong decoding",
+    "mojibake": "its text was decoded wrongly",
+    "control_characters": "its text contains control characters",
+    "unicode_normalization": "its text is not in Unicode's composed form (NFC)",
+    "refusals": "a reply declines to answer",
+    "language_mismatch": "its reply is in another script than its question",
+    "length_outliers": "its length is far from what is usual",
+    "emails": "its text contains an e-mail address",
+    "phone_numbers": "its text contains a telephone number",
+    "secrets": "its text contains a secret key",
+    "same_replies": "chosen and rejected are the same",
+    "prefix_replies": "one of its replies is a beginning of the other",
+    "contradictions": "its label or order is contradicted by another row",
+    "contamination": "it contains a question that models are evaluated with",
+    "exact_duplicates": "another row has the same words",
+    "near_duplicates": "another row has nearly the same words",
 }
-"""Of each check, the column that it looks at and the reason that a row is given; all but two ask for zero."""
+"""Of each check that temper brings, the reason that a row is given."""
+
+_ORDER = r"^s?(?:u(?:a+t+)*a)+$"
+"""Of the letters in `roles`: a system turn or none, then user and assistant in turn, calls before their results."""
 
 
-def expectation(check: str, mostly: float, params: Validate) -> Expectation:
-    """Build the expectation of Great Expectations for one check."""
+def expectation(check: str, action: str, mostly: float, params: Validate) -> Expectation:
+    """Build the expectation of Great Expectations for one check that temper brings."""
     import great_expectations.expectations as gxe
 
-    column, reason = REASONS[check]
-    meta = {"check": check, "reason": reason}
+    where = f"validate.{'duplicates' if check.endswith('_duplicates') else 'checks'}.{check}"
+    meta = Expected(check, action, REASONS[check], where, action in ("reject", "repair"))._asdict()
     if check == "ids":
-        return gxe.ExpectColumnValuesToBeUnique(column=column, meta=meta)
-    if top := {"turns": params.max_turns, "characters": params.max_characters}.get(check):
-        return gxe.ExpectColumnValuesToBeBetween(column=column, min_value=1, max_value=top, mostly=mostly, meta=meta)
-    # a set of one, since Great Expectations compares ranges value by value in Python
-    return gxe.ExpectColumnValuesToBeInSet(column=column, value_set=[0], mostly=mostly, meta=meta)
+        return gxe.ExpectColumnValuesToBeUnique(column="id", meta=meta)
+    if check == "roles":
+        return gxe.ExpectColumnValuesToMatchRegex(column="roles", regex=_ORDER, mostly=mostly, meta=meta)
+    if check == "language_mismatch":
+        scripts = {"column_A": "question_script", "column_B": "reply_script"}
+        return gxe.ExpectColumnPairValuesToBeEqual(
+            **scripts, ignore_row_if="either_value_is_missing", mostly=mostly, meta=meta
+        )
+    column, least, most = {
+        "turns": ("turns", 1, params.max_turns),
+        "characters": ("characters", 1, params.max_characters),
+        "blank_turns": ("shortest_turn", 1, None),
+    }.get(check, (check, 0, 0))
+    return gxe.ExpectColumnValuesToBeBetween(column=column, min_value=least, max_value=most, mostly=mostly, meta=meta)
 
 
 _NO_TIME = datetime(1970, 1, 1, tzinfo=UTC)
@@ -79,21 +123,26 @@ def run_expectations(
     """Run named suites over the flattened rows and write Data Docs of all of them.
 
     Args:
-        table: one line of facts per row.
-        suites: expectations by the suite's name; of `notices` no row numbers are kept, since nothing is done to rows.
+        table: one line of facts per row, at least one.
+        suites: expectations by the suite's name, each with `Expected` as its meta; of `notices` no row numbers are
+            kept, since nothing is done to rows.
         docs: the folder for the pages.
 
     Returns:
         The outcome by check, and Great Expectations' own result by suite.
 
     Raises:
-        BadData: there are no rows (Great Expectations would call that a success).
+        BadData: an expectation of the team does not fit what its column holds.
         TemperError: an expectation could not be evaluated.
     """
     import great_expectations as gx
+    from great_expectations.data_context.types.resource_identifiers import (
+        ExpectationSuiteIdentifier,
+        ValidationResultIdentifier,
+    )
 
-    if table.empty:
-        raise BadData("there are no rows to validate", expected="at least one row in the sources of params.yaml")
+    from tasks.validate import linear_regex  # noqa: F401 # it registers what regular expressions run on
+
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = {"globally": False}
     store = {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(docs.resolve())}
@@ -102,33 +151,87 @@ def run_expectations(
         "docs", {"class_name": "SiteBuilder", "store_backend": store, "site_index_builder": index}
     )
     batch = (
-        context.data_sources.add_pandas("rows").add_dataframe_asset("rows").add_batch_definition_whole_dataframe("all")
+        context.data_sources.add_pandas("rows")
+        .add_dataframe_asset("rows")
+        .add_batch_definition_whole_dataframe("all")
+        .get_batch({"dataframe": table})
     )
     outcomes: dict[str, ExpectationResult] = {}
     results = {}
+    kept = context.validation_results_store
     for name, expected in suites.items():
         if not expected:
             continue
-        suite = context.suites.add(gx.ExpectationSuite(name=name, expectations=expected))
-        definition = context.validation_definitions.add(gx.ValidationDefinition(name=name, data=batch, suite=suite))
-        detail = "SUMMARY" if name == "notices" else "COMPLETE"
-        outcome = definition.run(
-            batch_parameters={"dataframe": table},
-            result_format={"result_format": detail},
-            run_id=gx.RunIdentifier(run_name=name, run_time=_NO_TIME),
-        )
-        results[name] = outcome.describe_dict()
+        suite = gx.ExpectationSuite(name=name, expectations=expected)
+        outcome = batch.validate(suite, result_format={"result_format": "SUMMARY" if name == "notices" else "COMPLETE"})
         for each in outcome.results:
-            if each.exception_info.get("raised_exception") or each.expectation_config is None:
-                raise TemperError("an expectation could not be evaluated", got=str(each.exception_info)[:500])
-            rows = [int(row) for row in each.result.get("unexpected_index_list") or []]
-            outcomes[each.expectation_config.meta["check"]] = ExpectationResult(
-                rows, int(each.result["unexpected_count"]), bool(each.success)
-            )
+            each.success, each.result = bool(each.success), _plain(each.result)
+            found = _outcome(each)
+            outcomes[found.expected.check] = found
+        results[name] = outcome.describe_dict()
+        run = gx.RunIdentifier(run_name=name, run_time=_NO_TIME)
+        outcome.meta |= {"run_id": run, "validation_time": _NO_TIME}
+        # pages show texts of rows and of params as they are, so what goes to them has no markup left
+        context.suites.add(gx.ExpectationSuite(**_escaped(suite.to_json_dict())))
+        key = ValidationResultIdentifier(ExpectationSuiteIdentifier(name), run, outcome.batch_id)
+        kept.set(key, kept.deserialize(_escaped(json.loads(kept.serialize(outcome)))))
     context.build_data_docs(site_names=["docs"])
     for page in docs.rglob("*.html"):
         page.write_text(_settled(page.read_text(encoding="utf-8")), encoding="utf-8")
     return outcomes, results
+
+
+def _outcome(result: ExpectationValidationResult) -> ExpectationResult:
+    """Read Great Expectations' result of one expectation."""
+    expected = Expected(**result.expectation_config.meta)
+    if problem := _exception_in(result.exception_info):
+        if expected.check in REASONS:
+            raise TemperError("an expectation could not be evaluated", where=expected.where, got=problem)
+        raise BadData(
+            "could not be evaluated on this column",
+            where=expected.where,
+            got=problem,
+            fix="docs/data.md says what each column holds",
+        )
+    rows = [int(row) for row in result.result.get("unexpected_index_list") or []]
+    observed = "" if "unexpected_percent" in result.result else _observed(result.result)
+    return ExpectationResult(
+        expected, rows, int(result.result.get("unexpected_count") or 0), bool(result.success), observed
+    )
+
+
+def _observed(result: Mapping[str, Any]) -> str:
+    value = result.get("observed_value")
+    return str(value.get("values", value) if isinstance(value, dict) else value)[:200]
+
+
+def _exception_in(info: Mapping[str, Any]) -> str:
+    """Return the first line of what was raised, if anything was: it stands at the top, or by the metric."""
+    for each in (info, *info.values()):
+        if isinstance(each, Mapping) and each.get("raised_exception"):
+            return str(each.get("exception_message")).partition("\n")[0][:300]
+    return ""
+
+
+def _plain(value: Any) -> Any:
+    """Return a result in JSON's own types: Great Expectations leaves some of numpy's in it, and NaN."""
+    import numpy as np
+
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _escaped(value: Any) -> Any:
+    """Return the same value with HTML's own characters escaped in all of its texts."""
+    if isinstance(value, dict):
+        return {key: _escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_escaped(inner) for inner in value]
+    return escape(value, quote=False) if isinstance(value, str) else value
 
 
 def _settled(page: str) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, JsonValue, StringConstraints, field_validator, model_validator
 
-from tasks.core.params import Count, HeldOut, Positive, Section, Share
+from tasks.core.params import Count, HeldOut, Name, Positive, Section, Share
 
 
 class Check(Section):
@@ -101,6 +101,26 @@ class Duplicates(Section):
         return self
 
 
+class Expectation(Section):
+    """An expectation of Great Expectations; whatever other keys it has are that expectation's own arguments."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, JsonValue]
+
+    type: Annotated[str, StringConstraints(pattern=r"^\w+$")]
+    """Its name in Great Expectations, such as `expect_column_values_to_not_match_regex`."""
+    action: Literal["reject", "warn"] = "reject"
+    """To quarantine, or counted in the report. What looks at a whole column has no rows, so `reject` fails the stage."""
+    mostly: Share | None = None
+    """The share of rows that must pass; below it the stage fails, or with `warn` the report says so. Where it is left
+    out, the report holds it to be 1, and rows that fail go to quarantine, within `max_quarantined`."""
+
+    @property
+    def arguments(self) -> dict[str, JsonValue]:
+        """Return the arguments of the expectation, without `mostly`."""
+        return dict(self.__pydantic_extra__)
+
+
 class Split(HeldOut):
     """The part of `render` that is read here: rows that will be held out are looked for among those to learn from."""
 
@@ -124,3 +144,15 @@ class Validate(Section):
     """Each with what is done about it."""
     duplicates: Duplicates = Duplicates()
     """How they are told, and which one stays."""
+    expectations: dict[Name, Expectation] = {}
+    """Expectations of your own, by a name that reports give them; docs/data.md has the columns."""
+    expectation_suites: list[Name] = []
+    """Suites of Great Expectations in data/expectations/, as NAME.json, whose expectations are added."""
+
+    @field_validator("expectations")
+    @classmethod
+    def _other_than_built_in(cls, expectations: dict[str, Expectation]) -> dict[str, Expectation]:
+        taken = {"ids", "exact_duplicates", "near_duplicates", *Checks.model_fields}
+        if same := sorted(taken & expectations.keys()):
+            raise ValueError(f"{same[0]} is the name of a check that there is already: call the expectation otherwise")
+        return expectations

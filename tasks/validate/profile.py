@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.html.shell import html_page
 from tasks.validate.decide import ValidationResult
-from tasks.validate.expectations import REASONS
 from tasks.validate.params import Validate
 
 if TYPE_CHECKING:
@@ -66,8 +65,10 @@ def measure(
         },
         "checks": {
             name: {
-                "action": _action(name, params),
+                "finds": outcome.expected.reason,
+                "action": outcome.expected.action,
                 "found": outcome.found,
+                "observed": outcome.observed,
                 "enough_pass": outcome.success,
             }
             for name, outcome in verdict.outcomes.items()
@@ -89,14 +90,6 @@ def measure(
         "histograms": {name: histogram(facts[name], edges) for name, edges in EDGES.items()},
         "scripts": {str(name): int(count) for name, count in sorted(facts["script"].value_counts().items())},
     }
-
-
-def _action(check: str, params: Validate) -> str:
-    if check == "ids":
-        return "reject"
-    if check.endswith(" duplicates"):
-        return str(getattr(params.duplicates, check.split()[0]))
-    return str(getattr(params.checks, check).action)
 
 
 def histogram(values: pd.Series[int], edges: Sequence[int]) -> list[int]:
@@ -149,9 +142,7 @@ def profile_page(numbers: Mapping[str, Any], moved: Mapping[str, float] | None =
     """
     bars = {name: _bars(numbers["histograms"][name], EDGES[name]) for name in EDGES}
     bars["scripts"] = _bars(list(numbers["scripts"].values()), list(numbers["scripts"]))
-    reasons = {name: reason for name, (_, reason) in REASONS.items()}
-    values = {"p": numbers, "bars": bars, "moved": moved, "reasons": reasons}
-    return html_page(PROFILE_TEMPLATE, values)
+    return html_page(PROFILE_TEMPLATE, {"p": numbers, "bars": bars, "moved": moved})
 
 
 def _bars(counts: Sequence[int], labels: Sequence[Any]) -> list[tuple[str, int, float]]:

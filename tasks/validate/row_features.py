@@ -1,11 +1,10 @@
-"""One line of facts per row, from whole columns at once: what expectations are held against.
+"""One line of facts per row, from whole columns at once: the columns that expectations are held against.
 
 Texts stay in Arrow; counts come from passes over their bytes and from regular expressions that run outside Python.
 """
 
 from __future__ import annotations
 
-import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unicodedata import is_normalized
@@ -77,17 +76,21 @@ _TEXTS = {
 }
 
 
-def prompts_of(table: pa.Table, kind: str) -> list[str]:
-    """Return the first user turn of each row; nothing for plain texts."""
+def turn_of_rows(turns: TurnColumns, letters: str, rows: int, *, last: bool = False) -> pa.LargeStringArray:
+    """Return the first or the last turn that one of these letters says, of each row; null where there is none."""
     import numpy as np
     import pyarrow as pa
 
-    turns = turn_columns(table, kind)
-    asked = np.flatnonzero(turns.letter == ord("u"))
-    rows, places = np.unique(turns.row[asked], return_index=True)
-    prompts = [""] * len(table)
-    for row, text in zip(rows.tolist(), turns.text.take(pa.array(asked[places])).to_pylist(), strict=True):
-        prompts[row] = text
+    said = np.flatnonzero(np.isin(turns.letter, np.frombuffer(letters.encode(), np.uint8)))
+    place = np.full(rows, -1)
+    ordered = said if last else said[::-1]  # of several values for one row the last one stays
+    place[turns.row[ordered]] = ordered
+    return turns.text.take(pa.array(place, mask=place < 0))
+
+
+def prompts_of(table: pa.Table, kind: str) -> list[str]:
+    """Return the first user turn of each row; nothing for plain texts."""
+    prompts: list[str] = turn_of_rows(turn_columns(table, kind), "u", len(table)).fill_null("").to_pylist()
     return prompts
 
 
@@ -109,9 +112,9 @@ def _letters(roles: pa.Array) -> NDArray[np.uint8]:
 
 
 def row_features(table: pa.Table, kind: str) -> pd.DataFrame:
-    """Compute the facts of rows of one kind, (rows, facts): all numbers but `roles`, `script`.
+    """Compute the facts of rows of one kind, (rows, facts): numbers, but for `roles` and the scripts, which are text.
 
-    A fact that a kind of row cannot have is 0.
+    What a kind of row does not have is null there.
     """
     import pandas as pd
 
@@ -125,19 +128,20 @@ def row_features(table: pa.Table, kind: str) -> pd.DataFrame:
 FEATURE_COLUMNS = (
     "turns",
     "roles",
-    "disorder",
+    "shortest_turn",
     "characters",
     "words",
     "script",
-    "blank_turns",
+    "question_script",
+    "reply_script",
     "outer_space",
     "control_characters",
     "unicode_normalization",
     "refusals",
-    "language_mismatch",
     "same_replies",
     "prefix_replies",
     "calls",
+    "tools",
     *PATTERNS,
 )
 
@@ -159,18 +163,18 @@ def _facts(table: pa.Table, kind: str) -> pd.DataFrame:
     calling = (
         np.zeros(len(turns.row), bool) if calls is None else pc.not_equal(calls, "").to_numpy(zero_copy_only=False)
     )
-    roles = _roles(turns, rows)
     facts: dict[str, Any] = {
         "turns": np.bincount(turns.row, minlength=rows),
-        "roles": roles,
-        "disorder": _disorder(roles, kind),
+        "roles": _roles(turns, rows, kind).to_pandas(),
+        # who only calls a tool says nothing by right
+        "shortest_turn": _least(np.where(calling, np.inf, letters["visible"]), turns.row, rows),
         "characters": total(letters["characters"]),
         "words": total(letters["words"]),
-        "blank_turns": total((letters["visible"] == 0) & ~calling),  # who only calls a tool says nothing by right
         "outer_space": total(matches(turns.text, TextPattern(r"\A\s|\s\z"))),
         "control_characters": total(letters["control"]),
         "unicode_normalization": total(_unnormalized(turns.text)),
-        "calls": total(calling),
+        "calls": np.full(rows, np.nan) if calls is None else total(calling).astype(float),
+        "tools": _tools(table),
     }
     replies = np.isin(turns.letter, np.frombuffer(b"acr", np.uint8))
     asked = turns.letter == ord("u")
@@ -178,9 +182,9 @@ def _facts(table: pa.Table, kind: str) -> pd.DataFrame:
     refusals[replies] = refusing(turns.text.filter(pa.array(replies)))
     facts["refusals"] = total(refusals)
     scripts = np.stack([letters[script] for script in SCRIPTS], axis=1)
-    facts["script"] = _script(_by_row(scripts, turns.row, rows))
-    question, reply = (_script(_by_row(scripts * who[:, None], turns.row, rows)) for who in (asked, replies))
-    facts["language_mismatch"] = ((question != reply) & (question != "none") & (reply != "none")).astype(np.int64)
+    facts["script"] = _script(_by_row(scripts, turns.row, rows)).fill_null("none").to_pandas()
+    for name, who in (("question_script", asked), ("reply_script", replies)):
+        facts[name] = _script(_by_row(scripts * who[:, None], turns.row, rows)).to_pandas()
     facts |= _same(table, kind, rows)
     scanned = turns.text
     for beside in (calls, reasoning):  # an address or a key may stand there, too
@@ -260,9 +264,10 @@ def _by_row(values: NDArray[np.int64], row: NDArray[np.int64], rows: int) -> NDA
     return np.stack([np.bincount(row, weights=column, minlength=rows) for column in values.T], axis=1).astype(np.int64)
 
 
-def _script(counts: NDArray[np.int64]) -> NDArray[np.object_]:
-    """Return the script that most words of each row are in; `none` for fewer than four words."""
+def _script(counts: NDArray[np.int64]) -> pa.StringArray:
+    """Return the script that most words of each row are in; null for fewer than four words."""
     import numpy as np
+    import pyarrow as pa
 
     weighed = counts.astype(float)
     weighed[:, 1:4] /= 1.5  # characters to a word, about, in Chinese, Japanese and Korean
@@ -270,32 +275,40 @@ def _script(counts: NDArray[np.int64]) -> NDArray[np.object_]:
     japanese = weighed[:, 2] > 0.1 * weighed[:, 1]  # kana beside Chinese characters
     weighed[:, 2] += np.where(japanese, weighed[:, 1], 0)
     weighed[:, 1] = np.where(japanese, 0, weighed[:, 1])
-    names = np.array([*SCRIPTS, "none"], object)
-    return names[np.where(weighed.sum(axis=1) >= 4, weighed.argmax(axis=1), len(SCRIPTS))]
+    return pa.array(SCRIPTS).take(pa.array(weighed.argmax(axis=1), mask=weighed.sum(axis=1) < 4))
 
 
-def _roles(turns: TurnColumns, rows: int) -> NDArray[np.object_]:
+def _roles(turns: TurnColumns, rows: int, kind: str) -> pa.LargeStringArray:
     """Join the letters of each row's turns into one text; the two replies of a pair are one turn."""
     import numpy as np
     import pyarrow as pa
 
+    if kind == "text":
+        return pa.nulls(rows, pa.large_string())
     kept = turns.letter != ord("r")
     letters = np.where(turns.letter[kept] == ord("c"), ord("a"), turns.letter[kept]).astype(np.uint8)
     offsets = np.concatenate([[0], np.cumsum(np.bincount(turns.row[kept], minlength=rows))])
-    joined = pa.LargeStringArray.from_buffers(rows, pa.py_buffer(offsets.astype(np.int64)), pa.py_buffer(letters))
-    found: NDArray[np.object_] = joined.to_numpy(zero_copy_only=False)
-    return found
+    return pa.LargeStringArray.from_buffers(rows, pa.py_buffer(offsets.astype(np.int64)), pa.py_buffer(letters))
 
 
-def _disorder(roles: NDArray[np.object_], kind: str) -> NDArray[np.int64]:
-    """1 where the turns of a row are not in order: a system turn or none, then user and assistant in turn."""
+def _least(values: NDArray[np.float64], row: NDArray[np.int64], rows: int) -> NDArray[np.float64]:
+    """Return the least finite value of each row; NaN where it has none."""
     import numpy as np
 
-    if kind == "text":
-        return np.zeros(len(roles), np.int64)
-    order = re.compile(r"s?(?:u(?:a+t+)*a)+")
-    good = {text: order.fullmatch(text) is not None for text in set(roles)}
-    return np.array([not good[text] for text in roles], np.int64)
+    least = np.full(rows, np.inf)
+    np.minimum.at(least, row, values)
+    return np.where(np.isinf(least), np.nan, least)
+
+
+def _tools(table: pa.Table) -> NDArray[np.float64]:
+    """Count the tools that each row declares; NaN for a kind that can declare none."""
+    import numpy as np
+    import pyarrow.compute as pc
+
+    if "tools" not in table.column_names:
+        return np.full(table.num_rows, np.nan)
+    declared: NDArray[np.float64] = pc.list_value_length(table["tools"]).to_numpy().astype(float)
+    return declared
 
 
 def _unnormalized(texts: pa.Array) -> NDArray[np.int64]:
@@ -311,15 +324,15 @@ def _unnormalized(texts: pa.Array) -> NDArray[np.int64]:
     return found
 
 
-def _same(table: pa.Table, kind: str, rows: int) -> dict[str, NDArray[np.int64]]:
+def _same(table: pa.Table, kind: str, rows: int) -> dict[str, NDArray[np.float64]]:
     """Compute whether the two replies of a pair are the same, and whether one is a beginning of the other."""
     import numpy as np
     import pyarrow.compute as pc
 
     if kind != "preference":
-        return {name: np.zeros(rows, np.int64) for name in ("same_replies", "prefix_replies")}
+        return {name: np.full(rows, np.nan) for name in ("same_replies", "prefix_replies")}
     chosen, rejected = (pc.utf8_trim_whitespace(table[name].combine_chunks()) for name in ("chosen", "rejected"))
     same = pc.equal(chosen, rejected).to_numpy(zero_copy_only=False)
     pairs = zip(chosen.to_pylist(), rejected.to_pylist(), strict=True)
     prefix = np.array([one.startswith(other) or other.startswith(one) for one, other in pairs], bool)
-    return {"same_replies": same.astype(np.int64), "prefix_replies": (prefix & ~same).astype(np.int64)}
+    return {"same_replies": same.astype(float), "prefix_replies": (prefix & ~same).astype(float)}

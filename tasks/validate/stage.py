@@ -1,11 +1,12 @@
 """Hold every row against Great Expectations, drop duplicates, find contamination; what fails goes to quarantine.
 
-Reads:  data/raw/SOURCE/ of every source in params.
+Reads:  data/raw/SOURCE/ of every source in params, data/expectations/NAME.json of validate.expectation_suites.
 Writes: data/clean/ and data/quarantine/ (KIND.parquet for every kind of row; quarantine also reasons.parquet: id,
         source, place, reason, and duplicates.parquet: id, kept, similarity), data/validation/ (profile.json and its
         page index.html, repairs.parquet: id, check, before, after; result.json of Great Expectations, Data Docs).
 Params: ingest.sources (their names), validate, render.held_out
-Fails:  no rows, a larger share of failing rows than a check's mostly or validate.max_quarantined (65, never retried).
+Fails:  an expectation that Great Expectations does not have so, no rows, an expectation of a whole column that fails,
+        a larger share of failing rows than a check's mostly or validate.max_quarantined (65, never retried).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from tasks.core.stage import run_stage
 from tasks.validate.cross_row_checks import questions_of
 from tasks.validate.decide import ValidationResult, apply_checks
 from tasks.validate.feature_cache import FeatureCache
+from tasks.validate.own_expectations import SUITES, own_expectations
 from tasks.validate.params import Split, Validate
 from tasks.validate.profile import measure, profile_page
 from tasks.validate.repairs import Repair
@@ -40,13 +42,18 @@ def check_share(verdict: ValidationResult, places: Sequence[str], params: Valida
     """
     rows, failing = len(verdict.facts), len(verdict.reasons)
     short = [
-        f"validate.checks.{name}: {outcome.found} of {rows} rows, such as {places[outcome.rows[0]]}"
-        for name, outcome in verdict.outcomes.items()
-        if outcome.rows and not outcome.success
+        f"{outcome.expected.where}: "
+        + (
+            f"{outcome.found} of {rows} rows, such as {places[outcome.rows[0]]}"
+            if outcome.rows
+            else f"observed {outcome.observed}; {outcome.expected.reason}"
+        )
+        for outcome in verdict.outcomes.values()
+        if outcome.expected.required and not outcome.success
     ]
     if short:
         raise BadData(
-            "fewer rows pass than a check's mostly asks",
+            "fewer rows pass than a check's mostly asks, or a whole column fails",
             where="validate",
             examples=short,
             fix="look at data/quarantine and data/validation/index.html; correct the source, or change the check",
@@ -115,10 +122,11 @@ def main() -> None:
     with run_stage(__doc__, "raw", "clean", "quarantine", "validation") as stage:
         params, sources = stage.section("validate", Validate), stage.section("ingest.sources", dict[str, Any])
         held_out = stage.section("render", Split).held_out
+        own = own_expectations(params, stage.workspace / SUITES)
         tables, benchmarks, manifests = read_raw(stage.path("raw"), sources)
         memory = FeatureCache(stage.workspace / ".temper" / "validated")
         with atomic_folder(stage.path("validation")) as validation:
-            verdict = apply_checks(tables, benchmarks, held_out, params, validation / "docs", memory)
+            verdict = apply_checks(tables, benchmarks, held_out, params, validation / "docs", memory, own)
             places = places_of(tables)
             refused = [row for name in sources for row in read_rows(stage.path("raw") / name / REFUSED)]
             numbers = measure(verdict, params, manifests, places, refused)

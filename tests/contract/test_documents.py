@@ -153,6 +153,7 @@ MUST_BE_SAID = {
     "tokens", "of",  # how long a pretraining takes, and what is continued
     "sources", "ingest", "base", "train",
     "method",  # of PEFT
+    "type",  # of Great Expectations
     "task", "tasks", "columns", "prompt", "metric", "data", "revisions", "regex", "about", "source", "parts",
 }  # fmt: skip
 """What nobody can guess; some of these have a default where they mean something else."""
