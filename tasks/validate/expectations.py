@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -158,7 +157,6 @@ def run_expectations(
     )
     outcomes: dict[str, ExpectationResult] = {}
     results = {}
-    kept = context.validation_results_store
     for name, expected in suites.items():
         if not expected:
             continue
@@ -172,9 +170,14 @@ def run_expectations(
         run = gx.RunIdentifier(run_name=name, run_time=_NO_TIME)
         outcome.meta |= {"run_id": run, "validation_time": _NO_TIME}
         # pages show texts of rows and of params as they are, so what goes to them has no markup left
+        for each in outcome.results:
+            config = each.expectation_config
+            stated = _escaped(config.to_json_dict())
+            each.result, config.kwargs = _escaped(each.result), stated["kwargs"]
+            config.description, config.notes = stated.get("description"), stated.get("notes")
         context.suites.add(gx.ExpectationSuite(**_escaped(suite.to_json_dict())))
         key = ValidationResultIdentifier(ExpectationSuiteIdentifier(name), run, outcome.batch_id)
-        kept.set(key, kept.deserialize(_escaped(json.loads(kept.serialize(outcome)))))
+        context.validation_results_store.set(key, outcome)
     context.build_data_docs(site_names=["docs"])
     for page in docs.rglob("*.html"):
         page.write_text(_settled(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -110,7 +110,7 @@ class Expectation(Section):
     type: Annotated[str, StringConstraints(pattern=r"^\w+$")]
     """Its name in Great Expectations, such as `expect_column_values_to_not_match_regex`."""
     action: Literal["reject", "warn"] = "reject"
-    """To quarantine, or counted in the report. What looks at a whole column has no rows, so `reject` fails the stage."""
+    """To quarantine, or counted in the report. A whole column has no rows, so `reject` fails the stage."""
     mostly: Share | None = None
     """The share of rows that must pass; below it the stage fails, or with `warn` the report says so. Where it is left
     out, the report holds it to be 1, and rows that fail go to quarantine, within `max_quarantined`."""
