@@ -177,9 +177,11 @@ def _built(stated: _Stated) -> OwnExpectation:
     required = stated.action == "reject" and (whole or stated.mostly is not None)
     reason = f"expectation {stated.name}: {_in_words(stated)}"
     meta = Expected(stated.name, stated.action, reason, stated.where, required)._asdict()
-    share = {} if stated.mostly is None else {"mostly": stated.mostly}
+    arguments = stated.arguments | ({} if stated.mostly is None else {"mostly": stated.mostly})
+    if isinstance(condition := arguments.get("row_condition"), str):
+        arguments["row_condition"] = {"type": "pass_through", "pass_through_filter": condition}
     try:
-        built = kind(**stated.arguments, **share, meta=meta, catch_exceptions=True)
+        built = kind(**arguments, meta=meta, catch_exceptions=True)
     except (ValueError, TypeError) as error:  # pydantic's is a ValueError
         raise BadParams(f"{stated.type} cannot be made of this", where=stated.where, got=_wrong(error)) from error
     return OwnExpectation(built, frozenset(columns))
