@@ -25,6 +25,7 @@ from tasks.orchestration.params import Params, load_params
 from tasks.orchestration.prefect_tasks import TRAINING
 from tasks.registry.client import connect
 from tasks.registry.versions import find_version
+from tasks.validate.own_expectations import SUITES, own_expectations
 
 
 @contextmanager
@@ -32,11 +33,12 @@ def begin(workspace: Path) -> Iterator[PipelineRun]:
     """Open a session: its stages run while the workspace is held and in order.
 
     Raises:
-        BadParams: params.yaml is wrong.
+        BadParams: params.yaml is wrong, or an expectation that it names.
         WorkspaceBusy: another run holds the workspace.
     """
     logger = get_run_logger()
     params = load_params(workspace / pipeline.PARAMS)
+    own_expectations(params.validate_, workspace / SUITES)  # so that a wrong name is told before anything is fetched
     with held(workspace, "temper run"):
         for done in put_in_order(workspace):
             logger.warning(done)

@@ -37,7 +37,7 @@ from tests.helpers.commands import run_module
 from tests.helpers.samples import validate_params
 
 SPACES = "a" + " " * 30 + "b"
-"""Python's engine takes more than a minute for this text and `(\\s+)+x`: it tries all of the 2^29 ways to split the spaces."""
+"""Python's engine takes a minute for this text and `(\\s+)+x`: it tries all 2^29 ways to split the spaces."""
 
 
 def turns(*texts: str) -> tuple[Message, ...]:
