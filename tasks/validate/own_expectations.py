@@ -29,7 +29,7 @@ _NOT_HERE = {
 """Why an expectation that fits otherwise is refused, by a part of its name."""
 
 _RUNTIME = {"id", "meta", "result_format", "catch_exceptions", "rendered_content", "windows", "batch_id",
-            "condition_parser", "library_metadata"}  # fmt: skip
+            "library_metadata"}  # fmt: skip
 """Fields of Great Expectations' classes that are no arguments of an expectation."""
 
 
@@ -129,8 +129,7 @@ def _suite(folder: Path, name: str) -> Iterator[_Stated]:
         mostly = arguments.pop("mostly", None)
         if mostly is not None and not (isinstance(mostly, (int, float)) and 0 <= mostly <= 1):
             raise BadParams("mostly is no share", where=where, got=repr(mostly), expected="a number from 0 to 1")
-        for unused in ("batch_id", "condition_parser"):  # a plain condition is read the same by each parser
-            arguments.pop(unused, None)
+        arguments.pop("batch_id", None)
         if description := listed[place].get("description"):
             arguments.setdefault("description", description)
         looks_at = [str(arguments[key]) for key in ("column", "column_A", "column_B") if key in arguments]
@@ -178,6 +177,7 @@ def _built(stated: _Stated) -> OwnExpectation:
     reason = f"expectation {stated.name}: {_in_words(stated)}"
     meta = Expected(stated.name, stated.action, reason, stated.where, required)._asdict()
     arguments = stated.arguments | ({} if stated.mostly is None else {"mostly": stated.mostly})
+    arguments.pop("condition_parser", None)  # a plain condition is read the same by each
     if isinstance(condition := arguments.get("row_condition"), str):
         arguments["row_condition"] = {"type": "pass_through", "pass_through_filter": condition}
     try:

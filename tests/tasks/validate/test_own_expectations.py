@@ -142,6 +142,7 @@ EXPECTATIONS: dict[str, tuple[dict[str, Any], set[str]]] = {
             "type": "expect_column_values_to_not_be_null",
             "column": "group",
             "row_condition": 'kind == "chat" and turns > 2',
+            "condition_parser": "pandas",
         },
         {"long", "call"},
     ),
