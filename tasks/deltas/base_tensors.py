@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tasks.adapters.files import read_adapter_config
 from tasks.core.artifacts import read_object
 from tasks.core.errors import BadModel
-from tasks.deltas.lazy_tensors import Change
+from tasks.deltas.lazy_tensors import Change, Part, Stacked
 from tasks.deltas.weight_deltas import METHODS, changes_of, embedding_and_head
 from tasks.models.file_names import names_in_memory
-from tasks.models.safetensors_reader import StoredTensor, stored_in
+from tasks.models.safetensors_reader import StoredTensor, TensorSource, stored_in
 
 
 def with_head(stored: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> dict[str, StoredTensor]:
@@ -49,8 +49,37 @@ def by_names_in_memory(
 ) -> dict[str, Change]:
     """Find changes of tensors by the names that these have in memory, as adapters do; return them by those of files."""
     names = names_in_memory(base, tensors)
-    found = find({names[name]: tensor for name, tensor in tensors.items()})
-    return {name: found[names[name]] for name in tensors if names[name] in found}
+    parts = {
+        part: piece
+        for name, tensor in tensors.items()
+        for part, piece in zip(names[name], _cut(tensor, len(names[name])), strict=True)
+    }
+    found = find(parts)
+    return {
+        name: _together([found.get(part) for part in names[name]])
+        for name in tensors
+        if any(part in found for part in names[name])
+    }
+
+
+def _cut(tensor: StoredTensor, count: int) -> list[StoredTensor]:
+    """Cut a stored tensor into equal parts of its rows."""
+    size, shape = tensor.nbytes // count, (tensor.shape[0] // count, *tensor.shape[1:])
+    if count == 1:
+        return [tensor]
+    return [tensor._replace(shape=shape, start=tensor.start + n * size, nbytes=size) for n in range(count)]
+
+
+def _together(changes: Sequence[Change | None]) -> Change:
+    """Return the change of a whole tensor, of changes of equal parts of its rows."""
+    if len(changes) == 1 and changes[0]:
+        return changes[0]
+
+    def change(source: TensorSource) -> TensorSource:
+        parts = [Part(source, number, len(changes)) for number in range(len(changes))]
+        return Stacked(source, tuple(each(part) if each else part for each, part in zip(changes, parts, strict=True)))
+
+    return change
 
 
 def check_mergeable(base: Path, adapter: Path) -> None:

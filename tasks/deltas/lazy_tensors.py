@@ -6,6 +6,7 @@ memory does not grow with the model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -210,6 +211,42 @@ class Plus(OfShape):
         """Return some of its rows."""
         total: NDArray[Any] = self.base.floats(start, stop) + self.scale * self.more.floats(start, stop)
         return total
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of several equal parts of a source's rows."""
+
+    whole: TensorSource
+    number: int
+    of: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the part."""
+        return (self.whole.shape[0] // self.of, *self.whole.shape[1:])
+
+    def floats(self, start: int, stop: int) -> NDArray[Any]:
+        """Return some of its rows."""
+        first = self.number * math.prod(self.shape[:-1])
+        return self.whole.floats(first + start, first + stop)
+
+
+@dataclass(frozen=True)
+class Stacked(OfShape):
+    """Equal parts of a weight's rows, each changed by itself."""
+
+    parts: tuple[TensorSource, ...]
+
+    def floats(self, start: int, stop: int) -> NDArray[Any]:
+        """Return some of its rows."""
+        import numpy as np
+
+        height = math.prod(self.parts[0].shape[:-1])
+        inside = range(start // height, (stop - 1) // height + 1)
+        return np.concatenate(
+            [self.parts[n].floats(max(start - n * height, 0), min(stop - n * height, height)) for n in inside]
+        )
 
 
 @dataclass(frozen=True)

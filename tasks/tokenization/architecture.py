@@ -65,7 +65,8 @@ def architecture_by(config: PreTrainedConfig) -> Architecture:
 def loader_of(config: PreTrainedConfig) -> type[Any]:
     """Return the class of transformers that loads the model of a configuration with the head that writes text.
 
-    Models that see images, too, are loaded whole, as their files are, and their text part is what is trained.
+    Models that see images, too, are loaded whole, as their files are, and their text part is what is trained. The text
+    part of some is known to the library by its own name alone.
     """
     import transformers
     from transformers.models.auto import modeling_auto as known
@@ -76,4 +77,16 @@ def loader_of(config: PreTrainedConfig) -> type[Any]:
     writes = config.model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if sees and (not writes or sees in (config.architectures or ())):
         return transformers.AutoModelForImageTextToText
+    named = next(iter(config.architectures or ()), "")
+    if not writes and named.endswith("ForCausalLM") and hasattr(transformers, named):
+        own: type[Any] = getattr(transformers, named)
+        return own
     return transformers.AutoModelForCausalLM
+
+
+def outline_of(config: PreTrainedConfig, **more: Any) -> PreTrainedModel:
+    """Build the model of a configuration with random numbers, or on the meta device with none."""
+    kind = loader_of(config)
+    build = kind.from_config if hasattr(kind, "from_config") else kind._from_config
+    model: PreTrainedModel = build(config, **more)
+    return model

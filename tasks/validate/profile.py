@@ -61,6 +61,7 @@ def measure(
         },
         "sources": {
             name: {key: manifest[key] for key in ("path", "use", "licence", "read", "refused", "rows")}
+            | {"remarks": dict(manifest.get("remarks", {}))}
             for name, manifest in manifests.items()
         },
         "checks": {

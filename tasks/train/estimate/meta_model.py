@@ -13,7 +13,7 @@ from tasks.adapters.params import AnyAdapter, FullAdapter, Int8Adapter, PeftAdap
 from tasks.core.errors import BadModel
 from tasks.models.loader import Model
 from tasks.models.quantization import loading_config
-from tasks.tokenization.architecture import loader_of
+from tasks.tokenization.architecture import outline_of
 from tasks.tokenization.model_config import refuse_code
 
 if TYPE_CHECKING:
@@ -84,9 +84,7 @@ def meta_model(config: PreTrainedConfig, adapter: AnyAdapter | None, dtype: torc
     dtype = torch.float32 if isinstance(adapter, FullAdapter) else dtype
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = loader_of(config).from_config(
-                deepcopy(config), dtype=dtype, trust_remote_code=False
-            )
+            model = outline_of(deepcopy(config), dtype=dtype)
     except UNUSABLE as error:
         raise BadModel(
             "no model can be made of this config", where=config.model_type, got=str(error).split("\n")[0]

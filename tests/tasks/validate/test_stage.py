@@ -209,6 +209,11 @@ def test_data_docs_and_the_profile_are_written(tmp_path: Path) -> None:
     manifest = {"path": "a&b.json", "use": "train", "licence": "x", "read": 7, "refused": 0, "rows": {"chat": 5}}
     numbers = measure(found, validate_params(), {"s": manifest}, places_of(tables(GOOD)), [])
     page = profile_page(numbers, drift(numbers, numbers))
+    assert "What was read as what" not in page
+    told = measure(
+        found, validate_params(), {"s": {**manifest, "remarks": {"<mood> of a turn is not read": 1203}}}, [], []
+    )
+    assert '<td>&lt;mood&gt; of a turn is not read</td><td class="n">1,203</td>' in profile_page(told)
     assert "a&amp;b.json" in page  # nothing of the data is taken for markup
     assert "://" not in page  # and nothing is fetched
     assert page.count(">steady</td>") == len(drift(numbers, numbers))

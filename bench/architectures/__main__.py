@@ -1,4 +1,4 @@
-"""Writes docs/architectures.md: `python -m infra.architectures`, or with names of architectures prints theirs alone."""
+"""Writes docs/architectures.md: `python -m bench.architectures`, or with names of architectures prints theirs alone."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from infra.architectures.check import Outcome, check_model, reported
-from infra.architectures.small_models import save_small_model
+from bench.architectures.check import Outcome, check_model, reported
+from bench.architectures.small_models import save_small_model
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
 SECONDS = 120
 
 INTRODUCTION = """# Architectures
 
-Written by `python -m infra.architectures`: every architecture that transformers {version} loads for text, in its
+Written by `python -m bench.architectures`: every architecture that transformers {version} loads for text, in its
 smallest random form (two layers of 32 numbers), in float32. Each was scored, trained with LoRA on all its linear layers
 and with ReFT, reloaded and merged; nothing differs from the model's own forward pass, or from what was trained, by more
 than {nats:.0e} of a log-probability. {counts}

@@ -88,7 +88,9 @@ _OWN: dict[str, dict[str, Any]] = {
 }
 """What else an architecture needs to be small, or to be at all."""
 _SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
-_ROTATES_BY_SECTIONS = ("qwen2_vl", "qwen2_5_vl", "glm4v", "glm4v_moe", "glm46v", "glm_ocr", "glmga", "paddleocr_vl")
+_ROTATES_BY_SECTIONS = frozenset(
+    ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "glm4v", "glm46v", "glm_ocr", "glmga", "paddleocr_vl")
+)
 
 
 def small_config(kind: type[PreTrainedConfig], changes: Mapping[str, Any] | None = None) -> PreTrainedConfig:
@@ -99,7 +101,7 @@ def small_config(kind: type[PreTrainedConfig], changes: Mapping[str, Any] | None
     meant = {own: name for name, own in kind.attribute_map.items()}
     given: dict[str, Any] = {}
     for name in known & vars(default).keys():
-        value, size = getattr(default, name), _SMALL.get(name, _SMALL.get(meant.get(name, "")))
+        value, size = vars(default)[name], _SMALL.get(name, _SMALL.get(meant.get(name, "")))
         if isinstance(value, PreTrainedConfig):
             given[name] = small_config(type(value))
         elif name in _TOKENS and (value is None or isinstance(value, int)):
@@ -109,7 +111,7 @@ def small_config(kind: type[PreTrainedConfig], changes: Mapping[str, Any] | None
         elif "drop" in name and isinstance(value, float):
             given[name] = 0.0
     for name in set(_KINDS) & known:
-        kinds = list(dict.fromkeys(getattr(default, name, None) or ()))
+        kinds = list(dict.fromkeys(vars(default).get(name) or ()))
         if kinds:
             given[name] = kinds * 2 if len(kinds) == 1 else kinds
             given[kind.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(given[name])

@@ -1,1 +1,0 @@
-"""What is made by scripts: pages, pictures, reference values, the table of architectures."""
