@@ -44,11 +44,12 @@ class Outcome(NamedTuple):
 
 def check_model(base: Path, work: Path) -> Outcome:
     """Take a base, a folder, through everything; what is refused is in the outcome."""
+    from tasks.inference.logprobs import find_out
     from tasks.models.loader import load_model
 
     try:
         model = load_model(base, full_precision=True)
-        way, worst = _way_of(model), _scored_right(model)
+        way, worst = find_out(model), _scored_right(model)
     except TemperError as error:
         refused = _said(error)
         return Outcome("refused", refused, refused, 0.0)
@@ -66,18 +67,6 @@ def _said(error: TemperError) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
     told = [lines[0].rpartition(": ")[2], *(line.removeprefix("got:").strip() for line in lines if "got:" in line)]
     return ": ".join(told)[:160]
-
-
-def _way_of(model: Any) -> str:
-    from tasks.inference.lm_head import takes_apart
-    from tasks.inference.prefix_sharing import can_pack
-    from tasks.inference.states import pads
-
-    if can_pack(model, 20):
-        return "joined"
-    if not pads(model):
-        return "one length at a time"
-    return "padded" if takes_apart(model) else "as a whole"
 
 
 def _scored_right(model: Model) -> float:

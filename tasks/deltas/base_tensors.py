@@ -64,9 +64,11 @@ def by_names_in_memory(
 
 def _cut(tensor: StoredTensor, count: int) -> list[StoredTensor]:
     """Cut a stored tensor into equal parts of its rows."""
-    size, shape = tensor.nbytes // count, (tensor.shape[0] // count, *tensor.shape[1:])
     if count == 1:
         return [tensor]
+    if tensor.shape[0] % count:
+        raise BadModel("has a tensor that is not of equal parts", where=str(tensor.file), got=str(tensor.shape))
+    size, shape = tensor.nbytes // count, (tensor.shape[0] // count, *tensor.shape[1:])
     return [tensor._replace(shape=shape, start=tensor.start + n * size, nbytes=size) for n in range(count)]
 
 

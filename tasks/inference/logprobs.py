@@ -19,20 +19,27 @@ if TYPE_CHECKING:
     from tasks.inference.prefix_sharing import PackedBatch
 
 
-def find_out(model: Model) -> None:
-    """Find out what can be done with a model's rows, by a few tokens: once, and before anything else is done to it.
+JOINED, PADDED, BY_LENGTH, WHOLE = "joined", "padded", "one length at a time", "as a whole"
+"""How rows of a decoder are computed: in one sequence, beside each other, in batches of one length, or by a forward
+pass that makes all logits."""
+
+
+def find_out(model: Model) -> str:
+    """Find out how a decoder's rows can be computed, by a few tokens: once, and before anything else is done to it.
 
     Raises:
-        BadModel: it cannot be run on text alone, or is no decoder.
+        BadModel: it cannot be run on text alone, or looks ahead.
     """
+    from tasks.inference.lm_head import takes_apart
     from tasks.inference.prefix_sharing import can_pack
     from tasks.inference.states import pads
     from tasks.models.decoder import unwrapped
 
     base = unwrapped(model)
-    if not base.config.is_encoder_decoder:
-        pads(base)
-        can_pack(base, 1)
+    packs, whole = can_pack(base, 1), not takes_apart(base)
+    if not pads(base):
+        return BY_LENGTH
+    return JOINED if packs else WHOLE if whole else PADDED
 
 
 def score_rows(

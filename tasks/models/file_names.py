@@ -8,7 +8,8 @@ modules that have the names of memory.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,27 @@ def names_in_memory(folder: Path, names: Iterable[str]) -> dict[str, tuple[str, 
     Raises:
         BadModel: the folder's configuration is of no model that transformers knows.
     """
+    from transformers.core_model_loading import apply_renamings
+
+    renamings, cuts = _conversions(folder, (folder / "config.json").read_bytes())
+    found = {}
+    for name in names:
+        renamed = apply_renamings(name, renamings)
+        pattern, parts = next(((pattern, parts) for pattern, parts in cuts if re.search(pattern, renamed)), ("", ()))
+        found[name] = tuple(re.sub(pattern, part, renamed) for part in parts) or (renamed,)
+    return found
+
+
+@lru_cache(2)
+def _conversions(folder: Path, config_bytes: bytes) -> tuple[list[Any], list[tuple[str, Sequence[str]]]]:
+    """Return what renames tensors, and what cuts them: patterns with the names of the parts.
+
+    Raises:
+        BadModel: the folder's configuration is of no model that transformers knows.
+    """
     import torch
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, apply_renamings
+    from transformers.core_model_loading import WeightRenaming
 
     config = read_config(folder)
     try:
@@ -36,14 +55,7 @@ def names_in_memory(folder: Path, names: Iterable[str]) -> dict[str, tuple[str, 
         raise does_not_load(folder, error) from error
     conversions = get_model_conversion_mapping(model)
     renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
-    cuts = [(each.source_patterns[0], each.target_patterns) for each in conversions if _cuts_rows(each)]
-    found = {}
-    for name in names:
-        renamed = apply_renamings(name, renamings)
-        parts = next((targets for pattern, targets in cuts if re.search(pattern, renamed)), None)
-        pattern = next((pattern for pattern, targets in cuts if targets is parts), "")
-        found[name] = tuple(re.sub(pattern, part, renamed) for part in parts) if parts else (renamed,)
-    return found
+    return renamings, [(each.source_patterns[0], each.target_patterns) for each in conversions if _cuts_rows(each)]
 
 
 def _cuts_rows(conversion: Any) -> bool:

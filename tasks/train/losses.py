@@ -205,7 +205,8 @@ def losses_for(
     Raises:
         BadModel: the model cannot be run on text alone, or is no decoder.
     """
-    find_out(model)
+    if not model.config.is_encoder_decoder:
+        find_out(model)
     adapter = method.adapter
     return StepLosses(
         model,
