@@ -120,10 +120,10 @@ def _no_plain_layers(model: PreTrainedModel, config: PeftConfig) -> list[str] | 
     from torch import nn
 
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    shared, decoder = _shared_weights(model), decoder_of(model)
-    reads = (
-        set(decoder.modules()) if decoder and model.config.get_text_config() is not model.config else linear.values()
-    )
+    shared: set[int] = _shared_weights(model)
+    reads: set[nn.Module] = set(linear.values())
+    if not model.config.is_encoder_decoder and model.config.get_text_config() is not model.config:
+        reads = set((decoder_of(model) or model).modules())
     return [
         name
         for name, module in linear.items()

@@ -156,12 +156,13 @@ def check_loads(folder: Path, where: str, *, chats: bool) -> PreTrainedModel:
             how targets begin.
     """
     tokenizer, model = tokenizer_for(folder, chats=chats), load_model(folder)
-    if len(tokenizer) > model.config.vocab_size:
+    known = model.config.get_text_config().vocab_size
+    if len(tokenizer) > known:
         raise BadModel(
             "its tokenizer has more tokens than it has embeddings",
             where=where,
             got=f"{len(tokenizer)} tokens",
-            expected=f"at most {model.config.vocab_size}",
+            expected=f"at most {known}",
         )
     if architecture_of(model) is ENCODER_DECODER and model.config.decoder_start_token_id is None:
         raise BadModel(
