@@ -55,7 +55,13 @@ def main(names: Sequence[str]) -> None:
     counts = f"Of {len(whole)} that write text, {works} train with LoRA and merge, and {edits} train with ReFT."
     text = INTRODUCTION.format(version=version("transformers"), nats=worst, counts=counts)
     lines = [text, *TABLE, *(line for line, _ in tables[0])]
-    lines += ["", "## With images", "", "Where a small form needs more than its sizes, no form was made of it.", ""]
+    lines += [
+        "",
+        "## With images",
+        "",
+        "Where a small form needs more than its sizes, none was made, and the reason is the library's own.",
+        "",
+    ]
     lines += [*TABLE, *(line for line, _ in tables[1])]
     PAGE.write_text("\n".join(lines) + "\n")
 

@@ -148,4 +148,4 @@ def reported(outcome: Callable[[], Outcome]) -> Outcome | str:
     try:
         return outcome()
     except Exception as error:  # whatever a library makes of a model: it goes into the table
-        return f"{type(error).__name__}: {error}".split("\n")[0][:160]
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
