@@ -3,8 +3,8 @@
 A prompt and its reply are tokenised apart and joined, because that is what a model sees when it answers: first the
 whole prompt, then its own tokens. Text that would merge across the seam can therefore never make training differ from
 serving. Tokenizers that mark the beginning of every text are given the whole text instead, and a row is refused if its
-prompt's tokens do not stay what they are when it is answered. Templates run in the immutable Jinja sandbox of
-transformers.
+prompt's tokens do not stay what they are when it is answered. Templates run in the immutable Jinja sandbox, in a
+process with little time and little memory (`tasks/core/limited_process.py`).
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 from tasks.core.errors import BadData, BadModel
+from tasks.core.limited_process import FAILURES, REFUSED, WORKER, Failure, Result
 from tasks.core.records import Message
-from tasks.core.signals import limited
 from tasks.tokenization.architecture import DECODER, architecture_in
 from tasks.tokenization.template_form import DAY, TemplateForm, as_template_input, dated, find_calls, find_reasoning
 from tasks.tokenization.tokenizer import encode, encode_answers, encode_pieces, encode_rows, read_tokenizer
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 
 RowT = TypeVar("RowT")
 
-TEMPLATE_SECONDS = 2.0
-"""How long a template may take for one conversation."""
+TemplateRow: TypeAlias = tuple[Sequence[Mapping[str, Any]], Any]
+"""Messages and the schemas of tools, as a template is given them."""
 
 
 class Chat(NamedTuple):
@@ -71,6 +72,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         BadModel: it does not load, or lacks one of these.
     """
+    WORKER.start()  # it gets ready while the tokenizer is read
     tokenizer = read_tokenizer(folder)
     chats = architecture_in(folder) is DECODER  # what an encoder reads is no chat
     if chats and not tokenizer.chat_template:
@@ -323,76 +325,62 @@ def _texts(
     tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], *, answering: bool
 ) -> list[TemplateText | BadData]:
     """Render each conversation by the template; `answering` adds what comes before an answer."""
-    result: list[Any] = [None] * len(chats)
     form = form_of(tokenizer, chats)
-    by_tools: dict[tuple[str, ...], list[int]] = {}
-    for place, chat in enumerate(chats):
-        by_tools.setdefault(tuple(chat.tools), []).append(place)
-    for tools, places in by_tools.items():
-        schemas = [json.loads(tool) for tool in tools] or None
-        plain = [as_template_input(chats[place].messages, form) for place in places]
-        try:
-            with limited(TEMPLATE_SECONDS + 0.01 * len(plain), "the chat template"):
-                texts: list[Any] = _apply(tokenizer, plain, schemas, answering)
-        except BadData:  # some row is at fault: see which
-            texts = [_apply_alone(tokenizer, one, schemas, answering) for one in plain]
-        for place, one, text in zip(places, plain, texts, strict=True):
-            dropped = None
-            if isinstance(text, TemplateText):
-                dropped = _dropped(text.text, chats[place], lambda n: _reads(tokenizer, one, schemas, n))  # noqa: B023  # called at once
-            result[place] = dropped or text
-    return result
+    schemas = {tools: [json.loads(tool) for tool in tools] or None for tools in {tuple(chat.tools) for chat in chats}}
+    rows = [(as_template_input(chat.messages, form), schemas[tuple(chat.tools)]) for chat in chats]
+    texts = _apply(tokenizer, rows, answering=answering)
+    return [
+        _dropped(text.text, chat, partial(_reads, tokenizer, row)) or text if isinstance(text, TemplateText) else text
+        for chat, row, text in zip(chats, rows, texts, strict=True)
+    ]
 
 
-def _reads(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], schemas: Any, place: int) -> bool:
+def _reads(tokenizer: PreTrainedTokenizerBase, row: TemplateRow, place: int) -> bool:
     """Return whether the template writes all of a turn's text in some form: it writes another one for another text."""
+    messages, tools = row
 
-    def rendered(content: str) -> TemplateText | BadData:
-        changed = [*messages]
-        changed[place] = {**messages[place], "content": content}
-        return _apply_alone(tokenizer, changed, schemas, answering=False)
+    def changed(content: str) -> TemplateRow:
+        return [*messages[:place], {**messages[place], "content": content}, *messages[place + 1 :]], tools
 
     content = messages[place]["content"]
-    texts = [rendered(each) for each in (content, f"qxzv{content}", f"{content}qxzv")]
+    tried = [changed(each) for each in (content, f"qxzv{content}", f"{content}qxzv")]
+    texts = _apply(tokenizer, tried, answering=False)
     return not any(isinstance(text, BadData) for text in texts) and len({_whole(text).text for text in texts}) == len(
         texts
     )
 
 
-def _apply_alone(tokenizer: PreTrainedTokenizerBase, one: Any, schemas: Any, answering: bool) -> TemplateText | BadData:
-    try:
-        with limited(TEMPLATE_SECONDS, "the chat template"):
-            return _apply(tokenizer, [one], schemas, answering)[0]
-    except BadData as error:
-        return error
+def _apply(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[TemplateRow], *, answering: bool
+) -> list[TemplateText | BadData]:
+    """Apply the template as the tokenizer's `apply_chat_template` does, in the worker with its limits.
+
+    Raises:
+        BadModel: it has taken too long too often.
+    """
+    result: list[Any] = [None] * len(rows)
+    by_source: dict[str, list[int]] = {}
+    for place, (_, tools) in enumerate(rows):
+        by_source.setdefault(tokenizer.get_chat_template(tools=tools), []).append(place)
+    tokens = {
+        name: [str(each) for each in token] if isinstance(token, list) else str(token)
+        for name, token in tokenizer.special_tokens_map.items()
+    }
+    for source, places in by_source.items():
+        common = (source, {"add_generation_prompt": answering} | tokens, not answering and bool(_MARKED.search(source)))
+        for place, made in zip(places, WORKER.map(_RENDERER, common, [rows[n] for n in places]), strict=True):
+            result[place] = TemplateText(*made) if isinstance(made, Result) else _refusal(made)
+    return result
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, plain: list[Any], schemas: Any, answering: bool) -> list[TemplateText]:
-    """Apply the template as the tokenizer's `apply_chat_template` does, without its copies of every message."""
-    from jinja2 import TemplateError
-    from transformers.utils import chat_template_utils as sandbox
-
-    source = tokenizer.get_chat_template(tools=schemas)
-    try:
-        template = sandbox._compile_jinja_template(source)
-        given = {"tools": schemas, "documents": None, "add_generation_prompt": answering} | tokenizer.special_tokens_map
-        if not answering and _MARKED.search(source):  # never in a served model: marks are not kept apart by thread
-            marked = [sandbox._render_with_assistant_indices(template, messages, **given) for messages in plain]
-            return [TemplateText(text, marks) for text, marks in marked]
-        return [TemplateText(template.render(messages=messages, **given)) for messages in plain]
-    except (
-        MemoryError,
-        TemplateError,
-        TypeError,
-        ValueError,
-        ArithmeticError,
-        LookupError,
-        RecursionError,
-        AttributeError,
-    ) as error:
-        raise BadData("the chat template refuses this conversation", got=str(error)) from error
+def _refusal(failure: Failure) -> BadData:
+    """Say why the template made no text."""
+    if failure.kind == REFUSED:
+        return BadData("the chat template refuses this conversation", got=failure.text)
+    return BadData(f"the chat template {FAILURES[failure.kind]}", got=failure.text)
 
 
+_RENDERER = "tasks.tokenization.template_worker:chat_renderer"
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -404,7 +392,7 @@ def form_of(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat]) -> Templa
     known = _FORMS.setdefault(str(tokenizer.chat_template), {})
 
     def render(messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None) -> str:
-        return _whole(_apply_alone(tokenizer, messages, tools, answering=False)).text  # type: ignore[no-any-return]
+        return _whole(_apply(tokenizer, [(messages, tools)], answering=False)[0]).text  # type: ignore[no-any-return]
 
     if "reasoning" not in known and any(message.reasoning for message in turns):
         known["reasoning"] = find_reasoning(render)
