@@ -13,7 +13,7 @@ Fails:  a row with nothing to learn, a template that does not fit, rows that thi
 from __future__ import annotations
 
 import gc
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
@@ -46,8 +46,11 @@ SPLITS = ("train", "held_out")
 RENDERED = ("chat", "preference", "labelled", "pair")
 """The kinds of rows that are rendered; plain texts are for pretraining, which has no template."""
 
-ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE = 256
 """Rows whose texts are tokenised together."""
+
+BATCHES_AHEAD = 3
+"""Batches of rows that are on their way: at the template, at the tokenizer, and ready."""
 
 
 def rendered_schema(kind: str) -> pa.Schema:
@@ -110,27 +113,38 @@ def _tokens_of(
 ) -> Iterator[tuple[Record, Any]]:
     """Yield every row with its tokens, or with the reason that it has none.
 
-    Many are tokenised at once, in a thread of its own, while the template makes the next ones' texts.
+    Three things go on at once: the template's worker makes texts of some rows, the tokenizer tokens of the texts of
+    those before, and whoever iterates takes the tokens of those before these.
     """
-    before: Future[Iterator[tuple[Record, Any]]] | None = None
-    with ThreadPoolExecutor(1) as pool:
+    waiting: deque[Future[Iterator[tuple[Record, Any]]]] = deque()
+    with ThreadPoolExecutor(1) as templates, ThreadPoolExecutor(1) as tokenizers:
         while some := list(islice(records, ROWS_AT_ONCE)):
-            places = {kind: [n for n, record in enumerate(some) if record.kind == kind] for kind in RENDERED}
-            texts = {kind: _HALVES[kind].texts(tokenizer, [some[n] for n in places[kind]], params) for kind in RENDERED}
-            now = pool.submit(_tokenised, tokenizer, some, places, texts)
-            if before:
-                yield from before.result()
-            before = now
-        if before:
-            yield from before.result()
+            texts = templates.submit(_texts, tokenizer, some, params)
+            waiting.append(tokenizers.submit(_tokenised, tokenizer, some, texts))
+            if len(waiting) > BATCHES_AHEAD:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+
+
+class _Texts(NamedTuple):
+    """What the template made of some rows: by kind, their places and their texts."""
+
+    places: Mapping[str, Sequence[int]]
+    texts: Mapping[str, Any]
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase, some: Sequence[Record], params: Render) -> _Texts:
+    places = {kind: [n for n, record in enumerate(some) if record.kind == kind] for kind in RENDERED}
+    return _Texts(
+        places, {kind: _HALVES[kind].texts(tokenizer, [some[n] for n in places[kind]], params) for kind in RENDERED}
+    )
 
 
 def _tokenised(
-    tokenizer: PreTrainedTokenizerBase,
-    some: Sequence[Record],
-    places: Mapping[str, Sequence[int]],
-    texts: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase, some: Sequence[Record], made: Future[_Texts]
 ) -> Iterator[tuple[Record, Any]]:
+    places, texts = made.result()
     tokens: dict[int, Any] = {}
     for kind in RENDERED:
         tokens |= zip(places[kind], _HALVES[kind].tokens(tokenizer, texts[kind]), strict=True)

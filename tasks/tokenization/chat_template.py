@@ -49,13 +49,6 @@ class Rendered(NamedTuple):
     prompt_tokens: int
 
 
-class TemplateText(NamedTuple):
-    """Text that a template made of a chat; `marks` are its `{% generation %}` parts, None for a template without."""
-
-    text: str
-    marks: Sequence[tuple[int, int]] | None = None
-
-
 class Answered(NamedTuple):
     """One prompt and several replies to it, as tokens; each reply ends with the stop token."""
 
@@ -225,7 +218,7 @@ def texts_of_chats(
                 fix="set render.loss_on to last (--loss-on last), so that only the last reply is trained on",
             )
             continue
-        target_parts = _marked(reply, len(prompt), _whole(after).marks)
+        target_parts = _marked(reply, len(prompt), _whole(after).beside)
         if isinstance(target_parts, BadData):
             pieces[place] = target_parts
         else:
@@ -266,7 +259,7 @@ def _whole(value: Any) -> Any:
 
 
 def _reply_text(
-    tokenizer: PreTrainedTokenizerBase, before: TemplateText | BadData, after: TemplateText | BadData, reply: Message
+    tokenizer: PreTrainedTokenizerBase, before: Result | BadData, after: Result | BadData, reply: Message
 ) -> str | BadData:
     """Return what the template adds for a reply, up to and including the stop token."""
     for text in (before, after):
@@ -323,14 +316,14 @@ def _marked(reply: str, start: int, marks: Sequence[tuple[int, int]] | None) -> 
 
 def _texts(
     tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], *, answering: bool
-) -> list[TemplateText | BadData]:
+) -> list[Result | BadData]:
     """Render each conversation by the template; `answering` adds what comes before an answer."""
     form = form_of(tokenizer, chats)
     schemas = {tools: [json.loads(tool) for tool in tools] or None for tools in {tuple(chat.tools) for chat in chats}}
     rows = [(as_template_input(chat.messages, form), schemas[tuple(chat.tools)]) for chat in chats]
     texts = _apply(tokenizer, rows, answering=answering)
     return [
-        _dropped(text.text, chat, partial(_reads, tokenizer, row)) or text if isinstance(text, TemplateText) else text
+        _dropped(text.text, chat, partial(_reads, tokenizer, row)) or text if isinstance(text, Result) else text
         for chat, row, text in zip(chats, rows, texts, strict=True)
     ]
 
@@ -352,24 +345,25 @@ def _reads(tokenizer: PreTrainedTokenizerBase, row: TemplateRow, place: int) -> 
 
 def _apply(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[TemplateRow], *, answering: bool
-) -> list[TemplateText | BadData]:
+) -> list[Result | BadData]:
     """Apply the template as the tokenizer's `apply_chat_template` does, in the worker with its limits.
 
     Raises:
         BadModel: it has taken too long too often.
     """
-    result: list[Any] = [None] * len(rows)
-    by_source: dict[str, list[int]] = {}
-    for place, (_, tools) in enumerate(rows):
-        by_source.setdefault(tokenizer.get_chat_template(tools=tools), []).append(place)
     tokens = {
         name: [str(each) for each in token] if isinstance(token, list) else str(token)
         for name, token in tokenizer.special_tokens_map.items()
     }
-    for source, places in by_source.items():
+    result: list[Any] = [None] * len(rows)
+    for with_tools in (False, True):  # some have another template for these
+        places = [place for place, (_, tools) in enumerate(rows) if bool(tools) is with_tools]
+        if not places:
+            continue
+        source = tokenizer.get_chat_template(tools=rows[places[0]][1])
         common = (source, {"add_generation_prompt": answering} | tokens, not answering and bool(_MARKED.search(source)))
         for place, made in zip(places, WORKER.map(_RENDERER, common, [rows[n] for n in places]), strict=True):
-            result[place] = TemplateText(*made) if isinstance(made, Result) else _refusal(made)
+            result[place] = made if isinstance(made, Result) else _refusal(made)
     return result
 
 

@@ -107,25 +107,21 @@ def _tried(render: Render, turns: Sequence[Mapping[str, Any]], tools: Sequence[A
         return ""
 
 
-_NOTHING_MORE = ("", "", "")
-"""The reasoning, name and call of a turn without."""
-
-
 def as_template_input(messages: Sequence[Message], form: TemplateForm) -> list[Mapping[str, Any]]:
     """Convert messages to what a template of a form is given."""
     made = 0
     waiting: list[tuple[str, str]] = []
     result: list[Mapping[str, Any]] = []
     for message in messages:
-        plain: dict[str, Any] = {"role": message.role, "content": message.content}
-        if message[4:] == _NOTHING_MORE and not message.calls and not waiting:  # as nearly all are
+        role, content, calls_text, _, reasoning, name, call_id = message
+        plain: dict[str, Any] = {"role": role, "content": content}
+        if not (calls_text or reasoning or name or call_id or waiting):  # as nearly all are
             result.append(plain)
             continue
         if message.reasoning and form.reasoning:
             plain[form.reasoning] = message.reasoning
         elif message.reasoning:
             plain["content"] = written_out(message)
-        name, call_id = message.name, message.call_id
         if message.calls:
             calls = calls_with_ids(message)
             if form.reads_ids and not call_id:  # nine letters and digits suit every template that looks at them

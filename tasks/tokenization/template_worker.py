@@ -103,10 +103,22 @@ def _strftime_now(format: str) -> str:
     return datetime.now().strftime(format)  # noqa: DTZ005  # as transformers has it; dated templates have none
 
 
+_OF_DICTS = frozenset(dir(dict))
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, which finds `message.role` at once: a plain dict has no attributes but those of its class."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if type(obj) is dict and attribute not in _OF_DICTS:
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        return super().getattr(obj, attribute)
+
+
 @lru_cache(8)
 def compiled(source: str) -> jinja2.Template:
     """Compile a chat template, in an environment of its own."""
-    environment = ImmutableSandboxedEnvironment(
+    environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[AssistantTracker, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _tojson
