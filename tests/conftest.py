@@ -306,3 +306,14 @@ def copy(factory: Path, tmp_path: Path) -> Path:
     target = tmp_path / "a copy"
     shutil.copytree(factory, target, symlinks=True)
     return target
+
+
+@pytest.fixture
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let what comes with a model take a fifth of a second a row, and 64 MiB."""
+    from tasks.core.limited_process import WORKER, Limits
+
+    WORKER.close()
+    monkeypatch.setattr(WORKER, "limits", Limits(row_s=0.2, lost_s=30.0, memory_bytes=64 << 20))
+    yield
+    WORKER.close()

@@ -36,6 +36,7 @@ from tasks.adapters.params import (
     QloraAdapter,
     ReftAdapter,
 )
+from tasks.adapters.patterns import check_patterns
 from tasks.adapters.peft_configs import peft_config
 from tasks.core.artifacts import as_json, atomic_write
 from tasks.core.errors import BadModel
@@ -380,6 +381,7 @@ def _unfrozen(model: PreTrainedModel, adapter: FullAdapter) -> PreTrainedModel:
     """Make the chosen modules' weights trainable."""
     chosen = adapter.modules
     names = [chosen] if isinstance(chosen, str) else chosen
+    check_patterns({"modules": chosen}, _module_names(model), "adapter.modules")
     for name, module in model.named_modules():
         of_name = name.rpartition(".")[2] in names if isinstance(chosen, list) else re.fullmatch(chosen, name)
         if chosen == "all" or of_name:
@@ -393,6 +395,7 @@ def _unfrozen(model: PreTrainedModel, adapter: FullAdapter) -> PreTrainedModel:
 def _adapted(model: PreTrainedModel | PeftModel, config: PeftConfig, where: str, name: str = "default") -> PeftModel:
     from peft import PeftModel, get_peft_model
 
+    check_patterns(config.to_dict(), _module_names(model), where)
     try:
         if isinstance(model, PeftModel):
             model.add_adapter(name, config)
@@ -407,6 +410,13 @@ def _adapted(model: PreTrainedModel | PeftModel, config: PeftConfig, where: str,
 
         count_only_what_is_attended(adapted)
     return adapted
+
+
+def _module_names(model: PreTrainedModel | PeftModel) -> list[str]:
+    """Return the names that PEFT matches patterns to."""
+    from peft import PeftModel
+
+    return [name for name, _ in (model.get_base_model() if isinstance(model, PeftModel) else model).named_modules()]
 
 
 def read_adapter(folder: Path) -> Adapter:

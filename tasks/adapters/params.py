@@ -27,7 +27,7 @@ def _compiles(value: Any) -> Any:
         if pattern != OTHERS:
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(f"is no regular expression: {error}") from error
     return value
 

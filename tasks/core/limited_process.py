@@ -90,10 +90,12 @@ class Failure(NamedTuple):
     Attributes:
         kind: REFUSED by an exception of the work itself, TIME, MEMORY, SIZE of the result, or DIED.
         text: the exception's, or the limit.
+        error: the class of the exception.
     """
 
     kind: str
     text: str
+    error: str = ""
 
 
 class Result(NamedTuple):
@@ -129,8 +131,12 @@ class LimitedProcess:
     def start(self) -> None:
         """Start a worker, unless there is one, without waiting until it is ready."""
         with self._lock:
-            if self._worker is None:
-                self._worker = _Worker(self.limits, self._modules)
+            self._started()
+
+    def _started(self) -> _Worker:
+        if self._worker is None:
+            self._worker = _Worker(self.limits, self._modules)
+        return self._worker
 
     def close(self) -> None:
         """End the worker; the next call makes another."""
@@ -169,10 +175,7 @@ class LimitedProcess:
         """Run rows on the worker, and on another what is left of them whenever it has ended."""
         while places:
             self._check_lost()
-            self.start()
-            worker = self._worker
-            assert worker is not None
-            done = 0
+            worker, done = self._started(), 0
             try:
                 for found in worker.run(head, body, len(places)):
                     for result in found:
@@ -384,5 +387,5 @@ def _results(said: bytes, text: bytes) -> list[Result | Failure]:
             results.append(Result(whole[start : start + each[0]], each[1]))
             start += each[0]
         else:
-            results.append(Failure(str(each[0]), str(each[1])))
+            results.append(Failure(*map(str, each)))
     return results

@@ -30,6 +30,8 @@ _SENT_CHARACTERS = 1 << 20
 _OPENED_AT_ONCE = 8
 """Templates and the like that are kept ready."""
 
+_ERROR_CHARACTERS = 2000
+
 _OWN_CHARACTERS = 1 << 20
 _TIMES_ITS_ROW = 64
 """Text that is made of a row may have so many characters, and so many for each byte of the row."""
@@ -82,7 +84,7 @@ class _Work:
 
     def answer(self, head: bytes, body: bytes) -> None:
         """Run a function on rows and send what comes of each."""
-        rows = pickle.loads(body)  # noqa: S301  # from the process that started this one
+        rows: list[Any] = pickle.loads(body)  # noqa: S301  # from the process that started this one
         most = _OWN_CHARACTERS + _TIMES_ITS_ROW * len(body) // max(len(rows), 1)
         said, texts, size = list[Any](), list[str](), 0
         wrong = self._open(head)
@@ -102,7 +104,7 @@ class _Work:
         if said:
             self._send(said, texts)
 
-    def _open(self, head: bytes) -> tuple[str, str] | None:
+    def _open(self, head: bytes) -> tuple[str, str, str] | None:
         """Make a function ready, and return what is wrong with it, if anything is."""
         if head in self._opened:
             self._opened.move_to_end(head)
@@ -126,7 +128,7 @@ class _Work:
             return None, _failure(error)
         text, beside = (made, None) if isinstance(made, str) else made
         if len(text) > most:
-            return None, (SIZE, f"{len(text):,} characters")
+            return None, (SIZE, f"{len(text):,} characters", "")
         return text, beside
 
     def _send(self, said: list[Any], texts: list[str]) -> None:
@@ -135,14 +137,13 @@ class _Work:
         _write(self._answers, HEAD.pack(len(head), len(body)) + head + body)
 
 
-def _failure(error: Exception) -> tuple[str, str]:
+def _failure(error: Exception) -> tuple[str, str, str]:
     if isinstance(error, MemoryError):
-        return MEMORY, ""  # the process that started this one knows how much it gave
-    return REFUSED, (str(error) or type(error).__name__)[:2000]
+        return MEMORY, "", ""  # the process that started this one knows how much it gave
+    return REFUSED, str(error)[:_ERROR_CHARACTERS], type(error).__name__
 
 
 def _write(descriptor: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
-

@@ -27,7 +27,7 @@ Alpha = Annotated[float, Field(allow_inf_nan=False)]
 def _pattern(text: Any) -> Any:
     try:
         re.compile(text)
-    except (re.error, TypeError) as error:
+    except (re.error, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"is no pattern: {error}") from error
     return text
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from tasks.adapters.files import CONFIG, WEIGHTS, weights_file
+from tasks.adapters.patterns import check_patterns
 from tasks.core.artifacts import read_object
 from tasks.core.errors import BadModel
 from tasks.deltas.expert_deltas import Fused, fused_weights
@@ -64,8 +65,16 @@ def changes_of(adapter: Path, base: Mapping[str, StoredTensor], family: str = ""
             "is of a method that cannot be merged", where=str(adapter / CONFIG), got=kind, expected=", ".join(METHODS)
         )
     tensors = adapter_tensors(adapter)
+    check_patterns(settings.model_dump(), _names(settings, tensors, base), str(adapter / CONFIG))
     check_finite(tensors, adapter / WEIGHTS)
     return _collected(_Adapter(adapter, settings, tensors, base, family), METHODS[kind])
+
+
+def _names(settings: Settings, tensors: Mapping[str, StoredTensor], base: Mapping[str, StoredTensor]) -> set[str]:
+    """Return the names that a configuration's patterns are matched to: modules of the adapter and of the base."""
+    modules = {re.sub(r"\.(lora_|ia3_l).*", "", name) for name in tensors} | {n.removesuffix(".weight") for n in base}
+    parameters = {parameter.rpartition(".")[2] for parameter in settings.target_parameters or ()}
+    return modules | {f"{module}.{parameter}" for module in modules for parameter in parameters}
 
 
 def adapter_tensors(adapter: Path) -> dict[str, StoredTensor]:

@@ -1,72 +1,61 @@
-"""Jinja templates that came with data: run in the immutable sandbox, with little time and little room."""
+"""Jinja templates that came with data: run in the immutable sandbox, in a process with little time and little room."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from tasks.core.errors import BadData
+from tasks.core.limited_process import FAILURES, REFUSED, WORKER, Failure, Result
 
-if TYPE_CHECKING:
-    from jinja2 import Environment
-
-SECONDS = 2.0
-"""How long a template may take for one question."""
-
-MOST_CHARACTERS = 1 << 22
-"""A text or list that a template makes by repeating one may get so long."""
+_RENDERER = "tasks.evaluate.jinja_worker:task_renderer"
 
 
 def render_template(template: str, values: Mapping[str, Any], where: str) -> str:
     """Render a template with some values.
 
     Raises:
-        BadData: it is no template, names a value that does not exist, does not end, or leaves the sandbox.
+        BadData: it is no template, names a value that does not exist, takes too long or too much memory, or leaves the
+            sandbox.
     """
-    from jinja2 import TemplateError
-
-    try:
-        return str(environment().from_string(template).render(**values))
-    except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError, MemoryError) as error:
-        raise BadData(
-            "the template cannot be used", where=where, got=f"{type(error).__name__}: {error}", fix="correct it"
-        ) from error
+    made = _render(template, values)
+    if isinstance(made, Result):
+        return made.text
+    if made.kind != REFUSED:
+        raise BadData(f"the template {FAILURES[made.kind]}", where=where, got=made.text, fix="correct it")
+    raise BadData("the template cannot be used", where=where, got=f"{made.error}: {made.text}", fix="correct it")
 
 
-@lru_cache
-def environment() -> Environment:
-    """Return the environment of all such templates, with lm-eval's one filter."""
-    import re
+def _render(template: str, values: Mapping[str, Any]) -> Result | Failure:
+    (made,) = WORKER.map(_RENDERER, template, [values])
+    return made
 
-    from jinja2 import BaseLoader, StrictUndefined
-    from jinja2.exceptions import SecurityError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    from tasks.core.signals import limited
+class Template(NamedTuple):
+    """What lm-eval takes for a template of Jinja's."""
 
-    class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(("*", "**"))
+    source: str
 
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            if operator == "**" and abs(right) > 64:
-                raise SecurityError("raises to too high a power")
-            sized, times = (left, right) if hasattr(left, "__len__") else (right, left)
-            if operator == "*" and hasattr(sized, "__len__") and len(sized) * times > MOST_CHARACTERS:
-                raise SecurityError("makes too long a text")
-            return super().call_binop(context, operator, left, right)
+    def render(self, **values: Any) -> str:
+        """Render it.
 
-        def from_string(self, source: Any, *args: Any, **kwargs: Any) -> Any:
-            template: Any = super().from_string(source, *args, **kwargs)
-            render = template.render
+        Raises:
+            BadData: it takes too long or too much memory.
+            TemplateError: it is refused.
+        """
+        from jinja2.exceptions import SecurityError, TemplateError
 
-            def in_time(*values: Any, **named: Any) -> str:
-                with limited(SECONDS, "the template"):
-                    return str(render(*values, **named))
+        made = _render(self.source, values)
+        if isinstance(made, Result):
+            return made.text
+        if made.kind != REFUSED:
+            raise BadData(f"the template {FAILURES[made.kind]}", where=self.source[:80], got=made.text)
+        raise (SecurityError if made.error == SecurityError.__name__ else TemplateError)(f"{made.error}: {made.text}")
 
-            template.render = in_time
-            return template
 
-    sandbox = Sandbox(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
-    sandbox.filters["regex_replace"] = lambda text, pattern, to, count=0: re.sub(pattern, to, text, count=count)
-    return sandbox
+class Environment:
+    """What lm-eval takes for an environment of Jinja's."""
+
+    def from_string(self, source: str) -> Template:
+        """Return a template, which is compiled where it is rendered."""
+        return Template(source)

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 from tasks.core.errors import BadData, BadParams, did_you_mean
 from tasks.core.hub import snapshot
-from tasks.evaluate.jinja_sandbox import environment
+from tasks.evaluate.jinja_sandbox import Environment
 from tasks.evaluate.model_under_test import ModelUnderTest
 from tasks.evaluate.requests import Request, reply_figures
 from tasks.evaluate.suite_params import HubData, MirrorData
 from tasks.reports.items import Item, Summary, prompt_digest
+from tasks.tokenization.chat_template import chat_text
 
 Find = Callable[..., Any]
 
@@ -101,7 +102,7 @@ def confined(find: Find) -> Iterator[None]:
     from lm_eval import utils
 
     rendering, loading = utils.env, datasets.load_dataset
-    utils.env, datasets.load_dataset = environment(), find
+    utils.env, datasets.load_dataset = Environment(), find
     try:
         yield
     finally:
@@ -174,14 +175,7 @@ def _asking(examinee: ModelUnderTest, label: str) -> Any:
             return str(examinee.tokenizer.chat_template) if chat_template else ""
 
         def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
-            return str(
-                examinee.tokenizer.apply_chat_template(
-                    chat_history,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=not add_generation_prompt,
-                )
-            )
+            return chat_text(examinee.tokenizer, chat_history, answering=add_generation_prompt)
 
     return Asking()
 

@@ -120,6 +120,27 @@ def render_prompt(
     return encode(tokenizer, [_whole(text).text])[0]
 
 
+def chat_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], *, answering: bool) -> str:
+    """Render plain messages as text, up to where the assistant begins, or goes on with the last one.
+
+    Raises:
+        BadData: the template refuses it, or drops the message that is to be continued.
+    """
+    if answering:
+        return str(_whole(_apply(tokenizer, [(messages, None)], answering=True)[0]).text)
+    last = messages[-1]
+    marked = [*messages[:-1], {**last, "content": f"{last['content']}{_GO_ON}"}]
+    text = _whole(_apply(tokenizer, [(marked, None)], answering=False)[0]).text
+    end = text.rfind(_GO_ON.strip())
+    if end < 0 or last["content"].strip() not in text:
+        raise BadData("the chat template drops or changes the text that is to be continued", got=repr(text[-60:]))
+    return str(text[:end] if text.startswith(_GO_ON, end) else text[:end].rstrip())  # where it trims texts
+
+
+_GO_ON = "CONTINUE_FINAL_MESSAGE_TAG "
+"""Marks the end of a message that is to be continued, as in transformers."""
+
+
 def render_reply(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], reply: str) -> list[int]:
     """Render a reply to `prompt` as token ids, up to and including the stop token.
 
@@ -314,9 +335,7 @@ def _marked(reply: str, start: int, marks: Sequence[tuple[int, int]] | None) -> 
     return parts
 
 
-def _texts(
-    tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], *, answering: bool
-) -> list[Result | BadData]:
+def _texts(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], *, answering: bool) -> list[Result | BadData]:
     """Render each conversation by the template; `answering` adds what comes before an answer."""
     form = form_of(tokenizer, chats)
     schemas = {tools: [json.loads(tool) for tool in tools] or None for tools in {tuple(chat.tools) for chat in chats}}
@@ -351,9 +370,10 @@ def _apply(
     Raises:
         BadModel: it has taken too long too often.
     """
+    special: Mapping[str, Any] = tokenizer.special_tokens_map
     tokens = {
         name: [str(each) for each in token] if isinstance(token, list) else str(token)
-        for name, token in tokenizer.special_tokens_map.items()
+        for name, token in special.items()
     }
     result: list[Any] = [None] * len(rows)
     for with_tools in (False, True):  # some have another template for these

@@ -20,10 +20,11 @@ import jinja2.parser
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+
 class AssistantTracker(jinja2.ext.Extension):
     """Keeps where the `{% generation %}` parts of a text are."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  # as the class above has it
 
     def __init__(self, environment: jinja2.Environment) -> None:
         """Give the environment what turns this on."""
@@ -32,7 +33,7 @@ class AssistantTracker(jinja2.ext.Extension):
         self._blocks: list[str] | None = None
         self._marks: list[tuple[int, int]] | None = None
 
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.CallBlock:
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         """Parse what stands between the tags."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
@@ -99,8 +100,8 @@ def _tojson(
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)  # noqa: DTZ005  # as transformers has it; dated templates have none
+def _strftime_now(format: str) -> str:  # noqa: A002  # templates may call it by this name
+    return datetime.now().strftime(format)  # as transformers has it; dated templates have none
 
 
 _OF_DICTS = frozenset(dir(dict))
@@ -146,7 +147,7 @@ def chat_renderer(common: tuple[str, Mapping[str, Any], bool]) -> Callable[[tupl
         blocks, marks = list[str](), list[tuple[int, int]]()
         with template.environment.activate_tracker(blocks, marks):  # type: ignore[attr-defined]  # the extension's
             for block in template.generate(messages=row[0], tools=row[1], documents=None, **given):
-                blocks.append(block)  # noqa: PERF402  # the extension reads what there is so far
+                blocks.append(block)  # the extension reads what there is so far
         return "".join(blocks), marks
 
     def render(row: tuple[Sequence[Any], Any]) -> str:

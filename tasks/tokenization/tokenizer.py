@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from tasks.core.errors import BadData, BadModel
+from tasks.tokenization.tokenizer_steps import check_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,10 +20,11 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder, with or without a chat template.
 
     Raises:
-        BadModel: it does not load, or loses text.
+        BadModel: it does not load, makes too much of a text, or loses text.
     """
     from transformers import AutoTokenizer
 
+    check_steps(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the loader raises whatever its parsers raise

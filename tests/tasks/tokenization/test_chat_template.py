@@ -240,10 +240,7 @@ def test_tools_and_calls_reach_the_template(pico_base: Path) -> None:
     assert other.decode([i for i, m in zip(ids, mask, strict=True) if m]) == "find(1)<|im_end|>a<|im_end|>"
 
 
-def test_a_template_without_end_is_stopped(pico_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tasks.tokenization import chat_template
-
-    monkeypatch.setattr(chat_template, "TEMPLATE_SECONDS", 0.3)
+def test_a_template_without_end_is_stopped(pico_base: Path, small_limits: None) -> None:
     other = load_tokenizer(pico_base)
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     other.chat_template = loop + "{{ messages[0].content }}"

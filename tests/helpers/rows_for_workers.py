@@ -1,0 +1,46 @@
+"""Functions that tests run in a worker of `tasks/core/limited_process.py`."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def doing(what: str) -> Callable[[Any], Any]:
+    """Return one of this module's functions of a row; `open` never returns."""
+    if what == "open":
+        hang()
+    return {"echo": str, "do": lambda row: {"text": str, **_DOINGS}[row[0]](row[1])}[what]
+
+
+def hang(_: Any = None) -> str:
+    """Spend time in one call into C, which no alarm interrupts."""
+    return str(re.match(r"(a+)+$", "a" * 60 + "b"))
+
+
+def _raise(text: str) -> str:
+    raise ValueError(text)
+
+
+def _end(number: int) -> str:
+    os.kill(os.getpid(), number)
+    time.sleep(60)
+    return ""
+
+
+_DOINGS: dict[str, Callable[[Any], Any]] = {
+    "hang": hang,
+    "fill": lambda size: str(len("a" * size)),
+    "long": lambda size: "a" * size,
+    "raise": _raise,
+    "die": _end,
+    "sleep": lambda s: str(time.sleep(s)),
+    "marks": lambda text: (text, [1, [2]]),
+    "pid": lambda _: str(os.getpid()),
+    "print": lambda text: str(print(text)),
+    "write": lambda path: str(Path(path).write_text("x")),
+}
