@@ -1,4 +1,4 @@
-"""The steps of a tokenizer.json around its vocabulary, tried before a library runs them: one may make gigabytes of text.
+"""The steps of a tokenizer.json around its vocabulary, tried before a library runs them.
 
 A normalizer replaces text by longer text, step after step; a regular expression may take longer than there is time. So
 these steps are tried on short texts by the worker with its limits, with no vocabulary, before the tokenizer is loaded.
@@ -56,7 +56,13 @@ def check_steps(folder: Path) -> None:
 
 def _try(path: Path, steps: Mapping[str, Any], own: list[str]) -> None:
     """Run the steps on short texts: some of usual characters, and one of all that the steps look for and write."""
-    empty = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "post_processor": None}
+    empty: dict[str, Any] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "post_processor": None,
+    }
     model = {"type": "WordLevel", "vocab": {"x": 0}, "unk_token": "x"}
     texts = [(each * _TRIED_CHARACTERS)[:_TRIED_CHARACTERS] for each in _TRIED]
     mixed = " ".join(own)

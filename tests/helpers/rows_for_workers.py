@@ -14,7 +14,7 @@ def doing(what: str) -> Callable[[Any], Any]:
     """Return one of this module's functions of a row; `open` never returns."""
     if what == "open":
         hang()
-    return {"echo": str, "do": lambda row: {"text": str, **_DOINGS}[row[0]](row[1])}[what]
+    return str if what == "echo" else lambda row: _DOINGS[row[0]](row[1])
 
 
 def hang(_: Any = None) -> str:
@@ -26,6 +26,11 @@ def _raise(text: str) -> str:
     raise ValueError(text)
 
 
+def _sleep(seconds: float) -> str:
+    time.sleep(seconds)
+    return ""
+
+
 def _end(number: int) -> str:
     os.kill(os.getpid(), number)
     time.sleep(60)
@@ -33,12 +38,13 @@ def _end(number: int) -> str:
 
 
 _DOINGS: dict[str, Callable[[Any], Any]] = {
+    "text": str,
     "hang": hang,
     "fill": lambda size: str(len("a" * size)),
     "long": lambda size: "a" * size,
     "raise": _raise,
     "die": _end,
-    "sleep": lambda s: str(time.sleep(s)),
+    "sleep": _sleep,
     "marks": lambda text: (text, [1, [2]]),
     "pid": lambda _: str(os.getpid()),
     "print": lambda text: str(print(text)),

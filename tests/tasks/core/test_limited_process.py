@@ -134,7 +134,7 @@ def test_a_fork_has_a_worker_of_its_own(worker: LimitedProcess) -> None:
     read, write = os.pipe()
     if not (child := os.fork()):
         try:
-            os.write(write, do(worker, ("pid", 0))[0].text.encode())  # type: ignore[union-attr]
+            os.write(write, do(worker, ("pid", 0))[0].text.encode())
         finally:
             worker.close()
             os._exit(0)

@@ -30,9 +30,8 @@ HOSTILE = {
     "growth of a rare word": {"normalizer": sequence(replace("qzv", "k" * 900), replace("k", "j" * 900))},
     "growth before each character": {"normalizer": sequence(*[replace("", "xx")] * 20)},
     "long content": {"normalizer": replace("rare", "b" * 10_000_000)},
-    "a pattern without end": {"normalizer": replace(r"(a|aa|a?)+$!", "", "Regex")},
+    "a pattern without end": {"normalizer": replace(r"(a|aa)+\d", "", "Regex")},
     "a split without end": {"pre_tokenizer": split(r"(a+a+)+\z!")},
-    "a pattern that is large": {"pre_tokenizer": split("((((a{1000}){1000}){1000}){1000})")},
     "growth when decoded": {"decoder": {"type": "Sequence", "decoders": [replace("a", "aa")] * 30}},
 }
 
