@@ -19,6 +19,7 @@ from tasks.core.records import (
     calls_with_ids,
     tool_call,
 )
+from tasks.ingest.remarks import NotRead
 from tasks.ingest.stage import Reading
 
 SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
@@ -157,7 +158,7 @@ def convert(source: Path, target: Path, form: str) -> int:
             line = json.dumps(CONVERSIONS[form](record), ensure_ascii=False)
             file.write(((("[\n" if not count else ",\n") + line) if array else line + "\n").encode())
             count += 1
-            if lost := [text for text in reading.remarks if text.endswith("is not read")]:
+            if lost := [each for each in reading.remarks if isinstance(each, NotRead)]:
                 raise _refused(record, form, "; ".join(lost))
         if array:
             file.write(b"\n]\n")

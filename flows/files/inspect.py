@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks.core import pipeline
-from tasks.core.errors import BadData, BadParams
+from tasks.core.errors import BadData, BadParams, in_one_line
 from tasks.core.layout import CLONE
 from tasks.core.records import KINDS, Record
 from tasks.ingest.params import FileSource
@@ -111,7 +111,7 @@ def look_into(path: Path, remarks: Counter[str]) -> tuple[list[FileFound], list[
         except BadData as error:
             if path.is_file():
                 raise
-            files.append(FileFound(str(file), "", 0, 0, error.line()))
+            files.append(FileFound(in_one_line(str(file)), "", 0, 0, error.line()))
             continue
         records += found
         refused += reading.refused

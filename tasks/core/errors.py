@@ -21,7 +21,21 @@ The exit codes are those of sysexits.h: 65 is EX_DATAERR, 71 is EX_OSERR, 75 is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What moves a terminal's cursor, begins a line, turns the direction of text, or cannot be printed."""
+
+
+def in_one_line(text: str) -> str:
+    """Escape the control characters of a text that anybody may have written, such as the name of a file."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def _in_lines(text: str, indent: str) -> str:
+    """Escape control characters in each line, and indent what follows the first, so that none looks like our own."""
+    return f"\n{indent}".join(in_one_line(line) for line in text.split("\n"))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -63,16 +77,16 @@ class TemperError(Exception):
 
     def line(self) -> str:
         """Format the error in one line, as an example among others."""
-        return f"{self.where}: {self.what}" + (f" (got {self.got})" if self.got else "")
+        return in_one_line(f"{self.where}: {self.what}" + (f" (got {self.got})" if self.got else ""))
 
     def __str__(self) -> str:
         """Format the error as one readable block, without a traceback."""
-        lines = [f"{self.where}: {self.what}" if self.where else self.what]
-        lines += [f"  - {example}" for example in self.examples[: self.examples_shown]]
+        lines = [in_one_line(f"{self.where}: ") + self.what if self.where else self.what]
+        lines += [f"  - {_in_lines(example, '    ')}" for example in self.examples[: self.examples_shown]]
         if len(self.examples) > self.examples_shown:
             lines.append(f"  and {len(self.examples) - self.examples_shown} more")
         labelled = (("got", self.got), ("expected", self.expected), ("to fix", self.fix))
-        lines += [f"  {label + ':':<9} {text}" for label, text in labelled if text]
+        lines += [f"  {label + ':':<9} {_in_lines(text, ' ' * 12)}" for label, text in labelled if text]
         return "\n".join(lines)
 
 

@@ -27,7 +27,7 @@ from tasks.ingest.parsers import (
     parse_seed_tasks,
     parse_text,
 )
-from tasks.ingest.remarks import remark
+from tasks.ingest.remarks import NotRead, remark
 from tasks.ingest.turns import RawRow
 
 
@@ -57,7 +57,7 @@ def parse(row: Any, form: str | Mapping[str, str], origin: Origin) -> Sequence[R
     records = FORMATS[form](read, origin)
     for key in row.keys() - read.keys_read:
         if row[key] not in (None, "", [], {}):
-            remark(f'the column "{key}" is not read')
+            remark(NotRead(f'the column "{key}" is not read'))
     return records
 
 

@@ -13,8 +13,14 @@ from contextvars import ContextVar
 _heard: ContextVar[Counter[str] | None] = ContextVar("heard", default=None)
 
 
+class NotRead(str):
+    """A remark on something in a row that no field of ours holds; other remarks say how something was taken."""
+
+    __slots__ = ()
+
+
 def remark(text: str) -> None:
-    """Say something of the row that is being read; nobody need listen."""
+    """Say something of the row that is being read, its kind being its class; nobody need listen."""
     if (heard := _heard.get()) is not None:
         heard[text] += 1
 

@@ -41,7 +41,7 @@ from tasks.ingest.params import (
 from tasks.ingest.parsers import Origin, choices_of, lettered
 from tasks.ingest.remarks import collected, remark
 from tasks.ingest.synthetic import Recipe, generate_rows, read_lexicon
-from tasks.readers.files import read_rows_and_errors
+from tasks.readers.files import check_name, read_rows_and_errors
 from tasks.readers.numbered_answers import number_of, numbered_from
 
 _REFUSALS_KEPT = 100_000
@@ -202,6 +202,7 @@ def files_below(folder: Path, glob: str, *, within: Path) -> list[Path]:
         raise BadData("there is no such folder", where=str(folder), fix="correct the source's path in params.yaml")
     files = sorted(file for file in folder.glob(glob) if not file.is_dir())
     for file in files:
+        check_name(str(file))
         if not file.resolve().is_relative_to(within.resolve()):
             raise BadData(
                 "is a link that leads out of its folder", where=str(file), got=str(file.resolve()), fix="copy the file"

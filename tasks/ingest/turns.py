@@ -10,7 +10,7 @@ from typing import Any
 
 from tasks.core.errors import BadData
 from tasks.core.records import Message, calls_with_ids
-from tasks.ingest.remarks import remark
+from tasks.ingest.remarks import NotRead, remark
 
 RawRow = Mapping[str, Any]
 
@@ -163,7 +163,7 @@ def _turn(turn: Any, where: str) -> Message:
         remark(f'the role "{given}" is taken as {ROLES[name]}')
     if not turn.keys() <= _READ:
         for key in sorted(str(key) for key in turn.keys() - _READ if turn[key] not in (None, "", [], {})):
-            remark(f'"{key}" of a turn is not read')
+            remark(NotRead(f'"{key}" of a turn is not read'))
     role, learn = ROLES[name], _is_trained(turn, where) or ROLES[name] != "assistant"
     if name in _CALLING:
         return _calling(Message("assistant", "", learn=learn), [turn.get(said)], where)

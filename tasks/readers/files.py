@@ -7,7 +7,6 @@ are read as streams: the memory taken does not grow with the file. What is no da
 from __future__ import annotations
 
 import gzip
-import io
 import re
 import stat
 import tempfile
@@ -18,15 +17,15 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
-from tasks.core.errors import BadData
+from tasks.core.errors import BadData, in_one_line
 from tasks.readers.text_files import EXPECTED, FileRow, Named, read_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 MAX_EXPANDED_BYTES = 20 << 30
-MAX_EXPANSION = 1000
-"""A compressed file may grow to this size, and beyond its first 16 MiB by this factor."""
+MAX_EXPANSION = 200
+"""A compressed file may grow to this size, and beyond its first 16 MiB by this factor of what was read of it so far."""
 
 _BLOCK = 1 << 20
 _PROSE = re.compile(
@@ -63,6 +62,7 @@ def read_rows_and_errors(path: Path, encoding: str = "utf-8", place: str = "") -
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "no regular file"
         raise BadData(f"is {kind}", where=str(path), expected="a file", fix="name a file, or a folder with a glob")
+    check_name(str(path))
     with path.open("rb") as file:
         found = False
         for row in _read(Named(file, place or str(path), path.name), encoding):
@@ -70,6 +70,16 @@ def read_rows_and_errors(path: Path, encoding: str = "utf-8", place: str = "") -
             yield row
     if not found:
         raise BadData("holds no rows", where=str(path), expected="at least one row", fix="fetch the file again")
+
+
+def check_name(name: str) -> None:
+    """Refuse the name of a file that has control characters, such as the end of a line: it would stand in every log.
+
+    Raises:
+        BadData: it has.
+    """
+    if in_one_line(name) != name:
+        raise BadData("has control characters in its name", where=name, fix="rename the file")
 
 
 def is_prose(name: str) -> bool:
@@ -145,16 +155,15 @@ def _unpacked(source: Named, packing: str) -> Iterator[IO[bytes]]:
     """Unpack the bytes into a temporary file, because tables are read from their end and packings are not."""
     import pyarrow as pa
 
-    packed_bytes = source.stream.seek(0, io.SEEK_END)
     source.stream.seek(0)
     with tempfile.TemporaryFile() as file:
         try:
             if packing == "gz":
                 with gzip.open(source.stream) as stream:
-                    _copy(stream, file, source.place, packed_bytes)
+                    _copy(stream, file, source.place, source.stream.tell)
             else:
                 with pa.CompressedInputStream(pa.PythonFile(source.stream, mode="r"), "zstd") as stream:
-                    _copy(stream, file, source.place, packed_bytes)
+                    _copy(stream, file, source.place, source.stream.tell)
         except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
             _raise_if_storage(error)
             raise BadData(
@@ -178,16 +187,18 @@ def _most_bytes(packed_bytes: int) -> int:
     return min(MAX_EXPANDED_BYTES, max(_BLOCK << 4, packed_bytes * MAX_EXPANSION))
 
 
-def _copy(stream: Any, file: IO[bytes], place: str, packed_bytes: int) -> None:
-    limit, size = _most_bytes(packed_bytes), 0
+def _copy(stream: Any, file: IO[bytes], place: str, packed_bytes: Callable[[], int]) -> None:
+    """Unpack a stream into a file, as long as it does not grow too much for the packed bytes that were read so far."""
+    size = 0
     while block := stream.read(_BLOCK):
         size += len(block)
-        if size > limit:
+        if size > (limit := _most_bytes(packed_bytes())):
             raise BadData(
                 "expands too far; was it made to fill the disk?",
                 where=place,
-                got=f"more than {size:,} bytes out of {packed_bytes:,}",
+                got=f"more than {size:,} bytes out of {packed_bytes():,}",
                 expected=f"at most {limit:,}",
+                fix="unpack it yourself if you trust it",
             )
         file.write(block)
 
@@ -208,7 +219,7 @@ def _read_zip(source: Named, encoding: str, inside: Sequence[str]) -> Iterator[F
             for member in data:
                 place = f"{source.place}!{member.filename}"
                 with archive.open(member) as packed, tempfile.TemporaryFile() as file:
-                    _copy(packed, file, place, member.compress_size)
+                    _copy(packed, file, place, lambda: member.compress_size)  # noqa: B023  # called at once
                     file.seek(0)
                     name = PurePosixPath(member.filename).name
                     yield from _read(Named(file, place, name), encoding, inside)
@@ -226,6 +237,7 @@ def _of_the_packer(member: zipfile.ZipInfo) -> bool:
 
 def _check_member(member: zipfile.ZipInfo, archive: str) -> None:
     where, path = f"{archive}!{member.filename}", PurePosixPath(member.filename)
+    check_name(where)
     if path.is_absolute() or ".." in path.parts or "\\" in member.filename:
         raise BadData("a member of the archive leads out of it", where=where, fix="do not trust this archive")
     if stat.S_ISLNK(member.external_attr >> 16):

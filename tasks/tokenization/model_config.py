@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,15 @@ LARGEST = 1 << 40
 
 MOST_LAYERS = 10_000
 
-_LAYERS = frozenset(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"))
+_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_INNER = ("moe_intermediate_size", "intermediate_size")
+_ROWS = ("vocab_size", "n_positions")
+_WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
+_LAYERS = frozenset((*_DEPTHS, "num_decoder_layers"))
+_PARTS = frozenset((*_LAYERS, *_EXPERTS, "n_shared_experts", "encoder_layers", "decoder_layers"))
+"""What there is a module of for each: some of these may be none."""
+
 _SIZES = frozenset(
     ("hidden_size", "vocab_size", "intermediate_size", "n_embd", "d_model", "d_ff", "num_attention_heads", "n_head")
 )
@@ -98,7 +106,7 @@ def check_sizes(path: Path) -> None:
     for key, value in _entries(read_object(path)):
         counted = key in _LAYERS or key in _SIZES
         number = isinstance(value, int) and not isinstance(value, bool)
-        most = MOST_LAYERS if key in _LAYERS else LARGEST
+        most = MOST_LAYERS if key in _PARTS else LARGEST
         if number and (value > most or -value > most or (counted and value < 1)):
             wrong.append(f"{key}: {value}")
         elif (
@@ -107,6 +115,54 @@ def check_sizes(path: Path) -> None:
             wrong.append(f"{key}: {value!r:.60}")
     if wrong:
         raise BadModel("has sizes that no model has", where=str(path), examples=wrong)
+    _check_against_weights(path)
+
+
+LEAST_REFUSED = 1 << 24
+"""So many weights any machine has room for: files that are cut short are told by whoever reads them."""
+
+MOST_TIMES_ITS_FILES = 16
+"""Weights that a configuration speaks of are no more than so many times the bytes of its files: at least 4 bits each,
+with room for what one file holds once and a model many times."""
+
+
+def _check_against_weights(path: Path) -> None:
+    """Refuse sizes of which the weights' files hold next to nothing: all else would be made up, in this memory."""
+    held = sum(file.stat().st_size for file in path.parent.glob("*.safetensors"))
+    if not held:  # a configuration alone, of which a model is to be made or estimated
+        return
+    content = read_object(path)
+    parts = [content, *(value for _, value in _entries(content) if isinstance(value, Mapping))]
+    named = max(parts, key=_least_weights)
+    weights = _least_weights(named)
+    if weights > max(MOST_TIMES_ITS_FILES * held, LEAST_REFUSED):
+        keys = (
+            *_DEPTHS,
+            *_EXPERTS,
+            *_WIDTHS,
+            "vocab_size",
+            "intermediate_size",
+            "moe_intermediate_size",
+            "n_positions",
+        )
+        raise BadModel(
+            "has sizes of which its weights are a small part",
+            where=str(path),
+            got=f"at least {weights:,} weights, by files of {held:,} bytes",
+            examples=[f"{key}: {named[key]}" for key in keys if isinstance(named.get(key), int)],
+            fix="fetch the folder again: its configuration is of another model",
+        )
+
+
+def _least_weights(part: Mapping[str, Any]) -> int:
+    """Return how many weights a model of these sizes has at least: embeddings, one matrix a layer, and its experts."""
+
+    def first(keys: Iterable[str]) -> int:
+        return next((part[key] for key in keys if type(part.get(key)) is int), 0)
+
+    width, depth = first(_WIDTHS), first(_DEPTHS)
+    rows = max(first([key]) for key in _ROWS)
+    return width * max(rows, depth * width, first(_EXPERTS) * first(_INNER))
 
 
 def does_not_load(folder: Path, error: Exception) -> BadModel:

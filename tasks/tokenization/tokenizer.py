@@ -20,10 +20,18 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder, with or without a chat template.
 
     Raises:
-        BadModel: it does not load, makes too much of a text, or loses text.
+        BadModel: it is not there, does not load, makes too much of a text, or loses text.
     """
     from transformers import AutoTokenizer
 
+    if not folder.is_dir():
+        raise BadModel(
+            "there is no such tokenizer",
+            where=str(folder),
+            got="a file" if folder.exists() else "no folder",
+            expected="a model folder, with tokenizer.json and tokenizer_config.json",
+            fix="correct the path; a tokenizer of the hub is fetched first, with `hf download NAME --local-dir FOLDER`",
+        )
     check_steps(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -51,6 +51,15 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "a size in words": (edited("config.json", hidden_size="large"), "has sizes that no model has"),
     "no heads": (edited("config.json", num_attention_heads=0), "has sizes that no model has"),
     "a size of a part": (edited("config.json", text_config={"vocab_size": 2**41}), "has sizes that no model has"),
+    "experts without end": (edited("config.json", text_config={"num_local_experts": 10**6}), "has sizes that no model"),
+    "shared experts without end": (edited("config.json", n_routed_experts=-(10**9)), "has sizes that no model has"),
+    "a vocabulary without weights": (edited("config.json", vocab_size=10**8), "its weights are a small part"),
+    "layers without weights": (edited("config.json", num_hidden_layers=9999, hidden_size=512), "are a small part"),
+    "experts without weights": (
+        edited("config.json", text_config={"num_experts": 999, "hidden_size": 2048, "intermediate_size": 4096}),
+        "num_experts: 999",
+    ),
+    "positions without weights": (edited("config.json", n_positions=10**9), "n_positions: 1000000000"),
     "nested without end": (
         lambda folder: (folder / "config.json").write_text("[" * 200_000 + "]" * 200_000),
         "not valid JSON",
@@ -93,6 +102,12 @@ def test_a_model_that_does_not_load_says_so(pico_base: Path, tmp_path: Path, cha
     change(tmp_path / "base")
     with pytest.raises(BadModel, match="does not load"):
         load_model(tmp_path / "base")
+
+
+def test_experts_may_be_none_and_positions_many(pico_base: Path, tmp_path: Path) -> None:
+    shutil.copytree(pico_base, tmp_path / "base")
+    edited("config.json", num_experts=0, n_shared_experts=0, max_position_embeddings=10**9)(tmp_path / "base")
+    assert model_files(tmp_path / "base")
 
 
 def test_names_of_built_in_implementations_pass(pico_base: Path, tmp_path: Path) -> None:
