@@ -21,6 +21,16 @@ def test_a_folder_without_the_vocabulary_is_refused(pico_base: Path, tmp_path: P
     assert str(tmp_path) in str(caught.value)
 
 
+def test_a_folder_that_is_not_there_is_told_as_such(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("{}")
+    for name, got in (("missing", "no folder"), ("file", "a file")):
+        with pytest.raises(BadModel, match="there is no such tokenizer") as caught:
+            read_tokenizer(tmp_path / name)
+        assert (caught.value.where, caught.value.got) == (str(tmp_path / name), got)
+        assert caught.value.expected
+        assert caught.value.fix
+
+
 @pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "phi-4-mini", "phi-4-base"])
 def test_so_are_real_configurations_alone(name: str, real_data: Path) -> None:
     with pytest.raises(BadModel, match="its tokenizer"):
