@@ -314,6 +314,7 @@ def small_limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from tasks.core.limited_process import WORKER, Limits
 
     WORKER.close()
+    monkeypatch.setattr(WORKER, "_lost", type(WORKER._lost)())
     monkeypatch.setattr(WORKER, "limits", Limits(row_s=0.2, lost_s=30.0, memory_bytes=64 << 20))
     yield
     WORKER.close()

@@ -48,8 +48,8 @@ class Limits(NamedTuple):
 
 
 LIMITS = Limits()
-LOST_WITHIN_S = 600.0
-"""A server that runs for months may lose `lost_s` every so often, a file of rows at once."""
+LOST_WITHIN_S = 60.0
+"""A server may lose `lost_s` in every so many seconds; a file whose rows lose most of its time ends."""
 
 START_S = 60.0
 """How long a worker may take until it is ready."""
@@ -73,6 +73,9 @@ HEAD = struct.Struct("<QQ")
 
 PLACE = struct.Struct("<q")
 """The row that is worked on, in memory that both processes see."""
+
+_OTHER_FAILURE_S = 0.25
+"""About how long it takes until memory is full, or until there is another worker."""
 
 _CLOCK_TIMES = 10
 """What a row may take by the clock, on a busy machine, for what it may take of the processor."""
@@ -181,12 +184,12 @@ class LimitedProcess:
                     for result in found:
                         results[places[done]] = result
                         done += 1
+                        self._lose(result)
                 return
             except _Ended as end:
                 at = worker.place() if worker.place() < 0 else max(worker.place(), done)
                 self.close()
-                if end.failure.kind == TIME:
-                    self._lost.append((time.monotonic(), self.limits.row_s))
+                self._lose(end.failure)
                 if not 0 <= at < len(places):  # at what all rows have in common
                     for place in places[done:]:
                         results[place] = end.failure
@@ -198,14 +201,21 @@ class LimitedProcess:
                 self.close()
                 raise
 
+    def _lose(self, result: Result | Failure) -> None:
+        """Count what a row took in vain, about."""
+        if isinstance(result, Failure) and result.kind != REFUSED:
+            self._lost.append((time.monotonic(), self.limits.row_s if result.kind == TIME else _OTHER_FAILURE_S))
+            self._check_lost()
+
     def _check_lost(self) -> None:
         while self._lost and self._lost[0][0] < time.monotonic() - LOST_WITHIN_S:
             self._lost.popleft()
-        if self._lost and (lost := sum(each for _, each in self._lost)) >= self.limits.lost_s:
+        if (lost := sum(each for _, each in self._lost)) >= self.limits.lost_s:
             raise BadModel(
-                "what came with it does not come to an end",
-                got=f"{len(self._lost)} times, {lost:.0f} s in all",
-                expected=f"at most {self.limits.row_s:g} s for a row, and {self.limits.lost_s:g} s lost in this way",
+                "what came with it takes more time or memory than it may, again and again",
+                got=f"{len(self._lost)} times, about {lost:.0f} s in all",
+                expected=f"{self.limits.row_s:g} s and {self.limits.memory_bytes >> 20} MiB at most for a row, and "
+                f"{self.limits.lost_s:g} s lost in this way",
                 fix="take another template, pattern or tokenizer",
             )
 

@@ -91,13 +91,15 @@ class _Work:
         for place, row in enumerate(rows):
             self._shared[:] = PLACE.pack(place)
             text, beside = (None, wrong) if wrong else self._run(head, row, most)
+            wait = True
             if text is None:
                 said.append(beside)
+                wait = beside[0] == REFUSED  # whoever counts what was lost may have enough
             else:
                 said.append([len(text), beside] if beside is not None else len(text))
                 texts.append(text)
                 size += len(text)
-            if size > _SENT_CHARACTERS:
+            if size > _SENT_CHARACTERS or not wait:
                 self._send(said, texts)
                 said, texts, size = [], [], 0
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.core.artifacts import read_object
-from tasks.core.errors import BadModel
+from tasks.core.errors import BadInput, BadModel
 from tasks.core.limited_process import FAILURES, WORKER, Failure
 
 MOST_GROWTH = 64
@@ -32,12 +32,15 @@ def check_steps(folder: Path) -> None:
     """Refuse a tokenizer.json whose steps take too long, or make too much of a short text.
 
     Raises:
-        BadModel: they do, or the file is not valid JSON.
+        BadModel: they do.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
         return
-    content = read_object(path)
+    try:
+        content = read_object(path)
+    except BadInput:
+        return  # what does not load is told by whoever loads it
     steps = {name: content.get(name) for name in _STEPS}
     replaced = list(_replacements(steps))
     long = [text[:40] for _, text in replaced if len(text) > MOST_REPLACED_WITH]

@@ -19,6 +19,7 @@ from tasks.core.limited_process import DIED, MEMORY, REFUSED, SIZE, TIME, Failur
 
 DOING = "tests.helpers.rows_for_workers:doing"
 SMALL = Limits(row_s=0.2, lost_s=1.0, memory_bytes=64 << 20)
+PATIENT = SMALL._replace(lost_s=60.0)
 
 
 @pytest.fixture
@@ -49,6 +50,7 @@ def test_more_than_is_sent_at_once_comes_whole(worker: LimitedProcess) -> None:
 
 
 def test_a_row_at_fault_gets_the_reason_and_the_others_their_texts(worker: LimitedProcess) -> None:
+    worker.limits = PATIENT
     found = do(
         worker,
         ("text", "a"),
@@ -80,10 +82,19 @@ def test_what_all_rows_share_is_stopped_once(worker: LimitedProcess) -> None:
 
 
 def test_too_much_time_lost_ends_the_file(worker: LimitedProcess) -> None:
-    with pytest.raises(BadModel, match="does not come to an end") as caught:
+    with pytest.raises(BadModel, match="takes more time or memory than it may") as caught:
         do(worker, *[("hang", None)] * 9)
     assert caught.value.exit_code == 65
-    assert "5 times, 1 s in all" in caught.value.got
+    assert "5 times, about 1 s in all" in caught.value.got
+    with pytest.raises(BadModel, match="takes more time or memory than it may"):  # as a file's next rows
+        do(worker, ("text", "a"))
+
+
+@pytest.mark.parametrize("row", [("fill", 10**10), ("long", 8 << 20), ("die", signal.SIGKILL)])
+def test_so_does_too_much_memory(worker: LimitedProcess, row: tuple[str, Any]) -> None:
+    with pytest.raises(BadModel, match="takes more time or memory than it may") as caught:
+        do(worker, *[row] * 9)
+    assert "4 times" in caught.value.got
 
 
 def test_a_process_is_kept_warm_until_it_must_end(worker: LimitedProcess) -> None:
@@ -109,6 +120,7 @@ def test_it_neither_prints_nor_writes_nor_heeds_the_group(
 
 
 def test_this_process_stays_small(worker: LimitedProcess) -> None:
+    worker.limits = PATIENT
     do(worker, ("text", "warm"))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     do(worker, *[("long", 30 << 20), ("fill", 10**10), ("fill", 50 << 20)] * 4)
