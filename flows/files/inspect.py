@@ -15,7 +15,7 @@ from tasks.core.records import KINDS, Record
 from tasks.ingest.params import FileSource
 from tasks.ingest.stage import Reading
 from tasks.orchestration.params import Params, load_params
-from tasks.readers.files import is_prose
+from tasks.readers.files import check_name, is_prose
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -103,8 +103,8 @@ def look_into(path: Path, remarks: Counter[str]) -> tuple[list[FileFound], list[
     records: list[Record] = []
     refused: list[BadData] = []
     for file in _files(path):
-        reading = Reading(str(file), any_file(file))
         try:
+            reading = Reading(str(file), any_file(file))
             found = list(reading.records())
             if reading.holds_nothing:
                 raise reading.refused[0]
@@ -133,7 +133,12 @@ def _files(path: Path) -> list[Path]:
 
 
 def any_file(path: Path, max_refused: float = 1.0) -> FileSource:
-    """Build the source of a file of rows, detected by its content; up to this share of malformed rows are left out."""
+    """Build the source of a file of rows, detected by its content; up to this share of malformed rows are left out.
+
+    Raises:
+        BadData: its name has control characters.
+    """
+    check_name(str(path))
     return FileSource(
         kind="file",
         path=str(path),

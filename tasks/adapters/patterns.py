@@ -42,7 +42,11 @@ def check_patterns(config: Mapping[str, Any], names: Iterable[str], where: str) 
     patterns = sorted({text for text in _texts(config) if _REPEATS.search(text)})
     if not patterns:
         return
-    found = WORKER.map("tasks.adapters.patterns:matcher", sorted(set(names)), patterns)
+    try:
+        found = WORKER.map("tasks.adapters.patterns:matcher", sorted(set(names)), patterns)
+    except BadModel as error:
+        error.where, error.fix = f"{where}: its patterns", "name the modules, as a list"
+        raise
     wrong = [
         f"{pattern[:200]!r}: {FAILURES[each.kind]} ({each.text})"
         for pattern, each in zip(patterns, found, strict=True)

@@ -212,11 +212,11 @@ class LimitedProcess:
             self._lost.popleft()
         if (lost := sum(each for _, each in self._lost)) >= self.limits.lost_s:
             raise BadModel(
-                "what came with it takes more time or memory than it may, again and again",
+                "takes more time or memory than it may, again and again",
                 got=f"{len(self._lost)} times, about {lost:.0f} s in all",
                 expected=f"{self.limits.row_s:g} s and {self.limits.memory_bytes >> 20} MiB at most for a row, and "
                 f"{self.limits.lost_s:g} s lost in this way",
-                fix="take another template, pattern or tokenizer",
+                fix="take another template, pattern or tokenizer",  # whoever knows which one says so
             )
 
     def forget(self) -> None:

@@ -382,7 +382,12 @@ def _apply(
             continue
         source = tokenizer.get_chat_template(tools=rows[places[0]][1])
         common = (source, {"add_generation_prompt": answering} | tokens, not answering and bool(_MARKED.search(source)))
-        for place, made in zip(places, WORKER.map(_RENDERER, common, [rows[n] for n in places]), strict=True):
+        try:
+            found = WORKER.map(_RENDERER, common, [rows[n] for n in places])
+        except BadModel as error:
+            error.where, error.fix = f"{tokenizer.name_or_path}: its chat template", "take another template"
+            raise
+        for place, made in zip(places, found, strict=True):
             result[place] = made if isinstance(made, Result) else _refusal(made)
     return result
 

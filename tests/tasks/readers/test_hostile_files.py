@@ -10,6 +10,7 @@ from random import Random
 import pyarrow as pa
 import pytest
 
+from flows.files.inspect import any_file
 from tasks.core.errors import BadData
 from tasks.ingest.stage import files_below
 from tasks.readers.files import read_rows_of
@@ -70,6 +71,7 @@ def test_a_name_that_would_write_lines_of_its_own_is_refused_in_one(name: str, t
     for read in (
         lambda: list(read_rows_of(tmp_path / name)),
         lambda: list(read_rows_of(in_zip)),
+        lambda: any_file(tmp_path / name),
         lambda: files_below(tmp_path, "**/*.jsonl", within=tmp_path),
     ):
         with pytest.raises(BadData, match="has control characters in its name") as caught:

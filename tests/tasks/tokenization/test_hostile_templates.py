@@ -93,8 +93,9 @@ def test_a_file_of_rows_that_all_take_too_long_ends(pico_base: Path, monkeypatch
     monkeypatch.setattr(WORKER, "limits", Limits(row_s=0.1, lost_s=0.3))
     monkeypatch.setattr(WORKER, "_lost", type(WORKER._lost)())
     WORKER.close()
-    with pytest.raises(BadModel, match="takes more time or memory than it may"):
+    with pytest.raises(BadModel, match="takes more time or memory than it may") as caught:
         render_chats(tokenizer, [BAD] * 1000)
+    assert caught.value.where == f"{pico_base}: its chat template"
     WORKER.close()
 
 
