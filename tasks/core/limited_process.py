@@ -84,6 +84,10 @@ _BLOCK = 1 << 20
 _BATCH_BYTES = 8 << 20
 """Rows that are sent at once, so that they take little of the worker's memory."""
 
+_ENVIRONMENT = {"PATH": os.defpath, "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
+_KEPT = ("LD_LIBRARY_PATH",)
+"""Variables of this process without which an interpreter may not start; secrets are in others."""
+
 _BOOT = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from tasks.core.limited_worker import main; main()"
 
 
@@ -289,7 +293,7 @@ class _Worker:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env={"PATH": os.defpath, "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"},
+                env=_ENVIRONMENT | {name: os.environ[name] for name in _KEPT if name in os.environ},
                 pass_fds=[asked, answers, alive, file.fileno()],
                 start_new_session=True,
             )

@@ -205,3 +205,21 @@ def test_the_true_limits_hold() -> None:
     worker.close()
     assert kinds(found) == [MEMORY, MEMORY, str(400 << 20), TIME, "a"]
     assert time.monotonic() - started < 60
+
+
+def test_the_command_line_starts_no_worker() -> None:
+    code = (
+        "import sys, flows.cli.main, tasks.render.stage, tasks.core.limited_process as limited\n"
+        "assert limited.WORKER._worker is None\n"
+        "assert not {'jinja2', 'torch', 'transformers'} & sys.modules.keys(), 'heavy'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_it_has_no_secrets(worker: LimitedProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    (names,) = do(worker, ("variables", None))
+    assert isinstance(names, Result)
+    assert "TOKENIZERS_PARALLELISM" in names.text
+    assert "HF_TOKEN" not in names.text
