@@ -25,6 +25,7 @@ from tasks.adapters.reft.prompt_positions import prompts_of
 from tasks.adapters.reft.tuner import ReftConfig, ReftLayer
 from tasks.inference.agreement import is_true, tokens
 from tasks.inference.prefix_sharing import unpack_rows
+from tasks.inference.rope import forget_longest
 
 
 class CachedPrefix(NamedTuple):
@@ -169,6 +170,7 @@ class FrozenLayerCache:
             if not self._last:
                 raise _Enough
 
+        forget_longest(self._body)
         handle = self._layers[self._cut - 1].register_forward_hook(take, prepend=True)
         cache = None
         try:

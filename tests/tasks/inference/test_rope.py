@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tasks.evaluate.continuation_scores import Continuation, score_continuations
 from tasks.inference.logprobs import score_tokens
 from tasks.inference.params import GREEDY
+from tasks.inference.prefix_sharing import can_pack
 from tasks.inference.rope import alike
 from tasks.inference.rows import TokenRow
 from tasks.inference.sampling import continuations
@@ -77,7 +78,12 @@ def test_a_rows_score_is_its_own(rope: str) -> None:
     with torch.no_grad():
         together = score_tokens(model, given).row_sums()
         alone = torch.cat([score_tokens(model, [row]).row_sums() for row in reversed(given)]).flip(0)
+        score_tokens(model, [given[1]])
+        short = [given[0], given[2], given[4]]  # after a long one, and in one sequence
+        behind = score_tokens(model, short).row_sums()
     scored = torch.tensor([each.logp for each in score_continuations(model, endings)])
+    assert can_pack(model, TRAINED)
+    torch.testing.assert_close(behind, own[[0, 2, 4]], rtol=0, atol=1e-4)
     for found in (together, alone):
         torch.testing.assert_close(found, own, rtol=0, atol=1e-4)  # 37 tokens of 1e-5 nats at most
     unread = torch.tensor([own_sum(pristine, row, read=-1) for row in given])  # an ending's last token is never read
