@@ -100,8 +100,9 @@ def load_model(
     from tasks.models.quantization import loading_config, prepare_for_training
 
     model_files(folder)
+    loader = loader_of(read_config(folder))
     try:
-        model: PreTrainedModel = loader_of(read_config(folder)).from_pretrained(
+        model: PreTrainedModel = loader.from_pretrained(
             folder,
             dtype=torch.float32 if full_precision else compute_dtype(),
             local_files_only=True,

@@ -23,6 +23,7 @@ def folder(tmp_path: Path) -> Path:
         shutil.copyfile(ROOT / name, tmp_path / name)
     (tmp_path / "data" / "templates").mkdir()
     (tmp_path / "data" / "suites").mkdir()
+    (tmp_path / "data" / "expectations").mkdir()
     (tmp_path / "tasks").symlink_to(ROOT / "tasks")
     for name in ("models/tiny", "a b/c"):
         (tmp_path / name).mkdir(parents=True)
