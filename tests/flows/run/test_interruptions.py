@@ -116,9 +116,9 @@ def test_a_killed_flow_leaves_no_process_and_no_ghost(longer: Path) -> None:
     assert states.count("CRASHED") == 1
 
 
-def test_a_second_run_says_who_holds_the_workspace(factory: Path) -> None:
-    with held(factory, "temper run"):
-        done = temper(factory, "run", code=75)
+def test_a_second_run_says_who_holds_the_workspace(copy: Path) -> None:
+    with held(copy, "temper run"):  # not of the shared one, which other tests use at the same time
+        done = temper(copy, "run", code=75)
     assert f"temper run (process {os.getpid()}) holds the workspace since" in done.stderr
     assert "Traceback" not in done.stderr
 
