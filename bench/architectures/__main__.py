@@ -107,10 +107,10 @@ def _checked(name: str, sees: bool, folder: Path) -> tuple[str, Outcome | str]:
 
     signal.alarm(SECONDS)
     torch.set_num_threads(1)
-    kind = reported(lambda: save_small_model(name, folder / "base", sees=sees))  # type: ignore[arg-type, return-value]
+    kind = reported(lambda: save_small_model(name, folder / "base", sees=sees))
     if isinstance(kind, str):
         return "", kind
-    return kind.__name__, reported(lambda: check_model(folder / "base", folder))  # type: ignore[attr-defined]
+    return kind.__name__, reported(lambda: check_model(folder / "base", folder))
 
 
 if __name__ == "__main__":

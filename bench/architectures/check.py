@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from tasks.adapters.params import AnyAdapter, LoraAdapter, ReftAdapter
 from tasks.core.errors import TemperError
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tasks.models.loader import Model
+
+T = TypeVar("T")
 
 NATS = 1e-4
 """What a log-probability may differ by, float32."""
@@ -143,8 +145,8 @@ def _apart(found: Tensor, own: Tensor) -> float:
     return away
 
 
-def reported(outcome: Callable[[], Outcome]) -> Outcome | str:
-    """Return an outcome, or what kept it from being one."""
+def reported(outcome: Callable[[], T]) -> T | str:
+    """Return what comes of something, or what kept it from coming."""
     try:
         return outcome()
     except Exception as error:  # whatever a library makes of a model: it goes into the table

@@ -79,7 +79,7 @@ def _together(changes: Sequence[Change | None]) -> Change:
 
     def change(source: TensorSource) -> TensorSource:
         parts = [Part(source, number, len(changes)) for number in range(len(changes))]
-        return Stacked(source, tuple(each(part) if each else part for each, part in zip(changes, parts, strict=True)))
+        return Stacked(tuple(each(part) if each else part for each, part in zip(changes, parts, strict=True)))
 
     return change
 

@@ -233,45 +233,27 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Stacked(OfShape):
-    """Equal parts of a weight's rows, each changed by itself."""
+class Stacked:
+    """Rows of several sources, one below the other: parts of a weight, or an embedding and those of added tokens."""
 
     parts: tuple[TensorSource, ...]
 
-    def floats(self, start: int, stop: int) -> NDArray[Any]:
-        """Return some of its rows."""
-        import numpy as np
-
-        height = math.prod(self.parts[0].shape[:-1])
-        inside = range(start // height, (stop - 1) // height + 1)
-        return np.concatenate(
-            [self.parts[n].floats(max(start - n * height, 0), min(stop - n * height, height)) for n in inside]
-        )
-
-
-@dataclass(frozen=True)
-class Longer:
-    """An embedding and further rows, of tokens that were added to the vocabulary."""
-
-    base: TensorSource
-    more: TensorSource
-
     @property
     def shape(self) -> tuple[int, ...]:
-        """Both together."""
-        return (self.base.shape[0] + self.more.shape[0], *self.base.shape[1:])
+        """All together."""
+        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
 
     def floats(self, start: int, stop: int) -> NDArray[Any]:
         """Return some of its rows."""
         import numpy as np
 
-        first = self.base.shape[0]
-        parts = []
-        if start < first:
-            parts.append(self.base.floats(start, min(stop, first)))
-        if stop > first:
-            parts.append(self.more.floats(max(start, first) - first, stop - first))
-        return np.concatenate(parts)
+        found, first = [], 0
+        for part in self.parts:
+            rows = math.prod(part.shape[:-1])
+            if start < first + rows and stop > first:
+                found.append(part.floats(max(start - first, 0), min(stop - first, rows)))
+            first += rows
+        return np.concatenate(found)
 
 
 @dataclass(frozen=True)

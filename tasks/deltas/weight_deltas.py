@@ -18,7 +18,7 @@ from tasks.adapters.patterns import check_patterns
 from tasks.core.artifacts import read_object
 from tasks.core.errors import BadModel
 from tasks.deltas.expert_deltas import Fused, fused_weights
-from tasks.deltas.lazy_tensors import Added, Change, Factor, Longer, Normed, Plus, Rows, Scaled
+from tasks.deltas.lazy_tensors import Added, Change, Factor, Normed, Plus, Rows, Scaled, Stacked
 from tasks.deltas.peft_config import Settings, settings_of
 from tasks.models.safetensors_reader import BYTES, StoredTensor, TensorSource, blocks, read_header, stored_in
 
@@ -228,7 +228,7 @@ def _instead(adapter: _Adapter, name: str, weight: str | None) -> Change:
     if grows and trained.shape[0] > shape[0]:
         return _become(trained)
     if grows and added and sorted(added) == list(range(shape[0], shape[0] + trained.shape[0])):
-        return lambda base: Longer(base, trained)
+        return lambda base: Stacked((base, trained))
     raise adapter.unfit(f"{name}: shape {trained.shape}, the base has {shape}, added_tokens.json adds {len(added)}")
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from tasks.adapters.reft.prompt_positions import prompts_of
+from tasks.adapters.reft.prompt_positions import untouched
 from tasks.core.errors import BadModel
 from tasks.core.memory import ran_out
 
@@ -27,13 +26,6 @@ def agree(base: nn.Module, one: Tensor, other: Tensor) -> bool:
     if torch.is_autocast_enabled(other.device.type) or any(p.dtype.itemsize < 4 for p in (other, *base.parameters())):
         return bool(away.median() <= _ROUNDED)
     return bool(away.max() <= _EXACT)
-
-
-def tokens(base: nn.Module, *rows: Sequence[int]) -> Tensor:
-    """Return rows of made-up token ids as a model takes them, (rows, tokens) int64, within its vocabulary."""
-    most = getattr(base.config.get_text_config(), "vocab_size", None)  # type: ignore[union-attr, operator]
-    ids = torch.tensor(rows, device=next(base.parameters()).device)
-    return ids % most if isinstance(most, int) else ids
 
 
 def holds(base: nn.Module, claim: str, compare: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> bool:
@@ -60,7 +52,7 @@ def is_true(base: nn.Module, compare: Callable[[], Iterable[tuple[Tensor, Tensor
     """Find out whether all pairs of results are the same, as `holds` does it."""
     if not _has_numbers(base):
         return True
-    with _untouched(base):
+    with untouched(base):
         try:
             return all(agree(base, one, other) for one, other in compare())
         except Exception as error:  # whatever a model's own code makes of what it does not expect
@@ -73,18 +65,3 @@ def _has_numbers(model: nn.Module) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
 
     return not any(p.is_meta or isinstance(p, FakeTensor) for p in model.parameters())
-
-
-@contextmanager
-def _untouched(base: nn.Module) -> Iterator[None]:
-    """Leave a model as it was, after a block without gradients, dropout or edits of prompts."""
-    training = [module for module in base.modules() if module.training]
-    prompts = prompts_of(base)
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad(), prompts.nowhere() if prompts else nullcontext():
-            yield
-    finally:
-        for module in training:
-            module.training = True

@@ -23,9 +23,10 @@ from tasks.adapters.hooks import body_of, layers_of
 from tasks.adapters.positions import parse_positions
 from tasks.adapters.reft.prompt_positions import prompts_of
 from tasks.adapters.reft.tuner import ReftConfig, ReftLayer
-from tasks.inference.agreement import is_true, tokens
+from tasks.inference.agreement import is_true
 from tasks.inference.prefix_sharing import unpack_rows
 from tasks.inference.rope import forget_longest
+from tasks.models.decoder import forwards_instead, made_up_tokens
 
 
 class CachedPrefix(NamedTuple):
@@ -106,7 +107,7 @@ class FrozenLayerCache:
         from tasks.inference.logprobs import score_tokens
         from tasks.inference.rows import TokenRow
 
-        given = [tokens(model, row)[0].tolist() for row in ([1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11])]
+        given = [made_up_tokens(model, row)[0].tolist() for row in ([1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11])]
         rows = [
             TokenRow(ids, [at >= prompt for at in range(len(ids))], prompt)
             for ids, prompt in zip(given, (4, 2), strict=True)
@@ -130,7 +131,7 @@ class FrozenLayerCache:
         start = [self._start(prompt) for prompt in prompts]
         hidden = nn.utils.rnn.pad_sequence([state.hidden for state in states], batch_first=True)
         *passed, last = self._layers[: self._cut]
-        with _instead({**dict.fromkeys(passed, _unchanged), last: partial(_given, hidden)}):
+        with forwards_instead({**dict.fromkeys(passed, _unchanged), last: partial(_given, hidden)}):
             yield CachedPrefix(start, *self._cached([state.attention for state in states], start, hidden.device))
 
     def _cached(self, states: list[Tensor | None], start: list[int], device: torch.device) -> tuple[Any, Tensor]:
@@ -204,18 +205,6 @@ def _first_changed(base: Any, layers: Sequence[nn.Module]) -> int:
 
 class _Enough(Exception):  # no error
     """Ends a forward pass of which nothing more is wanted."""
-
-
-@contextmanager
-def _instead(forwards: dict[nn.Module, Any]) -> Iterator[None]:
-    """Replace the forward passes of modules within the block."""
-    for module, forward in forwards.items():
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module in forwards:
-            del module.forward
 
 
 def _drops(base: Any, above: Sequence[nn.Module]) -> bool:

@@ -8,8 +8,7 @@ give what the whole forward pass gives is proved on a few tokens; a model of whi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -18,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from tasks.core.errors import BadModel
-from tasks.inference.agreement import holds, tokens
+from tasks.inference.agreement import holds
 from tasks.inference.linear_cross_entropy import Head
-from tasks.models.decoder import decoder_of, own_code, unwrapped
+from tasks.models.decoder import decoder_of, forwards_instead, made_up_tokens, own_code, unwrapped
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -46,7 +45,7 @@ def takes_apart(model: PreTrainedModel | PeftModel) -> bool:
         return False
 
     def both_ways() -> Iterator[tuple[Tensor, Tensor]]:
-        ids = tokens(base, range(1, 7))
+        ids = made_up_tokens(base, range(1, 7))
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
         yield logits_of(base, decoder(**given).last_hidden_state[0]), base.forward(**given).logits[0]
 
@@ -55,7 +54,7 @@ def takes_apart(model: PreTrainedModel | PeftModel) -> bool:
 
 def _before_several_endings(base: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """Compute the logits of five tokens, with a sixth behind them, with another one, and with none."""
-    given = tokens(base, [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 7])
+    given = made_up_tokens(base, [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 7])
     rows = [*given, given[0, :5]]
     with own_code(base):
         one, other, none = (base.forward(input_ids=row[None], use_cache=False).logits[0, :5] for row in rows)
@@ -78,7 +77,7 @@ def head_of(model: PreTrainedModel | PeftModel) -> Head | None:
 def logits_of(model: PreTrainedModel | PeftModel, hidden: Tensor) -> Tensor:
     """Compute the logits, (tokens, vocabulary), by the model's own forward pass, of hidden states, (tokens, hidden)."""
     base = unwrapped(model)
-    with _instead({_decoder(base): lambda *_, **__: _Output(hidden[None])}):
+    with forwards_instead({_decoder(base): lambda *_, **__: _Output(hidden[None])}):
         logits: Tensor = _after_layers(base, len(hidden), hidden.device)
     return logits[0]
 
@@ -125,7 +124,7 @@ def _form_of(base: Any) -> _Form | None:
 
     layers = lambda *_, **__: _Output(hidden)  # noqa: E731
     try:
-        with torch.no_grad(), _instead({_decoder(base): layers, base.get_output_embeddings(): head}):
+        with torch.no_grad(), forwards_instead({_decoder(base): layers, base.get_output_embeddings(): head}):
             logits = _after_layers(base, 1, torch.device("cpu")).double()
     except Exception:  # stand-ins do not do for this model's code, whatever it is that fails: its real parts will
         return None
@@ -159,19 +158,3 @@ class _Output:
 
     def __getitem__(self, place: int) -> Tensor | None:
         return self.last_hidden_state if place == 0 else None
-
-
-@contextmanager
-def _instead(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Replace the forward passes of modules within the block; all else of them stays."""
-    before = {module: vars(module).get("forward") for module in forwards}
-    for module, forward in forwards.items():
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module, own in before.items():
-            if own is None:
-                del module.forward
-            else:
-                module.forward = own

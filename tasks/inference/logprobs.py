@@ -25,7 +25,9 @@ pass that makes all logits."""
 
 
 def find_out(model: Model) -> str:
-    """Find out how a decoder's rows can be computed, by a few tokens: once, and before anything else is done to it.
+    """Find out how a model's rows can be computed, by a few tokens: once, and before anything else is done to it.
+
+    Those of an encoder-decoder are padded, and nothing need be tried.
 
     Raises:
         BadModel: it cannot be run on text alone, or looks ahead.
@@ -36,6 +38,8 @@ def find_out(model: Model) -> str:
     from tasks.models.decoder import unwrapped
 
     base = unwrapped(model)
+    if base.config.is_encoder_decoder:
+        return PADDED
     packs, whole = can_pack(base, 1), not takes_apart(base)
     if not pads(base):
         return BY_LENGTH

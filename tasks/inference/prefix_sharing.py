@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tasks.inference.agreement import holds, tokens
+from tasks.inference.agreement import holds
 from tasks.inference.lm_head import takes_apart
 from tasks.inference.prefix_tree import Block, PrefixTreeBatch, Range
 from tasks.inference.rope import alike, forget_longest
-from tasks.models.decoder import decoder_of
+from tasks.models.decoder import decoder_of, made_up_tokens
 
 NAME = "temper_joined"
 """What transformers calls the attention function; without a layout it is PyTorch's own, as before."""
@@ -164,7 +164,7 @@ def _window(values: Mapping[str, Any]) -> float:
 
 def _packed_and_alone(base: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """Compute rows in one sequence, two of which share their prompt, and the same rows alone."""
-    rows = [tokens(base, row)[0].tolist() for row in ([1, 2, 3, 4, 5, 6], [1, 2, 3, 7, 8], [9, 10, 11, 12])]
+    rows = [made_up_tokens(base, row)[0].tolist() for row in ([1, 2, 3, 4, 5, 6], [1, 2, 3, 7, 8], [9, 10, 11, 12])]
     prompts = [3, 3, 2]
     joined, decoder = pack(rows, prompts, base.device), decoder_of(base)
     hidden = packed_hidden(base, joined)

@@ -6,7 +6,7 @@ rows of one batch are only those that would have the same frequencies alone, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -20,9 +20,14 @@ def alike(config: Any, lengths: Sequence[int]) -> list[list[int]]:
         lengths: of the rows.
     """
     ropes = list(_changing(config.get_text_config()))
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for number, length in enumerate(lengths):
-        groups.setdefault(tuple(_frequencies(kind, limit, length) for kind, limit in ropes), []).append(number)
+    return grouped(tuple(_frequencies(kind, limit, length) for kind, limit in ropes) for length in lengths)
+
+
+def grouped(keys: Iterable[Hashable]) -> list[list[int]]:
+    """Return the numbers of equal keys together, in the order in which they come."""
+    groups: dict[Hashable, list[int]] = {}
+    for number, key in enumerate(keys):
+        groups.setdefault(key, []).append(number)
     return list(groups.values())
 
 

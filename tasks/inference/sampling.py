@@ -79,7 +79,7 @@ def _generated(
 
 def _together(model: Model, lengths: Sequence[int], max_new_tokens: int) -> list[list[int]]:
     """Group prompts of these lengths so that none is changed by the others: by padding, or by longer rows."""
-    from tasks.inference.rope import alike
+    from tasks.inference.rope import alike, grouped
     from tasks.models.decoder import unwrapped
 
     base = unwrapped(model)
@@ -92,10 +92,7 @@ def _together(model: Model, lengths: Sequence[int], max_new_tokens: int) -> list
         elif len({lengths[n] for n in group}) == 1 or pads_on_left(model):
             found.append(group)
         else:
-            by_length: dict[int, list[int]] = {}
-            for number in group:
-                by_length.setdefault(lengths[number], []).append(number)
-            found += by_length.values()
+            found += [[group[n] for n in some] for some in grouped(lengths[n] for n in group)]
     return found
 
 
@@ -103,8 +100,8 @@ def pads_on_left(model: Model) -> bool:
     """Return whether a model writes the same after a prompt with padding on its left: some count it for a position."""
     import torch
 
-    from tasks.inference.agreement import holds, tokens
-    from tasks.models.decoder import unwrapped
+    from tasks.inference.agreement import holds
+    from tasks.models.decoder import made_up_tokens, unwrapped
 
     def logits(ids: Tensor, attended: Tensor) -> Tensor:
         how = {"do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True, "output_logits": True}
@@ -114,7 +111,7 @@ def pads_on_left(model: Model) -> bool:
         return torch.stack([each[-1] for each in written.logits])
 
     def padded_and_alone() -> Iterator[tuple[Tensor, Tensor]]:
-        rows = tokens(model, [1, 2, 3, 4, 5, 6], [0, 0, 7, 8, 9, 10])
+        rows = made_up_tokens(model, [1, 2, 3, 4, 5, 6], [0, 0, 7, 8, 9, 10])
         mask = torch.ones_like(rows)
         mask[1, :2] = 0
         yield logits(rows, mask), logits(rows[1:, 2:], mask[1:, 2:])

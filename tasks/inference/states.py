@@ -11,10 +11,10 @@ from torch import Tensor
 
 from tasks.adapters.reft.prompt_positions import prompts_of
 from tasks.core.errors import BadModel
-from tasks.inference.agreement import holds, tokens
+from tasks.inference.agreement import holds
 from tasks.inference.lm_head import takes_apart
-from tasks.inference.rope import alike, forget_longest
-from tasks.models.decoder import decoder_of, own_code, unwrapped
+from tasks.inference.rope import alike, forget_longest, grouped
+from tasks.models.decoder import decoder_of, made_up_tokens, own_code, unwrapped
 from tasks.models.loader import Model
 
 
@@ -59,14 +59,14 @@ def together(base: Any, lengths: Sequence[int]) -> list[list[int]]:
     takes_apart(base)  # is known from here on, also where parts of the model are replaced for a while
     if min(lengths) == max(lengths) or pads(base):
         return alike(base.config, lengths)
-    return _by_length(lengths)
+    return grouped(lengths)
 
 
 def pads(base: Any) -> bool:
     """Return whether a row gives the same with padding on its right: some models look there, or count it in."""
 
     def padded_and_alone() -> Iterator[tuple[Tensor, Tensor]]:
-        ids = tokens(base, [1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 0, 0, 0])
+        ids = made_up_tokens(base, [1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 0, 0, 0])
         mask = torch.ones_like(ids)
         mask[1, 4:] = 0
         both = _run(base, {"input_ids": ids, "attention_mask": mask, "use_cache": False})
@@ -83,13 +83,6 @@ def _run(base: Any, given: dict[str, Any]) -> Tensor:
     with own_code(base):
         found: Tensor = base(**given).logits if decoder is None else decoder(**given).last_hidden_state
     return found
-
-
-def _by_length(lengths: Sequence[int]) -> list[list[int]]:
-    groups: dict[int, list[int]] = {}
-    for number, length in enumerate(lengths):
-        groups.setdefault(length, []).append(number)
-    return list(groups.values())
 
 
 def _of_rows(value: Any, rows: Tensor, longest: int) -> Any:

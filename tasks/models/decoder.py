@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from traceback import extract_tb
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, ref
 
 from tasks.core.errors import BadModel
 from tasks.core.memory import ran_out
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 
@@ -30,12 +31,44 @@ def decoder_of(model: PreTrainedModel | PeftModel) -> nn.Module | None:
     What `get_decoder` finds by names is at times the model itself, or its head: then it is what most call `model`.
     """
     base = unwrapped(model)
+    known = _decoders.get(base)
+    if known and (decoder := known()) is not None:
+        return decoder
     head = base.get_output_embeddings()
     for found in (base.get_decoder(), base.base_model, getattr(base, "model", None)):
         if found is not None and found is not base and found is not head and head not in found.modules():
-            decoder: nn.Module = found
-            return decoder
+            _decoders[base] = ref(found)
+            return found  # type: ignore[no-any-return]
     return None
+
+
+_decoders: WeakKeyDictionary[nn.Module, ref[nn.Module]] = WeakKeyDictionary()
+"""Of each model that was asked about: finding out takes a walk over its modules, and every forward pass asks."""
+
+
+@contextmanager
+def forwards_instead(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Replace the forward passes of modules within the block; all else of them stays."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, own in before.items():
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
+
+
+def made_up_tokens(base: nn.Module, *rows: Sequence[int]) -> Tensor:
+    """Return rows of token ids to try a model with, (rows, tokens) int64, brought within its vocabulary."""
+    import torch
+
+    most = getattr(base.config.get_text_config(), "vocab_size", None)  # type: ignore[union-attr, operator]
+    ids = torch.tensor(rows, device=next(base.parameters()).device)
+    return ids % most if isinstance(most, int) else ids
 
 
 @contextmanager

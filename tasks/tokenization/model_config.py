@@ -25,6 +25,7 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 _INNER = ("moe_intermediate_size", "intermediate_size")
 _ROWS = ("vocab_size", "n_positions")
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
+_COUNTED = (*_DEPTHS, *_EXPERTS, *_WIDTHS, *_INNER, *_ROWS)
 _LAYERS = frozenset((*_DEPTHS, "num_decoder_layers"))
 _PARTS = frozenset((*_LAYERS, *_EXPERTS, "n_shared_experts", "encoder_layers", "decoder_layers"))
 """What there is a module of for each: some of these may be none."""
@@ -136,20 +137,11 @@ def _check_against_weights(path: Path) -> None:
     named = max(parts, key=_least_weights)
     weights = _least_weights(named)
     if weights > max(MOST_TIMES_ITS_FILES * held, LEAST_REFUSED):
-        keys = (
-            *_DEPTHS,
-            *_EXPERTS,
-            *_WIDTHS,
-            "vocab_size",
-            "intermediate_size",
-            "moe_intermediate_size",
-            "n_positions",
-        )
         raise BadModel(
             "has sizes of which its weights are a small part",
             where=str(path),
             got=f"at least {weights:,} weights, by files of {held:,} bytes",
-            examples=[f"{key}: {named[key]}" for key in keys if isinstance(named.get(key), int)],
+            examples=[f"{key}: {named[key]}" for key in _COUNTED if isinstance(named.get(key), int)],
             fix="fetch the folder again: its configuration is of another model",
         )
 

@@ -76,8 +76,7 @@ def shard_weights(model: Model) -> None:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
-    if not model.config.is_encoder_decoder:
-        find_out(model)  # while a process can run it by itself
+    find_out(model)  # while a process can run it by itself
     _keep_scales(model)
     again = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true") != "false"
     for layer in sharded_layers(model):

@@ -205,8 +205,7 @@ def losses_for(
     Raises:
         BadModel: the model cannot be run on text alone, or is no decoder.
     """
-    if not model.config.is_encoder_decoder:
-        find_out(model)
+    find_out(model)
     adapter = method.adapter
     return StepLosses(
         model,

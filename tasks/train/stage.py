@@ -34,7 +34,7 @@ from tasks.models.device import seed_everything
 from tasks.models.loader import Model
 from tasks.registry.client import KEPT_LOSS, flat
 from tasks.reports.training_log import Log
-from tasks.tokenization.architecture import DECODER, architecture_in
+from tasks.tokenization.architecture import architecture_in
 from tasks.tokenization.chat_template import load_tokenizer
 from tasks.train import fsdp, launcher
 from tasks.train.batching import data_digests, kind_of_rows, read_examples
@@ -121,7 +121,7 @@ def _train_stage(stage: StageContext, method: Method, checkpoints: Path, rows: A
     training = prepare(base, method, examples, held_out, checkpoints, rows)
     model, initial = training.model, initial_state(training.model)
     prove_mergeable(model, base)
-    if architecture is DECODER and (way := find_out(model)) in (BY_LENGTH, WHOLE) and ranks.is_first():
+    if (way := find_out(model)) in (BY_LENGTH, WHOLE) and ranks.is_first():
         print(f"{title}: the rows of {type(unwrapped(model)).__name__} are computed {way}, which is slower", flush=True)
 
     def loss() -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -230,3 +230,18 @@ def prompts_of(model: nn.Module) -> Prompts | None:
     """Return the tracker of the prompts of a model with edits; None for one without."""
     found = next((vars(module)["reft_prompts"] for module in model.modules() if "reft_prompts" in vars(module)), None)
     return found if isinstance(found, Prompts) else None
+
+
+@contextmanager
+def untouched(base: nn.Module) -> Iterator[None]:
+    """Leave a model as it was, after a block without gradients, dropout or edits of prompts."""
+    training = [module for module in base.modules() if module.training]
+    prompts = prompts_of(base)
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad(), prompts.nowhere() if prompts else nullcontext():
+            yield
+    finally:
+        for module in training:
+            module.training = True

@@ -24,9 +24,9 @@ from tasks.adapters.hooks import (
 )
 from tasks.adapters.positions import LAYERS, Spans, parse_positions
 from tasks.adapters.reft.interventions import INTERVENTIONS, Edit
-from tasks.adapters.reft.prompt_positions import Prompts, prompts_of
+from tasks.adapters.reft.prompt_positions import Prompts, prompts_of, untouched
 from tasks.core.errors import BadModel
-from tasks.models.decoder import own_code
+from tasks.models.decoder import made_up_tokens, own_code
 
 
 @dataclass
@@ -87,12 +87,10 @@ def check_states(model: Any) -> None:
         part.register_forward_hook(lambda _, __, output, name=name: look(name, output), prepend=True)
         for name, part in edited.items()
     ]
-    training = base.training
     try:
-        with torch.no_grad(), prompts_of(base).nowhere(), own_code(base):  # type: ignore[union-attr]
-            body_of(base.eval())(input_ids=torch.arange(1, 5, device=base.device)[None], use_cache=False)
+        with untouched(base), own_code(base):
+            body_of(base)(input_ids=made_up_tokens(base, range(1, 5)), use_cache=False)
     finally:
-        base.train(training)
         for handle in handles:
             handle.remove()
     if wrong:
