@@ -14,7 +14,8 @@ _SIZES = {
     32: (
         "hidden_size d_model n_embd dim embed_dim embedding_size word_embed_proj_dim hidden_size_global image_size "
         "expert_ffn_hidden_size moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size "
-        "moe_shared_expert_intermediate_size moe_ffn_hidden_size ple_embed_dim"
+        "moe_shared_expert_intermediate_size moe_ffn_hidden_size ple_embed_dim adapter_out_dim out_hidden_size "
+        "text_hidden_size"
     ),
     48: (
         "intermediate_size ffn_dim d_ff n_inner ffn_hidden_size decoder_ffn_dim encoder_ffn_dim feed_forward_size "
@@ -44,17 +45,23 @@ _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _KINDS = ("layer_types", "layers_block_type")
 _HYBRID = ["linear_attention", "full_attention"]
 
+_SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+
 _OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 100, "encoder_hash_byte_group_size": [3]},
     "codegen": {"rotary_dim": 4},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "cosmos3_edge_text": {"rope_parameters": _SECTIONS},
     "dbrx": {
         "attn_config": {"clip_qkv": 8.0, "rope_theta": 1e4, "kv_n_heads": 2, "model_type": ""},
         "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
     },
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note_audio_encoder": {"adapter_input_size": 32},
+    "dots3_note_vision_encoder": {"adapter_in_dim": 32, "mlp_layer_types": ["dense"] * 2},
     "dots3_note_text": {
         "head_dim": 16,
         "swa_num_attention_heads": 4,
@@ -66,19 +73,26 @@ _OWN: dict[str, dict[str, Any]] = {
         "swa_qk_rope_head_dim": 8,
         "swa_v_head_dim": 8,
     },
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+    "ernie4_5_vl_moe_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    },
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gemma4_text": {"num_kv_shared_layers": 0},
     "gemma4_unified_text": {"num_kv_shared_layers": 0},
+    "glm5_next_text": {"qk_rope_head_dim": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": {"layer_types": _HYBRID},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
+    "hunyuan_vl_text": {"head_dim": 8, "rope_parameters": _SECTIONS},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
     "ministral": {"head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "molmo2_adapter": {"vision_feature_layer": [0, 1]},
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp_text": {
         "indexer_budget": 64,
@@ -93,12 +107,12 @@ _OWN: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16], "attn_layers": ["local", "lsh"]},
     "roc_bert": {"pronunciation_vocab_size": 50, "shape_vocab_size": 50},
+    "xlm": {"causal": True},
     "xlstm": {"num_blocks": 2, "num_heads": 4},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "mamba_dt_rank": 4},
 }
 """What else an architecture needs to be small, or to be at all."""
-_SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 _ROTATES_BY_SECTIONS = frozenset(
     ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "glm4v", "glm46v", "glm_ocr", "glmga", "paddleocr_vl")
 )

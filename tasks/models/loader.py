@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -93,7 +94,7 @@ def load_model(
         full_precision: asks for the weights in float32, whatever they are computed with.
 
     Raises:
-        BadModel: the folder is unsafe, incomplete, or not of a known architecture.
+        BadModel: the folder is unsafe, incomplete (also by a single weight), or not of a known architecture.
     """
     import torch
 
@@ -102,7 +103,8 @@ def load_model(
     model_files(folder)
     loader = loader_of(read_config(folder))
     try:
-        model: PreTrainedModel = loader.from_pretrained(
+        model: PreTrainedModel
+        model, told = loader.from_pretrained(
             folder,
             dtype=torch.float32 if full_precision else compute_dtype(),
             local_files_only=True,
@@ -110,13 +112,28 @@ def load_model(
             trust_remote_code=False,
             device_map={"": "cpu" if shards_weights() else device()},
             quantization_config=loading_config(quantization, compute_dtype()) if quantization else None,
+            output_loading_info=True,
         )
     except Exception as error:  # whatever a library makes of values that mean nothing to it
         if ran_out(error):
             raise
         raise does_not_load(folder, error) from error
+    _refuse_made_up(folder, type(model).__name__, told["missing_keys"], told["unexpected_keys"])
     if quantization:
         prepare_for_training(model, quantization)
     model.requires_grad_(False)
     model.eval()
     return model
+
+
+def _refuse_made_up(folder: Path, kind: str, missing: Collection[str], unknown: Collection[str]) -> None:
+    """Refuse a model some of whose weights are in no file: transformers fills them with random numbers, and warns."""
+    if missing:
+        raise BadModel(
+            f"lacks weights that {kind} has: they would be random numbers",
+            where=str(folder),
+            got=f"{len(missing)} weights in no file, and {len(unknown)} in the files that it has no place for",
+            examples=[*sorted(missing)[:3], *(f"{name} (no place for it)" for name in sorted(unknown)[:2])],
+            expected="every weight, by the name that this class gives it",
+            fix="save the whole model again with save_pretrained of this class, or fetch the folder again",
+        )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
@@ -101,6 +102,26 @@ def test_a_model_that_does_not_load_says_so(pico_base: Path, tmp_path: Path, cha
     shutil.copytree(pico_base, tmp_path / "base")
     change(tmp_path / "base")
     with pytest.raises(BadModel, match="does not load"):
+        load_model(tmp_path / "base")
+
+
+def without_a_weight(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name != "model.layers.0.mlp.up_proj.weight"}
+
+
+def under_other_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"whole.{name}": tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("change", [without_a_weight, under_other_names])
+def test_weights_that_are_in_no_file_are_not_made_up(
+    pico_base: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+) -> None:
+    """As transformers does, with a warning: another model with each seed."""
+    shutil.copytree(pico_base, tmp_path / "base")
+    weights = tmp_path / "base" / "model.safetensors"
+    save_file(change(load_file(weights)), weights, metadata={"format": "pt"})
+    with pytest.raises(BadModel, match="lacks weights that LlamaForCausalLM has: they would be random numbers"):
         load_model(tmp_path / "base")
 
 
