@@ -268,7 +268,7 @@ def _wrong_versions(workspace: Path, contents: int) -> list[str]:
         wrong += [
             f"content {number}: version {version.version} is not whole"
             for version in same
-            if not evidence(client, version, with_files=False).suites or broken(client, version)
+            if not evidence(client, version).suites or broken(client, version)
         ]
     return wrong
 
@@ -295,13 +295,13 @@ def three_versions(folder: Path, base: Path) -> Moves:
 
 def promotions(folder: Path, base: Path, kills: int, seed: int = 1) -> Kills:
     """F15: kills while versions are promoted; the alias must name one that passed, and the next try completes it."""
-    from flows.promote import promote
+    from flows.registry.promotion import promote
 
     random, began, wrong, done = Random(seed), time.monotonic(), list[str](), 0
     workspace = three_versions(folder, base).workspace
 
     def move(version: str) -> Callable[[], str]:
-        return lambda: str(promote.fn(workspace, version, "kills").champion)
+        return lambda: str(promote(workspace, version, "kills").champion)
 
     in_child(move("1"))
     start = time.monotonic()
@@ -359,7 +359,7 @@ class Rollbacks(NamedTuple):
 
 def rollbacks(folder: Path, base: Path, count: int) -> Rollbacks:
     """Promote version 2 and roll back to 1, again and again, in one process; read the champion's files each time."""
-    from flows.promote import promote, rollback
+    from flows.registry.promotion import promote, rollback
     from tasks.core.artifacts import digests
     from tasks.registry.client import connect
     from tasks.registry.versions import fetch_model, version_at
@@ -367,15 +367,15 @@ def rollbacks(folder: Path, base: Path, count: int) -> Rollbacks:
     workspace, weights = three_versions(folder, base)
 
     def work() -> dict[str, Any]:
-        promote.fn(workspace, "1", "")
+        promote(workspace, "1", "")
         told: dict[str, Any] = {"identical": 0, "promote": [], "rollback": []}
         client = connect(workspace)
         for _ in range(count):
             start = time.perf_counter()
-            promote.fn(workspace, "2", "")
+            promote(workspace, "2", "")
             told["promote"].append(time.perf_counter() - start)
             start = time.perf_counter()
-            rollback.fn(workspace)
+            rollback(workspace)
             told["rollback"].append(time.perf_counter() - start)
             champion = fetch_model(client, version_at(client, "models:/temper-tiny@champion"))
             told["identical"] += json.dumps(digests(champion)) == weights["1"]

@@ -6,23 +6,14 @@ tags in tasks/orchestration/prefect_tasks.py let them; a stage whose inputs have
 
 # no postponed annotations here: Prefect checks the parameters of scheduled runs by them, and cannot look up names
 from pathlib import Path
-from typing import NamedTuple
 
 from prefect import flow
 from prefect.futures import wait
 
-from flows.promote import Promotion, promote
+from flows.promote import promote
+from flows.run.last_run import RunReport
 from flows.run.session import begin, show_comparison, show_results
 from tasks.orchestration.prefect_tasks import base, baseline, evaluate, ingest, merge, register, render, train, validate
-from tasks.orchestration.run_journal import StageResult
-
-
-class RunReport(NamedTuple):
-    """Outcome of every stage, and of the best method; `comparison` is the page that compares all models."""
-
-    outcomes: list[StageResult]
-    promotion: Promotion | None
-    comparison: Path
 
 
 @flow(name="retrain")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flows.promote import Promotion
+    from flows.registry.promotion import Promotion
     from tasks.orchestration.run_journal import StageResult
 
 
@@ -59,7 +59,7 @@ class Workspace:
         Raises:
             TemperError: stages failed; all of what they said is in one error.
         """
-        from flows.run import prefect_server
+        from flows.run import last_run, prefect_server
         from flows.run.edit_params import change_params
         from flows.run.lock import held
 
@@ -67,7 +67,10 @@ class Workspace:
             change_params(self.root, None, list(settings))
             prefect_server.end_old_server(self.root)
             prefect_server.prepare_servers(self.root, terminal=False)
-            from flows.retrain import retrain  # not before: Prefect reads its settings when it is imported
+            report = last_run.unchanged_report(self.root, promote) if prefect_server.temporary() else None
+            if report is None:
+                from flows.retrain import retrain  # not before: Prefect reads its settings when it is imported
 
-            report = retrain(self.root, promote)
+                report = retrain(self.root, promote)
+                last_run.keep_report(self.root, report)
         return Run(report.outcomes, report.promotion, report.comparison)

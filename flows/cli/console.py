@@ -16,8 +16,8 @@ from flows.cli.format import local_time, print_table, size
 
 if TYPE_CHECKING:
     from flows.files.show_tokens import Rendering
-    from flows.retrain import RunReport
     from flows.run.doctor import Diagnosis
+    from flows.run.last_run import RunReport
     from flows.run.schedule import Scheduled
     from flows.run.show_params import Resolved
 

@@ -53,10 +53,9 @@ def run(
 
     What has not changed since the last run is passed over. A run that was interrupted goes on where it was.
     """
-    from flows.run import prefect_server
+    from flows.run import last_run, prefect_server
     from flows.run.edit_params import change_params
     from flows.run.lock import held
-    from flows.run.prefect_runs import adopt_runs
     from flows.run.progress_board import on_board, plain_logs
 
     root = enter(workspace)
@@ -67,6 +66,11 @@ def run(
         terminal = sys.stderr.isatty()
         prefect_server.prepare_servers(root, terminal=terminal)
         if prefect_server.temporary():
+            if unchanged := last_run.unchanged_report(root, promote):
+                console.summary(root, unchanged)
+                return
+            from flows.run.prefect_runs import adopt_runs
+
             adopt_runs(root)
         from flows.retrain import retrain
 
@@ -75,6 +79,7 @@ def run(
         with on_board(len(pipeline.load(root)), terminal=terminal), _stopping_cleanly(root):
             report = retrain(root, promote)
         console.summary(root, report)
+        last_run.keep_report(root, report)
 
 
 @app.command()

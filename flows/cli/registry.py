@@ -28,15 +28,19 @@ def promote(
 ) -> None:
     """Make a version champion, if the gate lets it: better than the base, and not worse than the present champion."""
     root = ready(workspace)
-    from flows.promote import promote as flow
     from flows.run.lock import held
     from tasks.core import pipeline
     from tasks.orchestration.params import load_params
 
-    # only a flow run can wait for somebody; without one, Prefect's server need not start
-    run = flow if load_params(root / pipeline.PARAMS).promote.approval == "human" else flow.fn
     with held(root, "temper promote"):
-        done = run(root, version, reason)
+        if load_params(root / pipeline.PARAMS).promote.approval == "human":
+            from flows.promote import promote as flow  # only a flow run can wait for somebody
+
+            done = flow(root, version, reason)
+        else:
+            from flows.registry.promotion import promote as move  # and Prefect is not even imported
+
+            done = move(root, version, reason)
     _told(output.promotion_numbers(done)) if as_json else output.promotion(done)
     if not done.passed:
         raise GateRefused("the gate refused it", where=done.model, fix="look at the checks above")
@@ -51,11 +55,11 @@ def rollback(
 ) -> None:
     """Make an earlier champion champion again; its files are checked first."""
     root = ready(workspace)
-    from flows.promote import rollback as flow
+    from flows.registry.promotion import rollback as move_back
     from flows.run.lock import held
 
     with held(root, "temper rollback"):
-        done = flow.fn(root, to, reason)
+        done = move_back(root, to, reason)
     _told(output.promotion_numbers(done)) if as_json else output.promotion(done)
 
 

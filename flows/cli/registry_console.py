@@ -10,12 +10,12 @@ import typer
 from flows.cli.format import print_table
 
 if TYPE_CHECKING:
-    from flows.promote import Promotion
+    from flows.registry.promotion import Promotion
 
 
 def promotion(done: Promotion) -> None:
     """Print who is champion now, and why."""
-    from flows.registry.approval import verdict_table
+    from flows.registry.verdict import verdict_table
 
     if done.champion is None:
         typer.echo(f"{done.model} has no champion yet")

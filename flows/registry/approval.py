@@ -1,23 +1,15 @@
-"""A person's word before a version becomes champion, and where the gate's verdict is kept and shown.
+"""A person's word before a version becomes champion, and the gate's verdict on the flow run's page.
 
-On the flow run's page in Prefect's UI, Resume asks for the two fields below; `temper approve` does the same. A verdict
-is kept with the version in MLflow, and linked from the flow run in Prefect.
+On that page in Prefect's UI, Resume asks for the two fields below; `temper approve` does the same.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from prefect.input import RunInput
 
-from tasks.core.artifacts import as_json
+from flows.registry.verdict import verdict_table
 from tasks.core.errors import BadParams, GateRefused
-from tasks.gate.checks import CheckResult, GateDecision
-from tasks.registry import names as tag
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities.model_registry import ModelVersion
+from tasks.gate.checks import GateDecision
 
 
 class Approval(RunInput):
@@ -77,31 +69,6 @@ def approve(run: str, *, approved: bool, note: str) -> None:
         raise BadParams("is no id of a flow run", got=run, fix="`temper promote` prints it") from error
     except (NotPausedError, ObjectNotFound, FlowPauseTimeout) as error:
         raise BadParams("waits for nobody's approval", where=f"flow run {run}", got=type(error).__name__) from error
-
-
-def keep_verdict(client: MlflowClient, version: ModelVersion, verdict: GateDecision) -> None:
-    """Store a verdict with its version: whole as an artifact of its run and as a tag, and its digest beside it."""
-    told, digest = as_json(verdict.as_dict()), verdict.digest()
-    if version.run_id:
-        client.log_text(version.run_id, told, f"verdicts/version-{version.version}-{digest[:12]}.json")
-    for name, value in ((tag.VERDICT, told), (tag.VERDICT_DIGEST, digest)):
-        client.set_model_version_tag(version.name, version.version, name, value)
-
-
-def verdict_table(verdict: GateDecision) -> list[dict[str, str]]:
-    """Format a verdict as rows of text, for a terminal or a page."""
-    return [_row(finding) for finding in verdict.findings]
-
-
-def _row(finding: CheckResult) -> dict[str, str]:
-    items = str(finding.difference.items) if finding.difference else ""
-    return {
-        "": "passed" if finding.passed else "FAILED",
-        "check": finding.check,
-        "suite": finding.suite,
-        "items": items,
-        "found": finding.said,
-    }
 
 
 def show_verdict(model: str, verdict: GateDecision) -> None:

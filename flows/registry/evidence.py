@@ -13,6 +13,8 @@ from tasks.core.errors import BadData, BadInput, BadParams
 from tasks.core.layout import BASE_EXAMPLES, EXAMPLES
 from tasks.gate.checks import VersionRecord
 from tasks.registry import names as tag
+from tasks.registry.client import fetch_artifact
+from tasks.registry.local_reader import RegistryReader
 from tasks.registry.names import ABOUT
 from tasks.registry.signing import verify_model
 from tasks.registry.versions import fetch_model
@@ -23,13 +25,8 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 
-def evidence(client: MlflowClient, version: ModelVersion, *, with_files: bool) -> VersionRecord:
-    """Collect all that is known of a version.
-
-    Args:
-        client: of the registry.
-        version: which.
-        with_files: whether the model's files are read, too, and compared with what was registered.
+def evidence(client: RegistryReader, version: ModelVersion) -> VersionRecord:
+    """Collect all that is known of a version but for the state of its files, which `broken` tells.
 
     Raises:
         BadParams: its report cannot be read.
@@ -48,18 +45,16 @@ def evidence(client: MlflowClient, version: ModelVersion, *, with_files: bool) -
         },
         mean_kl=float(tags.get(tag.MEAN_KL, math.nan)),
         contamination=json.loads(tags.get(tag.CONTAMINATION, "{}")),
-        broken=broken(client, version) if with_files else "",
+        broken="",
     )
 
 
-def evaluated_items(client: MlflowClient, version: ModelVersion, name: str) -> list[Item]:
+def evaluated_items(client: RegistryReader, version: ModelVersion, name: str) -> list[Item]:
     """Read the items that a version, or its base, was evaluated on.
 
     Raises:
         BadParams: they are not there, or not those that were registered.
     """
-    from mlflow.exceptions import MlflowException
-
     where = f"models:/{version.name}/{version.version}"
     fix = "bring back MLflow's artifacts, register it again, or take register.model to a new name"
     place, expected = version.tags.get(tag.REPORT), version.tags.get(tag.digest_of(name))
@@ -67,13 +62,12 @@ def evaluated_items(client: MlflowClient, version: ModelVersion, name: str) -> l
         raise BadParams("was registered without a report of items", where=where, fix=fix)
     with TemporaryDirectory() as folder:
         try:
-            path = Path(client.download_artifacts(str(version.run_id), f"{place}/{name}", folder))
-        except (MlflowException, OSError) as error:
-            got = str(error).split("\n")[0]
+            path = fetch_artifact(client, str(version.run_id), f"{place}/{name}", Path(folder))
+        except OSError as error:
             raise BadParams(
                 f"the report of version {version.version} cannot be read, so nothing can be compared with it",
                 where=where,
-                got=got,
+                got=str(error),
                 fix=fix,
             ) from error
         if digest(path) != expected:

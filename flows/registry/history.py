@@ -14,13 +14,13 @@ from tasks.core.errors import BadParams
 from tasks.orchestration.params import load_params
 from tasks.registry import names as tag
 from tasks.registry.alias_log import champions, moves
-from tasks.registry.client import answering, connect
+from tasks.registry.client import answering, connect, connect_to_read, fetch_artifact
+from tasks.registry.local_reader import RegistryReader
 from tasks.registry.versions import version_at, version_of, versions
 from tasks.reports.items import compare_items
 from tasks.reports.statistics import PairedDifference
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
 
@@ -31,7 +31,7 @@ def history(workspace: Path) -> dict[str, Any]:
         `model`; `champion`, or None; `moves`, the fields of each entry, oldest first; `versions`, of each its number,
         method, scores by suite, aliases, and whether the gate let it through (None: it was not judged).
     """
-    client, model = connect(workspace), load_params(workspace / pipeline.PARAMS).register_.model
+    client, model = connect_to_read(workspace), load_params(workspace / pipeline.PARAMS).register_.model
     with answering(workspace):
         ledger, known = moves(client, model), versions(client, model)
         stack = champions(ledger)
@@ -44,7 +44,7 @@ def history(workspace: Path) -> dict[str, Any]:
         }
 
 
-def _aliases(client: MlflowClient, model: str) -> dict[str, list[str]]:
+def _aliases(client: RegistryReader, model: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for alias, version in client.get_registered_model(model).aliases.items():
         found.setdefault(str(version), []).append(alias)
@@ -80,9 +80,9 @@ def compare(workspace: Path, first: str, second: str) -> dict[str, Any]:
         BadParams: there is no such version, or its report cannot be read.
     """
     params = load_params(workspace / pipeline.PARAMS)
-    client, model = connect(workspace), params.register_.model
+    client, model = connect_to_read(workspace), params.register_.model
     with answering(workspace):
-        one, two = (evidence(client, version_of(client, model, n), with_files=False) for n in (first, second))
+        one, two = (evidence(client, version_of(client, model, n)) for n in (first, second))
     suites: dict[str, dict[str, Any]] = {}
     for suite in sorted(one.suites.keys() | two.suites.keys()):
         old, new = one.suites.get(suite, {}), two.suites.get(suite, {})
@@ -111,8 +111,6 @@ def lineage(workspace: Path, address: str) -> dict[str, Any]:
     Raises:
         BadParams: there is no such version, or it was registered without its lineage.
     """
-    from mlflow.exceptions import MlflowException
-
     client, model = connect(workspace), load_params(workspace / pipeline.PARAMS).register_.model
     with answering(workspace):
         version = version_of(client, model, address) if address.isdecimal() else version_at(client, address)
@@ -122,12 +120,12 @@ def lineage(workspace: Path, address: str) -> dict[str, Any]:
             raise BadParams("was registered without its lineage", where=where, fix="register it again")
         with TemporaryDirectory() as folder:
             try:
-                path = client.download_artifacts(str(version.run_id), place, folder)
-            except (MlflowException, OSError) as error:
+                path = fetch_artifact(client, str(version.run_id), place, Path(folder))
+            except OSError as error:
                 raise BadParams(
-                    "its lineage cannot be read", where=where, got=str(error).split("\n")[0], fix="bring it back"
+                    "its lineage cannot be read", where=where, got=str(error), fix="bring it back"
                 ) from error
-            found: dict[str, Any] = json.loads(Path(path).read_text())
+            found: dict[str, Any] = json.loads(path.read_text())
         ledger = [
             move._asdict() for move in moves(client, version.name) if str(version.version) in (move.to, move.before)
         ]

@@ -13,7 +13,8 @@ from tasks.orchestration.dvc_session import changed_stages
 from tasks.orchestration.params import load_params
 from tasks.orchestration.run_journal import last_seconds
 from tasks.registry.alias_log import champion_of
-from tasks.registry.client import connect
+from tasks.registry.client import answering, connect_to_read
+from tasks.registry.names import METHOD
 from tasks.registry.versions import versions
 
 
@@ -55,15 +56,13 @@ def lock_changed(workspace: Path) -> bool:
 
 
 def _champion(workspace: Path, model: str) -> dict[str, str] | None:
-    client = connect(workspace)
-    version = champion_of(client, model)
-    if version is None:
-        return None
-    method = next(
-        (v.tags.get("temper.method", "") for v in versions(client, model) if str(v.version) == version),
-        "its version is gone",
-    )
-    return {"version": version, "method": method}
+    client = connect_to_read(workspace)
+    with answering(workspace):
+        version = champion_of(client, model)
+        if version is None:
+            return None
+        known = {str(each.version): each.tags.get(METHOD, "") for each in versions(client, model)}
+        return {"version": version, "method": known.get(version, "its version is gone")}
 
 
 def _stages(workspace: Path) -> dict[str, dict[str, Any]]:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from tasks.core.errors import AliasMoved, BadInput
+from tasks.registry.local_reader import RegistryReader
 from tasks.registry.names import CHAMPION
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Move(NamedTuple):
     mark: str = ""
 
 
-def moves(client: MlflowClient, model: str) -> list[Move]:
+def moves(client: RegistryReader, model: str) -> list[Move]:
     """Read the ledger of a model, oldest move first.
 
     Raises:
@@ -93,7 +94,7 @@ def _replayed(ledger: Sequence[Move]) -> tuple[list[str], set[str]]:
     return stack, gone
 
 
-def champion_of(client: MlflowClient, model: str) -> str | None:
+def champion_of(client: RegistryReader, model: str) -> str | None:
     """Return the champion's version according to the ledger."""
     stack = champions(moves(client, model))
     return stack[-1] if stack else None
@@ -204,20 +205,18 @@ def _name(number: int) -> str:
     return f"{_MOVE}{number:06d}"
 
 
-def _run_of(client: MlflowClient, model: str) -> Run | None:
-    from mlflow.entities import LifecycleStage
-
+def _run_of(client: RegistryReader, model: str) -> Run | None:
     experiment = client.get_experiment_by_name(ledger_name(model))
     if experiment is None:
         return None
     found = client.search_runs([experiment.experiment_id], max_results=1)
-    if experiment.lifecycle_stage != LifecycleStage.ACTIVE or not found:
+    if experiment.lifecycle_stage != "active" or not found:
         raise BadInput(
             "the ledger of the champions was deleted in MLflow",
             where=ledger_name(model),
             fix=f"bring it back: mlflow experiments restore --experiment-id {experiment.experiment_id}, and its run",
         )
-    return found[0]
+    return found[0]  # type: ignore[no-any-return]
 
 
 def _entries(run: Run, model: str) -> list[Move]:
@@ -249,15 +248,12 @@ def _begin(client: MlflowClient, model: str) -> Run:
     return made
 
 
-def _tagged(client: MlflowClient, model: str) -> list[Move]:
+def _tagged(client: RegistryReader, model: str) -> list[Move]:
     """Read the moves that earlier versions of temper kept as tags of the registered model."""
-    from mlflow.exceptions import MlflowException
-    from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
-
     try:
         tags = client.get_registered_model(model).tags
-    except MlflowException as error:
-        if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+    except Exception as error:
+        if getattr(error, "error_code", "") != "RESOURCE_DOES_NOT_EXIST":
             raise  # a server that does not answer is no empty ledger
         return []
     return sorted(Move(**json.loads(value)) for name, value in tags.items() if name.startswith(_TAG))

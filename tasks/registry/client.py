@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from filelock import FileLock
 
 from tasks.core.errors import BadParams, RegistryUnreachable
+from tasks.registry.local_reader import LocalRegistry, RegistryReader, reads
 from tasks.registry.relocation import ARTIFACTS, relocate
 from tasks.reports.training_log import SAMPLES, numbers_of
 
@@ -43,6 +44,12 @@ _BATCH_METRICS = 1000
 def tracking_uri(workspace: Path) -> str:
     """Return the MLflow server that MLFLOW_TRACKING_URI names, or a SQLite file in the workspace."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_database(workspace)}"
+
+
+def local_database(workspace: Path) -> Path | None:
+    """Return the SQLite file that is the workspace's whole registry; None where the environment names another."""
+    elsewhere = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_WORKSPACE", "MLFLOW_ENABLE_WORKSPACES")
+    return None if any(name in os.environ for name in elsewhere) else _database(workspace)
 
 
 def _database(workspace: Path) -> Path:
@@ -72,8 +79,8 @@ def connect(workspace: Path) -> MlflowClient:
         )
     try:
         with _one_at_a_time(workspace):  # two processes that make the schema of a new SQLite file at once break it
-            if given is None and (moved := relocate(workspace, _database(workspace), EXPERIMENT)):
-                print(moved, file=sys.stderr, flush=True)
+            if given is None:
+                _relocate(workspace)
             if mlflow.get_tracking_uri() != uri:  # it knows folders by the ids of runs, which a copy has as well
                 utils._artifact_repos_cache.clear()
             mlflow.set_tracking_uri(uri)
@@ -89,6 +96,47 @@ def connect(workspace: Path) -> MlflowClient:
             fix="start the server, or unset MLFLOW_TRACKING_URI",
         ) from error
     return client
+
+
+def connect_to_read(workspace: Path) -> RegistryReader:
+    """Connect to the workspace's MLflow for reports: to its file alone, without importing MLflow, where that does.
+
+    Raises:
+        BadParams: as `connect`.
+        RegistryUnreachable: as `connect`.
+    """
+    database = local_database(workspace)
+    if database is None or not reads(database):
+        return connect(workspace)
+    if database.is_file():
+        with _one_at_a_time(workspace):
+            _relocate(workspace)
+    return LocalRegistry(database)
+
+
+def fetch_artifact(client: RegistryReader, run_id: str, path: str, folder: Path) -> Path:
+    """Return the path of an artifact of a run: where it lies, or in a folder that it is brought to.
+
+    Raises:
+        OSError: it cannot be had.
+    """
+    try:
+        return Path(client.download_artifacts(run_id, path, str(folder)))
+    except Exception as error:
+        if isinstance(error, OSError) or not _is_mlflows(error):
+            raise
+        raise OSError(str(error).split("\n")[0]) from error
+
+
+def _relocate(workspace: Path) -> None:
+    if moved := relocate(workspace, _database(workspace), EXPERIMENT):
+        print(moved, file=sys.stderr, flush=True)
+
+
+def _is_mlflows(error: Exception) -> bool:
+    """Return whether it is an error of MLflow's, which nothing raises before MLflow is imported."""
+    known = sys.modules.get("mlflow.exceptions")
+    return known is not None and isinstance(error, known.MlflowException)
 
 
 @contextmanager
@@ -195,12 +243,11 @@ def answering(workspace: Path) -> Iterator[None]:
     Raises:
         RegistryUnreachable: the server did not answer, or answered that it is in trouble itself.
     """
-    from mlflow.exceptions import MlflowException
-
+    in_trouble = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
     try:
         yield
-    except MlflowException as error:
-        if error.error_code not in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"):
+    except Exception as error:
+        if not _is_mlflows(error) or getattr(error, "error_code", "") not in in_trouble:
             raise
         raise RegistryUnreachable(
             "MLflow stopped answering", where=tracking_uri(workspace), got=str(error).split("\n")[0], fix="run it again"

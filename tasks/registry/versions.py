@@ -13,6 +13,7 @@ from tasks.core.artifacts import atomic_folder, read_manifest
 from tasks.core.errors import BadModel, BadParams
 from tasks.registry.alias_log import moves, one_line
 from tasks.registry.client import KEY_TAG, answering, connect
+from tasks.registry.local_reader import RegistryReader
 from tasks.registry.names import ARTIFACT
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _PAGE = 1000
 _ADDRESS = re.compile(r"models:/([^/@]+)(?:/(\d+)|@([^/@]+))")
 
 
-def find_version(client: MlflowClient, model: str, key: str) -> ModelVersion | None:
+def find_version(client: RegistryReader, model: str, key: str) -> ModelVersion | None:
     """Find the version of a model that was registered from this content, if there is one."""
     return next((v for v in versions(client, model) if v.tags.get(KEY_TAG) == key), None)
 
@@ -46,7 +47,7 @@ def remove_doubles(client: MlflowClient, model: str, key: str) -> ModelVersion:
     return same[0]
 
 
-def versions(client: MlflowClient, model: str) -> list[ModelVersion]:
+def versions(client: RegistryReader, model: str) -> list[ModelVersion]:
     """List all versions of a model, oldest first; none when the model does not exist."""
     found: list[ModelVersion] = []
     page: str | None = None
@@ -57,7 +58,7 @@ def versions(client: MlflowClient, model: str) -> list[ModelVersion]:
     return sorted(found, key=lambda version: int(version.version))
 
 
-def version_of(client: MlflowClient, model: str, number: str) -> ModelVersion:
+def version_of(client: RegistryReader, model: str, number: str) -> ModelVersion:
     """Look up a version by its number.
 
     Raises:

@@ -15,9 +15,10 @@ import pytest
 from ruamel.yaml import YAML
 
 from bench.registered import made, model_and_sources, workspace_at
-from flows.promote import promote, rollback
+from flows.promote import promote as promote_flow
 from flows.registry import history
 from flows.registry.evidence import broken
+from flows.registry.promotion import promote, rollback
 from tasks.core.artifacts import digests
 from tasks.core.errors import AliasMoved, BadModel, BadParams, GateRefused
 from tasks.register.stage import register
@@ -57,7 +58,7 @@ def champion(workspace: Path) -> str:
 
 
 def test_a_version_that_passes_becomes_champion_and_its_verdict_is_kept(workspace: Path) -> None:
-    done = promote.fn(workspace, "1", "the first")
+    done = promote(workspace, "1", "the first")
     assert (done.champion, done.moved, done.passed) == ("1", True, True)
     assert champion(workspace) == "1"
     client = connect(workspace)
@@ -74,12 +75,12 @@ def test_a_version_that_passes_becomes_champion_and_its_verdict_is_kept(workspac
         str(version.run_id), f"verdicts/version-1-{move.verdict[:12]}.json", str(workspace)
     )
     assert json.loads(Path(path).read_text()) == kept
-    assert promote.fn(workspace, "1").findings == ["it is champion already"]
+    assert promote(workspace, "1").findings == ["it is champion already"]
 
 
 def test_a_version_that_fails_moves_nothing_and_says_why(workspace: Path) -> None:
-    promote.fn(workspace, "2")
-    done = promote.fn(workspace, "3")
+    promote(workspace, "2")
+    done = promote(workspace, "3")
     assert (done.champion, done.moved, done.passed) == ("2", False, False)
     assert done.verdict is not None
     assert [finding.check for finding in done.verdict.findings if not finding.passed] == ["against champion"]
@@ -92,11 +93,11 @@ def test_a_version_that_fails_moves_nothing_and_says_why(workspace: Path) -> Non
 def test_a_rollback_restores_the_same_bytes(workspace: Path) -> None:
     """A hundred: python -m bench.registry rollback"""
     client = connect(workspace)
-    promote.fn(workspace, "1")
+    promote(workspace, "1")
     before = digests(fetch_model(client, version_at(client, f"models:/{MODEL}@champion")))
     for _ in range(3):
-        promote.fn(workspace, "2")
-        done = rollback.fn(workspace, None, "not good")
+        promote(workspace, "2")
+        done = rollback(workspace, None, "not good")
         assert (done.champion, done.moved) == ("1", True)
         assert digests(fetch_model(client, version_at(client, f"models:/{MODEL}@champion"))) == before
     assert [move.action for move in moves(client, MODEL)] == ["promote", *["promote", "rollback"] * 3]
@@ -107,45 +108,45 @@ def test_a_version_that_is_not_there_is_refused(workspace: Path, version: str) -
     """Row 79."""
     said = r"version .* does not exist \(latest 3\)"
     with pytest.raises(BadParams, match=said):
-        promote.fn(workspace, version)
+        promote(workspace, version)
     with pytest.raises(BadParams, match=said):
-        rollback.fn(workspace, version)
+        rollback(workspace, version)
     assert moves(connect(workspace), MODEL) == []
 
 
 def test_a_rollback_without_a_past_is_refused(workspace: Path) -> None:
     """Row 79."""
     with pytest.raises(BadParams, match="no earlier version to roll back to"):
-        rollback.fn(workspace)
-    promote.fn(workspace, "1")
+        rollback(workspace)
+    promote(workspace, "1")
     with pytest.raises(BadParams, match="no earlier version to roll back to"):
-        rollback.fn(workspace)
+        rollback(workspace)
 
 
 def test_only_what_was_champion_comes_back(workspace: Path) -> None:
     """Row 79: the gate cannot be gone around."""
-    promote.fn(workspace, "1")
-    assert not promote.fn(workspace, "3").passed
+    promote(workspace, "1")
+    assert not promote(workspace, "3").passed
     for version in ("2", "3"):
         with pytest.raises(GateRefused, match=f"version {version} was not champion before"):
-            rollback.fn(workspace, version)
+            rollback(workspace, version)
     with pytest.raises(GateRefused, match="version 1 is champion already"):
-        rollback.fn(workspace, "1")
+        rollback(workspace, "1")
     assert champion(workspace) == "1"
 
 
 def test_two_promoters_cannot_both_win(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another one moves the alias while this one reads the files of its version."""
     client = connect(workspace)
-    promote.fn(workspace, "1")
+    promote(workspace, "1")
 
     def slowly(*given: object) -> str:
         move_champion(client, MODEL, moves(client, MODEL), "promote", "2")
         return ""
 
-    monkeypatch.setattr("flows.promote.broken", slowly)
+    monkeypatch.setattr("flows.registry.promotion.broken", slowly)
     with pytest.raises(AliasMoved, match="alias moved from v1 to v2 meanwhile"):
-        promote.fn(workspace, "2")
+        promote(workspace, "2")
     assert [move.to for move in moves(client, MODEL)] == ["1", "2"]
 
 
@@ -175,20 +176,20 @@ def test_a_kill_at_any_request_leaves_a_champion_that_passed_and_the_next_try_co
 ) -> None:
     """At random moments, a hundred times: python -m bench.registry promote"""
     client = connect(workspace)
-    promote.fn(workspace, "1")
+    promote(workspace, "1")
     kills = 0
     while True:
         with monkeypatch.context() as patch:
-            patch.setattr("flows.promote.connect", Dying(client, kills + 1).of)
+            patch.setattr("flows.registry.promotion.connect", Dying(client, kills + 1).of)
             try:
-                promote.fn(workspace, "2")
+                promote(workspace, "2")
             except KeyboardInterrupt:
                 kills += 1
             else:
                 break
         assert champion(workspace) in ("1", "2")
-        assert promote.fn(workspace, "2").champion == champion(workspace) == "2"
-        rollback.fn(workspace)
+        assert promote(workspace, "2").champion == champion(workspace) == "2"
+        rollback(workspace)
         assert champion(workspace) == "1"
     assert kills > 10
     ledger = moves(client, MODEL)
@@ -210,22 +211,22 @@ def test_what_was_changed_after_it_was_registered_is_not_promoted_nor_rolled_bac
             number,
             *model_and_sources(workspace),
         )
-    promote.fn(workspace, "1")
+    promote(workspace, "1")
     weights = fetch_model(client, version_of(client, MODEL, "2")) / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     assert "was changed after it was written" in broken(client, version_of(client, MODEL, "2"))
-    done = promote.fn(workspace, "2")
+    done = promote(workspace, "2")
     assert done.verdict is not None
     assert [finding.check for finding in done.verdict.findings if not finding.passed] == ["files"]
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert promote.fn(workspace, "2").passed
+    assert promote(workspace, "2").passed
     first = fetch_model(client, version_of(client, MODEL, "1")) / "config.json"
     first.write_text(first.read_text() + " ")
     with pytest.raises(BadModel, match="its files are not what was registered"):
-        rollback.fn(workspace)
+        rollback(workspace)
     assert champion(workspace) == "2"
 
 
@@ -237,10 +238,10 @@ def test_results_that_are_not_the_versions_own_are_refused(workspace: Path, tmp_
         MODEL, "2", tag.digest_of("examples.parquet"), one.tags[tag.digest_of("examples.parquet")]
     )
     with pytest.raises(BadParams, match="these are not the results that were registered"):
-        promote.fn(workspace, "2")
+        promote(workspace, "2")
     client.delete_model_version_tag(MODEL, "2", tag.REPORT)
     with pytest.raises(BadParams, match="was registered without a report"):
-        promote.fn(workspace, "2")
+        promote(workspace, "2")
     assert two.tags[tag.REPORT] != one.tags[tag.REPORT]
 
 
@@ -254,7 +255,7 @@ def test_compare_tells_the_paired_gain(workspace: Path) -> None:
 
 
 def test_lineage_goes_from_a_version_to_its_rows(workspace: Path) -> None:
-    promote.fn(workspace, "2", "better")
+    promote(workspace, "2", "better")
     found = history.lineage(workspace, f"models:/{MODEL}@champion")
     assert found == history.lineage(workspace, "2")
     assert found["key"] == "content-2"
@@ -314,7 +315,7 @@ def test_a_promotion_waits_for_a_persons_word(prefect: None, workspace: Path, mo
     ask_a_person(workspace, 100)
     for answer, note, champion_then in ((False, "wait for Monday", None), (True, "looks good", "1")):
         thread = waiting(answer, note)
-        done = promote(workspace, "1", "retrained")
+        done = promote_flow(workspace, "1", "retrained")
         thread.join()
         assert done.champion == champion_then
         assert done.passed == done.moved == answer
@@ -338,11 +339,11 @@ def test_a_promotion_that_nobody_answers_ends(prefect: None, workspace: Path, mo
     monkeypatch.setattr("flows.registry.approval.POLL_S", 0.2)
     ask_a_person(workspace, 1)
     with pytest.raises(GateRefused, match="nobody approved of version 1 within 1 s"):
-        promote(workspace, "1")
+        promote_flow(workspace, "1")
     assert moves(connect(workspace), MODEL) == []
 
 
 def test_outside_of_a_flow_run_nobody_could_approve(workspace: Path) -> None:
     ask_a_person(workspace, 1)
     with pytest.raises(BadParams, match="needs a flow run"):
-        promote.fn(workspace, "1")
+        promote(workspace, "1")

@@ -176,8 +176,22 @@ def test_again_with_nothing_changed_nothing_runs(copy: Path) -> None:
     assert "nothing has changed since the last run" in said
     assert "completed" not in said
     assert digests(copy, "data", "models") == before
+    recorded = flow_runs(copy)
+    assert temper(copy, "run").stdout == said  # the second time without a server, which has nothing to record
+    assert flow_runs(copy) == recorded
+    (copy / ".temper" / "last-run.json").write_text("{")  # cut by a kill
+    (copy / COMPARISON).unlink()
+    assert temper(copy, "run").stdout == said
+    assert flow_runs(copy) == recorded + 1
+    assert (copy / COMPARISON).is_file()
     assert dvc(copy, "status").strip() == "Data and pipelines are up to date."
     assert "Running stage" not in dvc(copy, "repro")
+
+
+def flow_runs(workspace: Path) -> int:
+    with sqlite3.connect(workspace / ".temper" / "prefect" / "prefect.db") as database:
+        (count,) = database.execute("select count(*) from flow_run").fetchone()
+    return int(count)
 
 
 def test_a_second_clone_gives_the_same_bytes_by_the_commands_alone(

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from bench.registered import made, model_and_sources, workspace_at
-from flows.registry.evidence import broken, evidence
+from flows.registry.evidence import broken
 from tasks.adapters.attach import init_adapter, load_packaged, save_adapter
 from tasks.adapters.package import FOLDER
 from tasks.core.artifacts import atomic_folder, digests
@@ -109,7 +109,7 @@ def test_a_kill_after_any_request_loses_nothing_and_doubles_nothing(
                 break
     assert kills > 1
     assert [each.version for each in versions(client, "temper-tiny")] == [version.version]
-    assert evidence(client, version, with_files=True).broken == ""
+    assert broken(client, version) == ""
     history = client.get_metric_history(str(version.run_id), "score.held_out")
     assert [metric.value for metric in history] == [0.75]
 
