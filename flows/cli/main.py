@@ -262,19 +262,23 @@ def estimate(
         Path | None, typer.Option(help="A model folder or a config.json; without it, the base of the workspace.")
     ] = None,
     method: Annotated[str | None, typer.Option(help="One method of params.yaml; without it, all.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="A graphics card that need not be here, such as h100, a100, l4 or 4090.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     workspace: WorkspaceOption = None,
 ) -> None:
     """Tell what memory and time each method would need before anything is run, what fits here, and what would.
 
-    No weights are read: the largest training step is rehearsed on tensors without numbers. Times are rough.
+    No weights are read: the largest training step is rehearsed on tensors without numbers. Times are rough; those of a
+    card that is not here follow from what its maker says of it.
     """
     from flows.files.estimate import estimates
     from tasks.core.stage import quiet_libraries
 
     quiet_libraries()
     named = model.resolve() if model else None
-    found = estimates(enter(workspace), named, method)
+    found = estimates(enter(workspace), named, method, device)
     typer.echo(json.dumps(found, indent=2, ensure_ascii=False)) if as_json else console.estimation(found)
 
 

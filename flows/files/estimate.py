@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from tasks.train.examples import Example
 
 
-def estimates(workspace: Path, model: Path | None, only: str | None) -> dict[str, Any]:
+def estimates(workspace: Path, model: Path | None, only: str | None, card: str | None = None) -> dict[str, Any]:
     """Estimate what training would need.
 
     Args:
         workspace: its params.yaml lists the methods, its rendered rows give the lengths of rows.
         model: a model folder or a config.json; without one, the workspace's base.
         only: the method to look at; without one, all.
+        card: a graphics card that need not be here, of `cards.CARDS`; without one, this machine is meant.
 
     Returns:
         `model` and `rows` (what was estimated from), `machine`, and `methods`: for each and each dtype its parameters,
@@ -37,14 +38,14 @@ def estimates(workspace: Path, model: Path | None, only: str | None) -> dict[str
         method that cannot be estimated `problem` says why, and the rest is empty.
 
     Raises:
-        BadParams: there is no such method.
+        BadParams: there is no such method, or card.
         BadModel: there is no config to estimate from.
         TemperError: no method can be estimated; it is what is wrong with the first one.
     """
     import torch
 
     from tasks.models.device import compute_dtype, device
-    from tasks.train.estimate.estimate import rates, this_machine
+    from tasks.train.estimate.estimate import a_card, rates, this_machine
     from tasks.train.estimate.meta_model import read_model_config
 
     params = load_params(workspace / pipeline.PARAMS)
@@ -53,17 +54,21 @@ def estimates(workspace: Path, model: Path | None, only: str | None) -> dict[str
     source = model or _base(workspace, params)
     config = read_model_config(source)
     target, usual = device(), compute_dtype()
+    if card is not None:  # tensors without numbers are as large on the CPU, which every build of PyTorch knows
+        target, (machine, usual, speeds) = torch.device("cpu"), a_card(card)
+    else:
+        machine, speeds = this_machine(target), partial(rates, device=target)
     dtypes = sorted((torch.bfloat16, torch.float32), key=lambda dtype: dtype != usual)
     rendered = next(workspace / out for out in pipeline.load(workspace)["render"].outs)
     known = (rendered / MANIFEST).is_file()
-    speeds, machine = {dtype: rates(dtype, target) for dtype in dtypes}, this_machine(target)
+    reached = {dtype: speeds(dtype) for dtype in dtypes}
 
     def estimated(name: str, method: Method) -> dict[str, Any]:
         rows = _rows(rendered, method, config) if known else _full_rows(params, config)
         needs = partial(_needs, config=config, target=target, known=known)
         found = {dtype: needs(method, rows(method), dtype) for dtype in dtypes}
         fits = found[usual].memory.total <= machine.room_bytes
-        figures = {_named(dtype): _figures(each, machine, speeds[dtype], known) for dtype, each in found.items()}
+        figures = {_named(dtype): _figures(each, machine, reached[dtype], known) for dtype, each in found.items()}
         suggestions = [] if fits else _suggestions(partial(needs, dtype=usual), name, method, rows, machine)
         return {"problem": None, "dtypes": figures, "suggestions": suggestions}
 
@@ -71,7 +76,7 @@ def estimates(workspace: Path, model: Path | None, only: str | None) -> dict[str
     return {
         "model": str(source),
         "rows": str(rendered) if known else f"none rendered yet: all of {params.render.max_tokens} tokens, all targets",
-        "machine": {**machine._asdict(), "dtype": _named(usual)},
+        "machine": {**machine._asdict(), "dtype": _named(usual), "here": card is None},
         "methods": _each(chosen, estimated),
     }
 

@@ -20,7 +20,7 @@ from tasks.adapters.params import (
     PTuningV2Adapter,
     QloraAdapter,
 )
-from tasks.core.errors import BadModel
+from tasks.core.errors import BadModel, BadParams
 from tasks.core.memory import GIB, free_bytes, readable_bytes
 from tasks.engine.memory import AdaptiveMicroBatch, recompute_activations
 from tasks.inference.encoder_decoder import PairRow
@@ -264,6 +264,28 @@ def this_machine(device: torch.device) -> Machine:
         free, _ = torch.cuda.mem_get_info(device)
         return Machine(torch.cuda.get_device_name(device), free, 0)
     return Machine("cpu", free_bytes(), psutil.Process().memory_info().rss)
+
+
+def a_card(name: str) -> tuple[Machine, torch.dtype, Callable[[torch.dtype], Rates]]:
+    """Describe a card that need not be here: its memory, the dtype that it trains in, and its rates in a dtype.
+
+    Raises:
+        BadParams: it is not known.
+    """
+    import torch
+
+    from tasks.models.cards import CARDS, CONTEXT_GIB, REACHED
+
+    card = CARDS.get(name.lower())
+    if card is None:
+        raise BadParams("is no card that is known", where="--device", got=name, expected=", ".join(CARDS))
+    machine = Machine(card.name, int(card.memory_gib * GIB), int(CONTEXT_GIB * GIB))
+
+    def rates_of(dtype: torch.dtype) -> Rates:
+        tflops = card.half_tflops if dtype == torch.bfloat16 and card.has_bf16 else card.single_tflops
+        return Rates(REACHED * tflops * 1e12, 2 * REACHED * card.gb_per_s * 1e9)
+
+    return machine, torch.bfloat16 if card.has_bf16 else torch.float32, rates_of
 
 
 def rates(dtype: torch.dtype, device: torch.device) -> Rates:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,26 @@ def test_what_does_not_fit_is_said_with_what_would(workspace: Path, tmp_path: Pa
     assert "NO, " in done.stdout
     assert " short" in done.stdout
     assert "qlora would fit with a machine with " in done.stdout
+
+
+def test_a_card_that_is_not_here_has_its_own_memory_and_speed(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As large as here, and faster as the data sheets say: bound by neither alone, so between their two ratios."""
+    here = estimates(workspace, None, "reft")["methods"]["reft"]["dtypes"]
+    cards = {name: estimates(workspace, None, "reft", name) for name in ("H100", "a100", "t4")}
+    for found in cards.values():
+        for dtype, each in found["methods"]["reft"]["dtypes"].items():
+            assert each["total"] == here[dtype]["total"]
+            room = found["machine"]["free_bytes"] - found["machine"]["process_bytes"]
+            assert each["left_bytes"] == room - each["total"]
+    step = {name: found["methods"]["reft"]["dtypes"]["bfloat16"]["step_s"] for name, found in cards.items()}
+    assert 3350 / 2039 < step["a100"] / step["H100"] < 989.4 / 312
+    assert [found["machine"]["dtype"] for found in cards.values()] == ["bfloat16", "bfloat16", "float32"]
+    console.estimation(cards["t4"])
+    assert re.search(r"machine: Tesla T4, trains in float32, 15.0 GiB free, .*\n +an estimate", capsys.readouterr().out)
+    with pytest.raises(BadParams, match=r"is no card that is known(.|\n)*h100"):
+        estimates(workspace, None, None, "cyrix")
 
 
 def changed(workspace: Path, section: str, name: str, value: Any) -> None:
