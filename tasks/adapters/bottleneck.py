@@ -31,6 +31,7 @@ from tasks.adapters.hooks import (
     peft_type,
     register_with_peft,
 )
+from tasks.adapters.pass_state import PassState
 
 BOTTLENECK_FORMS = {
     "houlsby": ("attention_output", "mlp_output"),
@@ -98,6 +99,12 @@ class Bottleneck(nn.Module):
             return added.to(x.dtype)
 
 
+class _Pass(PassState):
+    """Residual stream that a layer's bottlenecks read: from the norm before its MLP to the end of that."""
+
+    read: Tensor | None = None
+
+
 class BottleneckLayer(HookedLayer):
     """The bottlenecks on one module's output, by adapter."""
 
@@ -108,18 +115,21 @@ class BottleneckLayer(HookedLayer):
         super().__init__(module)
         self.bottleneck_parts = nn.ModuleDict()
         self._reads_norm = norm is not None
-        self._read: Tensor | None = None
+        self._pass = _Pass()
         if norm is not None:
-            self._handles.append(norm.register_forward_pre_hook(self._take))
+            self._handles += [norm.register_forward_pre_hook(self._take), module.register_forward_hook(self._drop)]
 
     def changed(self, hidden: Tensor, adapter_name: str) -> Tensor:
         """Add what the bottleneck makes of its input."""
-        read = self._read if self._reads_norm else hidden
+        read = self._pass.read if self._reads_norm else hidden
         added: Tensor = self.bottleneck_parts[adapter_name](read)
         return hidden + added
 
     def _take(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
-        self._read = args[0]
+        self._pass.read = args[0]
+
+    def _drop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._pass.read = None
 
 
 class BottleneckModel(HookedTuner):

@@ -6,6 +6,7 @@ They are PEFT's (prompt tuning, P-tuning, prefix tuning); here is where a forwar
 from __future__ import annotations
 
 import inspect
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +50,19 @@ def with_virtual_tokens(model: PreTrainedModel | PeftModel, given: dict[str, Any
         return {**given, "past_key_values": prompt}, 0
     embedded = model.get_input_embeddings()(given.pop("input_ids"))
     return {**given, "inputs_embeds": torch.cat([prompt.to(embedded.dtype), embedded], dim=1)}, count
+
+
+def for_generation(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
+    """Return what `generate` is to be called of: with virtual tokens a form of the model for this one call.
+
+    PEFT puts a method of its own on the base for as long as it generates, and takes it off again while another thread
+    may still be generating. The form has the same modules and weights, and is a base and a wrapper of its own.
+    """
+    if not virtual_tokens(model):
+        return model
+    own = copy(model)
+    own._modules = {**model._modules, "base_model": copy(model._modules["base_model"])}
+    return own
 
 
 def start_from_text(model: PeftModel, ids: list[int]) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from tasks.adapters.pass_state import PassState
 from tasks.adapters.positions import Spans, parse_positions
 
 IGNORED = -100
@@ -64,15 +65,22 @@ def _from(prompts: Segments, start: Tensor, count: Tensor) -> Places:
     return prompts.row[which], start[which] + offset
 
 
+class _Pass(PassState):
+    """Prompts of a forward pass: those that it has, and what was said of them before it."""
+
+    def __init__(self) -> None:
+        self.prompts: Segments | None = None
+        self.places: dict[Spans, dict[str, Places]] = {}
+        self.labels: Tensor | None = None
+        self.given: Segments | None = None
+
+
 class Prompts:
-    """Follows a model's forward passes, and knows where the prompts of the present one are."""
+    """Follows a model's forward passes, and knows where the prompts of this thread's present one are."""
 
     def __init__(self) -> None:
         """Begin without a forward pass."""
-        self.now: Segments | None = None
-        self._found: dict[Spans, dict[str, Places]] = {}
-        self._labels: Tensor | None = None
-        self._given: Segments | None = None
+        self._pass = _Pass()
         self._handles: list[Any] = []
         self._seen: Any = WeakIdKeyDictionary()
 
@@ -113,73 +121,74 @@ class Prompts:
     @contextmanager
     def at(self, row: Tensor, start: Tensor, length: Tensor) -> Iterator[None]:
         """Set the prompts for this block, as in `Segments`; a row may hold several."""
-        self._given = Segments(row, start, length)
+        self._pass.given = Segments(row, start, length)
         try:
             yield
         finally:
-            self._given = None
+            self._pass.given = None
 
     @contextmanager
     def among(self, rows: Tensor) -> Iterator[None]:
         """Keep within this block those of the prompts set before that are in these rows of the batch, (rows,) int64."""
-        before = self._given
+        before = self._pass.given
         if before is not None and before is not _NONE:
             inside = torch.isin(before.row, rows)
             place = (before.row[inside, None] == rows).int().argmax(1)
-            self._given = Segments(place, before.start[inside], before.length[inside])
+            self._pass.given = Segments(place, before.start[inside], before.length[inside])
         try:
             yield
         finally:
-            self._given = before
+            self._pass.given = before
 
     @contextmanager
     def nowhere(self) -> Iterator[None]:
         """Declare that there are no prompts within this block, so that nothing is edited."""
-        before, self._given = self._given, _NONE
+        before, self._pass.given = self._pass.given, _NONE
         try:
             yield
         finally:
-            self._given = before
+            self._pass.given = before
 
     def places(self, spans: Spans) -> dict[str, Places]:
         """Return the tokens to edit in the present forward pass; empty while it goes on from a cache."""
-        if self.now is None:
+        present = self._pass
+        if present.prompts is None:
             return {}
-        if spans not in self._found:
-            self._found[spans] = places(self.now, spans)
-        return self._found[spans]
+        if spans not in present.places:
+            present.places[spans] = places(present.prompts, spans)
+        return present.places[spans]
 
     def _remember(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         if getattr(layer, "gradient_checkpointing", False) and layer.training and args:
-            self._seen[args[0]] = (self.now, self._found)
+            self._seen[args[0]] = (self._pass.prompts, self._pass.places)
 
     def _recall(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._seen and torch._C._current_graph_task_id() != -1:  # within a backward pass
             given = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)), None)
             if given is not None and given in self._seen:
-                self.now, self._found = self._seen[given]
+                self._pass.prompts, self._pass.places = self._seen[given]
 
     def _take_labels(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._labels = None if getattr(model.config, "is_encoder_decoder", False) else kwargs.get("labels")
+        self._pass.labels = None if getattr(model.config, "is_encoder_decoder", False) else kwargs.get("labels")
 
     def _drop_labels(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._labels = None
+        self._pass.labels = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _find(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._found = {}
+        self._pass.places = {}
         cache = kwargs.get("past_key_values")
-        if self._given is not None:
-            self.now = None if self._given is _NONE else self._given
+        if self._pass.given is not None:
+            self._pass.prompts = None if self._pass.given is _NONE else self._pass.given
         elif cache is not None and cache.get_seq_length() > 0:
-            self.now = None
+            self._pass.prompts = None
         else:
             given = args[0] if args else kwargs.get("input_ids")
             tokens = kwargs["inputs_embeds"] if given is None else given
-            if self._labels is None and torch.is_grad_enabled() and body.training and _learns(body):
+            if self._pass.labels is None and torch.is_grad_enabled() and body.training and _learns(body):
                 warnings.warn("ReFT trains without labels: every token is taken for a prompt's", stacklevel=2)
             valid = _valid(tokens, kwargs.get("attention_mask"))
-            self.now = find_positions(valid, self._labels, _packed(kwargs))
+            self._pass.prompts = find_positions(valid, self._pass.labels, _packed(kwargs))
 
 
 def _learns(body: nn.Module) -> bool:

@@ -68,7 +68,8 @@ def test_trl_trains_it_and_its_labels_tell_the_prompts(
 
     def spy(self: Prompts, *args: Any) -> None:
         find(self, *args)
-        seen.append(sorted(self.now.length.tolist()) if self.now else [])
+        prompts = self._pass.prompts
+        seen.append(sorted(prompts.length.tolist()) if prompts else [])
 
     monkeypatch.setattr(Prompts, "_find", spy)
     with warnings.catch_warnings():
