@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from threading import RLock
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,7 +31,7 @@ def agree(base: nn.Module, one: Tensor, other: Tensor) -> bool:
 
 
 def holds(base: nn.Module, claim: str, compare: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> bool:
-    """Return whether a claim about a model is true, which is found out once.
+    """Return whether a claim about a model is true, which is found out once, whichever thread asks first.
 
     What is only an outline of a model, without numbers, is taken at its word.
 
@@ -39,13 +41,28 @@ def holds(base: nn.Module, claim: str, compare: Callable[[], Iterable[tuple[Tens
         compare: gives pairs of results, (tokens, width) each, that are the same if it is true. It runs without
             gradients, dropout or edits of prompts, and an error in it is a no, but for a `BadModel`.
     """
-    known = _known.setdefault(base, {})
-    if claim not in known:
-        known[claim] = is_true(base, compare)
-    return known[claim]
+    claims = _known.setdefault(base, {})
+    if claim not in claims:
+        with turn_of(base):
+            if claim not in claims:
+                claims[claim] = is_true(base, compare)
+    return claims[claim]
+
+
+def known(base: nn.Module, claim: str) -> bool | None:
+    """Return what was found out about a claim; None: nothing yet."""
+    return _known.get(base, {}).get(claim)
 
 
 _known: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
+
+
+def turn_of(base: nn.Module) -> Any:
+    """Return the lock of a model, which a thread may take again: for proofs, and for passes that must be alone."""
+    return _turns.setdefault(base, RLock())
+
+
+_turns: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 def is_true(base: nn.Module, compare: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> bool:

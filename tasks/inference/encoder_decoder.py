@@ -71,13 +71,15 @@ def score_pairs(
     computes from `labels`. `with_mean` also gives the mean over the vocabulary, `with_likeliest` what is the arg-max.
     """
     from tasks.inference.linear_cross_entropy import score_logits
+    from tasks.inference.turns import in_turn
 
     labels = padded([row.target_ids for row in rows], IGNORED, model.device).ids
-    logits = model(
-        **_encoded(model, [tuple(row.input_ids) for row in rows]),
-        decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels=labels),  # type: ignore[operator]
-        use_cache=False,
-    ).logits
+    with in_turn(model):
+        logits = model(
+            **_encoded(model, [tuple(row.input_ids) for row in rows]),
+            decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels=labels),  # type: ignore[operator]
+            use_cache=False,
+        ).logits
     logits = logits[:, -labels.shape[1] :]  # after the positions of a soft prompt, where the decoder has one
     scored = labels != IGNORED
     scores = score_logits(logits[scored], labels[scored], with_mean=with_mean, with_likeliest=with_likeliest)
@@ -145,11 +147,13 @@ def generate_targets(
     """
     import torch
 
+    from tasks.adapters.prompt_tuning import for_generation
     from tasks.inference.sampling import decoding, until
+    from tasks.inference.turns import in_turn
 
     given = padded(inputs, 0, model.device)
-    with torch.no_grad():
-        written: Tensor = model.generate(  # type: ignore[operator]
+    with torch.no_grad(), in_turn(model):
+        written: Tensor = for_generation(model).generate(  # type: ignore[operator]
             input_ids=given.ids,
             attention_mask=given.attended,
             max_new_tokens=max_new_tokens,

@@ -25,7 +25,7 @@ from tasks.adapters.reft.prompt_positions import prompts_of
 from tasks.adapters.reft.tuner import ReftConfig, ReftLayer
 from tasks.inference.agreement import is_true
 from tasks.inference.prefix_sharing import unpack_rows
-from tasks.inference.rope import forget_longest
+from tasks.inference.rope import own_frequencies
 from tasks.models.decoder import forwards_instead, made_up_tokens
 
 
@@ -171,11 +171,10 @@ class FrozenLayerCache:
             if not self._last:
                 raise _Enough
 
-        forget_longest(self._body)
         handle = self._layers[self._cut - 1].register_forward_hook(take, prepend=True)
         cache = None
         try:
-            with self._prompts.nowhere() if self._prompts else nullcontext():
+            with self._prompts.nowhere() if self._prompts else nullcontext(), own_frequencies(self._body):
                 cache = getattr(self._body(input_ids=ids, use_cache=self._last > 0), "past_key_values", None)
         except _Enough:
             pass

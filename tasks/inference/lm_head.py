@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.core.errors import BadModel
-from tasks.inference.agreement import holds
+from tasks.inference.agreement import holds, turn_of
 from tasks.inference.linear_cross_entropy import Head
 from tasks.models.decoder import decoder_of, forwards_instead, made_up_tokens, own_code, unwrapped
 
@@ -66,11 +66,12 @@ def head_of(model: PreTrainedModel | PeftModel) -> Head | None:
     """Return the model's vocabulary head, if it is one plain matrix whose output is at most scaled and capped."""
     base = unwrapped(model)
     head = base.get_output_embeddings()
-    if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head):
-        return None
-    if base not in _forms:
-        _forms[base] = _form_of(base)
-    form = _forms[base]
+    with turn_of(base):  # another thread may have something else for this head while it finds out its form
+        if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head):
+            return None
+        if base not in _forms:
+            _forms[base] = _form_of(base)
+        form = _forms[base]
     return Head(head.weight, head.bias, form.scale, form.cap) if form else None
 
 

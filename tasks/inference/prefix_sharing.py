@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from tasks.inference.agreement import holds
 from tasks.inference.lm_head import takes_apart
 from tasks.inference.prefix_tree import Block, PrefixTreeBatch, Range
-from tasks.inference.rope import alike, forget_longest
+from tasks.inference.rope import alike, own_frequencies
+from tasks.inference.turns import in_turn
 from tasks.models.decoder import decoder_of, made_up_tokens
 
 NAME = "temper_joined"
@@ -109,13 +110,13 @@ def packed_hidden(base: Any, joined: PackedBatch | PrefixTreeBatch) -> Tensor:
     """Compute the hidden states that a decoder ends with, (tokens, hidden); of a prefix tree without gradients."""
     _make_known()
     base.config._attn_implementation = NAME
-    forget_longest(base)
     nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=joined.ids.device)  # a ready mask, so that none is made
     layout = {"joined_trees": joined.trees} if isinstance(joined, PackedBatch) else {"joined_blocks": joined.blocks}
     decoder: Any = decoder_of(base)
-    hidden: Tensor = decoder(
-        input_ids=joined.ids, position_ids=joined.positions, attention_mask=nothing, use_cache=False, **layout
-    ).last_hidden_state
+    with in_turn(base), own_frequencies(base):
+        hidden: Tensor = decoder(
+            input_ids=joined.ids, position_ids=joined.positions, attention_mask=nothing, use_cache=False, **layout
+        ).last_hidden_state
     return hidden[0]
 
 

@@ -1,15 +1,21 @@
 """Rotary positions that depend on how long a sequence is: dynamic NTK scaling and LongRoPE (arXiv:2402.13753).
 
 transformers takes the longest row of a batch for all of it, and with dynamic scaling the longest that it has seen. Here
-rows of one batch are only those that would have the same frequencies alone, and what was seen before is forgotten.
+rows of one batch are only those that would have the same frequencies alone, and every pass has its own, whatever was
+seen before it or is seen beside it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from functools import partial
 from typing import Any
 
 from torch import nn
+
+from tasks.models.decoder import forwards_instead
 
 
 def alike(config: Any, lengths: Sequence[int]) -> list[list[int]]:
@@ -31,18 +37,36 @@ def grouped(keys: Iterable[Hashable]) -> list[list[int]]:
     return list(groups.values())
 
 
-def forget_longest(base: nn.Module) -> None:
-    """Give dynamically scaled positions the frequencies back that they had before a long row was seen."""
-    if not any(kind == "dynamic" for kind, _ in _changing(base.config.get_text_config())):  # type: ignore[union-attr, operator]
+@contextmanager
+def own_frequencies(base: nn.Module) -> Iterator[None]:
+    """Run a pass with frequencies of its own, which begin as they were before any row was seen.
+
+    The model's code keeps them on its modules as they change; here that is a copy, for this block and thread.
+    """
+    if not any(_changing(base.config.get_text_config())):  # type: ignore[union-attr, operator]
+        yield
         return
-    for module in base.modules():
-        longest = getattr(module, "original_max_seq_len", None)
-        for name in [each for each in (*vars(module), *module._buffers) if each.endswith("original_inv_freq")]:
-            prefix = name.removesuffix("original_inv_freq")
-            now: Any = getattr(module, f"{prefix}inv_freq")
-            module.register_buffer(f"{prefix}inv_freq", getattr(module, name).to(now.device), persistent=False)
-            for seen in {f"{prefix}max_seq_len_cached", "max_seq_len_cached"} & vars(module).keys():
-                setattr(module, seen, longest)
+    ropes = {module: _unused(module) for module in base.modules() if _original(module)}
+    with forwards_instead({module: partial(type(copied).forward, copied) for module, copied in ropes.items()}):
+        yield
+
+
+def _unused(rope: nn.Module) -> nn.Module:
+    """Copy a module of rotary positions, with the frequencies that it had before a row was seen."""
+    copied, longest = copy(rope), getattr(rope, "original_max_seq_len", None)
+    copied._buffers = dict(rope._buffers)
+    for name in _original(rope):
+        prefix = name.removesuffix("original_inv_freq")
+        now: Any = getattr(rope, f"{prefix}inv_freq")
+        copied._buffers[f"{prefix}inv_freq"] = getattr(rope, name).to(now.device, copy=True)
+        for seen in {f"{prefix}max_seq_len_cached", "max_seq_len_cached"} & vars(rope).keys():
+            setattr(copied, seen, longest)
+    return copied
+
+
+def _original(module: nn.Module) -> list[str]:
+    """Return the names under which a module keeps the frequencies that it began with."""
+    return [name for name in (*vars(module), *module._buffers) if name.endswith("original_inv_freq")]
 
 
 def _changing(config: Any) -> Iterator[tuple[str, int]]:

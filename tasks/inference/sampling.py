@@ -50,7 +50,9 @@ def _generated(
 ) -> list[list[int]]:
     import torch
 
-    from tasks.inference.rope import forget_longest
+    from tasks.adapters.prompt_tuning import for_generation
+    from tasks.inference.rope import own_frequencies
+    from tasks.inference.turns import in_turn
     from tasks.models.decoder import unwrapped
 
     longest = max(map(len, prompts))
@@ -60,9 +62,8 @@ def _generated(
         ids[row, longest - len(prompt) :] = torch.tensor(list(prompt))
         attended[row, longest - len(prompt) :] = 1
     ids, attended = ids.to(model.device), attended.to(model.device)
-    forget_longest(unwrapped(model))
-    with torch.no_grad():
-        written: Tensor = model.generate(  # type: ignore[operator]
+    with torch.no_grad(), in_turn(model), own_frequencies(unwrapped(model)):
+        written: Tensor = for_generation(model).generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=attended,
             max_new_tokens=max_new_tokens,
@@ -100,12 +101,13 @@ def pads_on_left(model: Model) -> bool:
     """Return whether a model writes the same after a prompt with padding on its left: some count it for a position."""
     import torch
 
+    from tasks.adapters.prompt_tuning import for_generation
     from tasks.inference.agreement import holds
     from tasks.models.decoder import made_up_tokens, unwrapped
 
     def logits(ids: Tensor, attended: Tensor) -> Tensor:
         how = {"do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True, "output_logits": True}
-        written = model.generate(  # type: ignore[operator]
+        written = for_generation(model).generate(  # type: ignore[operator]
             input_ids=ids, attention_mask=attended, max_new_tokens=2, min_new_tokens=2, **how
         )
         return torch.stack([each[-1] for each in written.logits])

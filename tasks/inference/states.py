@@ -13,7 +13,8 @@ from tasks.adapters.reft.prompt_positions import prompts_of
 from tasks.core.errors import BadModel
 from tasks.inference.agreement import holds
 from tasks.inference.lm_head import takes_apart
-from tasks.inference.rope import alike, forget_longest, grouped
+from tasks.inference.rope import alike, grouped, own_frequencies
+from tasks.inference.turns import in_turn
 from tasks.models.decoder import decoder_of, made_up_tokens, own_code, unwrapped
 from tasks.models.loader import Model
 
@@ -78,9 +79,8 @@ def pads(base: Any) -> bool:
 
 def _run(base: Any, given: dict[str, Any]) -> Tensor:
     """Run the decoder, or all of a model that does not come apart."""
-    forget_longest(base)
     decoder: Any = decoder_of(base) if takes_apart(base) else None
-    with own_code(base):
+    with own_code(base), in_turn(base), own_frequencies(base):
         found: Tensor = base(**given).logits if decoder is None else decoder(**given).last_hidden_state
     return found
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
 from pathlib import Path
+from threading import Lock
 from traceback import extract_tb
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
@@ -48,18 +52,49 @@ _decoders: WeakKeyDictionary[nn.Module, ref[nn.Module]] = WeakKeyDictionary()
 
 @contextmanager
 def forwards_instead(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Replace the forward passes of modules within the block; all else of them stays."""
-    before = {module: vars(module).get("forward") for module in forwards}
-    for module, forward in forwards.items():
-        module.forward = forward
+    """Replace the forward passes of modules within the block and its thread; all else of them stays.
+
+    Other threads' passes through the same modules are the modules' own.
+    """
+    with _replacing:
+        for module in forwards:
+            _blocks[module] = _blocks.get(module, 0) + 1
+            if _blocks[module] == 1:
+                module.forward = _by_thread(module, module.forward)
+    within = _instead.set({**_instead.get(), **forwards})
     try:
         yield
     finally:
-        for module, own in before.items():
-            if own is None:
-                del module.forward
-            else:
-                module.forward = own
+        _instead.reset(within)
+        with _replacing:
+            for module in forwards:
+                _blocks[module] -= 1
+                if not _blocks[module]:
+                    del _blocks[module]
+                    _restore(module, module.forward.__wrapped__)  # type: ignore[attr-defined]
+
+
+_instead: ContextVar[Mapping[nn.Module, Callable[..., Any]]] = ContextVar(
+    "forwards instead", default=MappingProxyType({})
+)
+_replacing = Lock()
+_blocks: dict[nn.Module, int] = {}
+"""How many blocks, of all threads, a module's forward pass is replaced in at present."""
+
+
+def _by_thread(module: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(own)  # `generate` looks at the arguments of some
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return _instead.get().get(module, own)(*args, **kwargs)
+
+    return forward
+
+
+def _restore(module: nn.Module, own: Callable[..., Any]) -> None:
+    if getattr(own, "__func__", None) is type(module).forward:
+        del module.forward
+    else:  # what a library had put there
+        module.forward = own
 
 
 def made_up_tokens(base: nn.Module, *rows: Sequence[int]) -> Tensor:
