@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from threading import RLock
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from flows.chat import adapter_pool
 
@@ -28,6 +30,19 @@ class HasModel(Protocol):
         """Return its tokenizer."""
 
 
+_Loaded = TypeVar("_Loaded")
+
+
+class _loaded_once(cached_property[_Loaded]):  # noqa: N801  # a decorator, as what it extends
+    """Property that the first thread computes that asks; others wait, which from Python 3.12 on they would not."""
+
+    _loading = RLock()
+
+    def __get__(self, instance: object, owner: type[Any] | None = None) -> _Loaded:  # type: ignore[override]
+        with self._loading:
+            return super().__get__(instance, owner)
+
+
 @dataclass(frozen=True)
 class Base:
     """A model folder, and an adapter on it if one was named.
@@ -42,14 +57,14 @@ class Base:
     adapter: Path | None = None
     any_base: bool = False
 
-    @cached_property
+    @_loaded_once
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the folder's tokenizer, with its chat template."""
         from tasks.tokenization.chat_template import load_tokenizer
 
         return load_tokenizer(self.folder)
 
-    @cached_property
+    @_loaded_once
     def model(self) -> Model:
         """Return the model, ready to run; its weights are read when it is first asked for."""
         from tasks.adapters.attach import attach, load_packaged
@@ -110,7 +125,7 @@ class AdapterPool(adapter_pool.AdapterPool):
 def generate(
     model: HasModel, prompt: str | Sequence[Mapping[str, str]], *, max_tokens: int = 128, **generation: Any
 ) -> str:
-    """Generate a reply, with the edits or updates of the adapter that is on the model.
+    """Generate a reply, with the edits or updates of the adapter that is on the model; in any number of threads.
 
     Args:
         model: a base, a trained adapter, or an adapter pool.
@@ -130,6 +145,7 @@ def generate(
 
     how = generation_of(generation, "temper.generate")
     turns = conversation([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
-    if architecture_of(model.model) is ENCODER_DECODER:
-        return answer_text(model.model, model.tokenizer, turns[-1].content, max_tokens, how).text
-    return answer(model.model, model.tokenizer, turns, max_tokens, how).text
+    with model.in_use() if isinstance(model, AdapterPool) else nullcontext(model.model) as ready:
+        if architecture_of(ready) is ENCODER_DECODER:
+            return answer_text(ready, model.tokenizer, turns[-1].content, max_tokens, how).text
+        return answer(ready, model.tokenizer, turns, max_tokens, how).text

@@ -9,12 +9,16 @@ undone by a subtraction.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from tasks.adapters.attach import Adapter, add_adapter, base_identity, read_adapter
 from tasks.adapters.files import check_base
 from tasks.core.errors import BadModel, BadParams
+from tasks.core.shared_lock import SharedLock
 from tasks.models.loader import Model
 
 if TYPE_CHECKING:
@@ -35,8 +39,33 @@ class _Held(NamedTuple):
     """What PEFT knows it as; a name from outside may hold what PEFT cannot have in one, such as a dot."""
 
 
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
+
+
+def _alone(
+    change: Callable[Concatenate[AdapterPool, _Given], _Result],
+) -> Callable[Concatenate[AdapterPool, _Given], _Result]:
+    """Make a change wait until no thread is in a block that uses what is changed."""
+
+    @wraps(change)
+    def waits(pool: AdapterPool, /, *args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+        if pool._lock.shares_here():
+            raise BadParams(
+                "an adapter is changed within a block that uses one",
+                got=f"{change.__name__}, while {pool.active or 'the bare base'} is in use",
+                fix="end the block first",
+            )
+        with pool._lock.alone():
+            return change(pool, *args, **kwargs)
+
+    return waits
+
+
 class AdapterPool:
     """A base and its adapters, of which at most one is in use.
+
+    Threads may share it: what runs within `using` or `in_use` runs with one adapter, and changes wait until it ends.
 
     Args:
         base: a model without an adapter; it belongs to this object from here on.
@@ -53,11 +82,34 @@ class AdapterPool:
         """The adapter in use."""
         self.merged: str | None = None
         """The adapter that is part of the weights now; it is then the active one."""
+        self._lock = SharedLock()
 
     @property
     def model(self) -> Model:
         """Return the model with the adapter in use, or the bare base; read this again after every change."""
         return self._base if self._tuned is None else self._tuned
+
+    @contextmanager
+    def in_use(self) -> Iterator[Model]:
+        """Keep what is in use as it is within this block; gives the model."""
+        with self._lock.shared():
+            yield self.model
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[Model]:
+        """Use an adapter within this block, together with threads that use the same one; gives the model.
+
+        It stays in use afterwards. Threads that want another one wait until no block needs this one.
+
+        Raises:
+            BadParams: there is no such adapter, or this thread is in such a block with another one.
+        """
+        while True:
+            with self._lock.shared():
+                if self.active == name:
+                    yield self.model
+                    return
+            self.use(name)
 
     @property
     def kept_bytes(self) -> int:
@@ -68,6 +120,7 @@ class AdapterPool:
         """
         return sum(before.nbytes for _, before in self._kept)
 
+    @_alone
     def load(self, name: str, folder: Path, *, any_base: bool = False) -> None:
         """Read an adapter and put it on the base once, so that it is known to fit; what was in use stays in use.
 
@@ -96,6 +149,7 @@ class AdapterPool:
             else:
                 self.merge(active) if merged else self.use(active)
 
+    @_alone
     def use(self, name: str) -> None:
         """Make an adapter the one in use.
 
@@ -113,6 +167,7 @@ class AdapterPool:
         tuned.requires_grad_(False)
         self.active = name
 
+    @_alone
     def off(self) -> None:
         """Use the bare base; adapters stay beside its weights, so that the next use is quick."""
         self.unmerge()
@@ -122,6 +177,7 @@ class AdapterPool:
             self._tuned.base_model.disable_adapter_layers()
         self.active = None
 
+    @_alone
     def release(self) -> PreTrainedModel:
         """Return the base as it was before any adapter, with all of them taken out; the next use puts one in again."""
         from tasks.adapters.prompt_tuning import count_as_before
@@ -133,6 +189,7 @@ class AdapterPool:
         self._tuned = self.active = None
         return self._base
 
+    @_alone
     def merge(self, name: str) -> None:
         """Merge an adapter into the weights, in place of the one that may be merged now.
 
@@ -152,6 +209,7 @@ class AdapterPool:
             self.unmerge()
             raise
 
+    @_alone
     def unmerge(self) -> None:
         """Restore the weights to what they were, bit for bit; the adapter stays in use beside them."""
         with warnings.catch_warnings():

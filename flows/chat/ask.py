@@ -131,8 +131,9 @@ def ask_adapters(
     for reference, folder in folders.items():
         resident.load(reference, folder, any_base=any_base)
     for reference in folders:
-        resident.use(reference)
-        yield reference, _reply(resident.model, tokenizer, [("user", text)], max_tokens, generation)
+        with resident.using(reference) as model:
+            reply = _reply(model, tokenizer, [("user", text)], max_tokens, generation)
+        yield reference, reply
 
 
 def sample(workspace: Path) -> tuple[list[tuple[str, str]], str]:

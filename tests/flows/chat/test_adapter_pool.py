@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -394,3 +396,66 @@ def test_with_a_trained_prompt_tokens_may_be_given_by_place(pico_base: Path, tmp
 
 def test_every_kind_of_the_family_is_tried() -> None:
     assert set(KINDS) <= set(ADAPTERS)
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_change_waits_for_the_pass_that_it_would_change(
+    pico_base: Path, folders: dict[str, Path], alone: dict[tuple[str, str], torch.Tensor]
+) -> None:
+    """In the middle of a pass another thread wants another adapter, or none: it gets it when the pass is over."""
+    resident = resident_of(pico_base, torch.float32, {name: folders[name] for name in ("lora", "lora 2", "loreft")})
+    changes: list[Callable[[], Any]] = [
+        lambda: resident.use("lora 2"),  # PEFT switches it in the same layers
+        lambda: resident.use("loreft"),  # takes the layers out
+        resident.off,
+        lambda: resident.merge("lora"),
+        resident.release,
+    ]
+    for change in changes:
+        with ThreadPoolExecutor(1) as other:
+            started: list[Any] = []
+
+            def meddle(*_: Any, change: Any = change, other: Any = other, started: Any = started) -> None:
+                started.append(other.submit(change))
+                with pytest.raises(TimeoutError):
+                    started[0].result(0.1)
+
+            with resident.using("lora") as model:
+                handle = model.get_base_model().model.layers[1].register_forward_pre_hook(meddle)  # type: ignore[operator]
+                given = logits(model)
+                handle.remove()
+                assert resident.active == "lora"
+            started[0].result(10)
+        torch.testing.assert_close(given, alone["fp32", "lora"], rtol=0, atol=1e-5)  # at the end it is merged
+        resident.off()
+
+
+def test_threads_that_want_different_adapters_each_get_their_own(
+    pico_base: Path, folders: dict[str, Path], alone: dict[tuple[str, str], torch.Tensor]
+) -> None:
+    wanted = ["lora", "lora 2", "loreft", "ia3"] * 6
+    resident = resident_of(pico_base, torch.float32, {name: folders[name] for name in set(wanted)})
+
+    def ask(name: str) -> torch.Tensor:
+        with resident.using(name) as model:
+            return logits(model)
+
+    with ThreadPoolExecutor(8) as threads:
+        for name, given in zip(wanted, threads.map(ask, wanted), strict=True):
+            assert torch.equal(given, alone["fp32", name]), name
+
+
+def test_a_change_within_a_block_that_uses_an_adapter_is_refused(pico_base: Path, folders: dict[str, Path]) -> None:
+    resident = resident_of(pico_base, torch.float32, {name: folders[name] for name in ("lora", "lora 2")})
+    with resident.using("lora"), resident.using("lora"), resident.in_use():
+        for change in (resident.off, resident.release, resident.unmerge):
+            with pytest.raises(BadParams, match="within a block that uses one"):
+                change()
+        with pytest.raises(BadParams, match="use, while lora is in use"), resident.using("lora 2"):
+            pass
+    with pytest.raises(BadParams, match="no such adapter"), resident.using("another"):
+        pass
+    with resident.using("lora 2"):
+        assert resident.active == "lora 2"
