@@ -396,6 +396,14 @@ def _adapted(model: PreTrainedModel | PeftModel, config: PeftConfig, where: str,
     from peft import PeftModel, get_peft_model
 
     check_patterns(config.to_dict(), _module_names(model), where)
+    if getattr(config, "alora_invocation_tokens", None):  # without PEFT's own wrapper its layers are the base's
+        raise BadModel(
+            "an activated LoRA begins at certain tokens, which only PEFT's own forward pass looks for",
+            where=where,
+            got="alora_invocation_tokens",
+            expected="a LoRA that is active throughout",
+            fix="leave alora_invocation_tokens out",
+        )
     try:
         if isinstance(model, PeftModel):
             model.add_adapter(name, config)

@@ -69,10 +69,8 @@ def _beside_and_alone(model: Model) -> Iterator[tuple[Tensor, Tensor]]:
 
     In step that is a copy of the modules with the same weights: what two passes make of their state stays there.
     """
-    configs = getattr(model, "peft_config", {}).values()
-    called = [token for config in configs for token in getattr(config, "alora_invocation_tokens", None) or ()]
-    one = made_up_tokens(model, [1, 2, 3, 4, *called, 5, 6, 7])
-    two = made_up_tokens(model, [8, 9, *called, 10, 11], [0, 0, *called, 12, 13])
+    one = made_up_tokens(model, [1, 2, 3, 4, 5, 6, 7])
+    two = made_up_tokens(model, [8, 9, 10, 11], [0, 0, 12, 13])
     passes = [(one, 0, 2), (two, 2, 4)]
     with ThreadPoolExecutor(1) as other:  # in a thread without this one's settings, such as that nothing is edited
         alone = [other.submit(_logits, model, *each).result() for each in passes]

@@ -306,6 +306,7 @@ def test_edits_that_do_not_fit_the_model_are_refused(pico_base: Path, changes: d
         ("IA3", {"ranks": 3}, "no configuration of this method"),
         ("XLORA", {}, "adapters to mix"),
         ("OFT", {"target_modules": ["nowhere"]}, "does not fit this model"),
+        ("LORA", {"target_modules": ["q_proj"], "alora_invocation_tokens": [8]}, "begins at certain tokens"),
     ],
 )
 def test_methods_that_peft_does_not_have_are_refused(
