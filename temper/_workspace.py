@@ -65,12 +65,12 @@ class Workspace:
 
         with chdir(self.root), held(self.root, "temper run"):
             change_params(self.root, None, list(settings))
-            prefect_server.end_old_server(self.root)
             prefect_server.prepare_servers(self.root, terminal=False)
             report = last_run.unchanged_report(self.root, promote) if prefect_server.temporary() else None
             if report is None:
-                from flows.retrain import retrain  # not before: Prefect reads its settings when it is imported
+                with prefect_server.kept_up(self.root):
+                    from flows.retrain import retrain  # not before: Prefect reads its settings when it is imported
 
-                report = retrain(self.root, promote)
+                    report = retrain(self.root, promote)
                 last_run.keep_report(self.root, report)
         return Run(report.outcomes, report.promotion, report.comparison)

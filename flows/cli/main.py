@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from flows.cli import console, files, registry
+from flows.run.ending import aside, on_stopping, stoppable
 from flows.run.locate import WorkspaceOption, enter, ready, seen_from_here
 from tasks.core import pipeline
-from tasks.core.errors import BadParams, Interrupted, TemperError
+from tasks.core.errors import BadParams, TemperError
 from tasks.core.stage import tell_of_storage
 
 app = typer.Typer(
@@ -59,10 +57,9 @@ def run(
     from flows.run.progress_board import on_board, plain_logs
 
     root = enter(workspace)
-    with held(root, "temper run"):
+    with on_stopping("`temper run` goes on from here"), held(root, "temper run"):
         if difference := change_params(root, recipe, set_ or []):
             console.difference(difference)
-        prefect_server.end_old_server(root)
         terminal = sys.stderr.isatty()
         prefect_server.prepare_servers(root, terminal=terminal)
         if prefect_server.temporary():
@@ -72,12 +69,13 @@ def run(
             from flows.run.prefect_runs import adopt_runs
 
             adopt_runs(root)
-        from flows.retrain import retrain
+        with on_board(len(pipeline.load(root)), terminal=terminal), prefect_server.kept_up(root):
+            from flows.retrain import retrain
+            from flows.run.session import stop
 
-        if not _debugging:
-            plain_logs()
-        with on_board(len(pipeline.load(root)), terminal=terminal), _stopping_cleanly(root):
-            report = retrain(root, promote)
+            if not _debugging:
+                plain_logs()
+            report = aside(partial(retrain, root, promote), stop=partial(stop, root))
         console.summary(root, report)
         last_run.keep_report(root, report)
 
@@ -240,20 +238,23 @@ def schedule(
         raise BadParams("say one of --cron, --every, --list, --pause, --resume, --remove", got=f"{sum(chosen)} of them")
     root = ready(workspace, terminal=list_ or pause or resume or remove)
     from flows.run import schedule
+    from flows.run.prefect_server import kept_up
 
-    if list_:
-        console.schedules(schedule.listed())
-    elif pause or resume:
-        typer.echo(f"{'paused' if pause else 'resumed'} {schedule.pause(root, paused=pause)}")
-    elif remove:
-        typer.echo(f"removed {schedule.remove(root)}")
-    else:
+    if cron or every:
         interval = schedule.parse_interval(every) if every else None
         if cron:
             dates = (date.strftime("%a %Y-%m-%d %H:%M %Z") for date in schedule.check_cron(cron, timezone))
             typer.echo(f"next runs: {', '.join(dates)}")
         typer.echo(f"serving the schedule of {root}; stop it with Ctrl-C")
-        schedule.serve(root, cron=cron, every=interval, timezone=timezone)
+        with on_stopping("the schedule rests until it is served again", exit_code=0):
+            schedule.serve(root, cron=cron, every=interval, timezone=timezone)
+    with kept_up(root):
+        if list_:
+            console.schedules(schedule.listed())
+        elif remove:
+            typer.echo(f"removed {schedule.remove(root)}")
+        else:
+            typer.echo(f"{'paused' if pause else 'resumed'} {schedule.pause(root, paused=pause)}")
 
 
 @app.command()
@@ -294,34 +295,17 @@ def doctor(workspace: WorkspaceOption = None) -> None:
 # --- around the commands ----------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _stopping_cleanly(root: Path) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end running stages after their present step, with a checkpoint, and then this process."""
-    from flows.run.prefect_server import end_old_server
-    from flows.run.progress_board import clear_board
-    from tasks.core.signals import STOPPING, on_stop
-    from tasks.orchestration.dvc_session import stop_all
-
-    def stop(number: int, frame: Any) -> None:
-        for each in STOPPING:
-            signal.signal(each, signal.SIG_IGN)
-        clear_board()
-        typer.echo("\nstopping: stages that train write a checkpoint first", err=True)
-        stop_all()
-        end_old_server(root)
-        typer.echo("stopped; `temper run` goes on from here", err=True)
-        os._exit(Interrupted.exit_code)  # not through Prefect, whose temporary server got the same signal
-
-    with on_stop(stop):
-        yield
-
-
 _debugging = "--debug" in sys.argv
 
 
 def main() -> None:
     """Run the command line; turn errors into one readable block and the exit code that they carry."""
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    with stoppable():
+        _run_command()
+
+
+def _run_command() -> None:
     try:
         app()
     except TemperError as error:

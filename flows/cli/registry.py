@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 
 from flows.cli import registry_console as output
+from flows.run.ending import aside
 from flows.run.locate import WorkspaceOption, ready
 from tasks.core.errors import GateRefused
 
@@ -29,14 +31,17 @@ def promote(
     """Make a version champion, if the gate lets it: better than the base, and not worse than the present champion."""
     root = ready(workspace)
     from flows.run.lock import held
+    from flows.run.prefect_server import kept_up
     from tasks.core import pipeline
     from tasks.orchestration.params import load_params
 
     with held(root, "temper promote"):
-        if load_params(root / pipeline.PARAMS).promote.approval == "human":
-            from flows.promote import promote as flow  # only a flow run can wait for somebody
+        if load_params(root / pipeline.PARAMS).promote.approval == "human":  # only a flow run can wait for somebody
+            with kept_up(root):
+                from flows.promote import promote as flow
+                from flows.run.session import stop
 
-            done = flow(root, version, reason)
+                done = aside(partial(flow, root, version, reason), stop=partial(stop, root))
         else:
             from flows.registry.promotion import promote as move  # and Prefect is not even imported
 
@@ -71,10 +76,13 @@ def approve(
     workspace: WorkspaceOption = None,
 ) -> None:
     """Say yes or no to a promotion that waits for it (promote.approval: human)."""
-    ready(workspace)
-    from flows.registry.approval import approve as resume
+    root = ready(workspace)
+    from flows.run.prefect_server import kept_up
 
-    resume(run, approved=not refuse, note=note)
+    with kept_up(root):
+        from flows.registry.approval import approve as resume
+
+        resume(run, approved=not refuse, note=note)
     typer.echo(f"{'refused' if refuse else 'approved'}; the run goes on")
 
 

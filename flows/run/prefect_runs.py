@@ -5,8 +5,12 @@ from __future__ import annotations
 import sqlite3
 from contextlib import closing, suppress
 from pathlib import Path
+from uuid import UUID
 
 from flows.run.prefect_server import temporary
+
+FACTORY, PROMOTION = "retrain", "promote"
+"""The names of the flows."""
 
 
 def limit_trainings(tag: str, limit: int = 1) -> None:
@@ -44,10 +48,18 @@ def adopt_runs(workspace: Path) -> None:
             connection.execute(f"{own} where json_extract(parameters, '$.workspace') <> ?", (str(workspace),) * 2)
 
 
-def mark_dead_runs(flow_name: str, workspace: Path, but: str | None) -> int:
-    """Mark this workspace's runs that their killed processes left as running as crashed; return how many.
+def mark_dead_runs(workspace: Path, why: str, *, but: UUID | str | None = None, scheduled: bool = False) -> int:
+    """Mark this workspace's runs that have no process any more, but not an end either, as crashed.
 
-    The caller holds the workspace, so none of them can be alive.
+    Args:
+        workspace: the runs are of its flows.
+        why: what became of their processes.
+        but: the id of the run that goes on.
+        scheduled: whether it is about the runs of a schedule alone, of which some may not have begun; otherwise about
+            all that have begun, and the caller holds the workspace, so that none of them can be alive.
+
+    Returns:
+        How many runs of the whole factory there were: each may have a promotion within, which is marked as well.
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import (
@@ -60,12 +72,19 @@ def mark_dead_runs(flow_name: str, workspace: Path, but: str | None) -> int:
     from prefect.client.schemas.objects import StateType
     from prefect.states import Crashed
 
-    running = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING]))
+    begun = [StateType.RUNNING, StateType.PAUSED]
+    states = FlowRunFilterStateType(any_=[*begun, StateType.PENDING, StateType.CANCELLING] if scheduled else begun)
+    count = 0
     with get_client(sync_client=True) as client:
-        runs = client.read_flow_runs(
-            flow_filter=FlowFilter(name=FlowFilterName(any_=[flow_name])), flow_run_filter=FlowRunFilter(state=running)
-        )
-        dead = [run for run in runs if str(run.id) != but and str(run.parameters.get("workspace")) == str(workspace)]
-        for run in dead:
-            client.set_flow_run_state(run.id, Crashed(message="its process is gone"), force=True)
-    return len(dead)
+        for name in (FACTORY, PROMOTION):
+            runs = client.read_flow_runs(
+                flow_filter=FlowFilter(name=FlowFilterName(any_=[name])),
+                flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=states)),
+            )
+            dead = [
+                run for run in runs if str(run.id) != str(but) and run.parameters.get("workspace") == str(workspace)
+            ]
+            for run in dead if not scheduled else [run for run in dead if run.deployment_id]:
+                client.set_flow_run_state(run.id, Crashed(message=why), force=True)
+                count += name == FACTORY
+    return count

@@ -8,26 +8,27 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from flows.run.ending import Stopped
+from flows.run.lock import state_folder
 from tasks.core.artifacts import as_json, atomic_write
-from tasks.core.errors import TemperError
-from tasks.core.stage import quiet_libraries
+from tasks.core.stage import OWNER, quiet_libraries
 from tasks.registry.client import tracking_uri
 
-if TYPE_CHECKING:
-    import psutil
-
-
 MLFLOW_PORT, PREFECT_PORT = 5000, 4200
-_WAIT_S, _WATCH_S = 0.5, 2.0
+_OWN = "TEMPER_PREFECT_API"
+"""Environment variable: the address of the server that `kept_up` keeps up."""
+_WAIT_S, _WATCH_S, _DRAIN_S, _END_S = 0.1, 2.0, 30, 3
 
 
 def prepare_servers(workspace: Path, *, terminal: bool) -> None:
@@ -43,15 +44,10 @@ def prepare_servers(workspace: Path, *, terminal: bool) -> None:
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
         "PREFECT_CLI_PROMPT": "false",
     }
-    served = _noted(workspace)
-    if temporary() and served and not served["temporary"]:
-        os.environ["PREFECT_API_URL"] = served["api"]
+    if api := _noted(workspace):
+        defaults["PREFECT_API_URL"] = api
     if temporary():
-        defaults |= {
-            "PREFECT_SERVER_EPHEMERAL_ENABLED": "true",
-            "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-            "PREFECT_SERVER_TASKS_TAG_CONCURRENCY_SLOT_WAIT_SECONDS": "1",
-        }
+        defaults["PREFECT_SERVER_TASKS_TAG_CONCURRENCY_SLOT_WAIT_SECONDS"] = "1"
     if terminal:
         defaults["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "ERROR"
     for name, value in defaults.items():
@@ -59,8 +55,8 @@ def prepare_servers(workspace: Path, *, terminal: bool) -> None:
 
 
 def temporary() -> bool:
-    """Return whether runs start a Prefect server for themselves."""
-    return "PREFECT_API_URL" not in os.environ
+    """Return whether there is no Prefect server but one that a command of temper keeps up for itself."""
+    return os.environ.get("PREFECT_API_URL") == os.environ.get(_OWN)
 
 
 def ui_commands(workspace: Path) -> dict[str, str]:
@@ -84,99 +80,102 @@ def run_link(workspace: Path, experiment: str, run: str) -> str:
     return f"{server}/#/experiments/{experiment}/runs/{run}"
 
 
-def end_old_server(workspace: Path) -> bool:
-    """End the temporary server of a run that was killed; return whether there was one."""
-    note = _noted(workspace)
-    if note is None or not note["temporary"]:
-        return False
-    _end(note["process"])
-    return True
-
-
-def note_server(workspace: Path) -> None:
-    """Record which process is this run's temporary server, for `end_old_server`."""
-    import psutil
-
-    for child in psutil.Process().children():
-        if any("prefect.server" in part for part in child.cmdline()):
-            _note(workspace, child.pid, temporary=True)
-
-
 @contextmanager
-def kept_up(workspace: Path) -> Iterator[str]:
-    """Keep a Prefect server up while the block runs: the user's own, or one on this machine, restarted if it dies.
+def kept_up(workspace: Path, *, shared: bool = False) -> Iterator[None]:
+    """Keep a Prefect server up while the block runs, where the user has none: on this machine, restarted if it dies.
 
-    Yields:
-        The address of its API, which answers when the block begins.
+    Its address is in the environment within the block, and it answers when the block begins. It starts while Prefect is
+    imported.
+
+    Args:
+        workspace: whose Prefect database it serves.
+        shared: whether it has the UI and the services of a schedule, and other commands on this workspace use it.
     """
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    note = _noted(workspace)
-    if note and note["api"] == os.environ.get("PREFECT_API_URL"):  # left by a schedule that was killed
-        api, found = str(note["api"]), note["process"]
-    elif temporary():
-        api, found = f"http://127.0.0.1:{_free_port()}/api", None
-    else:
-        wait_for(os.environ["PREFECT_API_URL"])
-        yield os.environ["PREFECT_API_URL"]
+    if "PREFECT_API_URL" in os.environ:
+        yield
         return
-    os.environ["PREFECT_API_URL"] = api  # for the processes of runs
-    with _server(workspace, api, found), temporary_settings({PREFECT_API_URL: api}):  # the environment was read by now
-        wait_for(api)
-        yield api
+    with _listening(PREFECT_PORT if shared else 0) as listening:
+        api = f"http://127.0.0.1:{listening.getsockname()[1]}/api"
+        os.environ |= {"PREFECT_API_URL": api, _OWN: api}
+        try:
+            with _server(workspace, listening, api, shared=shared):
+                from prefect.settings import PREFECT_API_URL, temporary_settings
+
+                with temporary_settings({PREFECT_API_URL: api}):  # where Prefect has read the environment by now
+                    wait_for(api)
+                    with _events_sent():
+                        yield
+        finally:
+            for name in ("PREFECT_API_URL", _OWN):
+                del os.environ[name]
 
 
 @contextmanager
-def _server(workspace: Path, api: str, server: psutil.Process | None) -> Iterator[None]:
-    """Keep a server at an address up, and end it with the block."""
-    import psutil
-
-    port = api.removesuffix("/api").rpartition(":")[2]
+def _server(workspace: Path, listening: socket.socket, api: str, *, shared: bool) -> Iterator[None]:
+    """Keep a server up that answers at a socket, which is this process's so that no other can take its port."""
+    command = [sys.executable, "-m", "flows.run.server_process", str(listening.fileno()), "shared" if shared else "own"]
+    environment = {**os.environ, OWNER: str(os.getpid())}
+    log = state_folder(workspace) / "prefect-server.log"
     ending = threading.Event()
+    servers: list[subprocess.Popen[bytes]] = []
 
     def keep_up() -> None:
-        nonlocal server
         while not ending.is_set():
-            if server is None or not server.is_running() or server.status() == psutil.STATUS_ZOMBIE:
-                command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
-                with (workspace / ".temper" / "prefect-server.log").open("ab") as log:
-                    server = psutil.Popen(command, stdout=log, stderr=log, start_new_session=True)
-                _note(workspace, server.pid, temporary=False, api=api)
+            if not servers or servers[-1].poll() is not None:
+                with log.open("ab") as said:
+                    server = subprocess.Popen(
+                        command,
+                        stdin=subprocess.DEVNULL,
+                        stdout=said,
+                        stderr=said,
+                        env=environment,
+                        pass_fds=[listening.fileno()],
+                        start_new_session=True,
+                    )
+                servers.append(server)
+                if shared:
+                    _note(workspace, server.pid, api)
             ending.wait(_WATCH_S)
 
-    keeper = threading.Thread(target=keep_up, name="keeps the server up")
+    keeper = threading.Thread(target=keep_up, name="keeps the server up", daemon=True)
     keeper.start()
     try:
         yield
     finally:
         ending.set()
         keeper.join()
-        if server is not None:
-            _end(server)
+        for server in servers[-1:]:
+            end_process(server, _END_S)
 
 
-def _end(server: psutil.Process) -> None:
-    """End a server; kill it when it does not end by itself."""
-    import psutil
-
-    with suppress(psutil.NoSuchProcess):
-        server.terminate()
-        try:
-            server.wait(timeout=10)
-        except psutil.TimeoutExpired:
-            server.kill()
+def end_process(process: subprocess.Popen[bytes], patience_s: float) -> None:
+    """Ask a process that leads a session of its own to end; kill what is left of its group after some seconds."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=patience_s)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
-def _free_port() -> int:
-    """Return Prefect's own port, or another one when that is taken."""
-    for port in (PREFECT_PORT, 0):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return int(probe.getsockname()[1])
-    raise TemperError("no port is free on 127.0.0.1")
+@contextmanager
+def _events_sent() -> Iterator[None]:
+    """Let Prefect send its events while there is a server: at the end of the process each would wait for one."""
+    from prefect.events.worker import EventsWorker
+
+    try:
+        yield
+    finally:
+        if not isinstance(sys.exc_info()[1], Stopped):  # after which nothing is sent at the end of the process
+            EventsWorker.drain_all(timeout=_DRAIN_S)
+
+
+def _listening(port: int) -> socket.socket:
+    """Listen at a port of this machine, or at any when it is taken."""
+    try:
+        return socket.create_server(("127.0.0.1", port))
+    except OSError:
+        return socket.create_server(("127.0.0.1", 0))
 
 
 def wait_for(api: str) -> None:
@@ -199,29 +198,29 @@ def _note_file(workspace: Path) -> Path:
     return workspace / ".temper" / "prefect-server.json"
 
 
-def _note(workspace: Path, pid: int, *, temporary: bool, api: str = "") -> None:
+def _note(workspace: Path, pid: int, api: str) -> None:
     import psutil
 
     about = {
         "pid": pid,
-        "created": psutil.Process(pid).create_time(),
-        "temporary": temporary,
+        "owner": os.getpid(),
+        "begun": psutil.Process().create_time(),
         "api": api,
         "workspace": str(workspace.resolve()),  # a copy of the folder has the note, but not the server
     }
     atomic_write(_note_file(workspace), as_json(about))
 
 
-def _noted(workspace: Path) -> dict[str, Any] | None:
-    """Return this workspace's recorded server with its `process`, if it is alive: of that id and begun at that time."""
+def _noted(workspace: Path) -> str | None:
+    """Return the address of this workspace's shared server, if the process that keeps it up is alive."""
     import psutil
 
     try:
         note: dict[str, Any] = json.loads(_note_file(workspace).read_text())
         if note["workspace"] != str(workspace.resolve()):
             return None
-        process = psutil.Process(note["pid"])
-        alive = process.create_time() == note["created"] and process.status() != psutil.STATUS_ZOMBIE
+        owner = psutil.Process(note["owner"])
+        alive = owner.create_time() == note["begun"] and owner.status() != psutil.STATUS_ZOMBIE
     except (OSError, ValueError, KeyError, psutil.Error):
         return None
-    return {**note, "process": process} if alive else None
+    return str(note["api"]) if alive else None

@@ -67,6 +67,10 @@ class Board:
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
 
+    def note(self, text: str) -> None:
+        """Show a text beside the bar for the graph."""
+        self._progress.update(self._all, note=text)
+
     def show(self, event: Event) -> None:
         """Show one event of the session."""
         if event.state == "running":
@@ -109,10 +113,10 @@ def on_board(stages: int, *, terminal: bool) -> Iterator[None]:
             _board.reset(token)
 
 
-def clear_board() -> None:
-    """Clear the board off the terminal before this process ends itself, since the board hides the cursor."""
+def show_note(note: str) -> None:
+    """Show a note beside the bar for the graph, where there is a board."""
     if board := _board.get():
-        board.__exit__()
+        board.note(note)
 
 
 def watching() -> Callable[[Event], None]:

@@ -1,35 +1,37 @@
 """The schedule: `retrain` as a Prefect deployment, served from this workspace.
 
-The deployment is kept by the Prefect server: the user's own, or one on this machine that serving starts. Serving is a
-loop. When the server goes away the loop waits for it, and starts its own anew; the deployment is then found as it
-was.
+The deployment is kept by the Prefect server: the user's own, or one on this machine that serving starts.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 import re
-import time
-import warnings
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from zoneinfo import available_timezones
 
 from flows.run import prefect_server
-from tasks.core.errors import BadParams
+from flows.run.lock import held
+from flows.run.prefect_runs import FACTORY
+from tasks.core.errors import BadParams, TemperError
+from tasks.core.stage import OWNER
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.responses import DeploymentResponse
 
-FLOW = "retrain"
 _UNITS = {"m": "minutes", "h": "hours", "d": "days"}
-_WAIT_S, _DRAIN_S = 5, 30
+RUN_ENDS_S, _ENDS_S = 45, 20
+"""So long a run may take to end when it is stopped, its stages' STOP_S included, and what serves it after that."""
 
 
 class Scheduled(NamedTuple):
@@ -120,52 +122,45 @@ def name_of(workspace: Path) -> str:
     return f"{folder or 'workspace'}-{hashlib.sha256(str(workspace).encode()).hexdigest()[:6]}"
 
 
-def serve(workspace: Path, *, cron: str | None, every: timedelta | None, timezone: str = "UTC") -> None:
-    """Serve the schedule until it is stopped; do not return before."""
-    from prefect.exceptions import PrefectException
-    from prefect.schedules import Cron
-    from prefect.types.entrypoint import EntrypointType
+class Serving(NamedTuple):
+    """A schedule that is served: of a cron line in a time zone, or every so often.
 
-    from flows.retrain import retrain
-    from flows.run.lock import held
+    Attributes:
+        workspace: an absolute path.
+        cron: a cron line, or None.
+        timezone: the name of its time zone.
+        every_s: an interval in seconds, or None.
+    """
 
-    os.chdir(workspace)
-    # its way of stopping on SIGTERM, which works, calls coroutines that it does not await
-    warnings.filterwarnings("ignore", message="coroutine 'Runner", category=RuntimeWarning)
-    with held(workspace, "temper schedule", "schedule.lock"), prefect_server.kept_up(workspace) as api, _events_sent():
-        while True:
-            prefect_server.wait_for(api)
-            try:
-                retrain.serve(
-                    name=name_of(workspace),
-                    schedule=Cron(cron, timezone=timezone) if cron else None,
-                    interval=every,
-                    paused=_is_paused(workspace),
-                    parameters={"workspace": str(workspace)},
-                    limit=1,
-                    pause_on_shutdown=False,
-                    print_starting_message=False,
-                    entrypoint_type=EntrypointType.MODULE_PATH,
-                )
-                return
-            except (
-                PrefectException,
-                RuntimeError,
-                OSError,
-            ) as error:  # the runner gives up after a long outage of its server
-                print(f"the Prefect server went away ({type(error).__name__}); waiting for it", flush=True)
-                time.sleep(_WAIT_S)
+    workspace: str
+    cron: str | None
+    timezone: str
+    every_s: float | None
 
 
-@contextmanager
-def _events_sent() -> Iterator[None]:
-    """Let Prefect send its events while there is a server: at the end of the process each would wait for one."""
-    from prefect.events.worker import EventsWorker
+def serve(workspace: Path, *, cron: str | None, every: timedelta | None, timezone: str = "UTC") -> NoReturn:
+    """Serve the schedule until a signal ends it.
 
-    try:
-        yield
-    finally:
-        EventsWorker.drain_all(timeout=_DRAIN_S)
+    Prefect does so in a process of its own, and with it the runs: the signals of a terminal do not reach them there.
+
+    Raises:
+        WorkspaceBusy: another process serves it.
+        TemperError: Prefect gave up.
+    """
+    serving = Serving(str(workspace), cron, timezone, every.total_seconds() if every else None)
+    with held(workspace, "temper schedule", "schedule.lock"), prefect_server.kept_up(workspace, shared=True):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flows.run.schedule_process", json.dumps(serving)],
+            cwd=workspace,
+            env={**os.environ, OWNER: str(os.getpid())},
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait()
+        finally:
+            prefect_server.end_process(process, RUN_ENDS_S + _ENDS_S)
+    raise TemperError("Prefect serves the schedule no more", got=f"its process ended with code {code}")
 
 
 def listed() -> list[Scheduled]:
@@ -174,7 +169,7 @@ def listed() -> list[Scheduled]:
     from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 
     with get_client(sync_client=True) as client:
-        found = client.read_deployments(flow_filter=FlowFilter(name=FlowFilterName(any_=[FLOW])))
+        found = client.read_deployments(flow_filter=FlowFilter(name=FlowFilterName(any_=[FACTORY])))
         return [_described(client, deployment) for deployment in found]
 
 
@@ -192,7 +187,8 @@ def remove(workspace: Path) -> str:
         return deployment.name
 
 
-def _is_paused(workspace: Path) -> bool:
+def is_paused(workspace: Path) -> bool:
+    """Return whether the schedule of this workspace is there and paused."""
     try:
         with _deployment(workspace) as (_, deployment):
             return deployment.paused
@@ -205,7 +201,7 @@ def _deployment(workspace: Path) -> Iterator[tuple[SyncPrefectClient, Deployment
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound
 
-    name = f"{FLOW}/{name_of(workspace)}"
+    name = f"{FACTORY}/{name_of(workspace)}"
     with get_client(sync_client=True) as client:
         try:
             deployment = client.read_deployment_by_name(name)

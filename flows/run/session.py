@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,17 +17,20 @@ from prefect.runtime import flow_run
 from flows.comparison.page import publish_comparison, write
 from flows.files import estimate
 from flows.run import data_page, prefect_runs, prefect_server, progress_board
+from flows.run.ending import Stopped
 from flows.run.lock import held
 from flows.run.repair import keep_lock_copy, put_in_order
 from flows.run.status import read_results, results_table
 from tasks.core import pipeline
-from tasks.core.signals import still_on_stop
-from tasks.orchestration.dvc_session import PipelineRun, opened
+from tasks.core.stage import OWNER, die_with_owner
+from tasks.orchestration.dvc_session import PipelineRun, opened, stop_all
 from tasks.orchestration.params import Params, load_params
 from tasks.orchestration.prefect_tasks import TRAINING
 from tasks.registry.client import connect
 from tasks.registry.versions import find_version
 from tasks.validate.own_expectations import SUITES, own_expectations
+
+_TELL_S = 10
 
 
 @contextmanager
@@ -36,26 +41,35 @@ def begin(workspace: Path) -> Iterator[PipelineRun]:
         BadParams: params.yaml is wrong, or an expectation that it names.
         WorkspaceBusy: another run holds the workspace.
     """
+    if OWNER in os.environ:  # a schedule's
+        die_with_owner()
     logger = get_run_logger()
     params = load_params(workspace / pipeline.PARAMS)
     own_expectations(params.validate_, workspace / SUITES)  # so that a wrong name is told before anything is fetched
     with held(workspace, "temper run"):
         for done in put_in_order(workspace):
             logger.warning(done)
-        if prefect_server.temporary():
-            prefect_server.note_server(workspace)
-        if dead := prefect_runs.mark_dead_runs("retrain", workspace, flow_run.id):
+        if dead := prefect_runs.mark_dead_runs(workspace, "its process is gone", but=flow_run.id):
             logger.warning(f"marked {dead} earlier runs as crashed: their processes are gone")
         prefect_runs.limit_trainings(TRAINING)
         forget_lost_versions(workspace, params)
         with opened(workspace, params, progress_board.watching(), partial(estimate.advice, workspace)) as session:
             try:
-                with still_on_stop():
-                    yield session
+                yield session
             finally:
                 keep_lock_copy(workspace)
         if all(outcome.state == "unchanged" for outcome in session.outcomes.values()):
             logger.info("nothing has changed since the last run")
+
+
+def stop(workspace: Path, stopped: Stopped) -> None:
+    """Stop the stages that this process runs, then tell Prefect of its flow runs that are stopped with it."""
+    progress_board.show_note("stopping: trainings write a checkpoint")
+    stop_all()
+    # a daemon: a server of the user's own that does not answer is not waited for, and the next run tells it
+    telling = threading.Thread(target=prefect_runs.mark_dead_runs, args=(workspace, str(stopped)), daemon=True)
+    telling.start()
+    telling.join(_TELL_S)
 
 
 def forget_lost_versions(workspace: Path, params: Params) -> None:

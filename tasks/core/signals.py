@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TypeAlias
 
 Handler: TypeAlias = Callable[[int, object], None]
-STOPPING = (signal.SIGTERM, signal.SIGINT)
-_handlers: list[Handler] = []
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""A service manager's or a pool's, Ctrl-C, and a terminal that was closed."""
+
+
+def stopping_signals() -> list[signal.Signals]:
+    """Return those of STOPPING that are to stop this process: all, but not SIGHUP under `nohup`.
+
+    SIGINT is among them also where it was ignored as this process began, as in a script's background jobs: whoever
+    sends it means it.
+    """
+    return [each for each in STOPPING if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
 
 
 @contextmanager
 def on_stop(handle: Handler) -> Iterator[None]:
-    """Let SIGTERM and SIGINT only call `handle` within this block, as `signal.signal` has it."""
-    before = [signal.signal(number, handle) for number in STOPPING]
-    _handlers.append(handle)
+    """Let the signals that ask this process to stop only call `handle` within this block, as `signal.signal` has it."""
+    before = {number: signal.signal(number, handle) for number in stopping_signals()}
     try:
         yield
     finally:
-        _handlers.pop()
-        for number, handler in zip(STOPPING, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def still_on_stop() -> Iterator[None]:
-    """Put the handler of the surrounding `on_stop` in force again within this block, if there is one.
-
-    Prefect puts its own in place of SIGTERM's when a flow begins. That one first tells Prefect's server of the end,
-    which a signal to the whole process group has ended by then.
-    """
-    with on_stop(_handlers[-1]) if _handlers else nullcontext():
-        yield

@@ -114,7 +114,7 @@ def train_loop(
         BadData: the checkpoint is of another training.
         BadInput: no checkpoint can be written.
         Diverged: a loss or gradient is not finite; checkpoints before it stay.
-        Interrupted: SIGTERM or SIGINT came; a checkpoint was written first.
+        Interrupted: a signal asked it to stop; a checkpoint was written first.
     """
     check_writable(checkpoints)
     log, best = _resume(course, parameters, optimizers, checkpoints, progress)
@@ -284,7 +284,7 @@ def _check_finite(parameters: Mapping[str, torch.Tensor], step: int) -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """Let SIGTERM and SIGINT only set the event within this block, so that a step can end and be saved."""
+    """Let the signals that ask to stop only set the event within this block, so that a step can end and be saved."""
     stopping = threading.Event()
     with on_stop(lambda *_: stopping.set()):
         yield stopping

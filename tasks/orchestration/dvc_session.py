@@ -38,6 +38,7 @@ Process = subprocess.Popen[str] | ForkedProcess
 
 STOP_S = 30
 """A stage that is asked to stop has so long to write a checkpoint."""
+_LOOK_S = 0.1
 _SHOWN_LINES = 30
 
 
@@ -125,16 +126,21 @@ class PipelineRun:
 
     def stop(self) -> None:
         """Terminate every running stage after its present step; kill what is left after STOP_S seconds."""
-        self.stopping = True
-        children = list(self._children)
-        for child in children:
-            # not DVC and not the shell between them: with those gone, a stage takes itself for an orphan
-            for process in _stage_processes(child):
-                process.terminate()
-        deadline = time.monotonic() + STOP_S
-        for child in children:
-            with suppress(subprocess.TimeoutExpired):
-                child.wait(timeout=max(0.0, deadline - time.monotonic()))
+        with self._lock:  # from here on none is started
+            self.stopping = True
+            running = set(self._children)
+        deadline, asked = time.monotonic() + STOP_S, set[int]()
+        while running and time.monotonic() < deadline:
+            for child in list(running):
+                # not DVC and not the shell between them: with those gone, a stage takes itself for an orphan
+                for process in _stage_processes(child):  # again and again: DVC may be about to start it
+                    if process.pid not in asked:
+                        asked.add(process.pid)
+                        process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(timeout=_LOOK_S)
+                    running.discard(child)
+        for child in running:
             _kill_group(child)
 
     def close(self) -> None:
@@ -147,6 +153,8 @@ class PipelineRun:
         command = ["python", "-m", "dvc", *words]
         environment = child_environment()
         with self._lock:
+            if self.stopping:
+                raise Transient("was not started, because the run is being stopped", where=words[-1])
             child: Process | None = None
             if sys.platform == "linux":
                 with suppress(OSError):  # without it a stage takes longer, no more
@@ -188,8 +196,6 @@ class PipelineRun:
         return OutOfMemory(f"{error}\n{advice}") if advice else error
 
     def _dvc_repro(self, stage: str, timeout_s: float, log: Callable[[str], None]) -> str:
-        if self.stopping:
-            raise Transient("was not started, because the run is being stopped", where=stage)
         child = self._start_dvc(["--wait-for-lock", "repro", "--single-item", stage])
         timed_out = threading.Event()
 
@@ -327,6 +333,7 @@ def opened(
 
 
 def stop_all() -> None:
-    """Stop every open session; safe to call from a signal handler."""
-    for session in _open:
+    """Stop every open session of this process."""
+    for session in tuple(_open):
         session.stop()
+        session.close()

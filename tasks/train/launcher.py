@@ -1,7 +1,7 @@
 """A stage that starts itself again as several processes, by accelerate's launcher and one of its configurations.
 
 TEMPER_LAUNCH names the configuration (infra/launch/): how many processes a machine has room for is a fact of the
-machine, and what comes of the training is the same within rounding, so it is no param. Here SIGTERM and SIGINT are
+machine, and what comes of the training is the same within rounding, so it is no param. Signals that ask it to stop are
 passed on, so that all processes end after their present step, and the exit code is that of the one that knows best why.
 """
 
@@ -49,7 +49,7 @@ def launch(config: Path, module: str, words: list[str]) -> int:
     """
     if not config.is_file():
         raise BadParams("does not exist", where=str(config), fix=f"correct the path in {LAUNCH}, or unset it")
-    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP"  # torchrun's own handler loses the exit codes
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torchrun's own handler loses the exit codes
     # what it logs of processes that fail they have told themselves
     logging.getLogger("torch.distributed.elastic.multiprocessing").setLevel(logging.CRITICAL)
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -85,7 +85,7 @@ def code_of(codes: Iterable[int]) -> int:
 
 @contextmanager
 def _passing_signals_on() -> Iterator[None]:
-    """Pass SIGTERM and SIGINT on to the child processes within this block; they end this one only through them."""
+    """Pass signals that ask to stop on to the child processes within this block; they end this one through them."""
     import psutil
 
     def pass_on(number: int, frame: object) -> None:
