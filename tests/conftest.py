@@ -11,11 +11,14 @@ import shutil
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
 from filelock import FileLock
 
@@ -40,6 +43,7 @@ LONG = (
     "readme",
     "recipes",
     "interruptions",
+    "ending",
     "memory_tracker",
     "retrain",
     "schedule",
@@ -184,15 +188,23 @@ def _ended_with(code: int, done: subprocess.CompletedProcess[str]) -> subprocess
     return done
 
 
+MARK = "TEMPER_TEST_MARK"
+"""Environment variable by which what a process starts is found."""
+
+
 class Beside:
-    """`temper` as a process beside this one, for as long as the block lasts."""
+    """`temper` as a process beside this one, for as long as the block lasts.
+
+    As in a script's background jobs, it begins with SIGINT ignored.
+    """
 
     def __init__(self, workspace: Path, *words: str) -> None:
         self._file = (workspace.parent / "said.txt").open("w+")
+        self._mark = uuid.uuid4().hex
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "flows.cli", *words],
+            ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-m", "flows.cli", *words],
             cwd=workspace,
-            env=environment(),
+            env=environment(**{MARK: self._mark}),
             stdout=self._file,
             stderr=self._file,
             text=True,
@@ -213,6 +225,16 @@ class Beside:
     def said(self) -> str:
         """Everything it has printed so far."""
         return Path(self._file.name).read_text()
+
+    def left(self) -> list[str]:
+        """The command lines of processes that it started, and they in turn, and that are alive."""
+        return [line for line in map(self._line, psutil.process_iter()) if line]
+
+    def _line(self, process: psutil.Process) -> str:
+        with suppress(psutil.Error):
+            if process.pid != self.process.pid and process.environ().get(MARK) == self._mark:
+                return " ".join(process.cmdline())
+        return ""
 
 
 def wait_for(what: str, found: Callable[[], object], beside: Beside, timeout_s: float = 120) -> None:

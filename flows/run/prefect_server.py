@@ -14,21 +14,25 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from flows.run.ending import Stopped
 from flows.run.lock import state_folder
 from tasks.core.artifacts import as_json, atomic_write
+from tasks.core.errors import TemperError
 from tasks.core.stage import OWNER, quiet_libraries
 from tasks.registry.client import tracking_uri
 
 MLFLOW_PORT, PREFECT_PORT = 5000, 4200
 _OWN = "TEMPER_PREFECT_API"
 """Environment variable: the address of the server that `kept_up` keeps up."""
-_WAIT_S, _WATCH_S, _DRAIN_S, _END_S = 0.1, 2.0, 30, 3
+LOG = "prefect-server.log"
+Server: TypeAlias = subprocess.Popen[bytes]
+_STARTS = 3
+_WAIT_S, _ANSWERS_S, _WATCH_S, _DRAIN_S, _END_S = 0.1, 5, 2.0, 30, 3
 
 
 def prepare_servers(workspace: Path, *, terminal: bool) -> None:
@@ -90,6 +94,9 @@ def kept_up(workspace: Path, *, shared: bool = False) -> Iterator[None]:
     Args:
         workspace: whose Prefect database it serves.
         shared: whether it has the UI and the services of a schedule, and other commands on this workspace use it.
+
+    Raises:
+        TemperError: it does not start.
     """
     if "PREFECT_API_URL" in os.environ:
         yield
@@ -98,11 +105,11 @@ def kept_up(workspace: Path, *, shared: bool = False) -> Iterator[None]:
         api = f"http://127.0.0.1:{listening.getsockname()[1]}/api"
         os.environ |= {"PREFECT_API_URL": api, _OWN: api}
         try:
-            with _server(workspace, listening, api, shared=shared):
+            with _server(workspace, listening, api, shared=shared) as servers:
                 from prefect.settings import PREFECT_API_URL, temporary_settings
 
                 with temporary_settings({PREFECT_API_URL: api}):  # where Prefect has read the environment by now
-                    wait_for(api)
+                    wait_for(api, servers)
                     with _events_sent():
                         yield
         finally:
@@ -111,13 +118,17 @@ def kept_up(workspace: Path, *, shared: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def _server(workspace: Path, listening: socket.socket, api: str, *, shared: bool) -> Iterator[None]:
-    """Keep a server up that answers at a socket, which is this process's so that no other can take its port."""
+def _server(workspace: Path, listening: socket.socket, api: str, *, shared: bool) -> Iterator[Sequence[Server]]:
+    """Keep a server up that answers at a socket, which is this process's so that no other can take its port.
+
+    Yields:
+        The servers that were started so far: the last one, and those that died.
+    """
     command = [sys.executable, "-m", "flows.run.server_process", str(listening.fileno()), "shared" if shared else "own"]
     environment = {**os.environ, OWNER: str(os.getpid())}
-    log = state_folder(workspace) / "prefect-server.log"
+    log = state_folder(workspace) / LOG
     ending = threading.Event()
-    servers: list[subprocess.Popen[bytes]] = []
+    servers: list[Server] = []
 
     def keep_up() -> None:
         while not ending.is_set():
@@ -140,7 +151,7 @@ def _server(workspace: Path, listening: socket.socket, api: str, *, shared: bool
     keeper = threading.Thread(target=keep_up, name="keeps the server up", daemon=True)
     keeper.start()
     try:
-        yield
+        yield servers
     finally:
         ending.set()
         keeper.join()
@@ -148,7 +159,7 @@ def _server(workspace: Path, listening: socket.socket, api: str, *, shared: bool
             end_process(server, _END_S)
 
 
-def end_process(process: subprocess.Popen[bytes], patience_s: float) -> None:
+def end_process(process: Server, patience_s: float) -> None:
     """Ask a process that leads a session of its own to end; kill what is left of its group after some seconds."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
@@ -178,20 +189,31 @@ def _listening(port: int) -> socket.socket:
         return socket.create_server(("127.0.0.1", 0))
 
 
-def wait_for(api: str) -> None:
-    """Wait until the server at this address answers."""
+def wait_for(api: str, servers: Sequence[Server] = ()) -> None:
+    """Wait until the server at this address answers.
+
+    Args:
+        api: it.
+        servers: those that were started there so far, of which some may have died.
+
+    Raises:
+        TemperError: one after another died.
+    """
     import httpx
 
     told = False
-    while True:
+    while len(servers) <= _STARTS:
         try:
-            if httpx.get(f"{api}/health", timeout=5).is_success:
+            if httpx.get(f"{api}/health", timeout=_ANSWERS_S).is_success:
                 return
+        except (httpx.ConnectError, httpx.TimeoutException):  # it is starting, or is to be started
+            pass
         except httpx.HTTPError as error:
-            if not told and not isinstance(error, httpx.ConnectError):
+            if not told:
                 print(f"waiting for {api}: {error}", flush=True)
             told = True
         time.sleep(_WAIT_S)
+    raise TemperError("Prefect's server does not start", got=f"{_STARTS} that died", fix=f"look into .temper/{LOG}")
 
 
 def _note_file(workspace: Path) -> Path:
