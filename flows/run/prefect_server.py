@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from flows.run.ending import Stopped
 from flows.run.lock import state_folder
 from tasks.core.artifacts import as_json, atomic_write
 from tasks.core.errors import TemperError
+from tasks.core.signals import kill_group
 from tasks.core.stage import OWNER, quiet_libraries
 from tasks.registry.client import tracking_uri
 
@@ -164,9 +164,10 @@ def end_process(process: Server, patience_s: float) -> None:
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(timeout=patience_s)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    if process.poll() is None:
+        process.kill()
+        process.wait()
+    kill_group(process.pid)
 
 
 @contextmanager

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeAlias
 
 Handler: TypeAlias = Callable[[int, object], None]
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """A service manager's or a pool's, Ctrl-C, and a terminal that was closed."""
+_GONE_S, _LOOK_S = 1.0, 0.01
 
 
 def stopping_signals() -> list[signal.Signals]:
@@ -30,3 +33,13 @@ def on_stop(handle: Handler) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def kill_group(group: int) -> None:
+    """Kill what is left of a process group, and wait until it is gone: the kernel takes a moment for that."""
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+        deadline = time.monotonic() + _GONE_S  # where nobody reaps orphans, they stay
+        while time.monotonic() < deadline:
+            time.sleep(_LOOK_S)
+            os.killpg(group, 0)

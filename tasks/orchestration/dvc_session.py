@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.core import pipeline
-from tasks.core.errors import BadInput, OutOfMemory, TemperError, Transient
+from tasks.core.errors import BadInput, Interrupted, OutOfMemory, TemperError, Transient
 from tasks.core.memory import kills_for_memory
+from tasks.core.signals import kill_group
 from tasks.core.stage import OWNER, words_of
 from tasks.orchestration.fork_server import Command, ForkedProcess, ForkServer
 from tasks.orchestration.params import Params
@@ -66,7 +67,12 @@ class PipelineRun:
     """Started with the first stage that has to run."""
 
     def pass_over(self, stage: str) -> StageResult | None:
-        """Return the outcome of a stage that need not run; None for one that must be left to DVC."""
+        """Return the outcome of a stage that need not run; None for one that must be left to DVC.
+
+        Raises:
+            Interrupted: the run is being stopped.
+        """
+        self._go_on(stage)
         return self._finish(StageResult(stage, "unchanged", 0.0, self.keys[stage])) if self.is_current(stage) else None
 
     def run(self, stage: str, timeout_s: float, log: Callable[[str], None]) -> StageResult:
@@ -102,12 +108,17 @@ class PipelineRun:
         A stage that neither passed nor gave a reason (its task failed around it) is a failure too: what follows would
         promote on stale reports.
         """
+        self._go_on("the run")
         kinds = [type(error) for error in self.errors.values()]
         if kinds:
             worst = next((kind for kind in (OutOfMemory, BadInput, TemperError) if kind in kinds), Transient)
             raise worst("\n\n".join(str(error) for error in self.errors.values()))
         if lost := [stage for stage in self.nodes if stage not in self.outcomes]:
             raise TemperError("stages did not come through", examples=lost, fix="look into the log of their tasks")
+
+    def _go_on(self, what: str) -> None:
+        if self.stopping:
+            raise Interrupted("goes no further, because the run is being stopped", where=what)
 
     def _finish(self, outcome: StageResult) -> StageResult:
         with self._lock:
@@ -141,7 +152,7 @@ class PipelineRun:
                     child.wait(timeout=_LOOK_S)
                     running.discard(child)
         for child in running:
-            _kill_group(child)
+            kill_group(child.pid)
 
     def close(self) -> None:
         """End the fork server, when no stage is to be run any more."""
@@ -153,8 +164,7 @@ class PipelineRun:
         command = ["python", "-m", "dvc", *words]
         environment = child_environment()
         with self._lock:
-            if self.stopping:
-                raise Transient("was not started, because the run is being stopped", where=words[-1])
+            self._go_on(words[-1])
             child: Process | None = None
             if sys.platform == "linux":
                 with suppress(OSError):  # without it a stage takes longer, no more
@@ -201,7 +211,7 @@ class PipelineRun:
 
         def end() -> None:
             timed_out.set()
-            _kill_group(child)
+            kill_group(child.pid)
 
         kills = kills_for_memory()
         timer = threading.Timer(timeout_s, end)
@@ -218,7 +228,7 @@ class PipelineRun:
             timer.cancel()
             with self._lock:
                 self._children.discard(child)
-            _kill_group(child)  # whatever the stage left behind
+            kill_group(child.pid)  # whatever the stage left behind
         if timed_out.is_set():
             raise Transient("took too long and was ended", where=stage, expected=f"at most {timeout_s:.0f} s")
         if code:
@@ -271,11 +281,6 @@ def child_environment() -> dict[str, str]:
         "SHELL": "/bin/sh",
         OWNER: str(os.getpid()),
     }
-
-
-def _kill_group(child: Process) -> None:
-    with suppress(ProcessLookupError):  # it may be gone already
-        os.killpg(child.pid, signal.SIGKILL)
 
 
 def _stage_processes(child: Process) -> list[psutil.Process]:
