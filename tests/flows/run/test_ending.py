@@ -17,6 +17,7 @@ import pytest
 from flows.run import prefect_server
 from flows.run.edit_params import change_params
 from flows.run.lock import held
+from flows.run.schedule import name_of
 from tests.conftest import Beside, temper, wait_for
 from tests.flows.run.test_schedule import deployments, noted
 from tests.helpers.commands import environment
@@ -129,13 +130,18 @@ def serving(workspace: Path) -> Beside:
     return Beside(workspace, "schedule", "--cron", "0 3 * * *")
 
 
+def deployment_of(workspace: Path) -> list[str]:
+    """The id of a workspace's deployment; a copy knows those of the original as well."""
+    return [each["id"] for each in deployments(workspace) if each["name"] == name_of(workspace)]
+
+
 RESTS = "the schedule rests until it is served again"
 
 
 @pytest.mark.parametrize("sent", [INT, TERM, HUP, KILL])
 def test_a_schedule_ends_while_it_waits(finished: Path, sent: signal.Signals) -> None:
     with serving(finished) as schedule:
-        wait_for("deployment", lambda: deployments(finished), schedule)
+        wait_for("deployment", lambda: deployment_of(finished), schedule)
         ends(schedule, sent, RESTS, 0)
     with held(finished, "the test", "schedule.lock"):
         pass
@@ -144,9 +150,9 @@ def test_a_schedule_ends_while_it_waits(finished: Path, sent: signal.Signals) ->
 @pytest.mark.parametrize("sent", [INT, KILL])
 def test_a_schedule_ends_with_the_run_that_it_started(training: Path, sent: signal.Signals) -> None:
     with serving(training) as schedule:
-        wait_for("deployment", lambda: deployments(training), schedule)
-        (deployment,) = deployments(training)
-        httpx.post(f"{noted(training)['api']}/deployments/{deployment['id']}/create_flow_run", json={})
+        wait_for("deployment", lambda: deployment_of(training), schedule)
+        (found,) = deployment_of(training)
+        httpx.post(f"{noted(training)['api']}/deployments/{found}/create_flow_run", json={})
         wait_for("training", lambda: re.search(r"\d+/\d+ steps", schedule.said()), schedule)
         ends(schedule, sent, RESTS, 0)
     with held(training, "the test"), held(training, "the test", "schedule.lock"):
