@@ -31,7 +31,7 @@ DVC = [sys.executable, "-m", "dvc"]
 
 
 USERS = {
-    "prefect.server": "Prefect's temporary server",
+    "flows.run.server_process": "Prefect's temporary server",
     "flows.cli": "the flow: order, board, gate, page",
     "tasks.orchestration.fork_server": "libraries imported once, forks made",
     "dvc": "DVC",
