@@ -32,6 +32,7 @@ from tasks.adapters.hooks import (
     register_with_peft,
 )
 from tasks.adapters.pass_state import PassState
+from tasks.models.device import without_autocast
 
 BOTTLENECK_FORMS = {
     "houlsby": ("attention_output", "mlp_output"),
@@ -93,7 +94,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute what is added, for x of shape (..., hidden)."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             wide = x.to(torch.promote_types(x.dtype, self.down.weight.dtype))
             added: Tensor = self.up(self.dropout(self.activation(self.down(wide)))) * self.scaling
             return added.to(x.dtype)

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from tasks.models.device import autocast_dtype
+
 
 def add_in_one_pass(model: PeftModel, name: str = "default") -> None:
     """Let plain LoRA layers of an adapter add their updates in one pass; variants such as DoRA stay as they are."""
@@ -52,7 +54,7 @@ class InOnePass(LoraVariant):  # type: ignore[misc, unused-ignore]
         """Add the update of the inputs `x` (..., in) to what the layer gives, `result` (..., out)."""
         a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         x, scaling = module.lora_dropout[active_adapter](x), module.scaling[active_adapter]
-        alike = x.dtype == a.weight.dtype == result.dtype and not torch.is_autocast_enabled(x.device.type)
+        alike = x.dtype == a.weight.dtype == result.dtype and autocast_dtype(x.device) is None
         plain = a.bias is None and b.bias is None and result.is_contiguous()
         # without gradients it is PEFT's arithmetic to the bit: that of the model that is served
         if not (torch.is_grad_enabled() and alike and plain):

@@ -7,12 +7,12 @@ from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from tasks.adapters.reft.prompt_positions import untouched
 from tasks.core.errors import BadModel
 from tasks.core.memory import ran_out
+from tasks.models.device import autocast_dtype
 
 _EXACT, _ROUNDED = 1e-3, 0.05
 """What two orders of computing may differ by, of what they give: of every token in float32, and in the median of tokens
@@ -25,7 +25,7 @@ def agree(base: nn.Module, one: Tensor, other: Tensor) -> bool:
         return False
     one, other = one.nan_to_num(), other.nan_to_num()  # broken weights are told of where they are trained
     away = (one - other).float().norm(dim=-1) / other.float().norm(dim=-1).clamp_min(1e-6)
-    if torch.is_autocast_enabled(other.device.type) or any(p.dtype.itemsize < 4 for p in (other, *base.parameters())):
+    if autocast_dtype(other.device) or any(p.dtype.itemsize < 4 for p in (other, *base.parameters())):
         return bool(away.median() <= _ROUNDED)
     return bool(away.max() <= _EXACT)
 

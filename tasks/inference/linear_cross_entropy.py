@@ -24,7 +24,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from tasks.models.device import has_fast_bf16
+from tasks.models.device import autocast_dtype, has_fast_bf16, without_autocast
 
 TILE_TOKENS = 512
 TILE_VOCABULARY = 4096
@@ -95,9 +95,8 @@ def product_dtype(hidden: Tensor, head: Head) -> torch.dtype:
 
     Without AMX a product in bf16 takes twice as long as in float32 (bench/LOG.md); weights are widened tile by tile.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
-    slow = device == "cpu" and dtype in (torch.bfloat16, torch.float16) and not has_fast_bf16()
+    dtype = autocast_dtype(hidden.device) or head.weight.dtype
+    slow = hidden.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and not has_fast_bf16()
     return torch.float32 if slow else dtype
 
 
@@ -216,7 +215,7 @@ class _Scores(Function):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         given = hidden.to(how.dtype)
         sums = _Sums(given, targets, how)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device):
             for tile in _tiles(given, weight, bias, how):
                 sums.take(tile)
         log_total = sums.log_total()
@@ -240,7 +239,7 @@ class _Scores(Function):
                 to_hidden.addcmul_(upstream.mean, mean_slopes)
             to_hidden = to_hidden.to(hidden.dtype)
         if any(ctx.needs_input_grad[1:3]):
-            with torch.autocast(hidden.device.type, enabled=False):
+            with without_autocast(hidden.device):
                 to_weight, to_bias = _to_head(hidden, weight, bias, targets, log_total, upstream, ctx.how)
         return to_hidden, to_weight, to_bias, None, None
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from tasks.core.errors import BadParams
@@ -65,3 +68,40 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.set_flush_denormal(True)  # subnormal gradients slow CPU arithmetic many times over
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Compute in the dtypes that tensors have within this block, whatever autocast would choose."""
+    import torch
+
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return what autocast computes in on a device; None where it is off."""
+    import torch
+
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
+
+
+_reason = ContextVar("why the host reads of the device", default="")
+
+
+@contextmanager
+def host_read(reason: str) -> Iterator[None]:
+    """Mark where the host is meant to read numbers of the device, for which it waits until the device has made them.
+
+    It does nothing by itself. A rehearsal (`tasks.models.pretended_device`) refuses reads outside of such blocks.
+    """
+    token = _reason.set(reason)
+    try:
+        yield
+    finally:
+        _reason.reset(token)
+
+
+def reason_to_read() -> str:
+    """Return why the host is meant to read of the device at this moment; empty if it is not."""
+    return _reason.get()

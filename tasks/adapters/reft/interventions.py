@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tasks.models.device import without_autocast
+
 
 class Kind(NamedTuple):
     """Kind of an intervention.
@@ -136,7 +138,7 @@ class Edit(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Edit hidden states of shape (n, hidden); the result has their dtype."""
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device):
             h = _wide(hidden)
             if isinstance(self.directions, Rotation):
                 directions, offset = self.directions(), None
