@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tasks.models.device import host_read
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
@@ -65,7 +67,8 @@ class RankSteps:
     def step(self) -> None:
         """Weigh the last gradients and take ranks away where the plan says so."""
         self._taken += 1
-        self._tuner.update_and_allocate(self._taken)
+        with host_read("which ranks are taken away"):
+            self._tuner.update_and_allocate(self._taken)
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors by the number of their matrix, in the order of names; -1 is what belongs to none."""

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from tasks.core.artifacts import MANIFEST, as_json, atomic_write, digest, read_object
 from tasks.core.errors import BadModel
 from tasks.core.params import COMMIT, HUB_NAME
+from tasks.models.device import host_read
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -224,7 +225,8 @@ def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
-        whole = tensor.detach().cpu().contiguous()
+        with host_read("tensors that are written to a file"):
+            whole = tensor.detach().cpu().contiguous()
         place = whole.untyped_storage().data_ptr()
         found[name] = whole.clone() if place in seen else whole
         seen.add(place)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tasks.core.errors import BadModel
+from tasks.models.device import upload
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -45,6 +46,8 @@ def with_virtual_tokens(model: PreTrainedModel | PeftModel, given: dict[str, Any
         return given, 0
     ids, attended = given["input_ids"], given["attention_mask"]
     given = {**given, "attention_mask": torch.cat([attended.new_ones(len(ids), count), attended], dim=1)}
+    numbers: dict[str, torch.Tensor] = model.prompt_tokens  # type: ignore[assignment]  # of the virtual tokens
+    numbers.update({name: upload(each, ids.device) for name, each in numbers.items()})  # PEFT would in every pass
     prompt: Any = model.get_prompt(len(ids))  # type: ignore[operator]
     if not isinstance(prompt, torch.Tensor):  # keys and values: no position of their own
         return {**given, "past_key_values": prompt}, 0

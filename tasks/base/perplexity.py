@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from tasks.core.errors import Diverged
-from tasks.models.device import compute_dtype
+from tasks.models.device import autocast_to, compute_dtype, host_read, upload
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,9 +74,11 @@ def perplexity(
     with torch.no_grad():
         for batch in _batches(read, batch_tokens):
             padded = [[*window, *[0] * (len(batch[0]) - len(window))] for window in batch]
-            ids = torch.tensor(padded, device=model.device)
-            real = torch.arange(ids.shape[1], device=ids.device) < torch.tensor([[len(w)] for w in batch]).to(ids)
-            nats -= next_token_logp(model, ids)[real[:, 1:]].sum().item()
+            width = len(batch[0]) - 1
+            real = [row * width + at for row, window in enumerate(batch) for at in range(len(window) - 1)]
+            logp = next_token_logp(model, upload(padded, model.device)).flatten()
+            with host_read("the loss of a batch"):
+                nats -= logp.index_select(0, upload(real, logp.device)).sum().item()
     model.train(training)
     loss = nats / tokens
     if not loss <= _LARGEST_LOSS:
@@ -94,15 +96,12 @@ def next_token_logp(model: Model, ids: Tensor) -> Tensor:
     Returns:
         Log-probabilities in nats, (rows, tokens - 1), float32. Their logits never exist as a whole.
     """
-    import torch
-
     from tasks.inference.logprobs import score_hidden
     from tasks.inference.states import states_of
 
-    dtype = compute_dtype()
-    with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+    with autocast_to(compute_dtype(), model.device):
         # no attention mask: nothing looks ahead, so what stands before padding is not touched by it
-        hidden = states_of(model, {"input_ids": ids, "use_cache": False})[:, :-1]
+        hidden = states_of(model, {"input_ids": ids, "use_cache": False}, [ids.shape[1]] * len(ids))[:, :-1]
         logp = score_hidden(model, hidden.flatten(0, 1), ids[:, 1:].flatten()).logp
     return logp.view(len(ids), -1)
 

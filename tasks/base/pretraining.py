@@ -20,7 +20,7 @@ from tasks.core.progress import Progress
 from tasks.core.records import TextExample
 from tasks.engine.loop import TrainingPlan, train_loop
 from tasks.engine.schedules import learning_rates
-from tasks.models.device import device, seed_everything
+from tasks.models.device import device, seed_everything, upload
 
 if TYPE_CHECKING:
     import numpy as np
@@ -148,11 +148,12 @@ def train_on_blocks(
     def chosen(step: int) -> list[int]:
         return [place(n) for n in range(step * batch, (step + 1) * batch)]
 
-    def losses(step: int) -> Iterator[tuple[Tensor, dict[str, float]]]:
+    def losses(step: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         picked = chosen(step)
         predicted = batch * (params.context_tokens - 1)
         for start in range(0, batch, params.micro_batch_size):
-            ids = torch.from_numpy(blocks[picked[start : start + params.micro_batch_size]]).long().to(model.device)
+            rows = torch.from_numpy(blocks[picked[start : start + params.micro_batch_size]]).long()
+            ids = upload(rows, model.device)
             yield -next_token_logp(model, ids).sum() / predicted, {}
 
     course = TrainingPlan(

@@ -35,13 +35,13 @@ from tasks.engine.checkpoints import (
     structure_of,
     unpack_tensors,
 )
-from tasks.engine.collectives import any_rank, barrier, check_agreed, rank_rng, sum_gradients, sum_over_ranks
+from tasks.engine.collectives import all_reduce, any_rank, barrier, check_agreed, rank_rng, sum_gradients
 from tasks.engine.evaluation_hooks import EvalHooks
 from tasks.engine.memory import AdaptiveMicroBatch
+from tasks.models.device import host_read
 from tasks.reports.training_log import HELD_OUT_LOSS, best_step
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 NOTHING = EvalHooks()
@@ -57,7 +57,8 @@ class TrainingPlan:
     Attributes:
         steps: the number of steps.
         learning_rate: the rate at a step.
-        losses: the loss to differentiate at a step, in parts that add up to it, each with its share of what is logged.
+        losses: the loss to differentiate at a step, in parts that add up to it, each with its share of what is logged:
+            scalars, which stay on the device until the step is over.
         describe: names the rows of a step, for errors.
         max_grad_norm: gradients are scaled down to this norm.
         checkpoint_every_steps: how much work a kill may cost.
@@ -65,7 +66,7 @@ class TrainingPlan:
 
     steps: int
     learning_rate: Callable[[int], float]
-    losses: Callable[[int], Iterable[tuple[Tensor, dict[str, float]]]]
+    losses: Callable[[int], Iterable[tuple[Tensor, Mapping[str, Tensor]]]]
     describe: Callable[[int], Sequence[str]]
     max_grad_norm: float
     checkpoint_every_steps: int
@@ -184,7 +185,7 @@ def _step(
 
     rate, random = course.learning_rate(step), random_state()
 
-    def differentiate() -> tuple[float, dict[str, float]]:
+    def differentiate() -> dict[str, Tensor]:
         set_random_state(random)  # a step that is taken again draws what it drew
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -194,11 +195,12 @@ def _step(
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
-    own_loss, own_extra = rows.fitted(differentiate)
+    sums = rows.fitted(differentiate)
     sum_gradients(parameters.values())
-    sums = sum_over_ranks({"loss": own_loss, **own_extra})
-    loss, extra = sums.pop("loss"), sums
-    norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), course.max_grad_norm).item()
+    total = all_reduce(torch.stack([*sums.values()]))
+    of_gradient = torch.nn.utils.clip_grad_norm_(list(parameters.values()), course.max_grad_norm)
+    with host_read("a step's numbers, all at once, before the optimizer takes it"):
+        loss, *others, norm = torch.cat([total, of_gradient.to(total)[None]]).tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise Diverged(
             "the training diverged; nothing was published",
@@ -209,12 +211,13 @@ def _step(
         )
     for optimizer in optimizers:
         optimizer.step()
-    return {"step": step + 1, "loss": loss, "grad_norm": norm, "learning_rate": rate, **extra}
+    logged = dict(zip([*sums][1:], others, strict=True))
+    return {"step": step + 1, "loss": loss, "grad_norm": norm, "learning_rate": rate, **logged}
 
 
-def _differentiate(parts: Iterable[tuple[Tensor, dict[str, float]]]) -> tuple[float, dict[str, float]]:
-    """Add the gradients of all parts, each before the next is computed; return the sums of their loss and log."""
-    total, extra = 0.0, dict[str, float]()
+def _differentiate(parts: Iterable[tuple[Tensor, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    """Add the gradients of all parts, each before the next is computed; return sums of `loss` and log in float64."""
+    sums = dict[str, Any]()
     for part, logged in parts:
         if not part.requires_grad:
             raise BadModel(
@@ -223,9 +226,9 @@ def _differentiate(parts: Iterable[tuple[Tensor, dict[str, float]]]) -> tuple[fl
                 fix="choose other modules or layers, or another base",
             )
         part.backward()
-        total += part.item()
-        extra = {name: extra.get(name, 0.0) + value for name, value in logged.items()}
-    return total, extra
+        for name, value in {"loss": part, **logged}.items():
+            sums[name] = sums.get(name, 0.0) + value.detach().double()
+    return sums
 
 
 @contextmanager
@@ -269,9 +272,13 @@ def _finite(seen: dict[str, Any], step: int) -> dict[str, Any]:
     return seen
 
 
-def _check_finite(parameters: Mapping[str, torch.Tensor], step: int) -> None:
+def _check_finite(parameters: Mapping[str, Tensor], step: int) -> None:
     """Refuse weights that the last update made infinite or NaN: the loss would show it only at the next step."""
-    broken = [name for name, parameter in parameters.items() if not parameter.isfinite().all()]
+    import torch
+
+    with host_read("whether weights are finite, before they are written"):
+        finite = torch.stack([parameter.isfinite().all() for parameter in parameters.values()]).tolist()
+    broken = [name for name, is_finite in zip(parameters, finite, strict=True) if not is_finite]
     if broken:
         raise Diverged(
             "the training diverged; nothing was published",

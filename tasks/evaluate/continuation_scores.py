@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tasks.inference.prefix_tree import PrefixRow
 from tasks.inference.rows import Likelihood, Scored
+from tasks.models.device import upload
 from tasks.models.loader import Model
 
 if TYPE_CHECKING:
@@ -74,21 +75,13 @@ def _score(
     model: Model, hidden: Tensor, places: Sequence[Sequence[int]], endings: Sequence[Sequence[int]]
 ) -> list[Likelihood]:
     """Score endings whose rows stand at these places of the hidden states, (places, hidden)."""
-    import torch
-
     from tasks.inference.logprobs import score_hidden
 
-    device = hidden.device
     before = [place for row, ending in zip(places, endings, strict=True) for place in row[-len(ending) :]]
     targets = [token for ending in endings for token in ending]
-    whose = torch.repeat_interleave(torch.tensor([len(ending) for ending in endings], device=device))
-    scores = score_hidden(
-        model,
-        hidden.index_select(0, torch.tensor(before, device=device)),
-        torch.tensor(targets, device=device),
-        with_likeliest=True,
-    )
-    return Scored(scores.logp, whose, len(endings), likeliest=scores.likeliest).likelihoods()
+    found = hidden.index_select(0, upload(before, hidden.device))
+    scores = score_hidden(model, found, upload(targets, hidden.device), with_likeliest=True)
+    return Scored.of(scores.logp, [len(ending) for ending in endings], likeliest=scores.likeliest).likelihoods()
 
 
 # --- rows in one sequence ---------------------------------------------------------------------------------------------
@@ -108,10 +101,8 @@ def _joined(model: Model, rows: Sequence[PrefixRow], whole: bool) -> tuple[Tenso
     forest = build_batch(rows, model.device, whole=whole)
     prompts = prompts_of(model)
     where = {places[0]: row.prompt for row, places in zip(rows, forest.places, strict=True)}
-    shapes = (
-        torch.tensor(numbers, device=model.device) for numbers in ([0] * len(where), list(where), [*where.values()])
-    )
-    with prompts.at(*shapes) if prompts else nullcontext():
+    shapes = ([0] * len(where), list(where), [*where.values()])
+    with prompts.at(*map(torch.tensor, shapes)) if prompts else nullcontext():
         return packed_hidden(unwrapped(model), forest), forest.places
 
 
@@ -140,7 +131,7 @@ def _padded(model: Model, rows: Sequence[PrefixRow], whole: bool) -> tuple[Tenso
 
     import torch
 
-    from tasks.adapters.prompt_tuning import with_virtual_tokens
+    from tasks.adapters.prompt_tuning import virtual_tokens, with_virtual_tokens
     from tasks.adapters.reft.prompt_positions import prompts_of
     from tasks.inference.encoder_decoder import padded
     from tasks.inference.prefix_tree import unique_rows
@@ -155,9 +146,9 @@ def _padded(model: Model, rows: Sequence[PrefixRow], whole: bool) -> tuple[Tenso
     given = {"input_ids": filled.ids, "attention_mask": filled.attended, "use_cache": False}
     given, virtual = with_virtual_tokens(model, given)
     prompts = prompts_of(model)
-    lengths = torch.tensor([rows[n].prompt for n in alone], device=model.device)
-    with prompts.given(lengths) if prompts else nullcontext():
-        hidden = states_of(model, given)[:, virtual:]
+    lengths = [len(rows[n].ids) + virtual_tokens(model) for n in alone]
+    with prompts.given(torch.tensor([rows[n].prompt for n in alone])) if prompts else nullcontext():
+        hidden = states_of(model, given, lengths)[:, virtual:]
     width = filled.ids.shape[1]
     starts = {leaf: number * width for number, leaf in enumerate(alone)}
     places = [list(range(starts[leaf], starts[leaf] + len(row.ids))) for leaf, row in zip(leaf_of, rows, strict=True)]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tasks.adapters.reft.prompt_positions import untouched
 from tasks.core.errors import BadModel
 from tasks.core.memory import ran_out
-from tasks.models.device import autocast_dtype
+from tasks.models.device import autocast_dtype, has_numbers, host_read
 
 _EXACT, _ROUNDED = 1e-3, 0.05
 """What two orders of computing may differ by, of what they give: of every token in float32, and in the median of tokens
@@ -67,18 +67,12 @@ _turns: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 def is_true(base: nn.Module, compare: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> bool:
     """Find out whether all pairs of results are the same, as `holds` does it."""
-    if not _has_numbers(base):
+    if not all(has_numbers(p) for p in base.parameters()):
         return True
-    with untouched(base):
+    with untouched(base), host_read("a proof, once for a model"):
         try:
             return all(agree(base, one, other) for one, other in compare())
         except Exception as error:  # whatever a model's own code makes of what it does not expect
             if ran_out(error) or isinstance(error, BadModel):
                 raise
             return False
-
-
-def _has_numbers(model: nn.Module) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return not any(p.is_meta or isinstance(p, FakeTensor) for p in model.parameters())

@@ -7,11 +7,13 @@ in their own way, and adapters that add tokens of theirs, stay right.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks.core.errors import BadData
 from tasks.inference.params import Generation
 from tasks.inference.rows import Likelihood, Scored
+from tasks.models.device import host_read, upload
 from tasks.models.loader import Model
 from tasks.tokenization.architecture import positions_of
 
@@ -59,7 +61,7 @@ def padded(rows: Sequence[Sequence[int]], fill: int, device: Any) -> Padded:
     )
     lengths = torch.tensor([len(row) for row in rows])
     attended = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
-    return Padded(ids.to(device), attended.to(device))
+    return Padded(upload(ids, device), upload(attended, device))
 
 
 def score_pairs(
@@ -70,20 +72,27 @@ def score_pairs(
     The decoder reads the target shifted right by the model's own start token; its mean is the loss that transformers
     computes from `labels`. `with_mean` also gives the mean over the vocabulary, `with_likeliest` what is the arg-max.
     """
+    import torch
+
+    from tasks.adapters.reft.prompt_positions import prompts_of
     from tasks.inference.linear_cross_entropy import score_logits
     from tasks.inference.turns import in_turn
 
     labels = padded([row.target_ids for row in rows], IGNORED, model.device).ids
-    with in_turn(model):
+    prompts, inputs = prompts_of(model), [tuple(row.input_ids) for row in rows]
+    with in_turn(model), prompts.given(torch.tensor([len(each) for each in inputs])) if prompts else nullcontext():
         logits = model(
-            **_encoded(model, [tuple(row.input_ids) for row in rows]),
+            **_encoded(model, inputs),
             decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels=labels),  # type: ignore[operator]
             use_cache=False,
         ).logits
-    logits = logits[:, -labels.shape[1] :]  # after the positions of a soft prompt, where the decoder has one
-    scored = labels != IGNORED
-    scores = score_logits(logits[scored], labels[scored], with_mean=with_mean, with_likeliest=with_likeliest)
-    return Scored(scores.logp, scored.nonzero()[:, 0], len(rows), scores.mean_logp, scores.likeliest)
+    _, longest, vocabulary = logits.shape
+    virtual = longest - labels.shape[1]  # the positions of a soft prompt, where the decoder has one
+    places = [n * longest + virtual + at for n, row in enumerate(rows) for at in range(len(row.target_ids))]
+    found = logits.reshape(-1, vocabulary).index_select(0, upload(places, model.device))
+    targets = upload([token for row in rows for token in row.target_ids], model.device)
+    scores = score_logits(found, targets, with_mean=with_mean, with_likeliest=with_likeliest)
+    return Scored.of(scores.logp, [len(row.target_ids) for row in rows], scores.mean_logp, scores.likeliest)
 
 
 def score_pair_rows(
@@ -128,7 +137,7 @@ def _encoded(model: Model, inputs: Sequence[tuple[int, ...]]) -> dict[str, Any]:
         return {"input_ids": whole.ids, "attention_mask": whole.attended}
     once = padded(list(number), 0, model.device)
     outputs = unwrapped(model).get_encoder()(input_ids=once.ids, attention_mask=once.attended)
-    whose = torch.tensor([number[each] for each in inputs], device=model.device)
+    whose = upload([number[each] for each in inputs], model.device)
     outputs.last_hidden_state = outputs.last_hidden_state[whose]
     return {"encoder_outputs": outputs, "attention_mask": once.attended[whose]}
 
@@ -152,7 +161,7 @@ def generate_targets(
     from tasks.inference.turns import in_turn
 
     given = padded(inputs, 0, model.device)
-    with torch.no_grad(), in_turn(model):
+    with torch.no_grad(), in_turn(model), host_read("each new token, which may be the last"):
         written: Tensor = for_generation(model).generate(  # type: ignore[operator]
             input_ids=given.ids,
             attention_mask=given.attended,
@@ -160,9 +169,10 @@ def generate_targets(
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             stopping_criteria=stop.criteria() if stop else None,
-            **decoding(model, generation, given.ids, given.attended),
+            **decoding(model, generation, inputs, start=1),
         )
-    return [until(row, tokenizer.eos_token_id) for row in written[:, 1:].tolist()]
+        answers = written[:, 1:].tolist()
+    return [until(row, tokenizer.eos_token_id) for row in answers]
 
 
 def check_room(model: Model, rows: Sequence[tuple[str, Sequence[int]]], max_new_tokens: int) -> None:

@@ -27,6 +27,7 @@ from tasks.inference.agreement import is_true
 from tasks.inference.prefix_sharing import unpack_rows
 from tasks.inference.rope import own_frequencies
 from tasks.models.decoder import forwards_instead, made_up_tokens
+from tasks.models.device import upload
 
 
 class CachedPrefix(NamedTuple):
@@ -138,7 +139,7 @@ class FrozenLayerCache:
         from transformers import DynamicCache
 
         longest = max(start)
-        attended = torch.tensor([[0] * (longest - size) + [1] * size for size in start], device=device)
+        attended = upload([[0] * (longest - size) + [1] * size for size in start], device)
         if not longest or self._cut == len(self._layers):  # no layer is left that would look back
             return None, attended
         every = torch.stack([pad(state, (0, 0, longest - state.shape[3], 0)) for state in states if state is not None])
@@ -164,7 +165,7 @@ class FrozenLayerCache:
     def _one(self, row: Sequence[int], prompt: int) -> CachedState | None:
         """Compute what a row alone gives, without edits; None if the layers give more than a tensor each."""
         found: list[Any] = []
-        start, ids = self._start(prompt), torch.tensor([list(row)], device=next(self._body.parameters()).device)
+        start, ids = self._start(prompt), upload([list(row)], next(self._body.parameters()).device)
 
         def take(layer: nn.Module, args: Any, output: Any) -> None:
             found.append(output)

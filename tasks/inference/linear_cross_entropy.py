@@ -311,8 +311,11 @@ class _Sums:
         most = torch.maximum(self.most[now], here)
         if self.likeliest is not None:
             leads = inside & (found == here) & (here > self.most[now])
-            rows = leads[:, 0].nonzero()[:, 0]  # few: only there it matters which of equal logits comes first
-            leads[rows] = logits[rows].argmax(1, keepdim=True) == column[rows]
+            if logits.device.type == "cpu":
+                rows = leads[:, 0].nonzero()[:, 0]  # few: only there it matters which of equal logits comes first
+                leads[rows] = logits[rows].argmax(1, keepdim=True) == column[rows]
+            else:  # where how many they are would have to be waited for
+                leads &= logits.argmax(1, keepdim=True) == column
             self.likeliest[now] = leads | (self.likeliest[now] & (here <= self.most[now]))
         shrunk = (self.most[now] - most).exp_()
         self.most[now] = most

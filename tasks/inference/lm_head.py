@@ -20,6 +20,7 @@ from tasks.core.errors import BadModel
 from tasks.inference.agreement import holds, turn_of
 from tasks.inference.linear_cross_entropy import Head
 from tasks.models.decoder import decoder_of, forwards_instead, made_up_tokens, own_code, unwrapped
+from tasks.models.device import host_read
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -115,8 +116,10 @@ def _form_of(base: Any) -> _Form | None:
 
     The head gets known hidden states to compare, and gives known numbers of which the model's own code makes logits.
     """
-    hidden = torch.linspace(-1, 1, base.get_output_embeddings().weight.shape[1], dtype=torch.float64)[None, None]
-    output = torch.linspace(-100, 100, _PROBES, dtype=torch.float64)[None, None]
+    weight = base.get_output_embeddings().weight
+    where: Any = {"dtype": torch.float64, "device": weight.device}
+    hidden = torch.linspace(-1, 1, weight.shape[1], **where)[None, None]
+    output = torch.linspace(-100, 100, _PROBES, **where)[None, None]
     seen: list[Tensor] = []
 
     def head(states: Tensor) -> Tensor:
@@ -126,9 +129,11 @@ def _form_of(base: Any) -> _Form | None:
     layers = lambda *_, **__: _Output(hidden)  # noqa: E731
     try:
         with torch.no_grad(), forwards_instead({_decoder(base): layers, base.get_output_embeddings(): head}):
-            logits = _after_layers(base, 1, torch.device("cpu")).double()
+            logits = _after_layers(base, 1, weight.device).double()
     except Exception:  # stand-ins do not do for this model's code, whatever it is that fails: its real parts will
         return None
+    with host_read("the form of the head, once for a model"):
+        logits, hidden, output, *seen = (each.cpu() for each in (logits, hidden, output, *seen))
     if len(seen) != 1 or not torch.equal(seen[0], hidden) or logits.shape != output.shape:
         return None
     config = base.config.get_text_config().to_dict()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.inference.encoder_decoder import PairRow, score_pairs
 from tasks.inference.rendered_rows import Row
 from tasks.inference.rows import Scored, TokenRow
+from tasks.models.device import upload
 from tasks.models.loader import Model
 
 if TYPE_CHECKING:
@@ -67,8 +68,6 @@ def score_tokens(
     one sequence without padding, and those with the same prompt share it, where the model and its adapter allow that.
     Nor is anything computed twice that `below` keeps. `with_mean` also gives `mean_logp`.
     """
-    import torch
-
     from tasks.inference.states import together
     from tasks.models.decoder import unwrapped
 
@@ -77,9 +76,8 @@ def score_tokens(
     joined = _joined(model, rows) if below is None else None
     hidden = _joined_hidden(model, rows, joined) if joined else _padded_hidden(model, rows, below)
     targets = [token for row in rows for token, counts in zip(row.ids[1:], row.mask[1:], strict=True) if counts]
-    whose = [number for number, row in enumerate(rows) for _ in range(row.scored_tokens)]
-    scores = score_hidden(model, hidden, torch.tensor(targets, device=model.device), with_mean=with_mean)
-    return Scored(scores.logp, torch.tensor(whose, device=model.device), len(rows), scores.mean_logp)
+    scores = score_hidden(model, hidden, upload(targets, model.device), with_mean=with_mean)
+    return Scored.of(scores.logp, [row.scored_tokens for row in rows], scores.mean_logp)
 
 
 def score_hidden(
@@ -135,10 +133,7 @@ def _joined_hidden(model: Model, rows: Sequence[TokenRow], joined: PackedBatch) 
 
     prompts = prompts_of(model)
     shapes = ([0] * len(joined.trees), *zip(*(tree[:2] for tree in joined.trees), strict=True))
-    where = (
-        prompts.at(*(torch.tensor(numbers, device=model.device) for numbers in shapes)) if prompts else nullcontext()
-    )
-    with where:
+    with prompts.at(*map(torch.tensor, shapes)) if prompts else nullcontext():
         hidden = packed_hidden(unwrapped(model), joined)
     before = [
         place
@@ -146,14 +141,14 @@ def _joined_hidden(model: Model, rows: Sequence[TokenRow], joined: PackedBatch) 
         for place, counts in zip(places[:-1], row.mask[1:], strict=True)
         if counts
     ]
-    return hidden.index_select(0, torch.tensor(before, device=hidden.device))
+    return hidden.index_select(0, upload(before, hidden.device))
 
 
 def _padded_hidden(model: Model, rows: Sequence[TokenRow], below: FrozenLayerCache | None) -> Tensor:
     """Compute the same hidden states of rows padded on the right, after a soft prompt and what `below` keeps."""
     import torch
 
-    from tasks.adapters.prompt_tuning import with_virtual_tokens
+    from tasks.adapters.prompt_tuning import virtual_tokens, with_virtual_tokens
     from tasks.inference.states import states_of
 
     prompts = [row.prompt_tokens for row in rows]
@@ -168,18 +163,20 @@ def _padded_hidden(model: Model, rows: Sequence[TokenRow], below: FrozenLayerCac
             attended[i, : len(row.ids) - first] = 1
             scored[i, : len(row.mask) - first] = torch.tensor(row.mask[first:])
         scored[:, 0] = False  # nothing stands before the first token
-        ids, attended, scored = (t.to(model.device) for t in (ids, attended, scored))
+        ids, attended = (upload(t, model.device) for t in (ids, attended))
         given: dict[str, Any] = {"input_ids": ids, "attention_mask": attended, "use_cache": False}
+        lengths = [len(row.ids) - first + virtual_tokens(model) for row, first in zip(rows, start, strict=True)]
         if reuse and reuse.cache:
             given["attention_mask"] = torch.cat([reuse.attended, attended], dim=1)
-            places = torch.arange(longest, device=ids.device)
-            given["position_ids"] = torch.tensor(start, device=ids.device)[:, None] + places
+            given["position_ids"] = upload(torch.tensor(start)[:, None] + torch.arange(longest), ids.device)
             given["past_key_values"] = reuse.cache
+            lengths = [length + first for length, first in zip(lengths, start, strict=True)]
         given, virtual = with_virtual_tokens(model, given)
         with _prompt_ends(model, prompts, start):
-            hidden = states_of(model, given)[:, virtual:]
-    before: Tensor = hidden[scored.roll(-1, dims=1)]  # position t predicts token t + 1
-    return before
+            hidden = states_of(model, given, lengths)
+    places = scored.roll(-1, dims=1).nonzero()  # position t predicts token t + 1
+    before = upload(places[:, 0] * (virtual + longest) + virtual + places[:, 1], hidden.device)
+    return hidden.flatten(0, 1).index_select(0, before)
 
 
 def _prompt_ends(model: Model, lengths: Sequence[int], start: Sequence[int]) -> Any:
@@ -190,4 +187,4 @@ def _prompt_ends(model: Model, lengths: Sequence[int], start: Sequence[int]) -> 
     prompts = prompts_of(model)
     if prompts is None:
         return nullcontext()
-    return prompts.given(*(torch.tensor(numbers, device=model.device) for numbers in (lengths, start)))
+    return prompts.given(torch.tensor(lengths), torch.tensor(start))

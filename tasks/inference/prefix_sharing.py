@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from tasks.inference.prefix_tree import Block, PrefixTreeBatch, Range
 from tasks.inference.rope import alike, own_frequencies
 from tasks.inference.turns import in_turn
 from tasks.models.decoder import decoder_of, made_up_tokens
+from tasks.models.device import host_read, upload
 
 NAME = "temper_joined"
 """What transformers calls the attention function; without a layout it is PyTorch's own, as before."""
@@ -101,9 +102,7 @@ def pack(
             ids += reply
             positions += range(trunk, trunk + len(reply))
         trees.append(PrefixGroup(start, trunk, tuple(len(rows[number]) - trunk for number in numbers)))
-    return PackedBatch(
-        torch.tensor([ids], device=device), torch.tensor([positions], device=device), tuple(trees), places
-    )
+    return PackedBatch(upload([ids], device), upload([positions], device), tuple(trees), places)
 
 
 def packed_hidden(base: Any, joined: PackedBatch | PrefixTreeBatch) -> Tensor:
@@ -170,8 +169,8 @@ def _packed_and_alone(base: Any) -> Iterator[tuple[Tensor, Tensor]]:
     joined, decoder = pack(rows, prompts, base.device), decoder_of(base)
     hidden = packed_hidden(base, joined)
     for row, places in zip(rows, joined.places, strict=True):
-        ids = torch.tensor([row], device=base.device)
-        yield hidden[places], decoder(input_ids=ids, use_cache=False).last_hidden_state[0]  # type: ignore[misc]
+        alone = decoder(input_ids=upload([row], base.device), use_cache=False).last_hidden_state[0]  # type: ignore[misc]
+        yield hidden.index_select(0, upload(places, base.device)), alone
 
 
 def drops(base: nn.Module) -> bool:
@@ -190,10 +189,42 @@ def drops(base: nn.Module) -> bool:
 
 def _make_known() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, _mask)
+
+
+_padded = ContextVar[bool | None]("whether rows are padded, where it is known", default=None)
+
+
+@contextmanager
+def padding_known(base: Any, *, padded: bool) -> Iterator[None]:
+    """Tell a model's attention within this block whether its rows are padded, which it would read off their mask.
+
+    The host waits for that, once a pass. Models whose attention is not ours here do wait.
+    """
+    token = _padded.set(padded)
+    try:
+        with nullcontext() if base.config._attn_implementation == NAME else host_read("whether rows are padded"):
+            yield
+    finally:
+        _padded.reset(token)
+
+
+def _mask(*, attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True, **how: Any) -> Tensor | None:
+    """Make transformers' mask, None where it can do without one: without a look at `attention_mask` if that is known.
+
+    Rows without padding need no mask of it, and with padding there is always one.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    padded = _padded.get()
+    made: Tensor | None = sdpa_mask(
+        attention_mask=None if padded is False else attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip and not padded,
+        **how,
+    )
+    return made
 
 
 def packed_attention(

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tasks.models.device import upload
+
 TOGETHER = 128
 """Small branches attend in one call, up to so many tokens: what they mask costs less than calls (bench/LOG.md)."""
 
@@ -121,9 +123,7 @@ def build_batch(rows: Sequence[PrefixRow], device: torch.device, *, whole: bool)
     last = [place or len(ids) for place in last]
     blocks = tuple(_blocks(last, 0, len(ids), ()))
     with_masks = tuple(block._replace(mask=_mask(block, last, device)) for block in blocks)
-    return PrefixTreeBatch(
-        torch.tensor([ids], device=device), torch.tensor([positions], device=device), with_masks, places
-    )
+    return PrefixTreeBatch(upload([ids], device), upload([positions], device), with_masks, places)
 
 
 def unique_rows(rows: Sequence[PrefixRow], *, whole: bool) -> list[int]:
@@ -168,4 +168,4 @@ def _mask(block: Block, last: Sequence[int], device: torch.device) -> Tensor | N
     here = torch.arange(block.start, block.stop)
     reach = torch.tensor(last[block.start : block.stop])
     among = (here <= here[:, None]) & (here[:, None] < reach)
-    return torch.cat([torch.ones(len(here), count, dtype=torch.bool), among], dim=1).to(device)
+    return upload(torch.cat([torch.ones(len(here), count, dtype=torch.bool), among], dim=1), device)

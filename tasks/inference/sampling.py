@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tasks.inference.params import Generation
+from tasks.models.device import host_read, upload
 from tasks.models.loader import Model
 
 if TYPE_CHECKING:
@@ -61,8 +62,9 @@ def _generated(
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(list(prompt))
         attended[row, longest - len(prompt) :] = 1
-    ids, attended = ids.to(model.device), attended.to(model.device)
-    with torch.no_grad(), in_turn(model), own_frequencies(unwrapped(model)):
+    ids, attended = upload(ids, model.device), upload(attended, model.device)
+    reading = host_read("each new token, which may be the last")
+    with torch.no_grad(), in_turn(model), own_frequencies(unwrapped(model)), reading:
         written: Tensor = for_generation(model).generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=attended,
@@ -70,9 +72,10 @@ def _generated(
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             stopping_criteria=stopping,
-            **decoding(model, generation, ids, attended),
+            **decoding(model, generation, prompts, start=longest),
         )
-    return [until(row, tokenizer.eos_token_id) for row in written[:, longest:].tolist()]
+        answers = written[:, longest:].tolist()
+    return [until(row, tokenizer.eos_token_id) for row in answers]
 
 
 # --- which prompts may stand beside each other ------------------------------------------------------------------------
@@ -179,7 +182,7 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_toke
 """What is kept of a model's own generation_config.json."""
 
 
-def decoding(model: Model, generation: Generation, ids: Tensor, attended: Tensor) -> dict[str, Any]:
+def decoding(model: Model, generation: Generation, prompts: Sequence[Sequence[int]], *, start: int) -> dict[str, Any]:
     """Build what `model.generate` is given besides the prompts, their mask and the length.
 
     What a row's draws are is a function of the seed and the row's prompt alone: not of the batch, its padding or its
@@ -190,17 +193,16 @@ def decoding(model: Model, generation: Generation, ids: Tensor, attended: Tensor
     not given, it takes from there.
 
     Args:
-        model: a decoder, or an encoder-decoder, whose generated tokens begin after the decoder's start token.
+        model: a decoder, or an encoder-decoder.
         generation: the options.
-        ids: the prompts, (batch, seq), padded on either side.
-        attended: 1 for tokens and 0 for padding, (batch, seq).
+        prompts: token ids, without padding.
+        start: where generated tokens begin: after the padded prompts, or after an encoder-decoder's start token.
     """
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     _forget_defaults(model)
     processors = LogitsProcessorList()
     if generation.repetition_penalty != 1:
-        start = 1 if model.config.is_encoder_decoder else ids.shape[1]
         processors.append(RepetitionPenalty(generation.repetition_penalty, start, generation.repetition_range))
     if generation.temperature > 0:
         processors.append(TemperatureLogitsWarper(generation.temperature))
@@ -208,8 +210,7 @@ def decoding(model: Model, generation: Generation, ids: Tensor, attended: Tensor
             processors.append(TopKLogitsWarper(generation.top_k))
         if generation.top_p < 1:
             processors.append(TopPLogitsWarper(generation.top_p))
-        prompts = [row[mask.bool()].tolist() for row, mask in zip(ids, attended, strict=True)]
-        processors.append(GumbelNoise([row_generator(generation.seed, prompt, ids.device) for prompt in prompts]))
+        processors.append(GumbelNoise([row_generator(generation.seed, prompt, model.device) for prompt in prompts]))
     return {"logits_processor": processors}
 
 

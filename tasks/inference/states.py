@@ -13,13 +13,15 @@ from tasks.adapters.reft.prompt_positions import prompts_of
 from tasks.core.errors import BadModel
 from tasks.inference.agreement import holds
 from tasks.inference.lm_head import takes_apart
+from tasks.inference.prefix_sharing import padding_known
 from tasks.inference.rope import alike, grouped, own_frequencies
 from tasks.inference.turns import in_turn
 from tasks.models.decoder import decoder_of, made_up_tokens, own_code, unwrapped
+from tasks.models.device import upload
 from tasks.models.loader import Model
 
 
-def states_of(model: Model, given: dict[str, Any]) -> Tensor:
+def states_of(model: Model, given: dict[str, Any], lengths: Sequence[int]) -> Tensor:
     """Compute the hidden states that the head reads, (rows, tokens, hidden), or logits if the model is run as a whole.
 
     A row's do not depend on the rows beside it: where padding or the longest row would change it, the batch is split.
@@ -27,32 +29,30 @@ def states_of(model: Model, given: dict[str, Any]) -> Tensor:
     Args:
         model: a decoder, with or without an adapter.
         given: what it is called with; rows are padded on the right, and `attention_mask`, (rows, tokens), says where.
+        lengths: how many tokens of each row it attends to, as that mask says.
 
     Raises:
         BadModel: the model's own code refuses these rows.
     """
     base = unwrapped(model)
-    mask = given.get("attention_mask")
-    if mask is None:
-        return _run(base, given)
-    groups = together(base, mask.sum(1).tolist())
+    groups = together(base, lengths)
     if len(groups) == 1:
-        return _run(base, given)
+        return _run_padded(base, given, lengths)
     if given.get("past_key_values") is not None:
         raise BadModel(
             "rows of different lengths cannot be computed together on this model, nor behind keys and values",
             where=type(base).__name__,
             fix="choose another adapter than a trained prefix",
         )
-    width, prompts, parts = mask.shape[1], prompts_of(base), list[Tensor]()
+    width, prompts, parts = max(lengths), prompts_of(base), list[Tensor]()
     for group in groups:
-        rows = torch.tensor(group, device=base.device)
-        longest = int(mask[rows].sum(1).max())
-        own = {name: _of_rows(value, rows, longest) for name, value in given.items()}
+        rows, longest = torch.tensor(group), max(lengths[row] for row in group)
+        own = {name: _of_rows(value, upload(rows, base.device), longest) for name, value in given.items()}
         with prompts.among(rows) if prompts else nullcontext():
-            parts.append(torch.nn.functional.pad(_run(base, own), (0, 0, 0, width - longest)))
-    order = torch.tensor([row for group in groups for row in group], device=base.device).argsort()
-    return torch.cat(parts).index_select(0, order)
+            states = _run_padded(base, own, [lengths[row] for row in group])
+            parts.append(torch.nn.functional.pad(states, (0, 0, 0, width - longest)))
+    order = torch.tensor([row for group in groups for row in group]).argsort()
+    return torch.cat(parts).index_select(0, upload(order, base.device))
 
 
 def together(base: Any, lengths: Sequence[int]) -> list[list[int]]:
@@ -75,6 +75,12 @@ def pads(base: Any) -> bool:
         yield both[1, :4], _run(base, own)[0]
 
     return holds(base, "it can be padded on the right", padded_and_alone)
+
+
+def _run_padded(base: Any, given: dict[str, Any], lengths: Sequence[int]) -> Tensor:
+    mask = given.get("attention_mask")
+    with padding_known(base, padded=mask is not None and min(lengths) < mask.shape[1]):
+        return _run(base, given)
 
 
 def _run(base: Any, given: dict[str, Any]) -> Tensor:

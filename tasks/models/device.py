@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tasks.core.errors import BadParams
 from tasks.core.ranks import ALONE, world
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 COMPUTE_DTYPE = "TEMPER_COMPUTE_DTYPE"
 
@@ -78,12 +79,42 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
+def autocast_to(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
+    """Multiply float32 matrices on a device in a dtype within this block; nothing changes for float32 itself."""
+    import torch
+
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """Return what autocast computes in on a device; None where it is off."""
     import torch
 
     on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if on else None
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Return whether a tensor has numbers; an outline of one has none, be it a fake or on the meta device.
+
+    Where that stands for an accelerator (`tasks.models.pretended_device`), storages have numbers.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return not isinstance(tensor, FakeTensor) and (not tensor.is_meta or "numbers" in vars(tensor.untyped_storage()))
+
+
+def upload(numbers: Sequence[Any] | Tensor, device: torch.device) -> Tensor:
+    """Return numbers of the host as a tensor on a device, moved without waiting for what that has yet to do.
+
+    A plain `.to(device)`, or `torch.tensor(..., device=device)`, waits: the GPU reads the host's memory in its turn.
+    """
+    import torch
+
+    tensor = numbers if isinstance(numbers, torch.Tensor) else torch.tensor(numbers)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # which is kept until it was read
+    return tensor.to(device, non_blocking=True)
 
 
 _reason = ContextVar("why the host reads of the device", default="")

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, NoReturn, Self, TypeVar
 
 import torch
 from torch import Tensor, UntypedStorage, nn
@@ -86,7 +86,7 @@ class PretendedDevice(TorchDispatchMode):
 
     Attributes:
         reads: what the host read of the device.
-        uploads: what it moved there.
+        uploads: what it moved there and waited for, as it does but for `tasks.models.device.upload`.
         operations: how often each was computed, in fp16 and bf16.
 
     Raises:
@@ -146,7 +146,14 @@ class PretendedDevice(TorchDispatchMode):
         result_on_device = inside if target is None else to_device
         if func in _MOVES:
             result_on_device = args[0].is_meta if func is _ATEN.copy_.default else result_on_device
-            self._crosses(operation, args[1] if func is _ATEN.copy_.default else args[0], to_device=result_on_device)
+            source, waits = (
+                args[1] if func is _ATEN.copy_.default else args[0],
+                not _is_asynchronous(func, args, kwargs),
+            )
+            if source.is_meta and not result_on_device:
+                self._read(operation)
+            elif result_on_device and not source.is_meta and source.numel() and waits:
+                self.uploads.append(Crossing(operation, _own_line(), ""))
         else:
             self._check_sides(operation, given)
         if _waits_for_numbers(func, args, kwargs):
@@ -157,7 +164,14 @@ class PretendedDevice(TorchDispatchMode):
         def numbers(tensor: Tensor) -> Tensor:
             if not tensor.is_meta:
                 return tensor
-            found = _numbers_of(tensor, operation)
+            found = _numbers_of(tensor)
+            if found is None:
+                self.refuse(
+                    f"{operation} needs the numbers of a tensor that has none",
+                    where=_own_line(),
+                    got=f"{tuple(tensor.shape)}, {tensor.dtype}",
+                    fix="use a tensor for an index, not a list; and make tensors within the block",
+                )
             storages[found.untyped_storage()._cdata] = tensor.untyped_storage()
             originals[id(found)] = tensor
             return found
@@ -171,12 +185,6 @@ class PretendedDevice(TorchDispatchMode):
         if result_on_device:
             return tree_map_only(Tensor, on_device, output)
         return tree_map_only(Tensor, lambda tensor: originals.get(id(tensor), tensor), output)
-
-    def _crosses(self, operation: str, source: Tensor, *, to_device: bool) -> None:
-        if source.is_meta and not to_device:
-            self._read(operation)
-        elif to_device and not source.is_meta:
-            self.uploads.append(Crossing(operation, _own_line(), ""))
 
     def _read(self, operation: str) -> None:
         reason, line = reason_to_read(), _own_line()
@@ -198,7 +206,7 @@ class PretendedDevice(TorchDispatchMode):
                 fix="make them where the model is: device=model.device, or .to(...) once for a whole batch",
             )
 
-    def refuse(self, what: str, **more: str) -> None:
+    def refuse(self, what: str, **more: str) -> NoReturn:
         """Raise a fault, and again at the end of the block."""
         fault = DeviceFault(what, **more)
         self._fault = self._fault or fault
@@ -212,16 +220,11 @@ class PretendedDevice(TorchDispatchMode):
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def _numbers_of(tensor: Tensor, operation: str) -> Tensor:
-    """Return a tensor of the host that has the numbers of one on the device, and shares them."""
+def _numbers_of(tensor: Tensor) -> Tensor | None:
+    """Return a tensor of the host that has the numbers of one on the device, and shares them; None if it has none."""
     held: UntypedStorage | None = vars(tensor.untyped_storage()).get("numbers")
     if held is None:
-        raise DeviceFault(
-            f"{operation} needs numbers of a tensor that has none",
-            where=_own_line(),
-            got=f"{tuple(tensor.shape)}, {tensor.dtype}",
-            fix="a list as an index, or a literal outside of the block, is moved where nothing sees it: use a tensor",
-        )
+        return None
     return torch.empty(0, dtype=tensor.dtype).set_(held, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
@@ -245,6 +248,10 @@ def _waits_for_numbers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
         one_number = func is not _ATEN.index.Tensor and args[2].numel() == 1  # then it is a `masked_fill`
         return masks and not one_number
     return func in _READ and kwargs.get("output_size") is None
+
+
+def _is_asynchronous(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    return bool(kwargs.get("non_blocking") or (func is _ATEN.copy_.default and len(args) > 2 and args[2]))
 
 
 def _name(func: Any) -> str:

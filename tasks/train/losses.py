@@ -21,7 +21,7 @@ from tasks.inference.encoder_decoder import PairRow
 from tasks.inference.logprobs import find_out, score_rows
 from tasks.inference.rendered_rows import Row
 from tasks.inference.rows import Scored, TokenRow
-from tasks.models.device import compute_dtype, device
+from tasks.models.device import autocast_to, compute_dtype, device, host_read, upload
 from tasks.models.loader import Model
 from tasks.train.batching import shapes_of
 from tasks.train.examples import (
@@ -53,8 +53,8 @@ if TYPE_CHECKING:
 KEPT_BYTES = 1 << 30
 """So much is kept at most of what no adapter changes, but for ReFT, whose params say how much."""
 
-LossTerm = tuple["Tensor", dict[str, float]]
-"""A scalar to differentiate, and its share of what is logged."""
+LossTerm = tuple["Tensor", dict[str, "Tensor"]]
+"""A scalar to differentiate, and its share of what is logged: scalars in float64, which nobody waits for yet."""
 
 
 # --- a step and its parts ---------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ class StepLosses:
                 from tasks.adapters.adalora import orthogonality_penalty
 
                 penalty = orthogonality_penalty(self.model) * share
-                yield loss + self.orthogonality * penalty, {**logged, "penalty": penalty.item()}
+                yield loss + self.orthogonality * penalty, {**logged, "penalty": penalty.detach().double()}
 
     def held_out(self, examples: Sequence[Example], batch_size: int) -> float:
         """Compute the objective's mean over held-out examples, without dropout: a step weighs as many rows as it has.
@@ -120,14 +120,17 @@ class StepLosses:
         import torch
 
         self.model.eval()
-        total = 0.0
         with torch.no_grad():
-            for step in parts_of(examples, batch_size):
-                total += len(step) * sum(loss.item() for loss, _, _ in self._parts(step))
+            steps = [
+                len(step) * sum(loss.double() for loss, _, _ in self._parts(step))
+                for step in parts_of(examples, batch_size)
+            ]
         self.model.train()
+        with host_read("the held-out loss"):
+            total = float(sum(steps))
         return sum_over_ranks({"loss": total})["loss"] / len(examples)
 
-    def _parts(self, examples: Sequence[Example]) -> Iterator[tuple[Tensor, dict[str, float], float]]:
+    def _parts(self, examples: Sequence[Example]) -> Iterator[tuple[Tensor, dict[str, Tensor], float]]:
         """Yield the parts of a step that this process has, each with its share of the rows: 0 where it does not count.
 
         The penalty of AdaLoRA is not in them.
@@ -140,7 +143,7 @@ class StepLosses:
             if counts:
                 yield loss, logged, len(some) / len(examples)
             else:
-                yield loss * 0, dict.fromkeys(logged, 0.0), 0.0
+                yield loss * 0, {name: value.new_zeros(()) for name, value in logged.items()}, 0.0
 
     def _totals(self, examples: Sequence[Example]) -> StepTotals:
         kto = isinstance(self.objective, KtoObjective)
@@ -159,7 +162,7 @@ class StepLosses:
 
         def gaps(some: Sequence[TokenRow]) -> Tensor:
             policy = sums_of(self.model, some, self.rows.rows)
-            return policy - self.reference(some).to(policy.device)
+            return policy - upload(self.reference(some), policy.device)
 
         return kl_baseline(sums_by_all(gaps, others, self.rows.rows))
 
@@ -220,11 +223,7 @@ def losses_for(
 
 def fast_products(*, enabled: bool) -> AbstractContextManager[object]:
     """Multiply float32 weights in the machine's fast format within this block."""
-    import torch
-
-    if not enabled:
-        return nullcontext()
-    return torch.autocast(device().type, compute_dtype(), enabled=compute_dtype() != torch.float32)
+    return autocast_to(compute_dtype(), device()) if enabled else nullcontext()
 
 
 def frozen_layer_cache_for(model: Model, examples: Sequence[Example], method: Method) -> FrozenLayerCache | None:
@@ -258,7 +257,7 @@ def _sft(given: MicroBatch, objective: SftObjective) -> LossTerm:
     if scored.mean_logp is None:
         return sft_loss(scored.logp) * given.token_share, {}
     loss = smoothed_loss(scored.logp, scored.mean_logp, smoothing=objective.label_smoothing)
-    return loss * given.token_share, {"nll": sft_loss(scored.logp).item() * given.token_share}
+    return loss * given.token_share, _weighted({"nll": sft_loss(scored.logp)}, given.token_share)
 
 
 def _orpo(given: MicroBatch, objective: OrpoObjective) -> LossTerm:
@@ -271,7 +270,7 @@ def _orpo(given: MicroBatch, objective: OrpoObjective) -> LossTerm:
     with_prompt = -likelihood.mean() * (given.token_share / given.row_share)
     nll = with_prompt if learns_prompts(given.how.objective) else -chosen.mean()
     terms = orpo_loss(chosen, rejected, nll, weight=objective.weight)
-    logged = {"nll": nll.item() * given.row_share, "odds_penalty": terms.odds_penalty.item() * given.row_share}
+    logged = _weighted({"nll": nll, "odds_penalty": terms.odds_penalty}, given.row_share)
     return terms.loss * given.row_share, _logged(given, scored, likelihood, means, objective.weight) | logged
 
 
@@ -280,7 +279,7 @@ def _dpo(given: MicroBatch, objective: DpoObjective) -> LossTerm:
 
     expected = given.how.reference(replies_of(given.examples))
     scored, likelihood = _pairs(given)
-    ratio = scored.row_sums() - expected.to(scored.logp.device)
+    ratio = scored.row_sums() - upload(expected, scored.logp.device)
     chosen, rejected = ratio.chunk(2)
     chosen_each, rejected_each = (ratio / scored.row_tokens()).chunk(2)
     if objective.loss == "sigmoid":
@@ -303,20 +302,20 @@ def _simpo(given: MicroBatch, objective: SimpoObjective) -> LossTerm:
 
 def _pairs(given: MicroBatch) -> tuple[Scored, Tensor]:
     """Score replies of pairs, all chosen ones and then all rejected ones; return the likelihood's terms, (tokens,)."""
-    import torch
-
     rows, pairs = replies_of(given.examples), len(given.examples)
     if not learns_prompts(given.how.objective):
         scored = given.scored(rows)
-        return scored, scored.logp[scored.row < pairs]
+        return scored, scored.logp[: sum(scored.tokens[:pairs])]
     scored = given.scored([*positive_sequences(given.examples, given.how.objective), *rows[pairs:]])
     replies = [counts for row in rows[:pairs] for counts in row.mask[1:]]
     replies += [True] * sum(row.scored_tokens for row in rows[pairs:])
-    of_reply = torch.tensor(replies, device=scored.row.device)
-    return Scored(scored.logp[of_reply], scored.row[of_reply], scored.rows), scored.logp[scored.row < pairs]
+    places = [place for place, is_reply in enumerate(replies) if is_reply]
+    of_replies = scored.logp.index_select(0, upload(places, scored.logp.device))
+    tokens = [row.scored_tokens for row in rows]
+    return Scored.of(of_replies, tokens), scored.logp[: sum(scored.tokens[:pairs])]
 
 
-def _logged(given: MicroBatch, scored: Scored, likelihood: Tensor, scores: Tensor, scale: float) -> dict[str, float]:
+def _logged(given: MicroBatch, scored: Scored, likelihood: Tensor, scores: Tensor, scale: float) -> dict[str, Tensor]:
     """Compute the log of pairs: `scores` (2 x pairs,) times `scale` are the rewards that the objective assigns."""
     from tasks.train.objectives import log_odds_ratio
 
@@ -328,13 +327,15 @@ def _logged(given: MicroBatch, scored: Scored, likelihood: Tensor, scores: Tenso
         "accuracy": (chosen > rejected).float().mean(),
         "log_odds_ratio": log_odds_ratio(*means.chunk(2)).mean(),
     }
-    logged = {name: value.item() * given.row_share for name, value in of_pairs.items()}
-    return {"nll": -likelihood.mean().item() * given.token_share, **logged}
+    return _weighted({"nll": -likelihood.mean()}, given.token_share) | _weighted(of_pairs, given.row_share)
+
+
+def _weighted(scalars: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Weigh what is logged of some rows by their share, in float64, as it is added up."""
+    return {name: value.detach().double() * share for name, value in scalars.items()}
 
 
 def _kto(given: MicroBatch, objective: KtoObjective) -> LossTerm:
-    import torch
-
     from tasks.train.objectives import kto_loss
 
     baseline, rows = given.whole.baseline, replies_of(given.examples)
@@ -342,8 +343,9 @@ def _kto(given: MicroBatch, objective: KtoObjective) -> LossTerm:
         raise AssertionError("a step of KTO has a baseline")
     expected = given.how.reference(rows)
     scored = given.scored(rows)
-    ratio = scored.row_sums() - expected.to(scored.logp.device)
-    good = torch.tensor([row.desirable for row in rows], device=ratio.device)
+    ratio = scored.row_sums() - upload(expected, scored.logp.device)
+    labels = [row.desirable for row in rows]
+    good = upload(labels, ratio.device)
     loss = kto_loss(
         ratio,
         good,
@@ -353,21 +355,29 @@ def _kto(given: MicroBatch, objective: KtoObjective) -> LossTerm:
         undesirable_weight=objective.undesirable_weight,
     )
     right = ((ratio > baseline) == good).float().mean()
-    logged = {"baseline": baseline.item() * given.row_share, "accuracy": right.item() * given.row_share}
-    return loss * given.row_share, logged | _rewards(given.whole, scored, objective.beta * ratio.detach(), good)
+    logged = _weighted({"baseline": baseline, "accuracy": right}, given.row_share)
+    return loss * given.row_share, logged | _rewards(given.whole, scored, objective.beta * ratio.detach(), labels)
 
 
-def _rewards(whole: StepTotals, scored: Scored, rewards: Tensor, good: Tensor) -> dict[str, float]:
-    """Compute what is logged of labelled replies by label, if the step has any; `rewards` and `good` (rows,)."""
-    logged, bad = {}, whole.rows - whole.desirable
+def _rewards(whole: StepTotals, scored: Scored, rewards: Tensor, labels: Sequence[bool]) -> dict[str, Tensor]:
+    """Compute what is logged of labelled replies by label, if the step has any; `rewards` (rows,)."""
+    logged, bad = dict[str, Any](), whole.rows - whole.desirable
+    of_label = {label: [row for row, good in enumerate(labels) if good == label] for label in (True, False)}
     if whole.desirable:
-        logged["nll"] = -scored.logp[good[scored.row]].sum().item() / whole.tokens
-        logged["reward_chosen"] = rewards[good].sum().item() / whole.desirable
+        logged["nll"] = -scored.of_rows(of_label[True]).detach().sum().double() / whole.tokens
+        logged["reward_chosen"] = _of_rows(rewards, of_label[True]).sum().double() / whole.desirable
     if bad:
-        logged["reward_rejected"] = rewards[~good].sum().item() / bad
+        logged["reward_rejected"] = _of_rows(rewards, of_label[False]).sum().double() / bad
     if bad and whole.desirable:
         logged["margin"] = logged["reward_chosen"] - logged["reward_rejected"]
     return logged
+
+
+def _of_rows(numbers: Tensor, rows: Sequence[int]) -> Tensor:
+    """Select numbers of some rows, (rows,)."""
+    import torch
+
+    return numbers.index_select(0, upload(torch.tensor(rows, dtype=torch.long), numbers.device))
 
 
 _LOSSES: Mapping[str, Callable[[MicroBatch, Any], LossTerm]] = {

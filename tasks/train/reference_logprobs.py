@@ -20,6 +20,7 @@ from tasks.engine.collectives import all_reduce, share_of_rank
 from tasks.engine.memory import AdaptiveMicroBatch
 from tasks.inference.logprobs import score_tokens
 from tasks.inference.rows import TokenRow
+from tasks.models.device import host_read, upload
 from tasks.models.loader import Model
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def sums_by_all(of: Reference, rows: Sequence[TokenRow], rows_at_once: int) -> T
     found = own[0].new_zeros(len(rows))
     for (part, counts), sums in zip(places, own, strict=True):
         if counts:
-            found[list(part)] = sums
+            found.index_copy_(0, upload(list(part), found.device), sums)
     return all_reduce(found)
 
 
@@ -95,11 +96,13 @@ def precomputed(model: Model, rows: Iterable[TokenRow], rows_at_once: int, kept:
     if unique.keys() - known.keys():
         ordered = sorted(unique.items(), key=lambda item: (item[1].tokens, item[0]))
         with switched_off(model) if isinstance(model, PeftModel) else nullcontext():
-            sums = sums_by_all(
+            found = sums_by_all(
                 lambda some: sums_of(model, [_unpacked(row) for row in some], rows_at_once),
                 [row for _, row in ordered],
                 rows_at_once,
-            ).cpu()
+            )
+        with host_read("the reference of all rows, once"):
+            sums = found.cpu()
         known = dict(zip([digest for digest, _ in ordered], sums, strict=True))
         if is_first():
             _write(kept, known)

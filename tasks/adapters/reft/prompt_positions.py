@@ -18,13 +18,17 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from tasks.adapters.pass_state import PassState
 from tasks.adapters.positions import Spans, parse_positions
+from tasks.models.device import host_read, upload
 
 IGNORED = -100
 """The label of tokens that are no targets."""
 
 
 class Segments(NamedTuple):
-    """The prompts of a batch, (prompts,) int64 each: the row it stands in, its first column, its length."""
+    """The prompts of a batch, (prompts,) int64 each, on the host: the row it stands in, its first column, its length.
+
+    How many tokens there are to edit depends on these numbers: on a GPU every edit would have to wait for them.
+    """
 
     row: Tensor
     start: Tensor
@@ -59,9 +63,9 @@ def places(prompts: Segments, spans: Spans) -> dict[str, Places]:
 
 def _from(prompts: Segments, start: Tensor, count: Tensor) -> Places:
     """Take the `count` tokens from `start` on, prompt after prompt."""
-    which = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
+    which = torch.repeat_interleave(torch.arange(len(count)), count)
     before = count.cumsum(0) - count
-    offset = torch.arange(len(which), device=count.device) - before[which]
+    offset = torch.arange(len(which)) - before[which]
     return prompts.row[which], start[which] + offset
 
 
@@ -70,7 +74,7 @@ class _Pass(PassState):
 
     def __init__(self) -> None:
         self.prompts: Segments | None = None
-        self.places: dict[Spans, dict[str, Places]] = {}
+        self.places: dict[tuple[Spans, torch.device], dict[str, Places]] = {}
         self.labels: Tensor | None = None
         self.given: Segments | None = None
 
@@ -110,11 +114,11 @@ class Prompts:
 
     @contextmanager
     def given(self, lengths: Tensor, start: Tensor | None = None) -> Iterator[None]:
-        """Make row i's prompt its first `lengths[i]` tokens within this block, (rows,) int64.
+        """Make row i's prompt its first `lengths[i]` tokens within this block, (rows,) int64 on the host.
 
         The first `start[i]` of these may be left out of what the model is given, and its own cache stand for them.
         """
-        row = torch.arange(len(lengths), device=lengths.device)
+        row = torch.arange(len(lengths))
         with self.at(row, torch.zeros_like(row) if start is None else -start, lengths):
             yield
 
@@ -129,7 +133,7 @@ class Prompts:
 
     @contextmanager
     def among(self, rows: Tensor) -> Iterator[None]:
-        """Keep within this block those of the prompts set before that are in these rows of the batch, (rows,) int64."""
+        """Keep within this block the prompts set before that are in these rows, (rows,) int64 on the host."""
         before = self._pass.given
         if before is not None and before is not _NONE:
             inside = torch.isin(before.row, rows)
@@ -149,14 +153,17 @@ class Prompts:
         finally:
             self._pass.given = before
 
-    def places(self, spans: Spans) -> dict[str, Places]:
-        """Return the tokens to edit in the present forward pass; empty while it goes on from a cache."""
+    def places(self, spans: Spans, device: torch.device) -> dict[str, Places]:
+        """Return the tokens to edit in the present forward pass, on a device; empty while it goes on from a cache."""
         present = self._pass
         if present.prompts is None:
             return {}
-        if spans not in present.places:
-            present.places[spans] = places(present.prompts, spans)
-        return present.places[spans]
+        if (spans, device) not in present.places:
+            found = places(present.prompts, spans)
+            present.places[spans, device] = {
+                name: (upload(rows, device), upload(columns, device)) for name, (rows, columns) in found.items()
+            }
+        return present.places[spans, device]
 
     def _remember(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         if getattr(layer, "gradient_checkpointing", False) and layer.training and args:
@@ -187,8 +194,10 @@ class Prompts:
             tokens = kwargs["inputs_embeds"] if given is None else given
             if self._pass.labels is None and torch.is_grad_enabled() and body.training and _learns(body):
                 warnings.warn("ReFT trains without labels: every token is taken for a prompt's", stacklevel=2)
-            valid = _valid(tokens, kwargs.get("attention_mask"))
-            self._pass.prompts = find_positions(valid, self._pass.labels, _packed(kwargs))
+            valid, packed = _valid(tokens, kwargs.get("attention_mask")), _packed(kwargs)
+            with host_read("where prompts end, once a pass, unless whoever runs the model has said it"):
+                labels, packed = (each if each is None else each.cpu() for each in (self._pass.labels, packed))
+                self._pass.prompts = find_positions(valid.cpu(), labels, packed)
 
 
 def _learns(body: nn.Module) -> bool:
@@ -215,14 +224,14 @@ def _valid(tokens: Tensor, mask: Any) -> Tensor:
 
 
 def find_positions(valid: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None) -> Segments:
-    """Find the prompts of a batch, all tensors (rows, columns).
+    """Find the prompts of a batch, all tensors (rows, columns) on the host.
 
     Args:
         valid: which tokens are no padding.
         labels: target tokens; all else is `IGNORED`. A row without target tokens is all prompt.
         position_ids: for packed rows, which begin where they are 0.
     """
-    columns = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
+    columns = torch.arange(valid.shape[1]).expand(valid.shape)
     begins = valid & (valid.cumsum(1) == 1)
     if position_ids is not None:
         begins = begins | (valid & (position_ids.expand(valid.shape) == 0))

@@ -117,13 +117,12 @@ class ReftLayer(HookedLayer):
 
     def changed(self, hidden: Tensor, adapter_name: str) -> Tensor:
         """Edit the tokens of the present prompts, and no others."""
-        found = self._prompts.places(self.reft_spans[adapter_name])
+        found = self._prompts.places(self.reft_spans[adapter_name], hidden.device)
         edits: Any = self.reft_edits[adapter_name]
         if found and "shared" in edits:
             rows, columns = zip(*found.values(), strict=True)
             found = {"shared": (torch.cat(rows), torch.cat(columns))}
         for span, at in found.items():
-            at = (at[0].to(hidden.device), at[1].to(hidden.device))
             hidden = hidden.index_put(at, edits[span](hidden[at]))
         return hidden
 

@@ -71,7 +71,7 @@ def train(
     seen: dict[int, dict[str, Tensor]] = {}
     parameters = dict(model.named_parameters())
 
-    def losses(step: int) -> Iterator[tuple[Tensor, dict[str, float]]]:
+    def losses(step: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         yield (model(inputs[step]) - targets[step]).square().mean(), {}
 
     def held_out() -> float:

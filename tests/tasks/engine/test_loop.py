@@ -35,10 +35,10 @@ def train(
         torch.optim.SGD([second[1]], lr=0.01),
     ]
 
-    def losses(step: int) -> Iterator[tuple[Tensor, dict[str, float]]]:
+    def losses(step: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         for half in (slice(0, 8), slice(8, 16)):
             value = (model(inputs[step, half]) - targets[step, half]).square().mean() / 2
-            yield value * (harm or {}).get(step, 1.0), {"twice": 1.0}
+            yield value * (harm or {}).get(step, 1.0), {"twice": torch.tensor(1.0)}
 
     def on_row(row: dict[str, Any]) -> None:
         if row["step"] == die_after:

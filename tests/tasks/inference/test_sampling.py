@@ -68,7 +68,7 @@ def written(model: Any, prompts: Sequence[Sequence[int]], options: Generation, t
         max_new_tokens=tokens,
         eos_token_id=1,
         pad_token_id=0,
-        **decoding(model, options, ids, attended),
+        **decoding(model, options, prompts, start=1 if right else longest),
     )
     rows = out[:, 1 if right else longest :].tolist()
     return [row[: row.index(1) + 1] if 1 in row else row for row in rows]
@@ -152,7 +152,7 @@ def test_a_range_lets_a_token_come_back(model: Model, prompts: list[list[int]]) 
 
 def test_greedy_is_what_generate_does_by_itself(model: Any, prompts: list[list[int]]) -> None:
     ids = torch.tensor([prompts[1]])
-    options = decoding(model, GREEDY, ids, torch.ones_like(ids))
+    options = decoding(model, GREEDY, ids.tolist(), start=ids.shape[1])
     assert list(options["logits_processor"]) == []
     given: dict[str, Any] = {"max_new_tokens": 20, "output_scores": True, "return_dict_in_generate": True}
     plain = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **given)
@@ -205,7 +205,7 @@ def test_nothing_else_that_it_may_say_changes_a_reply(pico_base: Path, own: dict
 def test_the_start_token_of_an_encoder_decoder_is_kept(t5: Any) -> None:
     t5.generation_config = GenerationConfig(decoder_start_token_id=7, sequence_bias=[[[5], 50.0]])
     ids = torch.tensor([[5, 6, 1]])
-    out = t5.generate(ids, max_new_tokens=3, **decoding(t5, GREEDY, ids, torch.ones_like(ids)))
+    out = t5.generate(ids, max_new_tokens=3, **decoding(t5, GREEDY, ids.tolist(), start=1))
     assert out[0, 0] == 7
     assert out[0, 1:].tolist() != [5, 5, 5]
 
@@ -216,7 +216,7 @@ def test_the_start_token_of_an_encoder_decoder_is_kept(t5: Any) -> None:
 def draws(logits: Tensor, options: Generation, count: int, model: Any) -> Tensor:
     """The tokens drawn from the same logits for so many prompts."""
     ids = torch.arange(count)[:, None]
-    process = decoding(model, options, ids, torch.ones_like(ids))["logits_processor"]
+    process = decoding(model, options, ids.tolist(), start=ids.shape[1])["logits_processor"]
     drawn: Tensor = process(ids, logits.expand(count, -1)).argmax(1)
     return drawn
 
@@ -227,7 +227,7 @@ def test_draws_are_distributed_as_transformers_own_warpers_say(model: Any, promp
     given: dict[str, Any] = {"max_new_tokens": 1, "output_scores": True, "return_dict_in_generate": True}
     raw = model.generate(ids, do_sample=False, **given).scores[0]
     warped = model.generate(ids, do_sample=True, temperature=0.3, top_k=12, top_p=0.9, **given).scores[0]
-    ours = decoding(model, options, ids, torch.ones_like(ids))["logits_processor"][:-1]
+    ours = decoding(model, options, ids.tolist(), start=ids.shape[1])["logits_processor"][:-1]
     for processor in ours:
         raw = processor(ids, raw)
     assert torch.equal(raw, warped)
@@ -270,7 +270,7 @@ def test_texts_of_a_tiny_model_have_the_probabilities_that_it_gives_them() -> No
     )
     model: Any = LlamaForCausalLM(config).eval()
     prompt, count = torch.tensor([[2, 0]]), 5000
-    options = decoding(model, asked(temperature=1.0), prompt, torch.ones_like(prompt))
+    options = decoding(model, asked(temperature=1.0), prompt.tolist(), start=2)
     options["logits_processor"][-1].generators = [row_generator(seed, [2, 0], CPU) for seed in range(count)]
     many = prompt.expand(count, -1)
     out = model.generate(many, attention_mask=torch.ones_like(many), max_new_tokens=3, pad_token_id=0, **options)[:, 2:]
