@@ -40,6 +40,7 @@ REAL_DATA = Path(os.environ.get("TEMPER_REAL_DATA", ROOT.parent / "shared" / "da
 
 
 LONG = (
+    "rehearsed_training",
     "readme",
     "recipes",
     "interruptions",

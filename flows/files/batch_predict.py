@@ -20,6 +20,7 @@ from tasks.inference.params import GREEDY, Generation
 from tasks.inference.rendered_rows import Row
 from tasks.inference.rows import TokenRow
 from tasks.inference.sampling import continuations
+from tasks.models.device import host_read
 from tasks.models.loader import Model
 from tasks.tokenization.architecture import ENCODER_DECODER, architecture_of
 from tasks.tokenization.chat_template import render_prompt, render_reply
@@ -190,5 +191,6 @@ def _logps(model: Model, rows: Sequence[Row | None]) -> list[tuple[float | None,
         return [(None, None)] * len(rows)
     with torch.no_grad():
         scored = score_rows(model, asked)
-    told = iter(zip(scored.row_sums().tolist(), scored.row_tokens().tolist(), strict=True))
+    with host_read("the log-probabilities of a batch"):
+        told = iter(zip(scored.row_sums().tolist(), scored.tokens, strict=True))
     return [(None, None) if row is None else next(told) for row in rows]

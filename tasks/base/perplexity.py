@@ -96,12 +96,15 @@ def next_token_logp(model: Model, ids: Tensor) -> Tensor:
     Returns:
         Log-probabilities in nats, (rows, tokens - 1), float32. Their logits never exist as a whole.
     """
+    import torch
+
     from tasks.inference.logprobs import score_hidden
     from tasks.inference.states import states_of
 
     with autocast_to(compute_dtype(), model.device):
-        # no attention mask: nothing looks ahead, so what stands before padding is not touched by it
-        hidden = states_of(model, {"input_ids": ids, "use_cache": False}, [ids.shape[1]] * len(ids))[:, :-1]
+        # all are attended to: nothing looks ahead, so what stands before padding is not touched by it
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        hidden = states_of(model, given, [ids.shape[1]] * len(ids))[:, :-1]
         logp = score_hidden(model, hidden.flatten(0, 1), ids[:, 1:].flatten()).logp
     return logp.view(len(ids), -1)
 

@@ -13,6 +13,7 @@ from tasks.evaluate.questions import check_digest
 from tasks.evaluate.suite_params import GeneralText
 from tasks.inference.logprobs import score_tokens
 from tasks.inference.rows import TokenRow
+from tasks.models.device import host_read
 from tasks.readers.files import read_rows_of
 
 WINDOW_TOKENS = 512
@@ -75,7 +76,9 @@ def _logp(examinee: ModelUnderTest, windows: list[list[int]], batch_size: int) -
     for start in range(0, len(windows), batch_size):
         rows = [TokenRow(ids, [False] + [True] * (len(ids) - 1), 1) for ids in windows[start : start + batch_size]]
         with torch.no_grad():
-            total += score_tokens(examinee.model, rows).logp.double().sum().item()
+            logp = score_tokens(examinee.model, rows).logp.double().sum()
+        with host_read("the log-probability of a batch"):
+            total += logp.item()
     return total
 
 

@@ -17,6 +17,7 @@ from tasks.evaluate.params import Evaluate
 from tasks.inference.encoder_decoder import check_room, generate_targets
 from tasks.inference.logprobs import score_rows
 from tasks.inference.rendered_rows import last_turn, read_questions, row_of
+from tasks.models.device import host_read
 from tasks.models.loader import Model
 from tasks.reports.items import HELD_OUT, Item, prompt_digest
 from tasks.tokenization.architecture import positions_of
@@ -143,7 +144,9 @@ def token_logps(model: Model, rows: Sequence[Mapping[str, Any]], batch_size: int
     with torch.no_grad(), Progress("score", len(rows), "rows") as progress:
         for start in range(0, len(rows), batch_size):
             batch = [row_of(row) for row in rows[start : start + batch_size]]
-            logps += score_rows(model, batch).row_sums().tolist()
+            sums = score_rows(model, batch).row_sums()
+            with host_read("the log-probabilities of a batch"):
+                logps += sums.tolist()
             progress.step(by=len(batch))
     return logps
 

@@ -80,7 +80,8 @@ def score_pairs(
 
     labels = padded([row.target_ids for row in rows], IGNORED, model.device).ids
     prompts, inputs = prompts_of(model), [tuple(row.input_ids) for row in rows]
-    with in_turn(model), prompts.given(torch.tensor([len(each) for each in inputs])) if prompts else nullcontext():
+    where = prompts.given(torch.tensor([len(each) for each in inputs])) if prompts else nullcontext()
+    with in_turn(model), where, host_read("whether rows are padded"):
         logits = model(
             **_encoded(model, inputs),
             decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels=labels),  # type: ignore[operator]

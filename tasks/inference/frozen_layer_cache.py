@@ -24,7 +24,7 @@ from tasks.adapters.positions import parse_positions
 from tasks.adapters.reft.prompt_positions import prompts_of
 from tasks.adapters.reft.tuner import ReftConfig, ReftLayer
 from tasks.inference.agreement import is_true
-from tasks.inference.prefix_sharing import unpack_rows
+from tasks.inference.prefix_sharing import padding_known, unpack_rows
 from tasks.inference.rope import own_frequencies
 from tasks.models.decoder import forwards_instead, made_up_tokens
 from tasks.models.device import upload
@@ -175,8 +175,10 @@ class FrozenLayerCache:
         handle = self._layers[self._cut - 1].register_forward_hook(take, prepend=True)
         cache = None
         try:
-            with self._prompts.nowhere() if self._prompts else nullcontext(), own_frequencies(self._body):
-                cache = getattr(self._body(input_ids=ids, use_cache=self._last > 0), "past_key_values", None)
+            given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": self._last > 0}
+            untouched = self._prompts.nowhere() if self._prompts else nullcontext()
+            with untouched, own_frequencies(self._body), padding_known(self._body, padded=False):
+                cache = getattr(self._body(**given), "past_key_values", None)
         except _Enough:
             pass
         finally:

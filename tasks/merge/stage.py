@@ -28,7 +28,7 @@ from tasks.inference.rendered_rows import read_questions
 from tasks.merge.export.formats import export
 from tasks.merge.merged_model import DEQUANTIZED, ORIGINAL, merge, write_merged
 from tasks.merge.params import Merge
-from tasks.models.device import seed_everything
+from tasks.models.device import host_read, seed_everything, upload
 from tasks.models.loader import Model
 from tasks.models.quantization import dequantized
 from tasks.models.safetensors_reader import MIB, TensorSource, stored_in
@@ -58,8 +58,8 @@ def logits_on(model: Model, probe: Mapping[str, Sequence[int]]) -> Tensor:
     import torch
 
     written = len(probe.get("labels", probe["input_ids"]))  # a soft prompt's own positions come before these
-    given = {name: torch.tensor([list(ids)], device=model.device) for name, ids in probe.items()}
-    with torch.no_grad():
+    given = {name: upload([list(ids)], model.device) for name, ids in probe.items()}
+    with torch.no_grad(), host_read("whether rows are padded"):
         logits: Tensor = model(**given).logits[0, -written:].float()
     return logits
 
@@ -69,13 +69,17 @@ def kl_divergence(first: Model, second: Model, probes: Sequence[Mapping[str, Seq
 
     The vocabulary of the second may be longer; what it has more is left out.
     """
+    import torch
+
     kl, largest, tokens = 0.0, 0.0, 0
     for probe in probes:
         one = logits_on(first, probe)
         two = logits_on(second, probe)[:, : one.shape[1]]
         log_p, log_q = one.log_softmax(-1), two.log_softmax(-1)
-        kl += (log_p.exp() * (log_p - log_q)).sum().item()
-        largest = max(largest, (one - two).abs().max().item())
+        both = torch.stack([(log_p.exp() * (log_p - log_q)).sum(), (one - two).abs().max()])
+        with host_read("how far two models are apart on a probe"):
+            of_probe, difference = both.tolist()
+        kl, largest = kl + of_probe, max(largest, difference)
         tokens += len(one)
     return Divergence(kl / tokens, largest, tokens)
 

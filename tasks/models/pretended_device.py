@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -28,7 +28,6 @@ import torch
 from torch import Tensor, UntypedStorage, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tasks.core.errors import TemperError
 from tasks.models.device import reason_to_read
@@ -135,7 +134,7 @@ class PretendedDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = list(_tensors_in((*args, *kwargs.values())))
         inside, target = any(t.is_meta for t in given), kwargs.get("device")
         to_device = target is not None and target.type == DEVICE.type
         if not (inside or to_device):
@@ -179,12 +178,10 @@ class PretendedDevice(TorchDispatchMode):
         def on_device(tensor: Tensor) -> Tensor:
             return originals[id(tensor)] if id(tensor) in originals else _on_device(tensor, storages)
 
-        args, kwargs = tree_map_only(Tensor, numbers, (args, kwargs))
+        args, kwargs = _mapped(numbers, args), {name: _mapped(numbers, value) for name, value in kwargs.items()}
         output = func(*args, **({**kwargs, "device": torch.device("cpu")} if target is not None else kwargs))
-        self._record(func, [*given, *(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))])
-        if result_on_device:
-            return tree_map_only(Tensor, on_device, output)
-        return tree_map_only(Tensor, lambda tensor: originals.get(id(tensor), tensor), output)
+        self._record(func, [*given, *_tensors_in((output,))])
+        return _mapped(on_device if result_on_device else lambda t: originals.get(id(t), t), output)
 
     def _read(self, operation: str) -> None:
         reason, line = reason_to_read(), _own_line()
@@ -215,6 +212,21 @@ class PretendedDevice(TorchDispatchMode):
     def _record(self, func: Any, tensors: Sequence[Tensor]) -> None:
         for dtype in {tensor.dtype for tensor in tensors} & {torch.float16, torch.bfloat16}:
             self.operations[Operation(_name(func), dtype, _is_own())] += 1
+
+
+def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among an operation's arguments or results, which are in lists or tuples at most."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors_in(value)
+
+
+def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    return type(value)(_mapped(change, each) for each in value) if type(value) in (list, tuple) else value
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tasks.core.errors import BadModel
+from tasks.models.device import host_read
 
 if TYPE_CHECKING:
     import torch
@@ -82,12 +83,14 @@ def _stands_for(module: Linear4bit | Linear8bitLt) -> Tensor:
     from bitsandbytes.nn import Linear4bit
 
     if isinstance(module, Linear4bit):
-        four: Tensor = dequantize_4bit(module.weight.data, module.weight.quant_state).float().cpu()
+        with host_read("what a weight stands for"):
+            four: Tensor = dequantize_4bit(module.weight.data, module.weight.quant_state).float().cpu()
         return four
     # the first forward pass moves both from the weight to the module's state
     packed = module.weight.data if module.weight.CB is None else module.weight.CB
     scales = module.state.SCB if module.weight.SCB is None else module.weight.SCB
-    eight: Tensor = int8_vectorwise_dequant(packed, scales).float().cpu()
+    with host_read("what a weight stands for"):
+        eight: Tensor = int8_vectorwise_dequant(packed, scales).float().cpu()
     return eight
 
 

@@ -18,7 +18,7 @@ from tasks.engine.evaluation_hooks import EvalHooks
 from tasks.engine.loop import NOTHING, TrainingPlan, train_loop
 from tasks.engine.memory import AdaptiveMicroBatch, recompute_activations
 from tasks.engine.schedules import learning_rates
-from tasks.models.device import seed_everything
+from tasks.models.device import host_read, seed_everything
 from tasks.models.loader import Model
 from tasks.train import fsdp
 from tasks.train.batching import all_batches, lengths_of, steps_per_epoch
@@ -176,7 +176,9 @@ def check_outcome(initial: Mapping[str, Tensor], model: Model, before: float, af
         Diverged: it ended much worse than it began: by more than a blind guess among all tokens loses, ln(vocabulary).
     """
     now = published_state(model)
-    if all(tensor.shape == initial[name].shape and tensor.equal(initial[name]) for name, tensor in now.items()):
+    with host_read("whether anything was trained, at the end"):
+        same = all(tensor.shape == initial[name].shape and tensor.equal(initial[name]) for name, tensor in now.items())
+    if same:
         raise BadInput("the training changed nothing", where="train", fix="raise learning_rate")
     if not after - before < math.log(model.config.get_text_config().vocab_size):
         raise Diverged(
