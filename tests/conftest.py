@@ -41,6 +41,7 @@ REAL_DATA = Path(os.environ.get("TEMPER_REAL_DATA", ROOT.parent / "shared" / "da
 
 LONG = (
     "rehearsed_training",
+    "rehearsed_dtypes",
     "readme",
     "recipes",
     "interruptions",

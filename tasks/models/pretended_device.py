@@ -20,6 +20,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn, Self, TypeVar
@@ -180,7 +181,7 @@ class PretendedDevice(TorchDispatchMode):
 
         args, kwargs = _mapped(numbers, args), {name: _mapped(numbers, value) for name, value in kwargs.items()}
         output = func(*args, **({**kwargs, "device": torch.device("cpu")} if target is not None else kwargs))
-        self._record(func, [*given, *_tensors_in((output,))])
+        self.record(operation, [*given, *_tensors_in((output,))])
         return _mapped(on_device if result_on_device else lambda t: originals.get(id(t), t), output)
 
     def _read(self, operation: str) -> None:
@@ -209,9 +210,10 @@ class PretendedDevice(TorchDispatchMode):
         self._fault = self._fault or fault
         raise fault
 
-    def _record(self, func: Any, tensors: Sequence[Tensor]) -> None:
+    def record(self, name: str, tensors: Iterable[Tensor]) -> None:
+        """Count an operation on these tensors, if it is one in 16 bits."""
         for dtype in {tensor.dtype for tensor in tensors} & {torch.float16, torch.bfloat16}:
-            self.operations[Operation(_name(func), dtype, _is_own())] += 1
+            self.operations[Operation(name, dtype, _is_own())] += 1
 
 
 def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -273,32 +275,37 @@ def _name(func: Any) -> str:
 # --- lines of code ----------------------------------------------------------------------------------------------------
 
 
-def _frames() -> Iterator[tuple[FrameType, Path]]:
+@cache
+def _place_of(file: str) -> str:
+    """Return the part of our own code that a file is, or `torch` or `library`; empty for this module."""
+    path = Path(file)
+    if file == __file__:
+        return ""
+    if path.is_relative_to(_PACKAGES):
+        return "torch" if path.is_relative_to(_PACKAGES / "torch") else "library"
+    return str(path.relative_to(_ROOT)) if path.is_relative_to(_ROOT) else "library"
+
+
+def _frames() -> Iterator[tuple[str, FrameType]]:
+    """Yield the calls that led here, the innermost first, each with its place."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        file = Path(frame.f_code.co_filename)
-        if frame.f_code.co_filename != __file__:
-            yield frame, file
+        if place := _place_of(frame.f_code.co_filename):
+            yield place, frame
         frame = frame.f_back
-
-
-def _ours(file: Path) -> bool:
-    return file.is_relative_to(_ROOT) and not file.relative_to(_ROOT).parts[0].startswith(".")
 
 
 def _own_line() -> str:
     """Return the innermost line of our own code that led here."""
-    found = next(((frame, file) for frame, file in _frames() if _ours(file)), None)
-    return f"{found[1].relative_to(_ROOT)}:{found[0].f_lineno}" if found else "no line of our own"
+    own = ((place, frame) for place, frame in _frames() if place not in ("torch", "library"))
+    return next((f"{place}:{frame.f_lineno}" for place, frame in own), "no line of our own")
 
 
 def _is_own() -> bool:
     """Return whether our own code asks for the present operation itself: not a library, nor autograd."""
-    innermost = next((file for _, file in _frames() if not file.is_relative_to(_PACKAGES / "torch")), None)
-    differentiates = torch._C._current_graph_task_id() != -1 and not any(
-        frame.f_code.co_name == "backward" and _ours(file) for frame, file in _frames()
-    )
-    return innermost is not None and _ours(innermost) and not differentiates
+    place, frame = next(((place, frame) for place, frame in _frames() if place != "torch"), ("library", None))
+    differentiates = torch._C._current_graph_task_id() != -1 and (frame is None or frame.f_code.co_name != "backward")
+    return place != "library" and not differentiates
 
 
 # --- what never gets to an operation ----------------------------------------------------------------------------------
@@ -317,6 +324,8 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention:  # is one kernel on a GPU, and many operations here
+            self._pretended.record(func.__name__, _tensors_in(args))
         if func is Tensor.new_tensor:
             func, args, kwargs = torch.tensor, args[1:], {"device": args[0].device, **kwargs}
         if func in (torch.tensor, torch.as_tensor):
@@ -342,14 +351,20 @@ class _DeviceGenerator(_Generator):
     """Stands for a generator on the device."""
 
 
+class _Either(type):
+    """Stands in for `torch.Generator`: makes generators of either side, and both are instances."""
+
+    def __call__(cls, device: Any = "cpu") -> torch.Generator:
+        return _DeviceGenerator() if torch.device(device).type == DEVICE.type else _Generator(device)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, _Generator)
+
+
 @contextmanager
 def _generators_of_the_device() -> Iterator[None]:
     """Let `torch.Generator(device)` give one for the pretended device, too."""
-
-    def generator(device: Any = "cpu") -> torch.Generator:
-        return _DeviceGenerator() if torch.device(device).type == DEVICE.type else _Generator(device)
-
-    torch.Generator = generator  # type: ignore[assignment, misc]
+    torch.Generator = _Either("Generator", (), {})  # type: ignore[assignment, misc]
     try:
         yield
     finally:

@@ -20,6 +20,7 @@ from tasks.evaluate.continuation_scores import Continuation, score_continuations
 from tasks.evaluate.held_out import token_logps
 from tasks.inference.encoder_decoder import PairRow, generate_targets, score_pair_rows
 from tasks.inference.params import GREEDY, Generation
+from tasks.inference.rows import TokenRow
 from tasks.inference.sampling import StopTexts, continuations
 from tasks.merge.stage import kl_divergence
 from tasks.models.device import seed_everything
@@ -27,12 +28,11 @@ from tasks.models.loader import Model, load_model
 from tasks.models.pretended_device import PretendedDevice
 from tasks.tokenization.chat_template import load_tokenizer
 from tests.helpers.encoder_decoders import make_base
-from tests.helpers.rehearsal import ADAPTERS, rows_for, trained_by
+from tests.helpers.rehearsal import ADAPTERS, SAMPLED, rows_for, trained_by
 from tests.helpers.samples import pretrain_params
 from tests.helpers.training import held_out_loss
 
 TOKEN = "each new token, which may be the last"
-SAMPLED = Generation(temperature=1.0, top_k=20, top_p=0.9, repetition_penalty=1.3, repetition_range=8, seed=3)
 EVALUATED = ("lora", "qlora", "loreft", "noreft", "prompt_tuning", "prefix", "bottleneck")
 
 
@@ -93,16 +93,14 @@ def test_the_loss_on_held_out_rows_is_read_once(pico_base: Path, adapter: str) -
 
 
 def test_rows_are_scored_texts_are_read_and_models_compared(pico_base: Path) -> None:
-    rows = [
-        {"ids": list(example[0].ids), "mask": list(example[0].mask), "prompt_tokens": example[0].prompt_tokens}
-        for example in rows_for("sft")
-    ]
-    probes = [{"input_ids": row["ids"]} for row in rows[:3]]
+    ids = [list(row.ids) for (row,) in rows_for("sft") if isinstance(row, TokenRow)]
+    rows = [{"ids": each, "mask": [False] + [True] * (len(each) - 1), "prompt_tokens": 1} for each in ids]
+    probes = [{"input_ids": each} for each in ids[:3]]
 
     def read(model: Model) -> tuple[Any, ...]:
         return (
             token_logps(model, rows, 4),
-            perplexity(model, [row["ids"] for row in rows], context_tokens=16, text_bytes=100, batch_tokens=64),
+            perplexity(model, ids, context_tokens=16, text_bytes=100, batch_tokens=64),
             kl_divergence(model, model, probes),
         )
 
@@ -136,7 +134,7 @@ def test_an_encoder_decoder_is_scored_and_answers(tmp_path: Path, adapter: str) 
 
 def test_weights_are_pretrained(pico_base: Path, tmp_path: Path) -> None:
     params, blocks = pretrain_params(), torch.randint(5, 300, (40, 32), dtype=torch.int32).numpy()
-    logs = []
+    logs: list[list[dict[str, Any]]] = []
 
     def work(model: Model) -> None:
         model.float().requires_grad_(True)

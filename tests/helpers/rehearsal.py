@@ -9,9 +9,13 @@ from typing import Any, NamedTuple
 from tasks.adapters.attach import init_adapter
 from tasks.core.progress import Progress
 from tasks.engine.memory import AdaptiveMicroBatch
+from tasks.evaluate.continuation_scores import Continuation, score_continuations
+from tasks.inference.params import Generation
 from tasks.inference.rows import TokenRow
+from tasks.inference.sampling import continuations
 from tasks.models.device import seed_everything
-from tasks.models.pretended_device import Crossing, PretendedDevice
+from tasks.models.pretended_device import Crossing, Operation, PretendedDevice
+from tasks.tokenization.chat_template import load_tokenizer
 from tasks.train import trainer
 from tasks.train.examples import Example
 from tasks.train.params import Method
@@ -33,6 +37,7 @@ from tests.helpers.samples import (
 from tests.helpers.training import train
 
 STEPS = 2
+SAMPLED = Generation(temperature=1.0, top_k=20, top_p=0.9, repetition_penalty=1.3, repetition_range=8, seed=3)
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "full": {"name": "full", "modules": "all"},
@@ -122,3 +127,24 @@ def rehearsed(base: Path, params: Method, folder: Path) -> Rehearsal:
         reads, uploads = len(pretended.reads), len(pretended.uploads)
         log = trainer.train(training, folder, Progress("t", STEPS, "steps"))
     return Rehearsal(log, pretended.reads[reads:], pretended.uploads[uploads:], training, pretended)
+
+
+def own_operations(base: Path, folder: Path) -> set[str]:
+    """The operations in 16 bits that our own code asks for: each adapter by one objective, evaluated, and generating.
+
+    With TEMPER_COMPUTE_DTYPE=bfloat16 the base is in bf16.
+    """
+    found = set[Operation]()
+    for number, adapter in enumerate(ADAPTERS):
+        objective = [*OBJECTIVES][number % len(OBJECTIVES)]
+        there = rehearsed(base, trained_by(adapter, objective), folder / adapter)
+        found |= there.pretended.operations.keys()
+        if adapter not in ("lora", "loreft", "prompt_tuning"):  # a way of its own through a model each
+            continue
+        tokenizer, model = load_tokenizer(base), there.training.model.eval()
+        with there.pretended:
+            score_continuations(model, [Continuation([5, 6, 7], [8, 9]), Continuation([5, 6], [8])])
+            there.training.losses.held_out(rows_for(objective), 4)
+            continuations(model, tokenizer, [[5, 6, 7], [8, 9]], 2, SAMPLED)
+        found |= there.pretended.operations.keys()
+    return {operation.name for operation in found if operation.own}
