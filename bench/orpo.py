@@ -51,17 +51,18 @@ def our_loss(model: Any, batch: Sequence[Pair]) -> Any:
     import torch
 
     from tasks.inference.logprobs import score_tokens
+    from tasks.inference.rows import Scored
     from tasks.train.objectives import orpo_loss
 
     whole = [chosen._replace(mask=[False] + [True] * (chosen.tokens - 1)) for chosen, _ in batch]
     scored = score_tokens(model, [*whole, *(rejected for _, rejected in batch)])
     replied = [n >= row.prompt_tokens for row, _ in batch for n in range(1, row.tokens)]
     replied += [True] * (len(scored.logp) - len(replied))
-    reply = torch.tensor(replied)
-    of_chosen = scored.row < len(batch)
-    means = scored._replace(logp=scored.logp[reply], row=scored.row[reply]).row_means()
+    reply = torch.tensor([place for place, is_reply in enumerate(replied) if is_reply])
+    tokens = [row.scored_tokens for pair in zip(*batch, strict=True) for row in pair]
+    means = Scored.of(scored.logp.index_select(0, reply), tokens).row_means()
     chosen, rejected = means[: len(batch)], means[len(batch) :]
-    return orpo_loss(chosen, rejected, -scored.logp[of_chosen].mean(), weight=WEIGHT).loss
+    return orpo_loss(chosen, rejected, -scored.logp[: sum(scored.tokens[: len(batch)])].mean(), weight=WEIGHT).loss
 
 
 def their_loss(side: Theirs, batch: Sequence[Pair]) -> Any:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from tasks.core.progress import Progress
 from tasks.engine.evaluation_hooks import EvalHooks
 from tasks.engine.loop import NOTHING
@@ -13,7 +15,7 @@ from tasks.engine.memory import AdaptiveMicroBatch
 from tasks.models.loader import Model
 from tasks.train import trainer
 from tasks.train.examples import Example
-from tasks.train.losses import LossTerm, StepLosses, losses_for
+from tasks.train.losses import StepLosses, losses_for
 from tasks.train.params import Method
 from tasks.train.reference_logprobs import Reference
 
@@ -36,16 +38,19 @@ def train(
 
 def losses_of(
     model: Model, examples: Sequence[Example], method: Method, reference: Reference | None = None
-) -> Iterator[LossTerm]:
-    """The losses of one step, in parts of `micro_batch_size`."""
-    return _losses(model, examples, method, reference).of_step(examples)
+) -> Iterator[tuple[Tensor, dict[str, float]]]:
+    """The losses of one step, in parts of `micro_batch_size`, each with what is logged, read."""
+    for loss, logged in _losses(model, examples, method, reference).of_step(examples):
+        yield loss, {name: value.item() for name, value in logged.items()}
 
 
-def loss_of(model: Model, examples: Sequence[Example], method: Method, reference: Reference | None = None) -> LossTerm:
+def loss_of(
+    model: Model, examples: Sequence[Example], method: Method, reference: Reference | None = None
+) -> tuple[Tensor, dict[str, float]]:
     """The objective alone on all examples of a step at once, without AdaLoRA's penalty."""
     together = method.model_copy(update={"micro_batch_size": len(examples)})
     ((loss, logged, _),) = _losses(model, examples, together, reference)._parts(examples)
-    return loss, logged
+    return loss, {name: value.item() for name, value in logged.items()}
 
 
 def held_out_loss(
