@@ -194,17 +194,25 @@ MARK = "TEMPER_TEST_MARK"
 """Environment variable by which what a process starts is found."""
 
 
+HEARS_HANGUP = (
+    sys.executable,
+    "-c",
+    "import os, signal, sys; signal.signal(1, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])",
+)
+"""Begins a command with SIGHUP as it is at first, where these tests run under `nohup`, which no shell can undo."""
+
+
 class Beside:
     """`temper` as a process beside this one, for as long as the block lasts.
 
-    As in a script's background jobs, it begins with SIGINT ignored.
+    As in a script's background jobs, it begins with SIGINT ignored; and not with SIGHUP, though tests may.
     """
 
     def __init__(self, workspace: Path, *words: str) -> None:
         self._file = (workspace.parent / "said.txt").open("w+")
         self._mark = uuid.uuid4().hex
         self.process = subprocess.Popen(
-            ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-m", "flows.cli", *words],
+            ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *HEARS_HANGUP, sys.executable, "-m", "flows.cli", *words],
             cwd=workspace,
             env=environment(**{MARK: self._mark}),
             stdout=self._file,

@@ -30,6 +30,9 @@ ELSEWHERE = {
     "dvc repro": "tests/flows/test_retrain.py",
     "temper push models:/temper-tiny@reft owner/name": "tests/flows/chat/test_adapters.py",
     "temper estimate": "tests/flows/files/test_estimate.py",
+    "mlflow models serve -m models:/temper-tiny@champion --env-manager local -h 127.0.0.1 -p 5001": "test_chat_model",
+    "curl http://127.0.0.1:5001/invocations -H 'Content-Type: application/json' "
+    '-d \'{"messages": [{"role": "user", "content": "Hello"}]}\'': "tests/tasks/serving/test_chat_model.py",
     "TEMPER_LAUNCH=infra/launch/fsdp2.yaml temper run": "tests/tasks/train/test_launcher.py",
     "temper run --recipe recipes/belle.yaml --set ingest.sources.belle.path=belle_chat_1k.json": "test_recipes.py",
 }
