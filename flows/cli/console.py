@@ -201,8 +201,8 @@ def estimation(found: Mapping[str, Any]) -> None:
     """Print what `temper estimate` shows to people."""
     machine = found["machine"]
     typer.echo(f"model:   {found['model']}\nrows:    {found['rows']}")
-    taken = f"{size(machine['free_bytes'])} free, of which {{}} takes {size(machine['process_bytes'])}"
-    free = taken.format("Python itself" if machine["here"] else "CUDA")
+    taker = "Python itself" if machine["here"] else "CUDA"
+    free = f"{size(machine['free_bytes'])} free, of which {taker} takes {size(machine['process_bytes'])}"
     typer.echo(f"machine: {machine['device']}, trains in {machine['dtype']}, {free}")
     if not machine["here"]:
         typer.echo("         an estimate: it is not here; times are those of four tenths of its peak, never measured")

@@ -53,10 +53,10 @@ def estimates(workspace: Path, model: Path | None, only: str | None, card: str |
         raise BadParams("there is no such method", where=f"--method {only}", expected=", ".join(params.train))
     source = model or _base(workspace, params)
     config = read_model_config(source)
-    target, usual = device(), compute_dtype()
     if card is not None:  # tensors without numbers are as large on the CPU, which every build of PyTorch knows
         target, (machine, usual, speeds) = torch.device("cpu"), a_card(card)
     else:
+        target, usual = device(), compute_dtype()
         machine, speeds = this_machine(target), partial(rates, device=target)
     dtypes = sorted((torch.bfloat16, torch.float32), key=lambda dtype: dtype != usual)
     rendered = next(workspace / out for out in pipeline.load(workspace)["render"].outs)

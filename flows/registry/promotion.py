@@ -168,7 +168,9 @@ def _chosen(
     model = params.register_.model
     if version is not None:
         return evidence(client, version_of(client, model, version))
-    found = [v for v in (find_version(client, model, key) for key in _registered_keys(workspace)) if v is not None]
+    found = [
+        v for v in (find_version(client, model, key) for key in registration_notes(workspace).values()) if v is not None
+    ]
     if not found:
         raise BadParams(
             "nothing is registered yet", where=model, fix="run `temper run`, or name a version with --version"
@@ -188,8 +190,9 @@ def figure(version: VersionRecord, params: Promote) -> float:
     return -math.inf if math.isnan(found) else found
 
 
-def _registered_keys(workspace: Path) -> list[str]:
+def registration_notes(workspace: Path) -> dict[Path, str]:
+    """Read the notes of this workspace's registrations, as far as there are any: the content key by the note's file."""
     files = [
         workspace / node.outs[0] for name, node in pipeline.load(workspace).items() if name.startswith("register@")
     ]
-    return [json.loads(file.read_text())["key"] for file in files if file.is_file()]
+    return {file: json.loads(file.read_text())["key"] for file in files if file.is_file()}

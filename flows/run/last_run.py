@@ -48,7 +48,7 @@ def keep_report(workspace: Path, report: RunReport) -> None:
 def unchanged_report(workspace: Path, promoting: bool) -> RunReport | None:
     """Return the report of a run that would find nothing changed; None where one has to look.
 
-    What a kill left behind is put in order first, as at the beginning of each run.
+    What a kill left behind is put in order before DVC is asked; a run that has to look does that itself.
 
     Args:
         workspace: which.
@@ -57,8 +57,6 @@ def unchanged_report(workspace: Path, promoting: bool) -> RunReport | None:
     Raises:
         TemperError: `dvc status` fails.
     """
-    for done in put_in_order(workspace):
-        print(done, file=sys.stderr, flush=True)
     try:
         note = json.loads(_file(workspace).read_text())
         champion, page = note["champion"], workspace / note["comparison"]
@@ -66,6 +64,8 @@ def unchanged_report(workspace: Path, promoting: bool) -> RunReport | None:
         return None
     if note["made_of"] != _made_of(workspace) or not page.is_file() or (promoting and not champion):
         return None
+    for done in put_in_order(workspace):
+        print(done, file=sys.stderr, flush=True)
     keys = pipeline.recorded_keys(workspace)
     if changed_stages(workspace) or pipeline.load(workspace).keys() - keys.keys():
         return None

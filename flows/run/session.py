@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from prefect.runtime import flow_run
 
 from flows.comparison.page import publish_comparison, write
 from flows.files import estimate
+from flows.registry.promotion import registration_notes
 from flows.run import data_page, prefect_runs, prefect_server, progress_board
 from flows.run.ending import Stopped
 from flows.run.lock import held
@@ -78,13 +78,10 @@ def forget_lost_versions(workspace: Path, params: Params) -> None:
     DVC knows the note, not the registry: after a change of server, or without `.temper/`, it would call the stage up
     to date.
     """
-    notes = [
-        workspace / node.outs[0] for name, node in pipeline.load(workspace).items() if name.startswith("register@")
-    ]
-    notes = [note for note in notes if note.is_file()]
+    notes = registration_notes(workspace)
     client = connect(workspace) if notes else None
-    for note in notes:
-        if client and not find_version(client, params.register_.model, json.loads(note.read_text())["key"]):
+    for note, key in notes.items():
+        if client and not find_version(client, params.register_.model, key):
             get_run_logger().warning(f"{note.relative_to(workspace)} names a version that this registry does not have")
             note.unlink()
 
