@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -58,6 +59,8 @@ OFFLINE = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
 _WATCH_S = 0.5
 _FIRST_TELLS_S = 10.0
 """So long the other processes let the first one tell of an error, whose end is theirs; then each tells its own."""
+TOLD = "TEMPER_TOLD"
+"""Environment variable: a folder in which processes that were launched together mark what one of them has told."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +153,23 @@ def readable_errors() -> Iterator[None]:
 def _end(said: str, exit_code: int) -> NoReturn:
     if launched().rank:
         time.sleep(_FIRST_TELLS_S)
-    print(f"error: {said}", file=sys.stderr, flush=True)
+    if _is_new(said):
+        print(f"error: {said}", file=sys.stderr, flush=True)
     sys.exit(exit_code)
+
+
+def _is_new(said: str) -> bool:
+    """Return whether no process that was launched together with this one has told the same."""
+    folder = os.environ.get(TOLD)
+    if not folder:
+        return True
+    try:
+        (Path(folder) / sha256(said.encode()).hexdigest()).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # the launcher has ended, or the disk is full: told twice is better than not at all
+        return True
+    return True
 
 
 def tell_of_storage(error: Exception) -> tuple[str, int] | None:

@@ -14,11 +14,12 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tasks.core.errors import BadInput, BadParams, OutOfMemory, Transient
 from tasks.core.ranks import ALONE, launched
 from tasks.core.signals import on_stop
-from tasks.core.stage import die_with_owner, quiet_libraries, readable_errors
+from tasks.core.stage import TOLD, die_with_owner, quiet_libraries, readable_errors
 
 LAUNCH = "TEMPER_LAUNCH"
 """Environment variable: a configuration of `accelerate launch`."""
@@ -57,7 +58,8 @@ def launch(config: Path, module: str, words: list[str]) -> int:
 
     asked = launch_command_parser().parse_args(["--config_file", str(config), "--module", module, *words])
     try:
-        with _passing_signals_on():
+        with TemporaryDirectory(prefix="temper-told-") as told, _passing_signals_on():
+            os.environ[TOLD] = told
             launch_command(asked)
     except ChildFailedError as error:
         code = code_of(failure.exitcode for failure in error.failures.values())

@@ -80,11 +80,11 @@ def test_what_several_processes_cannot_do_is_refused_once(workspace: Path) -> No
     assert not (workspace / "out").exists()
 
 
-@pytest.mark.parametrize(("ends", "code"), [("wait,65", 65), ("0,0", 0)])
-def test_the_end_of_one_process_is_that_of_all(ends: str, code: int) -> None:
+def ended(ends: str) -> subprocess.CompletedProcess[str]:
+    """Two processes that were launched together, each of which ends as it is told."""
     call = f"launch(Path({str(CONFIGS / 'gloo.yaml')!r}), 'tests.tasks.core.failing_process', [{ends!r}])"
     program = f"import sys; from pathlib import Path; from tasks.train.launcher import launch; sys.exit({call})"
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", program],
         cwd=ROOT,
         env=environment(),
@@ -93,7 +93,18 @@ def test_the_end_of_one_process_is_that_of_all(ends: str, code: int) -> None:
         check=False,
         timeout=120,
     )
+
+
+@pytest.mark.parametrize(("ends", "code"), [("wait,65", 65), ("0,0", 0)])
+def test_the_end_of_one_process_is_that_of_all(ends: str, code: int) -> None:
+    done = ended(ends)
     assert done.returncode == code, done.stderr
+
+
+def test_what_all_processes_end_by_is_told_once() -> None:
+    done = ended("tell,tell")
+    assert done.returncode == 75, done.stderr
+    assert done.stderr.count("error: the training was stopped") == 1
 
 
 @pytest.mark.parametrize(
