@@ -14,12 +14,12 @@ from tasks.core.artifacts import atomic_file
 from tasks.core.errors import BadData
 from tasks.core.progress import Progress
 from tasks.core.records import Message, conversation
-from tasks.inference.encoder_decoder import PairRow, generate_targets
+from tasks.inference.continuations import each_continuation
+from tasks.inference.encoder_decoder import PairRow
 from tasks.inference.logprobs import score_rows
 from tasks.inference.params import GREEDY, Generation
 from tasks.inference.rendered_rows import Row
 from tasks.inference.rows import TokenRow
-from tasks.inference.sampling import continuations
 from tasks.models.device import host_read
 from tasks.models.loader import Model
 from tasks.tokenization.architecture import ENCODER_DECODER, architecture_of
@@ -164,15 +164,16 @@ def _answered(
     progress: Progress,
 ) -> list[PredictionSummary]:
     """Generate the replies to some rows, in their order; rows of like length are answered together."""
-    write = generate_targets if architecture_of(model) is ENCODER_DECODER else continuations
+    prompts = [row.prompt for row in rows]
+    replies = list[list[int]]([[]]) * len(rows)
+    for place, new in each_continuation(model, tokenizer, prompts, max_tokens, generation, rows=batch_size):
+        replies[place] = new
+        progress.step()
     found: dict[int, PredictionSummary] = {}
     for places in _batches(rows, batch_size):
-        replies = write(model, tokenizer, [rows[place].prompt for place in places], max_tokens, generation)
-        logps = _logps(model, [rows[place].scored for place in places])
-        for place, new, (logp, tokens) in zip(places, replies, logps, strict=True):
-            ended = "stop" if tokenizer.eos_token_id in new else "length"
-            found[place] = PredictionSummary(decode(tokenizer, new), ended, logp, tokens)
-            progress.step()
+        for place, (logp, tokens) in zip(places, _logps(model, [rows[place].scored for place in places]), strict=True):
+            ended = "stop" if tokenizer.eos_token_id in replies[place] else "length"
+            found[place] = PredictionSummary(decode(tokenizer, replies[place]), ended, logp, tokens)
     return [found[place] for place in range(len(rows))]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.models.huggingface import HFLM
@@ -22,10 +22,10 @@ from tasks.adapters.prompt_tuning import virtual_tokens
 from tasks.core.errors import BadData, BadParams
 from tasks.core.progress import Progress
 from tasks.evaluate.continuation_scores import TOKENS_AT_ONCE, Continuation, score_continuations
-from tasks.inference.encoder_decoder import PairRow, generate_targets, score_pair_rows
+from tasks.inference.continuations import StopTexts, each_continuation
+from tasks.inference.encoder_decoder import PairRow, score_pair_rows
 from tasks.inference.params import Generation, generation_of
 from tasks.inference.rows import Likelihood
-from tasks.inference.sampling import StopTexts, continuations
 from tasks.models.loader import Model
 from tasks.tokenization.architecture import ENCODER_DECODER, architecture_of, positions_of
 
@@ -174,17 +174,14 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval's class is untyped
         for numbers in alike.values():
             contexts = {n: self.tok_encode(requests[n].args[0]) or [self.prefix_token_id] for n in numbers}
             order = sorted(numbers, key=lambda n: (-len(contexts[n]), contexts[n], n))
-            for start in range(0, len(order), self._rows):
-                some = order[start : start + self._rows]
-                answers = self._answers([contexts[n] for n in some], requests[some[0]].args[1])
-                for n, answer in zip(some, answers, strict=True):
-                    found[n] = answer
-                    self.cache_hook.add_partial("generate_until", requests[n].args, answer)
-                self._done(len(some))
+            for place, answer in self._answers([contexts[n] for n in order], requests[order[0]].args[1]):
+                found[order[place]] = answer
+                self.cache_hook.add_partial("generate_until", requests[order[place]].args, answer)
+                self._done(1)
         return [found[n] for n in range(len(requests))]
 
-    def _answers(self, contexts: Sequence[Sequence[int]], asked: Mapping[str, Any]) -> list[str]:
-        """Generate the answers of a batch, each up to the first of its stop texts."""
+    def _answers(self, contexts: Sequence[Sequence[int]], asked: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
+        """Generate an answer to each context, up to the first of its stop texts, and yield them as they are done."""
         said = normalize_gen_kwargs(dict(asked), self.max_gen_toks)
         until = handle_stop_sequences(said["until"], eos=self.tok_decode(self.eot_token_id, skip_special_tokens=False))
         most, generation = said["max_gen_toks"], asked_generation(self._generation, asked)
@@ -198,12 +195,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm-eval's class is untyped
             )
         cut = [list(ids[-int(room) :]) if len(ids) > room else list(ids) for ids in contexts]
         stop = StopTexts(self.tokenizer, until, len(cut))
-        write = generate_targets if self._writes else continuations
-        texts = [
-            self.tok_decode(ids[: stop.lengths[row]])
-            for row, ids in enumerate(write(self.model, self.tokenizer, cut, most, generation, stop))
-        ]
-        return [postprocess_generated_text(text, until, None) for text in texts]
+        for row, ids in each_continuation(self.model, self.tokenizer, cut, most, generation, stop, rows=self._rows):
+            yield row, postprocess_generated_text(self.tok_decode(ids[: stop.lengths[row]]), until, None)
 
 
 def asked_generation(own: Generation, asked: Mapping[str, Any]) -> Generation:

@@ -47,7 +47,7 @@ def continuation(
     generation: Generation = GREEDY,
 ) -> list[int]:
     """Generate the tokens that a decoder writes after a prompt."""
-    from tasks.inference.sampling import continuations
+    from tasks.inference.continuations import continuations
 
     (new,) = continuations(model, tokenizer, [prompt], max_tokens, generation)
     return new

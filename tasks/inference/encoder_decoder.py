@@ -19,9 +19,7 @@ from tasks.tokenization.architecture import positions_of
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
-
-    from tasks.inference.sampling import StopTexts
+    from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
 IGNORED = -100
 """The label of what is no token of a target."""
@@ -149,11 +147,11 @@ def generate_targets(
     inputs: Sequence[Sequence[int]],
     max_new_tokens: int,
     generation: Generation,
-    stop: StopTexts | None = None,
+    stopping: StoppingCriteriaList | None = None,
 ) -> list[list[int]]:
     """Generate answers to a batch of inputs: the tokens after the start token, up to the end token if there is one.
 
-    `stop` is what else ends answers.
+    `stopping` is what else ends answers.
     """
     import torch
 
@@ -169,7 +167,7 @@ def generate_targets(
             max_new_tokens=max_new_tokens,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            stopping_criteria=stop.criteria() if stop else None,
+            stopping_criteria=stopping,
             **decoding(model, generation, inputs, start=1),
         )
         answers = written[:, 1:].tolist()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tasks.inference.agreement import holds
+from tasks.inference.kv_cache import Layout
 from tasks.inference.lm_head import takes_apart
 from tasks.inference.prefix_tree import Block, PrefixTreeBatch, Range
 from tasks.inference.rope import alike, own_frequencies
@@ -107,14 +108,30 @@ def pack(
 
 def packed_hidden(base: Any, joined: PackedBatch | PrefixTreeBatch) -> Tensor:
     """Compute the hidden states that a decoder ends with, (tokens, hidden); of a prefix tree without gradients."""
+    layout = {"joined_trees": joined.trees} if isinstance(joined, PackedBatch) else {"joined_blocks": joined.blocks}
+    return _packed_states(base, joined.ids, joined.positions, layout)
+
+
+def cached_hidden(base: Any, ids: Tensor, positions: Tensor, rows: Layout) -> Tensor:
+    """Compute the hidden states that a decoder ends with, (tokens, hidden), of tokens behind what rows already have.
+
+    Args:
+        base: a model that can be packed.
+        ids: the new tokens of all rows, (1, tokens) int64.
+        positions: of each in its row, (1, tokens) int64.
+        rows: where keys and values are, and go.
+    """
+    return _packed_states(base, ids, positions, {"cached_rows": rows})
+
+
+def _packed_states(base: Any, ids: Tensor, positions: Tensor, layout: Mapping[str, Any]) -> Tensor:
     _make_known()
     base.config._attn_implementation = NAME
-    nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=joined.ids.device)  # a ready mask, so that none is made
-    layout = {"joined_trees": joined.trees} if isinstance(joined, PackedBatch) else {"joined_blocks": joined.blocks}
+    nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)  # a ready mask, so that none is made
     decoder: Any = decoder_of(base)
     with in_turn(base), own_frequencies(base):
         hidden: Tensor = decoder(
-            input_ids=joined.ids, position_ids=joined.positions, attention_mask=nothing, use_cache=False, **layout
+            input_ids=ids, position_ids=positions, attention_mask=nothing, use_cache=False, **layout
         ).last_hidden_state
     return hidden[0]
 
@@ -235,6 +252,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     joined_trees: tuple[PrefixGroup, ...] | None = None,
     joined_blocks: tuple[Block, ...] | None = None,
+    cached_rows: Layout | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: (batch, heads, tokens, width) each; returns (batch, tokens, heads, width).
@@ -247,8 +265,11 @@ def packed_attention(
         attention_mask: left to PyTorch's own attention; trees need none.
         joined_trees: how the one sequence is made of rows; None for any other batch.
         joined_blocks: the same of a `PrefixTreeBatch`.
+        cached_rows: the same of rows that are being written.
         more: what the layer has to say besides.
     """
+    if cached_rows is not None:
+        return cached_rows.attend(module.layer_idx, query, key, value, more["scaling"]), None  # type: ignore[arg-type]
     if joined_trees is None and joined_blocks is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -18,10 +18,10 @@ from tasks.base.pretraining import train_on_blocks
 from tasks.core.progress import Progress
 from tasks.evaluate.continuation_scores import Continuation, score_continuations
 from tasks.evaluate.held_out import token_logps
+from tasks.inference.continuations import StopTexts, continuations
 from tasks.inference.encoder_decoder import PairRow, generate_targets, score_pair_rows
 from tasks.inference.params import GREEDY, Generation
 from tasks.inference.rows import TokenRow
-from tasks.inference.sampling import StopTexts, continuations
 from tasks.merge.stage import kl_divergence
 from tasks.models.device import seed_everything
 from tasks.models.loader import Model, load_model

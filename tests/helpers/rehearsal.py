@@ -10,9 +10,9 @@ from tasks.adapters.attach import init_adapter
 from tasks.core.progress import Progress
 from tasks.engine.memory import AdaptiveMicroBatch
 from tasks.evaluate.continuation_scores import Continuation, score_continuations
+from tasks.inference.continuations import continuations
 from tasks.inference.params import Generation
 from tasks.inference.rows import TokenRow
-from tasks.inference.sampling import continuations
 from tasks.models.device import seed_everything
 from tasks.models.pretended_device import Crossing, Operation, PretendedDevice
 from tasks.tokenization.chat_template import load_tokenizer

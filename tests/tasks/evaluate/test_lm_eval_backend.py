@@ -27,8 +27,8 @@ from tasks.core.progress import Progress
 from tasks.evaluate import lm_eval_backend
 from tasks.evaluate.continuation_scores import Continuation, score_continuations
 from tasks.evaluate.lm_eval_backend import asked_generation, language_model
+from tasks.inference.continuations import StopTexts
 from tasks.inference.params import GREEDY, Generation
-from tasks.inference.sampling import StopTexts
 from tasks.models.loader import load_model
 from tasks.tokenization.chat_template import load_tokenizer
 from tasks.tokenization.tokenizer import read_tokenizer

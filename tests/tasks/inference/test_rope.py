@@ -11,12 +11,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tasks.evaluate.continuation_scores import Continuation, score_continuations
+from tasks.inference.continuations import continuations
 from tasks.inference.logprobs import score_tokens
 from tasks.inference.params import GREEDY
 from tasks.inference.prefix_sharing import can_pack
 from tasks.inference.rope import alike
 from tasks.inference.rows import TokenRow
-from tasks.inference.sampling import continuations
 
 TRAINED = 16
 """The length that the frequencies are made for."""

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from tasks.adapters.attach import make_trainable
 from tasks.inference.agreement import holds
+from tasks.inference.continuations import continuations
 from tasks.inference.encoder_decoder import PairRow, generate_targets, score_pairs
 from tasks.inference.logprobs import find_out, score_tokens
 from tasks.inference.params import GREEDY, Generation
 from tasks.inference.rows import TokenRow
-from tasks.inference.sampling import continuations
 from tasks.inference.turns import in_step, in_turn, passes_side_by_side
 from tasks.models.decoder import forwards_instead
 from tasks.models.loader import load_model

@@ -1,0 +1,366 @@
+"""Generation in a batch that rows join and leave at any token, each with options of its own.
+
+A pass takes one token of every row that goes on and the prompts of those that have just joined, all in one sequence
+without padding (`tasks.inference.prefix_sharing`). Attention reads keys and values where they lie
+(`tasks.inference.kv_cache`). What a row gets is what it gets alone, but for the rounding of products over more rows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tasks.adapters.prompt_tuning import virtual_tokens
+from tasks.adapters.reft.prompt_positions import Prompts, prompts_of, untouched
+from tasks.core.errors import BadData
+from tasks.inference.agreement import holds
+from tasks.inference.kv_cache import SHORTEST, UNBOUNDED, Begun, CachedRows, KvCache, Measured, Place
+from tasks.inference.lm_head import head_of, logits_of
+from tasks.inference.params import GREEDY, Generation
+from tasks.inference.prefix_sharing import cached_hidden, can_pack
+from tasks.inference.rope import grouped
+from tasks.inference.sampling import processors, row_generator
+from tasks.models.decoder import made_up_tokens, unwrapped
+from tasks.models.device import host_read, upload
+from tasks.models.loader import Model
+
+PROMPT_TOKENS_AT_ONCE = 2048
+"""Prompts of a pass have so many tokens together, unless one alone has more: the others' next token waits for them."""
+
+
+class Constraint(Protocol):
+    """What may be written, such as a grammar."""
+
+    def allowed(self) -> Tensor:
+        """Return which tokens may come next, (vocabulary,) bool on the host."""
+        ...
+
+    def take(self, token: int) -> None:
+        """Go on after a token that was chosen."""
+        ...
+
+
+class Asked(NamedTuple):
+    """Continuation that is asked for.
+
+    Attributes:
+        prompt: its tokens.
+        max_tokens: how many are written at most.
+        generation: how each is chosen.
+        adapter: the name of an adapter; None: the model as it was given.
+        logprobs: None: no log-probabilities; else those of each token written, and of so many of the likeliest.
+        constraint: what may be written.
+    """
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    generation: Generation = GREEDY
+    adapter: str | None = None
+    logprobs: int | None = None
+    constraint: Constraint | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Return how many tokens there are at most, with the prompt's."""
+        return len(self.prompt) + self.max_tokens
+
+
+class Written(NamedTuple):
+    """Token that was written, with log-probabilities in nats where they were asked for.
+
+    They are the model's own: before temperature, penalties and constraints.
+    """
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Ended(NamedTuple):
+    """End of a continuation: "stop" after an end token, which is written too; "length", "cancelled" or "error"."""
+
+    reason: str
+    error: Exception | None = None
+
+
+Told = tuple[int, Written | Ended]
+"""What happened to the row of a number."""
+
+
+class _Row:
+    """One continuation that is being written."""
+
+    def __init__(self, number: int, asked: Asked, place: Place, draws: torch.Generator | None) -> None:
+        self.number, self.asked, self.place, self.draws = number, asked, place, draws
+        self.written: list[int] = []
+
+    @property
+    def kept(self) -> list[int]:
+        """Return the tokens whose keys and values are kept."""
+        return self.place.slab.ids[self.place.slot]
+
+    @property
+    def new(self) -> Sequence[int]:
+        """Return the tokens that the next pass takes: the last one written, or what is left of the prompt."""
+        return self.written[-1:] or self.asked.prompt[len(self.kept) :]
+
+
+class DecodingBatch:
+    """Continuations that are written together.
+
+    Args:
+        model: a decoder that `can_decode`, with or without an adapter; or what gives it with the adapter of a name for
+            a block.
+        end_ids: tokens that end a continuation.
+        rows: so many are written at once, at most.
+        slab_rows: rows whose keys and values lie beside each other.
+        cache_bytes: keys and values take so many bytes at most.
+        shortest: rows of up to so many tokens lie together.
+    """
+
+    def __init__(
+        self,
+        model: Model | Callable[[str | None], AbstractContextManager[Model]],
+        end_ids: Collection[int],
+        *,
+        rows: int,
+        slab_rows: int,
+        cache_bytes: int = UNBOUNDED,
+        shortest: int = SHORTEST,
+    ) -> None:
+        self._with_adapter = model if not isinstance(model, nn.Module) else lambda _: nullcontext(model)
+        self._end_ids, self._most = frozenset(end_ids), rows
+        with self._with_adapter(None) as bare:
+            self.cache = KvCache(bytes_per_token(bare), slab_rows, cache_bytes, shortest)
+        self._waiting: deque[tuple[int, Asked]] = deque()
+        self._rows: dict[int, _Row] = {}
+
+    @property
+    def going(self) -> int:
+        """Count the rows that are being written."""
+        return len(self._rows)
+
+    @property
+    def waiting(self) -> int:
+        """Count the rows that wait for room."""
+        return len(self._waiting)
+
+    def ask(self, number: int, asked: Asked) -> None:
+        """Ask for a continuation under a number, which joins the others as soon as there is room.
+
+        Raises:
+            BadData: it would not fit alone.
+        """
+        if not self.cache.could_hold(asked.tokens):
+            raise BadData(
+                "is longer than the memory for keys and values allows",
+                got=f"{len(asked.prompt)} tokens of prompt and {asked.max_tokens} to write",
+                expected=f"at most {self.cache.most_tokens} together",
+            )
+        self._waiting.append((number, asked))
+
+    def leave(self, number: int) -> None:
+        """Let a row leave before its end; nothing where there is none."""
+        self._waiting = deque(each for each in self._waiting if each[0] != number)
+        if number in self._rows:
+            self._end(self._rows[number])
+
+    def step(self) -> list[Told]:
+        """Write one token of each row, and of as many that wait as there is room for."""
+        told, begun = list[Told](), self._begin()
+        going = {id(row) for row in self._rows.values()} - {id(row) for row in begun}
+        for adapter in dict.fromkeys(row.asked.adapter for row in self._rows.values()):
+            rows = sorted(
+                (row for row in self._rows.values() if row.asked.adapter == adapter and id(row) in going),
+                key=lambda row: (id(row.place.slab), row.place.slot),
+            )
+            new = [row for row in begun if row.asked.adapter == adapter]
+            with self._with_adapter(adapter) as model, _edited(unwrapped(model), len(rows), new):
+                logits = _next_logits(model, rows, new)
+            told += self._choose([*rows, *new], logits)
+        return told
+
+    def _begin(self) -> list[_Row]:
+        """Take rows in that wait, in their order, as far as there is room in memory and in a pass."""
+        begun, tokens = list[_Row](), 0
+        while self._waiting and len(self._rows) < self._most:
+            number, asked = self._waiting[0]
+            with self._with_adapter(asked.adapter) as model:
+                base = unwrapped(model)
+                shares = prompts_of(base) is None  # edits change keys and values by where the prompt ends
+                slab = self.cache.take(asked.adapter, asked.prompt, asked.tokens, share=shares)
+                if slab is None:
+                    break
+                drawn = asked.generation.temperature > 0
+                generator = row_generator(asked.generation.seed, asked.prompt, base.device) if drawn else None
+            row = _Row(number, asked, Place(slab, slab.going - 1), generator)
+            self._waiting.popleft()
+            self._rows[number] = row
+            begun.append(row)
+            tokens += len(row.new)
+            if tokens >= PROMPT_TOKENS_AT_ONCE:
+                break
+        return begun
+
+    def _choose(self, rows: Sequence[_Row], logits: Tensor) -> Iterator[Told]:
+        """Choose each row's token, and end those that are at their end."""
+        with host_read("each new token, which may be the last"):
+            tokens = _chosen(rows, logits)
+            told = [written(row.asked, own, token) for row, own, token in zip(rows, logits, tokens, strict=True)]
+        for row, token, each in zip(rows, tokens, told, strict=True):
+            row.written.append(token)
+            if row.asked.constraint:
+                row.asked.constraint.take(token)
+            yield row.number, each
+            stops = token in self._end_ids
+            if stops or len(row.written) == row.asked.max_tokens:
+                self._end(row)
+                yield row.number, Ended("stop" if stops else "length")
+
+    def _end(self, row: _Row) -> None:
+        slab, slot = row.place
+        slab.end(slot)
+        del self._rows[row.number]
+        for other in self._rows.values():
+            if other.place == Place(slab, slab.going):
+                other.place = row.place
+
+
+def _next_logits(model: Model, going: Sequence[_Row], begun: Sequence[_Row]) -> Tensor:
+    """Run a pass; gives the logits after each row's last token, (rows, vocabulary) float32."""
+    base = unwrapped(model)
+    ids, positions, ends, prompts = list[int](), list[int](), list[int](), list[Begun]()
+    for row in (*going, *begun):
+        new, kept = row.new, len(row.kept)
+        ids += new
+        positions += range(kept, kept + len(new))
+        ends.append(len(ids) - 1)
+    slabs = Counter(row.place.slab for row in going)  # in the order of the rows
+    prompts = [
+        Begun(row.place, end + 1 - len(row.new), end + 1) for row, end in zip(begun, ends[len(going) :], strict=True)
+    ]
+    layout = CachedRows(list(slabs.items()), prompts, base.device, _dtype_of(base))
+    with torch.no_grad():
+        hidden = cached_hidden(base, upload([ids], base.device), upload([positions], base.device), layout)
+        logits = _logits(model, hidden.index_select(0, upload(ends, base.device)))
+    for row in (*going, *begun):
+        row.kept.extend(row.new)
+    return logits.float()
+
+
+def _edited(base: Any, before: int, begun: Sequence[_Row]) -> AbstractContextManager[None]:
+    """Say where prompts are in a pass, behind so many other tokens, for edits that look for them."""
+    tracker: Prompts | None = prompts_of(base)
+    if tracker is None:
+        return nullcontext()
+    if not begun:
+        return tracker.nowhere()
+    length = torch.tensor([len(row.new) for row in begun])
+    return tracker.at(torch.zeros_like(length), before + length.cumsum(0) - length, length)
+
+
+def _dtype_of(base: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in base.parameters() if p.is_floating_point())
+
+
+def _logits(model: Model, hidden: Tensor) -> Tensor:
+    """Compute the logits of hidden states, (tokens, hidden), by a plain product where the head is one."""
+    head = head_of(model)
+    if head is None:
+        return logits_of(model, hidden)
+    logits = F.linear(hidden, head.weight, head.bias)
+    logits = logits if head.scale == 1 else logits * head.scale
+    return logits if head.cap is None else (logits / head.cap).tanh() * head.cap
+
+
+def _chosen(rows: Sequence[_Row], logits: Tensor) -> list[int]:
+    """Choose a token of each row by its options, given (rows, vocabulary)."""
+    chosen = [-1] * len(rows)
+    for group in grouped(_alike(number, row) for number, row in enumerate(rows)):
+        some, scores = [rows[number] for number in group], logits
+        if len(group) < len(rows):
+            scores = logits.index_select(0, upload(group, logits.device))
+        one = some[0]  # whose options are those of all, and which is alone where it matters what was written
+        if one.asked.constraint:
+            scores = scores.masked_fill(~upload(one.asked.constraint.allowed(), scores.device), -torch.inf)
+        ids = upload(torch.tensor([one.written], dtype=torch.long), scores.device)
+        scores = processors(one.asked.generation, [row.draws for row in some if row.draws], 0)(ids, scores)
+        for number, token in zip(group, scores.argmax(dim=-1).tolist(), strict=True):
+            chosen[number] = token
+    return chosen
+
+
+def _alike(number: int, row: _Row) -> Hashable:
+    """Return what rows have in common whose tokens are chosen at once: not what they have written, nor their seed."""
+    how = row.asked.generation
+    alone = how.repetition_penalty != 1 or row.asked.constraint is not None
+    return number if alone else (how.temperature, how.top_k, how.top_p)
+
+
+def written(asked: Asked, logits: Tensor, token: int) -> Written:
+    """Return what was written, with log-probabilities where they are asked for; `logits` are the model's, (vocab,)."""
+    if asked.logprobs is None:
+        return Written(token)
+    logp = logits.float().log_softmax(dim=-1)
+    likeliest = logp.topk(min(asked.logprobs, len(logp)))
+    top = tuple(zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True))
+    return Written(token, float(logp[token]), top)
+
+
+# --- which models can -------------------------------------------------------------------------------------------------
+
+
+def can_decode(model: Model, tokens: int) -> bool:
+    """Return whether rows of up to `tokens` tokens can be written in a `DecodingBatch` of this model.
+
+    Its rows can be packed, it has no soft prompt, and a few tokens written so have the logits of a whole pass.
+    """
+    base = unwrapped(model)
+    if virtual_tokens(model) or not can_pack(base, tokens):
+        return False
+    return holds(base, "it can write beside other rows", partial(_written_and_whole, base))
+
+
+def _written_and_whole(base: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Compute logits in a batch in which one row goes on while another begins, then both go on; and alone."""
+    texts = [made_up_tokens(base, range(start, start + 7))[0].tolist() for start in (1, 8)]
+    cache, rows = KvCache(bytes_per_token(base), rows=2), list[_Row]()
+    for prompt in (5, 4, 0):
+        begun = list[_Row]()
+        if prompt:
+            asked = Asked(tuple(texts[len(rows)][:prompt]), 7 - prompt)
+            slab = cache.take(None, asked.prompt, 7, share=True)
+            begun = [_Row(len(rows), asked, Place(slab, len(rows)), None)] if slab else []
+        found = _next_logits(base, rows, begun)
+        rows += begun
+        yield found, torch.stack([_alone(base, row.kept) for row in rows])
+        for row in rows:
+            row.written = texts[row.number][: len(row.kept) + 1]
+
+
+def _alone(base: Any, ids: Sequence[int]) -> Tensor:
+    logits: Tensor = base(input_ids=upload([list(ids)], base.device), use_cache=False).logits[0, -1]
+    return logits.float()
+
+
+def bytes_per_token(model: Model) -> int:
+    """Return how many bytes the keys and values of a token take in all layers."""
+    base = unwrapped(model)
+    if base not in _bytes:
+        measured = Measured()
+        ids = made_up_tokens(base, [1])
+        with untouched(base), torch.no_grad():
+            cached_hidden(base, ids, torch.zeros_like(ids), measured)
+        _bytes[base] = measured.bytes
+    return _bytes[base]
+
+
+_bytes: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
