@@ -7,7 +7,7 @@ without padding (`tasks.inference.prefix_sharing`). Attention reads keys and val
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -22,7 +22,7 @@ from tasks.adapters.prompt_tuning import virtual_tokens
 from tasks.adapters.reft.prompt_positions import Prompts, prompts_of, untouched
 from tasks.core.errors import BadData
 from tasks.inference.agreement import holds
-from tasks.inference.kv_cache import SHORTEST, UNBOUNDED, Begun, CachedRows, KvCache, Measured, Place
+from tasks.inference.kv_cache import SHORTEST, UNBOUNDED, Begun, CachedRows, KvCache, Measured, Place, Slab, in_runs
 from tasks.inference.lm_head import head_of, logits_of
 from tasks.inference.params import GREEDY, Generation
 from tasks.inference.prefix_sharing import cached_hidden, can_pack
@@ -176,6 +176,7 @@ class DecodingBatch:
     def step(self) -> list[Told]:
         """Write one token of each row, and of as many that wait as there is room for."""
         told, begun = list[Told](), self._begin()
+        self._close_gaps()
         going = {id(row) for row in self._rows.values()} - {id(row) for row in begun}
         for adapter in dict.fromkeys(row.asked.adapter for row in self._rows.values()):
             rows = sorted(
@@ -196,12 +197,12 @@ class DecodingBatch:
             with self._with_adapter(asked.adapter) as model:
                 base = unwrapped(model)
                 shares = prompts_of(base) is None  # edits change keys and values by where the prompt ends
-                slab = self.cache.take(asked.adapter, asked.prompt, asked.tokens, share=shares)
-                if slab is None:
+                place = self.cache.take(asked.adapter, asked.prompt, asked.tokens, share=shares)
+                if place is None:
                     break
                 drawn = asked.generation.temperature > 0
                 generator = row_generator(asked.generation.seed, asked.prompt, base.device) if drawn else None
-            row = _Row(number, asked, Place(slab, slab.going - 1), generator)
+            row = _Row(number, asked, place, generator)
             self._waiting.popleft()
             self._rows[number] = row
             begun.append(row)
@@ -226,12 +227,14 @@ class DecodingBatch:
                 yield row.number, Ended("stop" if stops else "length")
 
     def _end(self, row: _Row) -> None:
-        slab, slot = row.place
-        slab.end(slot)
+        row.place.slab.going.remove(row.place.slot)
         del self._rows[row.number]
-        for other in self._rows.values():
-            if other.place == Place(slab, slab.going):
-                other.place = row.place
+
+    def _close_gaps(self) -> None:
+        """Let rows stand beside each other where others have ended that no new ones have taken the place of."""
+        moved = {Place(slab, old): Place(slab, new) for slab in self.cache.slabs for old, new in slab.close_gaps()}
+        for row in self._rows.values() if moved else ():
+            row.place = moved.get(row.place, row.place)
 
 
 def _next_logits(model: Model, going: Sequence[_Row], begun: Sequence[_Row]) -> Tensor:
@@ -243,11 +246,14 @@ def _next_logits(model: Model, going: Sequence[_Row], begun: Sequence[_Row]) -> 
         ids += new
         positions += range(kept, kept + len(new))
         ends.append(len(ids) - 1)
-    slabs = Counter(row.place.slab for row in going)  # in the order of the rows
+    slots: dict[Slab, list[int]] = {}
+    for row in going:
+        slots.setdefault(row.place.slab, []).append(row.place.slot)
+    runs = [(slab, run) for slab, of_slab in slots.items() for run in in_runs(of_slab)]
     prompts = [
         Begun(row.place, end + 1 - len(row.new), end + 1) for row, end in zip(begun, ends[len(going) :], strict=True)
     ]
-    layout = CachedRows(list(slabs.items()), prompts, base.device, _dtype_of(base))
+    layout = CachedRows(runs, prompts, base.device, _dtype_of(base))
     with torch.no_grad():
         hidden = cached_hidden(base, upload([ids], base.device), upload([positions], base.device), layout)
         logits = _logits(model, hidden.index_select(0, upload(ends, base.device)))
@@ -337,8 +343,8 @@ def _written_and_whole(base: Any) -> Iterator[tuple[Tensor, Tensor]]:
         begun = list[_Row]()
         if prompt:
             asked = Asked(tuple(texts[len(rows)][:prompt]), 7 - prompt)
-            slab = cache.take(None, asked.prompt, 7, share=True)
-            begun = [_Row(len(rows), asked, Place(slab, len(rows)), None)] if slab else []
+            place = cache.take(None, asked.prompt, 7, share=True)
+            begun = [_Row(len(rows), asked, place, None)] if place else []
         found = _next_logits(base, rows, begun)
         rows += begun
         yield found, torch.stack([_alone(base, row.kept) for row in rows])

@@ -1,8 +1,8 @@
 """Keys and values of rows that are being written, where they stay until the row ends: none is copied by a step.
 
-A slab holds some rows of one length at most. Those that go on are its first ones, so that one attention call takes all
-of them by a view; behind them lie rows that have ended, whose beginnings later prompts may share. Slabs are made as
-they are needed, and all of them together keep within a number of bytes.
+A slab holds some rows of one length at most. Rows that go on beside each other are one attention call, by a view. Rows
+that have ended stay until another one takes their slot: a prompt that begins like them goes on behind them. Slabs are
+made as they are needed, and all of them together keep within a number of bytes.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class Slab:
         key: what rows must share to lie in one slab, such as their adapter.
         rows: how many rows there are at most.
         tokens: how many tokens each has at most.
-        going: how many rows go on; they are the first ones.
-        ids: of each row, the tokens whose keys and values are here.
+        going: the slots of rows that go on.
+        ids: of each slot, the tokens whose keys and values are there.
     """
 
     def __init__(self, key: Hashable, rows: int, tokens: int) -> None:
         self.key, self.rows, self.tokens = key, rows, tokens
-        self.going = 0
+        self.going: set[int] = set()
         self.ids: list[list[int]] = [[] for _ in range(rows)]
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._used = [0] * rows
@@ -59,44 +59,46 @@ class Slab:
             self._layers[number] = made[0], made[1]
         return self._layers[number]
 
-    def take(self, prompt: Sequence[int], clock: int, *, share: bool) -> None:
-        """Take a slot for a row, the last one that goes on; keep of it, or copy into it, what the prompt begins with.
+    def take(self, prompt: Sequence[int], clock: int, *, share: bool) -> int:
+        """Take a slot for a row, and keep there, or copy to it, what the prompt begins with; a token of it is left.
 
-        At least one token of the prompt is left to compute. `clock` says which row was taken last.
+        Of slots that have nothing of it, it is one between rows that go on, or else the one unused for longest.
+
+        Args:
+            prompt: the row's first tokens.
+            clock: a number that grows with each row.
+            share: whether another row's beginning has the same keys and values.
         """
-        slot = self.going
-        resting = range(slot, self.rows)
         shared = [_common(ids, prompt) if share else 0 for ids in self.ids]
-        best = max(resting, key=lambda each: (shared[each], -self._used[each]))
-        self.swap(slot, best)
-        shared[slot], shared[best] = shared[best], shared[slot]
+        last = max(self.going, default=-1)
+        free = (slot for slot in range(self.rows) if slot not in self.going)
+        worth = [count if count >= _WORTH_COPYING else 0 for count in shared]
+        slot = max(free, key=lambda each: (worth[each], each < last, -self._used[each]))
         donor = max(range(self.rows), key=lambda each: shared[each])
-        if shared[donor] > shared[slot] + _WORTH_COPYING:
-            for keys, values in self._layers.values():
-                for each in (keys, values):
-                    each[slot, :, : shared[donor]] = each[donor, :, : shared[donor]]
+        if shared[donor] >= shared[slot] + _WORTH_COPYING:
+            self._copy(donor, slot, shared[donor])
             shared[slot] = shared[donor]
         self.ids[slot] = list(prompt[: shared[slot]])
         self._used[slot] = clock
-        self.going += 1
+        self.going.add(slot)
+        return slot
 
-    def end(self, slot: int) -> None:
-        """End a row that goes on; the last one that does takes its slot, and it lies behind them."""
-        self.going -= 1
-        self.swap(slot, self.going)
+    def close_gaps(self) -> list[tuple[int, int]]:
+        """Move rows that go on into slots between others; gives from where to where."""
+        moved = []
+        while self.going and max(self.going) >= len(self.going):
+            last, gap = max(self.going), min(set(range(self.rows)) - self.going)
+            self._copy(last, gap, len(self.ids[last]))
+            self.ids[gap], self.ids[last] = self.ids[last], []
+            self._used[gap] = self._used[last]
+            self.going = self.going - {last} | {gap}
+            moved.append((last, gap))
+        return moved
 
-    def swap(self, one: int, other: int) -> None:
-        """Let two rows change places."""
-        if one == other:
-            return
-        longest = max(len(self.ids[one]), len(self.ids[other]))
+    def _copy(self, one: int, other: int, tokens: int) -> None:
         for keys, values in self._layers.values():
             for each in (keys, values):
-                before = each[one, :, :longest].clone()
-                each[one, :, :longest] = each[other, :, :longest]
-                each[other, :, :longest] = before
-        for of_rows in (self.ids, self._used):
-            of_rows[one], of_rows[other] = of_rows[other], of_rows[one]  # type: ignore[assignment]
+                each[other, :, :tokens] = each[one, :, :tokens]
 
 
 def _common(one: Sequence[int], prompt: Sequence[int]) -> int:
@@ -134,18 +136,13 @@ class KvCache:
         doubled = self.most // (self._per_token * self._shortest)
         return self._shortest << (doubled.bit_length() - 1) if doubled else 0
 
-    def take(self, key: Hashable, prompt: Sequence[int], tokens: int, *, share: bool) -> Slab | None:
-        """Take room for a row of at most `tokens` tokens: it is the last one of the slab that goes on.
-
-        None where there is no room until another row ends.
-        """
+    def take(self, key: Hashable, prompt: Sequence[int], tokens: int, *, share: bool) -> Place | None:
+        """Take room for a row of at most `tokens` tokens; None where there is none until another row ends."""
         self._clock += 1
         size = self._size(tokens)
-        fits = [slab for slab in self.slabs if (slab.key, slab.tokens) == (key, size) and slab.going < slab.rows]
-        slab = max(fits, key=lambda each: each.going, default=None) or self._new(key, size)
-        if slab is not None:
-            slab.take(prompt, self._clock, share=share)
-        return slab
+        fits = [slab for slab in self.slabs if (slab.key, slab.tokens) == (key, size) and len(slab.going) < slab.rows]
+        slab = max(fits, key=lambda each: len(each.going), default=None) or self._new(key, size)
+        return None if slab is None else Place(slab, slab.take(prompt, self._clock, share=share))
 
     def _new(self, key: Hashable, size: int) -> Slab | None:
         rows = min(self._rows, self.most // self._bytes_of(1, size))
@@ -191,19 +188,19 @@ class Begun(NamedTuple):
 
 
 class CachedRows:
-    """Rows of one pass: of each slab the rows that go on, a token each, in its order; then prompts.
+    """Rows of one pass: rows that go on, a token each; then prompts.
 
     Args:
-        going: slabs with how many of their first rows have a token in this pass.
+        going: slabs, with slots beside each other that have a token in this pass.
         begun: the prompts behind them.
         device: where tensors are to be.
         dtype: of the model's numbers.
     """
 
     def __init__(
-        self, going: Sequence[tuple[Slab, int]], begun: Sequence[Begun], device: torch.device, dtype: torch.dtype
+        self, going: Sequence[tuple[Slab, range]], begun: Sequence[Begun], device: torch.device, dtype: torch.dtype
     ) -> None:
-        self._going = [(slab, rows, *_places(slab, rows, device, dtype)) for slab, rows in going]
+        self._going = [(slab, slots, *_places(slab, slots, device, dtype)) for slab, slots in going]
         self._begun = [(each, len(each.place.slab.ids[each.place.slot])) for each in begun]
         self._masks = {
             number: _behind(before, each.stop - each.start, device)
@@ -217,17 +214,16 @@ class CachedRows:
         Heads of queries that share one of keys stand beside each other, as more queries of it.
         """
         parts, start, groups = list[Tensor](), 0, query.shape[1] // key.shape[1]
-        for slab, rows, columns, longest, mask in self._going:
+        for slab, slots, numbers, columns, longest, mask in self._going:
             kept_keys, kept_values = slab.layer(layer, key, value)
-            numbers = torch.arange(rows, device=columns.device)
-            kept_keys[numbers, :, columns] = key[0, :, start : start + rows].transpose(0, 1)
-            kept_values[numbers, :, columns] = value[0, :, start : start + rows].transpose(0, 1)
-            asked = query[0, :, start : start + rows].transpose(0, 1).unflatten(1, (-1, groups))
-            found = F.scaled_dot_product_attention(
-                asked, kept_keys[:rows, :, :longest], kept_values[:rows, :, :longest], attn_mask=mask, scale=scale
-            )
+            stop = start + len(slots)
+            kept_keys[numbers, :, columns] = key[0, :, start:stop].transpose(0, 1)
+            kept_values[numbers, :, columns] = value[0, :, start:stop].transpose(0, 1)
+            asked = query[0, :, start:stop].transpose(0, 1).unflatten(1, (-1, groups))
+            keys, values = (each[slots.start : slots.stop, :, :longest] for each in (kept_keys, kept_values))
+            found = F.scaled_dot_product_attention(asked, keys, values, attn_mask=mask, scale=scale)
             parts.append(found.flatten(1, 2))
-            start += rows
+            start = stop
         for number, (each, before) in enumerate(self._begun):
             place, stop = each.place, before + each.stop - each.start
             kept_keys, kept_values = (tensor[place.slot] for tensor in place.slab.layer(layer, key, value))
@@ -244,15 +240,28 @@ class CachedRows:
         return torch.cat(parts)[None]
 
 
-def _places(slab: Slab, rows: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, int, Tensor | None]:
-    """Return where each row's next token goes, how many tokens the longest then has, and a mask unless all are so."""
-    lengths = [len(ids) for ids in slab.ids[:rows]]
-    columns, longest = upload(lengths, device), max(lengths) + 1
+def _places(
+    slab: Slab, slots: range, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, int, Tensor | None]:
+    """Return where the next token of each slot goes, how many tokens the longest then has, and a mask unless all do."""
+    lengths = [len(slab.ids[slot]) for slot in slots]
+    numbers, columns, longest = upload(list(slots), device), upload(lengths, device), max(lengths) + 1
     if min(lengths) == max(lengths):
-        return columns, longest, None
+        return numbers, columns, longest, None
     beyond = torch.arange(longest, device=device) > columns[:, None]
-    mask = torch.zeros(rows, 1, 1, longest, dtype=dtype, device=device)
-    return columns, longest, mask.masked_fill_(beyond[:, None, None], -torch.inf)
+    mask = torch.zeros(len(slots), 1, 1, longest, dtype=dtype, device=device)
+    return numbers, columns, longest, mask.masked_fill_(beyond[:, None, None], -torch.inf)
+
+
+def in_runs(slots: Sequence[int]) -> list[range]:
+    """Put slots, which are in order, together that stand beside each other."""
+    found: list[range] = []
+    for slot in slots:
+        if found and found[-1].stop == slot:
+            found[-1] = range(found[-1].start, slot + 1)
+        else:
+            found.append(range(slot, slot + 1))
+    return found
 
 
 def _behind(before: int, tokens: int, device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from tasks.inference.kv_cache import KvCache, Slab
+from tasks.inference.kv_cache import KvCache, Place, Slab
 
 PER_TOKEN = 8
 
@@ -29,50 +29,74 @@ def is_marked(slab: Slab, slot: int) -> bool:
 @pytest.mark.parametrize("seed", range(4))
 def test_every_row_keeps_its_own_through_any_course_of_events(seed: int) -> None:
     draw = random.Random(seed)
-    cache, going, kept = KvCache(PER_TOKEN, rows=3, most=PER_TOKEN * 64 * 7), list[tuple[Slab, list[int]]](), 0
+    cache, going, kept, moves = KvCache(PER_TOKEN, rows=3, most=PER_TOKEN * 64 * 7), dict[Place, list[int]](), 0, 0
     for _ in range(400):
         if going and draw.random() < 0.4:
-            slab, ids = going.pop(draw.randrange(len(going)))
-            slab.end(slab.ids.index(ids))
+            place = draw.choice(list(going))
+            del going[place]
+            place.slab.going.remove(place.slot)
         else:
             beginning = [draw.choice((1, 2))] * draw.randint(0, 40)
             prompt = [*beginning, *(draw.randrange(3, 9) for _ in range(draw.randint(1, 10)))]
             taken = cache.take("a", prompt, draw.choice((60, 100)), share=True)
             if taken is None:
                 continue
-            slot = taken.going - 1
-            known = len(taken.ids[slot])
-            assert known < len(prompt)
-            assert taken.ids[slot] == prompt[:known]
-            assert is_marked(taken, slot)
-            kept += known
-            taken.ids[slot] += prompt[known:]
-            mark(taken, slot)
-            going.append((taken, taken.ids[slot]))
+            assert taken not in going
+            ids = taken.slab.ids[taken.slot]
+            assert ids == prompt[: len(ids)] != prompt
+            assert is_marked(taken.slab, taken.slot)
+            kept += len(ids)
+            ids += prompt[len(ids) :]
+            mark(taken.slab, taken.slot)
+            going[taken] = prompt
+        if draw.random() < 0.3:
+            moved = {Place(slab, old): Place(slab, new) for slab in cache.slabs for old, new in slab.close_gaps()}
+            going = {moved.get(place, place): ids for place, ids in going.items()}
+            moves += len(moved)
+            assert all(slab.going == set(range(len(slab.going))) for slab in cache.slabs)
         assert cache.bytes <= cache.most
-        assert sum(slab.going for slab in cache.slabs) == len(going)
-        for slab, ids in going:
-            slot = next(slot for slot in range(slab.going) if slab.ids[slot] is ids)
-            assert is_marked(slab, slot)
+        assert {(slab, slot) for slab in cache.slabs for slot in slab.going} == set(going)
+        for place, ids in going.items():
+            assert place.slab.ids[place.slot] == ids
+            assert is_marked(place.slab, place.slot)
     assert kept
+    assert moves
+
+
+def test_a_row_goes_on_behind_one_that_has_ended_and_takes_gaps_first() -> None:
+    cache, prompt = KvCache(PER_TOKEN, rows=4), list(range(40))
+    places = [cache.take(None, [*prompt[:20], 100 + n, *prompt], 64, share=n > 0) for n in range(3)]
+    for place in places:
+        assert place is not None
+        place.slab.ids[place.slot] += [*prompt[:20], 100 + place.slot, *prompt][len(place.slab.ids[place.slot]) :]
+        mark(place.slab, place.slot)
+    assert [place and place.slot for place in places] == [0, 1, 2]
+    slab = cache.slabs[0]
+    slab.going -= {0, 1}
+    goes_on = cache.take(None, [*slab.ids[1], 7, 8], 64, share=True)
+    assert goes_on == (slab, 1)
+    assert len(slab.ids[1]) == 61
+    assert cache.take(None, [200, 201], 64, share=True) == (slab, 0)
+    assert cache.take(None, [*prompt[:20], 100, *prompt], 64, share=True) == (slab, 3)
+    assert len(slab.ids[3]) == 20  # what was behind that has been overwritten
+    assert is_marked(slab, 3)
 
 
 def test_rows_of_other_adapters_share_nothing() -> None:
     cache, prompt = KvCache(PER_TOKEN, rows=4), list(range(30))
     one = cache.take("one", prompt, 60, share=True)
     assert one is not None
-    one.ids[0] += prompt
-    mark(one, 0)
+    one.slab.ids[0] += prompt
+    mark(one.slab, 0)
     again, other, apart = (
         cache.take(key, prompt, 60, share=share) for key, share in (("one", True), ("two", True), ("one", False))
     )
-    assert again is one
-    assert other is not one
-    assert apart is one
-    assert one.ids[1] == prompt[:-1]
-    assert not one.ids[2]
+    assert again == (one.slab, 1)
+    assert apart == (one.slab, 2)
+    assert one.slab.ids[1:3] == [prompt[:-1], []]
     assert other is not None
-    assert not other.ids[0]
+    assert other.slab is not one.slab
+    assert not other.slab.ids[0]
 
 
 def test_a_row_has_room_for_all_that_it_may_have() -> None:
@@ -80,12 +104,12 @@ def test_a_row_has_room_for_all_that_it_may_have() -> None:
     assert cache.most_tokens == 256
     assert cache.could_hold(256)
     assert not cache.could_hold(257)
-    slab = cache.take(None, [1], 65, share=True)
-    assert slab is not None
-    assert (slab.tokens, slab.rows) == (128, 2)
+    place = cache.take(None, [1], 65, share=True)
+    assert place is not None
+    assert (place.slab.tokens, place.slab.rows) == (128, 2)
     assert cache.take(None, [1], 200, share=True) is None
-    slab.end(0)
+    place.slab.going.clear()
     longer = cache.take(None, [1], 200, share=True)
     assert longer is not None
-    assert (longer.tokens, longer.rows) == (256, 1)
-    assert slab not in cache.slabs
+    assert (longer.slab.tokens, longer.slab.rows) == (256, 1)
+    assert place.slab not in cache.slabs
