@@ -58,7 +58,7 @@ def estimates(workspace: Path, model: Path | None, only: str | None, card: str |
     else:
         target, usual = device(), compute_dtype()
         machine, speeds = this_machine(target), partial(rates, device=target)
-    dtypes = sorted((torch.bfloat16, torch.float32), key=lambda dtype: dtype != usual)
+    dtypes = (usual, torch.bfloat16 if usual == torch.float32 else torch.float32)
     rendered = next(workspace / out for out in pipeline.load(workspace)["render"].outs)
     known = (rendered / MANIFEST).is_file()
     reached = {dtype: speeds(dtype) for dtype in dtypes}

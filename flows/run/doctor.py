@@ -53,17 +53,23 @@ def _machine(workspace: Path) -> list[Diagnosis]:
     import psutil
     import torch
 
-    from tasks.models.device import FAST_BF16, compute_dtype, device, has_fast_bf16
+    from tasks.models.device import choices, device, has_fast_bf16
 
-    fast, where = has_fast_bf16(), device()
+    where, best = device(), choices()
+    kernels = {
+        f"{best.head} head": True,
+        "fused optimizer": best.fused_optimizer,
+        "paged states": best.paged_states,
+        "TF32": best.tf32,
+        "scaled loss": best.scales_loss,
+    }
     free, memory = shutil.disk_usage(workspace).free / _GIB, psutil.virtual_memory()
     return [
         Diagnosis(
             "device", torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {os.cpu_count()} cores"
         ),
-        Diagnosis("AMX", "yes" if fast else "no"),
-        Diagnosis("bf16", f"fast ({FAST_BF16 if fast else ''})" if fast or where.type == "cuda" else "slow here"),
-        Diagnosis("computes in", str(compute_dtype()).removeprefix("torch.")),
+        Diagnosis("AMX", "yes" if has_fast_bf16() else "no"),
+        Diagnosis("computes in", f"{best.dtype}, {', '.join(name for name, used in kernels.items() if used)}"),
         Diagnosis(
             "memory",
             f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free",

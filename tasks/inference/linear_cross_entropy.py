@@ -7,15 +7,14 @@ depends on its own hidden state alone, its gradient is one vector per token, wha
 log-probabilities: it falls out of the same pass, and the backward pass only scales it. Two products of matrices, no
 tile computed twice.
 
-On a GPU it is the fused kernel of Liger (Hsu et al. 2024, arXiv:2410.10989) where that package is installed and has
-what is asked for.
+On a GPU it is the fused kernel of Liger (Hsu et al. 2024, arXiv:2410.10989) where that package is installed, made for
+the card (tasks/models/capability.py) and has what is asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +23,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from tasks.models.device import autocast_dtype, has_fast_bf16, without_autocast
+from tasks.models.device import autocast_dtype, choices, has_fast_bf16, without_autocast
 
 TILE_TOKENS = 512
 TILE_VOCABULARY = 4096
@@ -73,7 +72,7 @@ def score_targets(
         with_mean: whether to compute the means over the vocabulary, as label smoothing needs them.
         with_likeliest: whether to compute if each target is the arg-max.
     """
-    if hidden.is_cuda and not with_mean and not with_likeliest and not _observers and _has_liger(head):
+    if hidden.is_cuda and not with_mean and not with_likeliest and not _observers and _suits_liger(hidden, head):
         return TokenScores(_by_liger(hidden, head, targets), None)
     needed = torch.is_grad_enabled() and hidden.requires_grad
     how = _How(head.scale, head.cap, product_dtype(hidden, head), with_mean, with_likeliest, needed)
@@ -100,10 +99,10 @@ def product_dtype(hidden: Tensor, head: Head) -> torch.dtype:
     return torch.float32 if slow else dtype
 
 
-def _has_liger(head: Head) -> bool:
-    """Return whether Liger is installed and knows this form of logits: it scales none. Capped ones stay ours."""
+def _suits_liger(hidden: Tensor, head: Head) -> bool:
+    """Return whether Liger's kernel is chosen here and knows this form of logits: it scales none, we cap ours."""
     known = head.cap is None and (head.scale == 1.0 or head.bias is None)
-    return known and find_spec("liger_kernel") is not None
+    return known and choices(hidden.device).head == "liger"
 
 
 def _by_liger(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:

@@ -6,7 +6,10 @@ H100, H200 and HGX B200, and its white papers of GA102 (RTX 3090) and Ada (RTX 4
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
+
+from tasks.models.capability import Capability, DtypeName, choose
 
 
 class Card(NamedTuple):
@@ -14,7 +17,7 @@ class Card(NamedTuple):
 
     Attributes:
         name: NVIDIA's.
-        capability: the compute capability; from 8.0 on it multiplies bfloat16.
+        capability: the compute capability, by which all choices are made.
         memory_gib: of the card, with error correction where that is on by default.
         half_tflops: 10^12 operations a second in bfloat16; in float16 where there is no bfloat16.
         single_tflops: the same in float32.
@@ -22,16 +25,16 @@ class Card(NamedTuple):
     """
 
     name: str
-    capability: tuple[int, int]
+    capability: Capability
     memory_gib: float
     half_tflops: float
     single_tflops: float
     gb_per_s: float
 
     @property
-    def has_bf16(self) -> bool:
-        """Return whether bfloat16 is the card's own format."""
-        return self.capability >= (8, 0)
+    def dtype(self) -> DtypeName:
+        """Return the dtype that is computed in on it."""
+        return choose(self.capability).dtype
 
 
 CARDS = {
@@ -48,6 +51,18 @@ CARDS = {
     "h200": Card("H200 SXM 141 GB", (9, 0), 140.4, 989.4, 66.9, 4800),
     "b200": Card("B200 SXM 180 GB", (10, 0), 179.0, 2250.0, 75.0, 7700),
 }
+
+
+def card_named(name: str) -> Card | None:
+    """Find the card that a driver names, such as `NVIDIA H100 80GB HBM3`; None if it is not known.
+
+    Nor is one that bears the name and is slower: for a slot or a laptop.
+    """
+    words = set(re.split(r"[^a-z0-9]+", name.lower()))
+    if words & {"pcie", "nvl", "laptop"}:
+        return None
+    return next((CARDS[key] for key in sorted(CARDS, key=len, reverse=True) if set(key.split("-")) <= words), None)
+
 
 REACHED = 0.4
 """Of a card's peak, what a training is taken to reach in matrix products; and of its memory's, twice that."""

@@ -6,10 +6,13 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, get_args
 
 from tasks.core.errors import BadParams
 from tasks.core.ranks import ALONE, world
+from tasks.models.capability import Choices, DtypeName, choose
 
 if TYPE_CHECKING:
     import torch
@@ -33,25 +36,45 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def compute_dtype() -> torch.dtype:
-    """Return what TEMPER_COMPUTE_DTYPE names, or bf16 where this machine is fast at it, else fp32; never fp16.
+def choices(where: torch.device | None = None) -> Choices:
+    """Look up how is computed on a device, by default on this process's (`tasks.models.capability`).
 
-    fp16 overflows. The variable makes machines of several kinds compute alike.
+    TEMPER_COMPUTE_DTYPE stands for the dtype of the table; it makes machines of several kinds compute alike.
 
     Raises:
-        BadParams: it names neither.
+        BadParams: the variable names no dtype to compute in.
     """
     import torch
 
-    if named := os.environ.get(COMPUTE_DTYPE):
-        if named not in ("float32", "bfloat16"):
-            raise BadParams(
-                "is no dtype to compute in", where=COMPUTE_DTYPE, got=named, expected="float32 or bfloat16, or not set"
-            )
-        return torch.float32 if named == "float32" else torch.bfloat16
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if has_fast_bf16() else torch.float32
+    named: Any = os.environ.get(COMPUTE_DTYPE) or None
+    if named not in (None, *get_args(DtypeName)):
+        raise BadParams(
+            "is no dtype to compute in",
+            where=COMPUTE_DTYPE,
+            got=named,
+            expected=f"{', '.join(get_args(DtypeName))}, or not set",
+        )
+    where = where or device()
+    if where.type == "cuda":
+        return choose(torch.cuda.get_device_capability(where), liger=_is_installed("liger_kernel"), dtype=named)
+    return choose(None, amx=has_fast_bf16(), dtype=named)
+
+
+@cache
+def _is_installed(package: str) -> bool:
+    return find_spec(package) is not None
+
+
+def compute_dtype() -> torch.dtype:
+    """Return the dtype that this machine computes in.
+
+    Raises:
+        BadParams: TEMPER_COMPUTE_DTYPE names none.
+    """
+    import torch
+
+    found: torch.dtype = getattr(torch, choices().dtype)
+    return found
 
 
 def has_fast_bf16() -> bool:
@@ -63,9 +86,11 @@ def has_fast_bf16() -> bool:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed every generator and select deterministic kernels."""
+    """Seed every generator and select kernels: deterministic ones, and on a GPU the precision of float32 products."""
     import torch
 
+    if device().type == "cuda":
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if choices().tf32 else "ieee"
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.set_flush_denormal(True)  # subnormal gradients slow CPU arithmetic many times over

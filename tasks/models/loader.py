@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from tasks.core.errors import BadModel
 from tasks.core.memory import ran_out
 from tasks.core.ranks import shards_weights
-from tasks.models.device import compute_dtype, device
+from tasks.models.device import choices, compute_dtype, device
 from tasks.models.safetensors_reader import weight_map
 from tasks.tokenization.architecture import loader_of
 from tasks.tokenization.model_config import check_sizes, does_not_load, read_config, refuse_code
@@ -111,7 +111,9 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
             device_map={"": "cpu" if shards_weights() else device()},
-            quantization_config=loading_config(quantization, compute_dtype()) if quantization else None,
+            quantization_config=loading_config(quantization, getattr(torch, choices().four_bit_dtype))
+            if quantization
+            else None,
             output_loading_info=True,
         )
     except Exception as error:  # whatever a library makes of values that mean nothing to it

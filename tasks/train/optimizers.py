@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tasks.models.device import device
+from tasks.models.device import choices
 from tasks.train.params import Method, OptimizerName
 
 if TYPE_CHECKING:
@@ -45,10 +45,11 @@ def optimizer_of(name: OptimizerName, groups: Sequence[dict[str, Any]]) -> Optim
     library: what it is evaluated and published at is an average of its steps (`tasks.engine.loop.Averaging`).
     """
     groups = [group for group in groups if group["params"]]
+    best = choices(groups[0]["params"][0].device)
     if name == "adamw":
         import torch
 
-        return torch.optim.AdamW(groups)
+        return torch.optim.AdamW(groups, fused=best.fused_optimizer or None)
     if name == "adamw_schedule_free":
         from schedulefree import AdamWScheduleFree
 
@@ -57,7 +58,7 @@ def optimizer_of(name: OptimizerName, groups: Sequence[dict[str, Any]]) -> Optim
     import bitsandbytes.optim
 
     made: Optimizer = getattr(bitsandbytes.optim, _OF_BITSANDBYTES[name])(groups)
-    if name.startswith("paged") and device().type == "cpu":
+    if name.startswith("paged") and not best.paged_states:
         print(f"{name}: there is no GPU to page from; the states stay in this machine's memory", flush=True)
         warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
     return made

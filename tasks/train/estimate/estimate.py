@@ -216,15 +216,16 @@ def _rehearsed(
     steps: int,
     recomputing: bool,
 ) -> Cost:
+    from tasks.models.device import choices
     from tasks.train.estimate.memory_tracker import FakeOptimizerState, dry_run_step
 
     model = meta_model(config, method.adapter, dtype, steps)
     to_fake_tensors(model, device)
     if recomputing:
         recompute_activations(model)
-    if method.optimizer == "adamw":
+    if method.optimizer == "adamw" and not choices(device).fused_optimizer:
         optimizer = optimizer_for(model, method)
-    else:
+    else:  # of one kernel, which makes no temporary tensors
         states, bits = 1 if method.optimizer.startswith("lion") else 2, 8 if method.optimizer.endswith("8bit") else 32
         optimizer = FakeOptimizerState([group for group in groups_of(model, method) if group["params"]], states, bits)
     objective = method.objective
@@ -282,10 +283,11 @@ def a_card(name: str) -> tuple[Machine, torch.dtype, Callable[[torch.dtype], Rat
     machine = Machine(card.name, int(card.memory_gib * GIB), int(CONTEXT_GIB * GIB))
 
     def rates_of(dtype: torch.dtype) -> Rates:
-        tflops = card.half_tflops if dtype == torch.bfloat16 and card.has_bf16 else card.single_tflops
+        tflops = card.half_tflops if dtype == usual else card.single_tflops
         return Rates(REACHED * tflops * 1e12, 2 * REACHED * card.gb_per_s * 1e9)
 
-    return machine, torch.bfloat16 if card.has_bf16 else torch.float32, rates_of
+    usual: torch.dtype = getattr(torch, card.dtype)
+    return machine, usual, rates_of
 
 
 def rates(dtype: torch.dtype, device: torch.device) -> Rates:

@@ -52,7 +52,7 @@ class Cost(NamedTuple):
 
 
 class FakeOptimizerState(Optimizer):
-    """Stands for an optimizer of bitsandbytes: it holds as much and does nothing.
+    """Stands for an optimizer of bitsandbytes, or a fused one: it holds as much and does nothing.
 
     A state in 8 bits takes one byte a number, and four for the largest of each block of 256; tensors of fewer than 4096
     numbers keep states in 32 bits (arXiv:2110.02861, section 2 and appendix).
@@ -97,9 +97,6 @@ def dry_run_step(
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(lambda p: ledger.book(p.grad, "gradients"))
         parameter.grad = torch.zeros_like(parameter)
-    if trained[0].device.type == "cuda":  # as PyTorch chooses for true tensors there
-        for group in optimizer.param_groups:
-            group["foreach"] = True
     with ledger, observed(ledger.see_logits):
         with torch.no_grad():
             next(iter(losses()))
