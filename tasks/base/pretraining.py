@@ -19,8 +19,9 @@ from tasks.base.perplexity import PerplexityFigures, next_token_logp, perplexity
 from tasks.core.progress import Progress
 from tasks.core.records import TextExample
 from tasks.engine.loop import TrainingPlan, train_loop
+from tasks.engine.loss_scale import loss_scale
 from tasks.engine.schedules import learning_rates
-from tasks.models.device import device, seed_everything, upload
+from tasks.models.device import choices, device, seed_everything, upload
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,7 +102,7 @@ def new_model(params: PretrainBase, tokenizer: PreTrainedTokenizerBase) -> Llama
     )
     # transformers' fused attention is slower than its plain one on a CPU at this size, above all backwards
     # (bench/LOG.md)
-    attention = "eager" if device().type == "cpu" else "sdpa"
+    attention = "eager" if device().type == "cpu" else choices().attention
     model: LlamaForCausalLM = LlamaForCausalLM._from_config(config, attn_implementation=attention)
     return model
 
@@ -112,9 +113,10 @@ def muon_and_adamw(parameters: Mapping[str, Tensor], weight_decay: float) -> lis
 
     matrices = {name: p for name, p in parameters.items() if p.ndim == 2 and ".layers." in name}
     others = [p for name, p in parameters.items() if name not in matrices]
+    best = choices(others[0].device)
     return [
         torch.optim.Muon(matrices.values(), weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=best.fused_optimizer or None),
     ]
 
 
@@ -126,7 +128,7 @@ def train_on_blocks(
     checkpoints: Path,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Train what is trainable in place, in bf16 where this machine is fast at it; go on from the newest checkpoint.
+    """Train what is trainable in place, in 16 bits where this machine is fast at it; go on from the newest checkpoint.
 
     Args:
         model: a model on this machine's device; what is trained has fp32 weights.
@@ -167,7 +169,7 @@ def train_on_blocks(
         checkpoint_every_steps=params.checkpoint_every_steps,
     )
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return train_loop(course, trainable, optimizers, checkpoints, progress)
+    return train_loop(course, trainable, optimizers, checkpoints, progress, scale=loss_scale())
 
 
 def steps_of(params: Pretraining) -> int:
@@ -189,8 +191,8 @@ def make_model(params: PretrainBase, out: Path, checkpoints: Path) -> dict[str, 
     tokenizer = train_tokenizer((document(record) for record in documents[:TOKENIZER_DOCUMENTS]), params.vocabulary)
     blocks = pack_blocks(token_ids(tokenizer, documents), params.context_tokens)
     model = new_model(params, tokenizer)
-    optimizers = muon_and_adamw(dict(model.named_parameters()), params.weight_decay)
     model.to(device())  # type: ignore[arg-type]
+    optimizers = muon_and_adamw(dict(model.named_parameters()), params.weight_decay)
     with Progress("pretrain", steps_of(params), "steps") as progress:
         log = train_on_blocks(model, optimizers, blocks, params, checkpoints, progress)
     found = perplexity(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from tasks.adapters.files import apart
 from tasks.core.artifacts import as_json, atomic_folder, read_manifest
 from tasks.core.errors import BadData, BadInput
+from tasks.models.device import host_read
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -170,7 +171,9 @@ def unpack_tensors(
     _check_same(tensors, parameters, where)
     with torch.no_grad():  # not through .data, whose changes rotations would not notice
         for name, tensor in parameters.items():
-            tensor.copy_(tensors[f"parameter/{name}"])
+            saved = tensors[f"parameter/{name}"].to(tensor)
+            if not _same_bits(tensor, saved):  # nor may they take a step that was skipped for a change
+                tensor.copy_(saved)
     for number, optimizer in enumerate(optimizers):
         states: dict[int, dict[str, Any]] = {}
         for name, tensor in tensors.items():
@@ -187,6 +190,14 @@ def unpack_tensors(
     set_random_state(tensors)
     on = {name: tensor.device for name, tensor in parameters.items()}
     return {name: tensors[f"best/{name}"].to(on[name]) for name in parameters if f"best/{name}" in tensors}
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors of one shape and type are the same to the bit; zeros differ by their sign."""
+    import torch
+
+    with host_read("whether weights are those of a checkpoint, as a training goes on"):
+        return torch.equal(one.detach().flatten().view(torch.uint8), other.flatten().view(torch.uint8))
 
 
 def _check_same(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], where: str) -> None:

@@ -4,6 +4,10 @@ It stops at the first loss or gradient that is not finite, before the optimizer 
 so many steps, at the end, and when a signal asks it to stop; and it returns only if it took every step, or stopped
 early by its rule.
 
+Where gradients are computed in float16 the loss is scaled (tasks/engine/loss_scale.py). A step whose gradients overflow
+then is skipped: its rows are gone through, the optimizer is not asked, and the log says so. That is no divergence as
+long as the loss is a number and a smaller scale is left to try.
+
 Where several processes train, each differentiates its parts of a step; all then take the same step, and the first one
 keeps what is written.
 """
@@ -37,8 +41,9 @@ from tasks.engine.checkpoints import (
 )
 from tasks.engine.collectives import all_reduce, any_rank, barrier, check_agreed, rank_rng, sum_gradients
 from tasks.engine.evaluation_hooks import EvalHooks
+from tasks.engine.loss_scale import LossScale
 from tasks.engine.memory import AdaptiveMicroBatch
-from tasks.models.device import host_read
+from tasks.models.device import COMPUTE_DTYPE, host_read
 from tasks.reports.training_log import HELD_OUT_LOSS, best_step
 
 if TYPE_CHECKING:
@@ -92,6 +97,7 @@ def train_loop(
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
     watch: EvalHooks = NOTHING,
     rows: AdaptiveMicroBatch = AS_THEY_ARE,
+    scale: LossScale | None = None,
 ) -> list[dict[str, Any]]:
     """Train `parameters` in place, going on from the newest whole checkpoint, and leave there what is to be kept.
 
@@ -106,23 +112,26 @@ def train_loop(
         on_row: gets every row of the log as it comes.
         watch: what is measured on the way, and what follows from it.
         rows: the rows that the losses of a step take at once, which may be reduced.
+        scale: the factor of the loss, for gradients in float16; None: the loss is differentiated as it is.
 
     Returns:
         The log: for every step its number from 1, loss, gradient norm, learning rate, what `course.losses` adds, and
-        what was measured.
+        what was measured. With a scale also `loss_scale`, by which the step's loss was multiplied, and `skipped`, 1 if
+        its gradients overflowed, else 0; those have no norm.
 
     Raises:
         BadData: the checkpoint is of another training.
         BadInput: no checkpoint can be written.
-        Diverged: a loss or gradient is not finite; checkpoints before it stay.
+        Diverged: a loss or gradient is not finite, the gradient at any scale; checkpoints before it stay.
         Interrupted: a signal asked it to stop; a checkpoint was written first.
     """
     check_writable(checkpoints)
-    log, best = _resume(course, parameters, optimizers, checkpoints, progress)
+    stateful = [*optimizers, scale] if scale else optimizers
+    log, best = _resume(course, parameters, stateful, checkpoints, progress)
     over = len(log) == course.steps or watch.is_over(log)
     with stop_signals() as stopping:
         while not over:
-            row = _step(course, len(log), parameters, optimizers, rows)
+            row = _step(course, len(log), parameters, optimizers, rows, scale)
             with _published(parameters, optimizers):
                 row |= _finite(watch.look(row["step"], course.steps), row["step"])
                 log.append(row)
@@ -137,7 +146,7 @@ def train_loop(
                 if is_first():
                     save(
                         checkpoints,
-                        Checkpoint(len(log), pack_tensors(parameters, optimizers, best), log, structure_of(optimizers)),
+                        Checkpoint(len(log), pack_tensors(parameters, stateful, best), log, structure_of(stateful)),
                     )
                 barrier()  # else the end of one process would end the first while it writes
             if stop and not over:
@@ -179,8 +188,9 @@ def _step(
     parameters: Mapping[str, Tensor],
     optimizers: Sequence[Stepper],
     rows: AdaptiveMicroBatch,
+    scale: LossScale | None,
 ) -> dict[str, Any]:
-    """Take one step and return its row of the log."""
+    """Take one step, or skip it if its scaled gradients overflow; return its row of the log."""
     import torch
 
     rate, random = course.learning_rate(step), random_state()
@@ -190,7 +200,7 @@ def _step(
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         with rank_rng():
-            return _differentiate(course.losses(step))
+            return _differentiate(course.losses(step), scale)
 
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -198,24 +208,35 @@ def _step(
     sums = rows.fitted(differentiate)
     sum_gradients(parameters.values())
     total = all_reduce(torch.stack([*sums.values()]))
+    if scale:
+        scale.unscale(parameters.values())
     of_gradient = torch.nn.utils.clip_grad_norm_(list(parameters.values()), course.max_grad_norm)
     with host_read("a step's numbers, all at once, before the optimizer takes it"):
         loss, *others, norm = torch.cat([total, of_gradient.to(total)[None]]).tolist()
-    if not (math.isfinite(loss) and math.isfinite(norm)):
+    overflowed = not math.isfinite(norm)
+    if not math.isfinite(loss) or (overflowed and (scale is None or scale.is_least)):
+        lower = "lower learning_rate or raise warmup_steps"
         raise Diverged(
             "the training diverged; nothing was published",
             where=f"step {step + 1} of {course.steps}",
-            got=f"loss {loss}, gradient norm {norm}",
+            got=f"loss {loss}, gradient norm {norm}{f', loss scale {scale.factor:g}' if scale else ''}",
             examples=course.describe(step),
-            fix="lower learning_rate or raise warmup_steps",
+            fix=f"set {COMPUTE_DTYPE}=float32, as this model may overflow in float16; or {lower}" if scale else lower,
         )
+    row: dict[str, Any] = {"step": step + 1, "loss": loss, "grad_norm": norm, "learning_rate": rate}
+    row |= dict(zip([*sums][1:], others, strict=True))
+    if scale:
+        row |= {"loss_scale": scale.factor, "skipped": int(overflowed)}
+        scale.update(finite=not overflowed)
+    if overflowed:
+        del row["grad_norm"]
+        return row
     for optimizer in optimizers:
         optimizer.step()
-    logged = dict(zip([*sums][1:], others, strict=True))
-    return {"step": step + 1, "loss": loss, "grad_norm": norm, "learning_rate": rate, **logged}
+    return row
 
 
-def _differentiate(parts: Iterable[tuple[Tensor, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+def _differentiate(parts: Iterable[tuple[Tensor, Mapping[str, Tensor]]], scale: LossScale | None) -> dict[str, Tensor]:
     """Add the gradients of all parts, each before the next is computed; return sums of `loss` and log in float64."""
     sums = dict[str, Any]()
     for part, logged in parts:
@@ -225,7 +246,7 @@ def _differentiate(parts: Iterable[tuple[Tensor, Mapping[str, Tensor]]]) -> dict
                 where="train.*.adapter",
                 fix="choose other modules or layers, or another base",
             )
-        part.backward()
+        (part * scale.factor if scale else part).backward()
         for name, value in {"loss": part, **logged}.items():
             sums[name] = sums.get(name, 0.0) + value.detach().double()
     return sums

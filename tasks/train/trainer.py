@@ -16,6 +16,7 @@ from tasks.core.progress import Progress
 from tasks.engine.checkpoints import Stepper
 from tasks.engine.evaluation_hooks import EvalHooks
 from tasks.engine.loop import NOTHING, TrainingPlan, train_loop
+from tasks.engine.loss_scale import LossScale, loss_scale
 from tasks.engine.memory import AdaptiveMicroBatch, recompute_activations
 from tasks.engine.schedules import learning_rates
 from tasks.models.device import host_read, seed_everything
@@ -50,6 +51,7 @@ class Training(NamedTuple):
         optimizers: what changes the parameters at each step.
         tokens: how many each step goes through.
         micro_batch: the rows of a forward pass.
+        scale: the factor of the loss, where gradients are computed in float16.
     """
 
     model: Model
@@ -59,6 +61,7 @@ class Training(NamedTuple):
     optimizers: Sequence[Stepper]
     tokens: Sequence[int]
     micro_batch: AdaptiveMicroBatch
+    scale: LossScale | None
 
 
 def prepare(
@@ -132,7 +135,7 @@ def plan_training(
 
         optimizers.append(RankSteps(model))
     tokens = [sum(lengths[i] for i in rows) for rows in batches]
-    return Training(model, parameters, losses, plan, optimizers, tokens, micro_batch)
+    return Training(model, parameters, losses, plan, optimizers, tokens, micro_batch, loss_scale())
 
 
 def train(
@@ -160,6 +163,7 @@ def train(
         tell,
         watch,
         training.micro_batch,
+        training.scale,
     )
 
 

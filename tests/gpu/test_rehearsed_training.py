@@ -57,3 +57,18 @@ def test_other_optimizers(pico_base: Path, tmp_path: Path, optimizer: str) -> No
     params = trained_by("lora", "sft", optimizer=optimizer, schedule=schedule)
     there = rehearsed(pico_base, params, tmp_path)
     assert Counter(read.reason for read in there.reads)[A_STEP] == STEPS
+
+
+@pytest.mark.parametrize("adapter", ["full", "lora", "qlora", "loreft"])
+def test_float16_is_trained_by_a_scaled_loss_with_no_further_read(
+    pico_base: Path, tmp_path: Path, adapter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = trained_by(adapter, "sft")
+    here = on_host(pico_base, params, tmp_path / "here")
+    monkeypatch.setenv("TEMPER_COMPUTE_DTYPE", "float16")
+    there = rehearsed(pico_base, params, tmp_path / "there")
+    assert Counter(read.reason for read in there.reads)[A_STEP] == STEPS
+    assert there.uploads == []
+    assert [(row["loss_scale"], row["skipped"]) for row in there.log] == [(2.0**16, 0)] * STEPS
+    losses = [[row["loss"] for row in log] for log in (there.log, here)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
