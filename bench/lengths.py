@@ -22,7 +22,7 @@ from bench import orpo, sft
 from bench.clock import machine
 from bench.limits import SHAPES, peak_bytes, write_base
 from bench.operations import Needed, operations_of, peak_flops
-from bench.steps import Ours, exactly, spin_while_waiting, token_row
+from bench.steps import Ours, adapted, exactly, spin_while_waiting, token_row
 from tasks.core.stage import quiet_libraries
 from tasks.engine.memory import keep_freed_blocks
 
@@ -53,7 +53,7 @@ def rows_of_lengths(given: argparse.Namespace, folder: Path, dtype: Any) -> None
         tokens = SHORTEST
         while tokens <= given.longest:
             step, needed = step_of(tokens, some)
-            ours = Ours(folder, dtype, [step], loss)
+            ours = Ours(adapted(folder, dtype), [step], loss)
             ours()
             seconds = statistics.median(ours() for _ in range(given.rounds))
             flops, limit = operations_of(ours.model).of(needed), peak_flops(ours.model)

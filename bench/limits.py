@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 
 class Shape(NamedTuple):
-    """A Llama, and rows for it: (prompt, reply) tokens at most."""
+    """A Llama; `tied`: its head is its embedding."""
 
     hidden: int
     mlp: int
@@ -16,19 +16,23 @@ class Shape(NamedTuple):
     heads: int
     kv_heads: int
     vocabulary: int
+    tied: bool = True
 
 
-SHAPES = {"tiny": Shape(192, 512, 4, 3, 3, 8192), "135M": Shape(576, 1536, 30, 9, 3, 49152)}
-"""The second is SmolLM-135M's."""
+SHAPES = {
+    "tiny": Shape(192, 512, 4, 3, 3, 8192),
+    "135M": Shape(576, 1536, 30, 9, 3, 49_152),
+    "1.1B": Shape(2048, 5632, 22, 32, 4, 32_000, tied=False),
+    "8B": Shape(4096, 14_336, 32, 32, 8, 128_256, tied=False),
+}
+"""All but the first are those of SmolLM-135M, TinyLlama-1.1B and Llama-3-8B."""
 
 
-def write_base(folder: Path, shape: Shape, dtype: Any) -> None:
-    """Write a Llama with random weights."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def config_of(shape: Shape) -> Any:
+    """Return the configuration of a Llama of a shape."""
+    from transformers import LlamaConfig
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.mlp,
@@ -36,9 +40,17 @@ def write_base(folder: Path, shape: Shape, dtype: Any) -> None:
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         max_position_embeddings=16384,
-        tie_word_embeddings=True,
+        tie_word_embeddings=shape.tied,
     )
-    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+
+
+def write_base(folder: Path, shape: Shape, dtype: Any) -> None:
+    """Write a Llama with random weights."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(config_of(shape)).to(dtype).save_pretrained(folder)
 
 
 def peak_bytes(work: Callable[[], object]) -> int:

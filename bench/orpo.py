@@ -48,17 +48,16 @@ def needed_of(pair: Pair) -> Needed:
 
 def our_loss(model: Any, batch: Sequence[Pair]) -> Any:
     """Compute the stage's penalty, and the likelihood of prompts as well: all rows in one pass."""
-    import torch
-
     from tasks.inference.logprobs import score_tokens
     from tasks.inference.rows import Scored
+    from tasks.models.device import upload
     from tasks.train.objectives import orpo_loss
 
     whole = [chosen._replace(mask=[False] + [True] * (chosen.tokens - 1)) for chosen, _ in batch]
     scored = score_tokens(model, [*whole, *(rejected for _, rejected in batch)])
     replied = [n >= row.prompt_tokens for row, _ in batch for n in range(1, row.tokens)]
     replied += [True] * (len(scored.logp) - len(replied))
-    reply = torch.tensor([place for place, is_reply in enumerate(replied) if is_reply])
+    reply = upload([place for place, is_reply in enumerate(replied) if is_reply], scored.logp.device)
     tokens = [row.scored_tokens for pair in zip(*batch, strict=True) for row in pair]
     means = Scored.of(scored.logp.index_select(0, reply), tokens).row_means()
     chosen, rejected = means[: len(batch)], means[len(batch) :]

@@ -23,6 +23,7 @@ from bench.limits import SHAPES, peak_bytes, write_base
 from bench.operations import Needed, operations_of, peak_flops
 from tasks.engine.memory import keep_freed_blocks, set_malloc_option
 from tasks.inference.rows import TokenRow
+from tasks.models.device import choices
 
 RANK = 8
 BATCH_ROWS = 8
@@ -53,28 +54,40 @@ def adapted(folder: Path, dtype: Any) -> Any:
 class Side:
     """A model that is trained from the same start again and again."""
 
-    def __init__(self, folder: Path, dtype: Any) -> None:
-        self.model = adapted(folder, dtype)
+    def __init__(self, model: Any) -> None:
+        self.model = model
         self.learns = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self._first = {name: p.detach().clone() for name, p in self.learns.items()}
 
     def again(self) -> None:
         """Back to the start."""
+        import torch
+
         for name, parameter in self.learns.items():
-            parameter.data.copy_(self._first[name])
+            with torch.no_grad():  # not through .data, whose changes rotations would not notice
+                parameter.copy_(self._first[name])
             parameter.grad = None
 
     def optimizer(self) -> Any:
         """Build the optimizer of both while their losses are compared, and of ours always: the stage's AdamW."""
         import torch
 
-        return torch.optim.AdamW(list(self.learns.values()), lr=1e-4, weight_decay=0.0)
+        fused = choices(self.model.device).fused_optimizer or None
+        return torch.optim.AdamW(list(self.learns.values()), lr=1e-4, weight_decay=0.0, fused=fused)
 
     def gradients(self, loss: Any) -> list[Any]:
         """Compute the gradients of a loss, by parameter."""
         self.model.zero_grad()
         loss.backward()
         return [p.grad.clone() for p in self.learns.values()]
+
+
+def finish(model: Any) -> None:
+    """Wait until a model's device has done all that it was asked for."""
+    import torch
+
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
 
 
 def give_back_freed_memory() -> None:
@@ -85,8 +98,8 @@ def give_back_freed_memory() -> None:
 class Ours(Side):
     """Batches trained as the stage `train` does it."""
 
-    def __init__(self, folder: Path, dtype: Any, batches: Sequence[Any], loss: Callable[[Any, Any], Any]) -> None:
-        super().__init__(folder, dtype)
+    def __init__(self, model: Any, batches: Sequence[Any], loss: Callable[[Any, Any], Any]) -> None:
+        super().__init__(model)
         self.batches, self._loss = batches, loss
 
     def loss(self, batch: Any) -> Any:
@@ -100,12 +113,14 @@ class Ours(Side):
         self.again()
         keep_freed_blocks()  # as the stage does
         optimizer = self.optimizer()
+        finish(self.model)
         started = time.perf_counter()
         for batch in self.batches:
             optimizer.zero_grad()
             self.loss(batch).backward()
             torch.nn.utils.clip_grad_norm_(list(self.learns.values()), 1.0)
             optimizer.step()
+        finish(self.model)
         return time.perf_counter() - started
 
 
@@ -117,13 +132,12 @@ class Theirs(Side):
 
     def __init__(
         self,
-        folder: Path,
-        dtype: Any,
+        model: Any,
         make: Callable[..., Any],
         allocator: Callable[[], None] = keep_freed_blocks,
         **arguments: Any,
     ) -> None:
-        super().__init__(folder, dtype)
+        super().__init__(model)
         self._allocator = allocator
         from transformers import PrinterCallback
 
@@ -135,6 +149,8 @@ class Theirs(Side):
     def _clock(self) -> Any:
         from transformers import TrainerCallback
 
+        model = self.model
+
         class Clock(TrainerCallback):  # type: ignore[misc, unused-ignore]
             started = ended = 0.0
 
@@ -142,6 +158,8 @@ class Theirs(Side):
                 self.started = self.started or time.perf_counter()
 
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                if state.global_step >= state.max_steps:
+                    finish(model)
                 self.ended = time.perf_counter()
 
         return Clock()
@@ -180,11 +198,11 @@ def anchors(folder: Path, dtype: Any, make: Callable[..., Any]) -> Iterator[tupl
     """Yield the trainer as shipped, and with the fastest of three batch sizes; the rows of a step stay the same."""
     import torch
 
-    yield "default", Theirs(folder, dtype, make, give_back_freed_memory, bf16=dtype == torch.bfloat16)
+    yield "default", Theirs(adapted(folder, dtype), make, give_back_freed_memory, bf16=dtype == torch.bfloat16)
     best: tuple[float, Theirs] | None = None
     for rows in (BATCH_ROWS, BATCH_ROWS // 2, BATCH_ROWS // 4):
         sizes: dict[str, Any] = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": BATCH_ROWS // rows}
-        side = Theirs(folder, dtype, make, **TUNED, **sizes)
+        side = Theirs(adapted(folder, dtype), make, **TUNED, **sizes)
         seconds = side()
         if best is None or seconds < best[0]:
             best = seconds, side
@@ -304,11 +322,11 @@ def run(race: Race, given: argparse.Namespace, folder: Path) -> None:
     dtype, base = getattr(torch, given.dtype), folder / "base"
     write_base(base, SHAPES[given.shape], torch.float32)
     plain: dict[str, Any] = {"gradient_checkpointing": False, "bf16": False}
-    exact = Ours(base, torch.float32, race.batches, race.our_loss)
-    theirs = Theirs(base, torch.float32, race.make, **plain)
+    exact = Ours(adapted(base, torch.float32), race.batches, race.our_loss)
+    theirs = Theirs(adapted(base, torch.float32), race.make, **plain)
     print(f"float32, relatively: {same(exact, theirs, race.their_loss, race.batches[0])}")
-    ours = Ours(base, dtype, race.batches, race.our_loss)
-    theirs = Theirs(base, dtype, race.make, **plain)
+    ours = Ours(adapted(base, dtype), race.batches, race.our_loss)
+    theirs = Theirs(adapted(base, dtype), race.make, **plain)
     print(f"{given.dtype}, relatively: {curves(ours, theirs, race.their_loss)}")
     del exact, theirs
     print("\n| setting | ratio, median | least | 90% interval | ours s | theirs s | their memory / ours |")
