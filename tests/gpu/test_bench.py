@@ -13,6 +13,7 @@ import torch
 
 from bench import gpu
 from bench.gpu import GOALS, PATHS, Goal, Measurement, OutOfTime, time_limit
+from tasks.models.pretended_device import PretendedDevice
 
 SIZES = ("135M", "1.1B", "8B")
 
@@ -47,6 +48,20 @@ def test_every_training_is_measured_beside_its_anchor(tmp_path: Path) -> None:
         assert each["tokens_per_s"] > 0
         assert each["share_of_peak"] > 0
         assert ("times_trl" in each) == ("Liger is skipped" in each["anchor"]) == anchored
+
+
+@pytest.mark.parametrize("kind", GOALS)
+def test_a_step_of_a_benchmark_mixes_no_devices(kind: str, tmp_path: Path) -> None:
+    place = gpu.the_pretence()
+    work = gpu.work_of(kind, SIZES[0], place, tmp_path)
+    base = gpu.random_model(gpu.PICO, place.dtype, place.device, four_bit=kind == "QLoRA")
+    model = gpu.with_adapter(base, kind, moved=False)
+    with PretendedDevice() as pretended:
+        pretended.take(model)
+        work.loss(model, work.batches[0])  # what is found out once for a model is read
+        reads, uploads = len(pretended.reads), len(pretended.uploads)
+        work.loss(model, work.batches[0]).backward()
+        assert pretended.reads[reads:] == pretended.uploads[uploads:] == []
 
 
 def test_a_run_without_time_says_what_it_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
