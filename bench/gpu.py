@@ -248,8 +248,8 @@ def numbers_of(path: str, dtype: Any, device: Any) -> Any:
     from transformers import AutoTokenizer
 
     from tasks.evaluate.continuation_scores import Continuation, score_continuations
+    from tasks.inference.continuations import continuations
     from tasks.inference.params import GREEDY
-    from tasks.inference.sampling import continuations
     from tasks.merge.stage import kl_divergence
 
     model = with_adapter(tiny_model(dtype, device, four_bit=path == "QLoRA"), path, moved=True)
