@@ -1,0 +1,108 @@
+"""The command that serves models over HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.run.ending import on_stopping
+from flows.run.locate import REGISTRY_SCHEME, WorkspaceOption, ready, seen_from_here
+
+app = typer.Typer()
+
+
+@app.command()
+def serve(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[REF]...",
+            help="What to serve: models:/NAME@ALIAS, whose moves are followed, models:/NAME/VERSION, or a model "
+            "folder. Without any, the workspace's champion.",
+        ),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=REF",
+            help="Put an adapter on the first model, served under a name of its own: a folder, hub:OWNER/NAME@COMMIT, "
+            "models:/NAME/VERSION or models:/NAME@ALIAS. May be repeated.",
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to listen on; others than 127.0.0.1 need keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on; 0: one that is free.")] = 8000,
+    keys: Annotated[
+        Path | None,
+        typer.Option(help="A file of keys, a line each: NAME:SHA256[:REQUESTS_PER_MINUTE]; also TEMPER_KEYS."),
+    ] = None,
+    new_key: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Make a key, print it once with its line for --keys, and end.")
+    ] = None,
+    canary: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ALIAS=SHARE",
+            help="Let another alias of the first model answer a share of the users or conversations.",
+        ),
+    ] = None,
+    shadow: Annotated[
+        str | None, typer.Option(metavar="ALIAS", help="Let another alias answer too, for --record alone.")
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="Keep conversations and feedback in this SQLite file, with secrets and e-mails masked."),
+    ] = None,
+    slots: Annotated[int, typer.Option(min=1, help="So many requests are answered at a time.")] = 32,
+    queue: Annotated[int, typer.Option(min=0, help="So many wait at most; more are told to come again.")] = 256,
+    cache_mib: Annotated[
+        int | None, typer.Option(min=1, help="Memory for keys and values; without it, as the engine sees fit.")
+    ] = None,
+    time_limit: Annotated[float, typer.Option(min=1.0, help="An answer is given up after so many seconds.")] = 600.0,
+    any_base: Annotated[bool, typer.Option("--any-base", help="Also adapters that name another base.")] = False,
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Serve models over HTTP with OpenAI's API, for as long as this command runs.
+
+    A promotion or a rollback is followed without a request being lost: the new version is checked and loaded beside
+    the old one, which ends what it has begun.
+    """
+    from flows.serve import keys as access
+
+    if new_key:
+        key, line = access.new_key(new_key)
+        typer.echo(f"key, shown this once: {key}\nline for --keys:       {line}")
+        return
+    from flows.serve.routing import Plan, adapter_of, canary_of
+    from flows.serve.versions import Settings, reference_of
+    from tasks.core.stage import quiet_libraries
+
+    share = canary_of(canary) if canary else None
+    clients = access.read_keys(keys)
+    access.check_host(host, clients)
+    named = dict(adapter_of(each) for each in adapter or [])
+    places = {name: seen_from_here(reference) for name, reference in named.items()}
+    given = [each if each.startswith(REGISTRY_SCHEME) else str(Path(each).resolve()) for each in models or []]
+    kept = record.resolve() if record else None
+
+    quiet_libraries()
+    in_registry = not given or any(each.startswith(REGISTRY_SCHEME) for each in [*given, *places.values()])
+    root = ready(workspace) if workspace or in_registry else None
+    if not given and root:
+        from flows.chat.ask import champion_uri
+
+        given = [champion_uri(root)]
+    from flows.serve.server import Options, serve
+    from tasks.registry.adapter_refs import fetch_adapter_ref
+
+    plan = Plan(
+        references=[reference_of(each) for each in given],
+        adapters={name: fetch_adapter_ref(place, root or Path()) for name, place in places.items()},
+        settings=Settings(slots, cache_mib << 20 if cache_mib else None, queue),
+        canary=share,
+        shadow=shadow,
+        any_base=any_base,
+    )
+    with on_stopping("what was being answered is answered", exit_code=0):
+        serve(plan, root, Options(host, port, clients, kept, time_limit))

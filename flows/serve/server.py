@@ -1,0 +1,139 @@
+"""The process of `temper serve`: its socket, its models and how it ends.
+
+A signal ends it as it ends every command (`flows/run/ending.py`): the main thread waits for one, uvicorn runs aside. No
+new connection is taken then, and what is being answered has `flows.run.session.STOP_S` to come to its end.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import uvicorn
+
+from flows.run.ending import aside
+from flows.run.session import STOP_S
+from flows.serve.app import make_app
+from flows.serve.exchange import Service
+from flows.serve.keys import Gatekeeper, Key, check_host
+from flows.serve.metrics import Metrics
+from flows.serve.record import Record
+from flows.serve.routing import Models, Plan
+from tasks.core.errors import BadParams
+
+MAX_BODY_BYTES = 4 << 20
+"""Of a request; a prompt of a million tokens has about so many."""
+
+_MARGIN_S = 5.0
+
+
+class Options(NamedTuple):
+    """How a server is reached, and what it keeps."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    keys: Sequence[Key] = ()
+    record: Path | None = None
+    time_limit_s: float = 600.0
+
+
+def say(line: str) -> None:
+    """Print a line about the server, with the time."""
+    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+
+
+def serve(plan: Plan, workspace: Path | None, options: Options) -> None:
+    """Serve models until a signal ends it.
+
+    Raises:
+        BadParams: other machines would reach it without keys, or the port is taken.
+        BadInput: a model cannot be used.
+        RegistryUnreachable: MLflow does not answer.
+    """
+    check_host(options.host, options.keys)
+    listener = _listener(options.host, options.port)
+    models = Models(plan, workspace, say)
+    record = Record(options.record) if options.record else None
+    service = make_service(models, options, record)
+    address = _address(listener)
+    server = _Server(
+        uvicorn.Config(
+            make_app(service),
+            log_level="warning",
+            access_log=False,
+            ws="none",
+            server_header=False,
+            timeout_graceful_shutdown=int(STOP_S),
+        ),
+        lambda: say(f"serving {', '.join(models.names())} at {address}/v1; stop it with Ctrl-C"),
+    )
+    ended = threading.Event()
+
+    def work() -> None:
+        try:
+            models.begin()
+            server.run([listener])
+        finally:
+            models.close(finish=True)
+            if record:
+                record.close()
+            ended.set()
+
+    def stop(_: object) -> None:
+        server.should_exit = True
+        if server.started:  # else a model is being loaded, of which nobody waits for anything
+            ended.wait(STOP_S + _MARGIN_S)
+
+    aside(work, stop=stop)
+
+
+def make_service(models: Models, options: Options, record: Record | None = None) -> Service:
+    """Build what the requests of a server share."""
+    return Service(
+        models=models,
+        gate=Gatekeeper(options.keys),
+        record=record,
+        metrics=Metrics(lambda: [(name, each.fingerprint, each.engine.state()) for name, each in models.versions()]),
+        say=say,
+        time_limit_s=options.time_limit_s,
+        max_body_bytes=MAX_BODY_BYTES,
+        unseen=set(),
+    )
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._announce = announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen, and say so."""
+        await super().startup(sockets)
+        self._announce()
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    """Bind the address before a model is loaded, which takes longer."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host.strip("[]"), port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise BadParams(
+            "cannot be listened on",
+            where=f"--host {host} --port {port}",
+            got=str(error),
+            fix="choose another --port; 0 takes one that is free",
+        ) from error
+    return listener
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
