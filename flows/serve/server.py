@@ -1,7 +1,7 @@
 """The process of `temper serve`: its socket, its models and how it ends.
 
 A signal ends it as it ends every command (`flows/run/ending.py`): the main thread waits for one, uvicorn runs aside. No
-new connection is taken then, and what is being answered has `flows.run.session.STOP_S` to come to its end.
+new connection is taken then, and what is being answered has `DRAIN_S` to come to its end.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import NamedTuple
 import uvicorn
 
 from flows.run.ending import aside
-from flows.run.session import STOP_S
 from flows.serve.app import make_app
 from flows.serve.exchange import Service
 from flows.serve.keys import Gatekeeper, Key, check_host
@@ -28,6 +27,9 @@ from tasks.core.errors import BadParams
 
 MAX_BODY_BYTES = 4 << 20
 """Of a request; a prompt of a million tokens has about so many."""
+
+DRAIN_S = 30
+"""So long an answer may still take when the server is told to end, as stages may (`tasks/orchestration`)."""
 
 _MARGIN_S = 5.0
 
@@ -68,7 +70,7 @@ def serve(plan: Plan, workspace: Path | None, options: Options) -> None:
             access_log=False,
             ws="none",
             server_header=False,
-            timeout_graceful_shutdown=int(STOP_S),
+            timeout_graceful_shutdown=DRAIN_S,
         ),
         lambda: say(f"serving {', '.join(models.names())} at {address}/v1; stop it with Ctrl-C"),
     )
@@ -87,7 +89,7 @@ def serve(plan: Plan, workspace: Path | None, options: Options) -> None:
     def stop(_: object) -> None:
         server.should_exit = True
         if server.started:  # else a model is being loaded, of which nobody waits for anything
-            ended.wait(STOP_S + _MARGIN_S)
+            ended.wait(DRAIN_S + _MARGIN_S)
 
     aside(work, stop=stop)
 
