@@ -58,22 +58,12 @@ def serve(plan: Plan, workspace: Path | None, options: Options) -> None:
         RegistryUnreachable: MLflow does not answer.
     """
     check_host(options.host, options.keys)
-    listener = _listener(options.host, options.port)
+    listener = listen(options.host, options.port)
     models = Models(plan, workspace, say)
     record = Record(options.record) if options.record else None
     service = make_service(models, options, record)
     address = _address(listener)
-    server = _Server(
-        uvicorn.Config(
-            make_app(service),
-            log_level="warning",
-            access_log=False,
-            ws="none",
-            server_header=False,
-            timeout_graceful_shutdown=DRAIN_S,
-        ),
-        lambda: say(f"serving {', '.join(models.names())} at {address}/v1; stop it with Ctrl-C"),
-    )
+    server = Server(service, lambda: say(f"serving {', '.join(models.names())} at {address}/v1; stop it with Ctrl-C"))
     ended = threading.Event()
 
     def work() -> None:
@@ -108,9 +98,25 @@ def make_service(models: Models, options: Options, record: Record | None = None)
     )
 
 
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
-        super().__init__(config)
+class Server(uvicorn.Server):
+    """The app on a socket.
+
+    Args:
+        service: what the app's requests share.
+        announce: is called when it listens.
+    """
+
+    def __init__(self, service: Service, announce: Callable[[], None]) -> None:
+        super().__init__(
+            uvicorn.Config(
+                make_app(service),
+                log_level="warning",
+                access_log=False,
+                ws="none",
+                server_header=False,
+                timeout_graceful_shutdown=DRAIN_S,
+            )
+        )
         self._announce = announce
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -119,8 +125,12 @@ class _Server(uvicorn.Server):
         self._announce()
 
 
-def _listener(host: str, port: int) -> socket.socket:
-    """Bind the address before a model is loaded, which takes longer."""
+def listen(host: str, port: int) -> socket.socket:
+    """Bind an address, before a model is loaded, which takes longer.
+
+    Raises:
+        BadParams: it is taken, or none of this machine's.
+    """
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
