@@ -395,26 +395,15 @@ def test_an_answer_that_takes_too_long_is_given_up(tokenizer: PreTrainedTokenize
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_ends_its_answer(tokenizer: PreTrainedTokenizerBase, stream: bool) -> None:
-    with scripted(tokenizer) as (address, engine):
-        client = httpx.Client()
-        request = client.build_request("POST", f"{address}/v1/chat/completions", json={**SCRIPTED, "stream": stream})
+    body = {**SCRIPTED, "stream": stream}
+    with scripted(tokenizer) as (address, engine), httpx.Client(timeout=httpx.Timeout(60, read=0.5)) as client:
         if stream:
-            response = client.send(request, stream=True)
-            engine.submitted.acquire()
-            response.close()
+            with client.stream("POST", f"{address}/v1/chat/completions", json=body):
+                engine.submitted.acquire()
         else:
             with pytest.raises(httpx.ReadTimeout):
-                client.send(
-                    client.build_request(
-                        "POST",
-                        request.url,
-                        content=request.content,
-                        headers=request.headers,
-                        extensions={"timeout": {"read": 0.5}},
-                    )
-                )
+                client.post(f"{address}/v1/chat/completions", json=body)
             engine.submitted.acquire()
-        client.close()
         assert engine.cancelled[0].wait(60)
 
 

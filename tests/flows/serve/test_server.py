@@ -1,0 +1,80 @@
+"""`temper serve` as a process: how it begins and ends, and what it refuses before it loads a model."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.conftest import Beside, temper, wait_for
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_when_its_streams_are_finished(pico_base: Path, tmp_path: Path, sent: signal.Signals) -> None:
+    place = tmp_path / "somewhere"
+    place.mkdir()
+    with Beside(place, "serve", str(pico_base), "--port", "0") as server:
+        wait_for("address", lambda: re.search(r"serving base at \S+/v1", server.said()), server)
+        found = re.search(r"serving base at (\S+)/v1", server.said())
+        assert found is not None
+        body = {"model": "base", "messages": [{"role": "user", "content": "Hello"}], "stream": True, "n": 4}
+        body |= {"max_tokens": 60, "temperature": 2.0}
+        streams: list[list[str]] = []
+        begun = threading.Semaphore(0)
+
+        def ask() -> None:
+            with httpx.stream("POST", f"{found[1]}/v1/chat/completions", json=body, timeout=120) as response:
+                lines = []
+                for line in response.iter_lines():
+                    if not lines:
+                        begun.release()
+                    lines.append(line)
+                streams.append([line for line in lines if line])
+
+        clients = [threading.Thread(target=ask) for _ in range(3)]
+        for client in clients:
+            client.start()
+        for _ in clients:
+            begun.acquire()
+        server.process.send_signal(sent)
+        for client in clients:
+            client.join()
+        assert server.process.wait(timeout=60) == 0, server.said()
+        assert server.left() == []
+        for lines in streams:
+            assert lines[-1] == "data: [DONE]"
+            finished = [json.loads(line[6:])["choices"][0]["finish_reason"] for line in lines[:-1]]
+            assert len([each for each in finished if each]) == 4
+        assert len(streams) == 3
+        assert server.said().splitlines()[-1] == f"stopped by {sent.name}; what was being answered is answered"
+        assert "Hello" not in server.said()
+
+
+def test_what_it_cannot_do_it_says_at_once(pico_base: Path, tmp_path: Path) -> None:
+    folder = str(pico_base)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for words, said in (
+            ((folder, "--host", "0.0.0.0"), "whoever reaches this address could use the models"),
+            ((folder, "--port", port), "cannot be listened on"),
+            ((folder, "--keys", "nothing"), "the keys cannot be read"),
+            (("nothing",), "is no model"),
+            ((folder, "--adapter", "mine"), "is no adapter with a name"),
+            ((folder, "--canary", "challenger"), "is no share of the conversations"),
+        ):
+            told = temper(tmp_path, "serve", *words, code=65).stderr
+            assert said in told
+            assert "Traceback" not in told
+
+
+def test_a_new_key_is_shown_with_its_line(tmp_path: Path) -> None:
+    said = temper(tmp_path, "serve", "--new-key", "alice").stdout
+    assert re.fullmatch(r"key, shown this once: temper-\S{43}\nline for --keys: +alice:[0-9a-f]{64}\n", said)
