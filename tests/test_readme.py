@@ -16,7 +16,7 @@ from flows.run.edit_params import change_params
 from tasks.orchestration.params import check
 from tests.conftest import ROOT, temper
 
-TASKS = ("data", "base", "methods", "merging", "evaluation", "promotion", "servers", "distributed")
+TASKS = ("data", "base", "methods", "merging", "evaluation", "promotion", "serving", "servers", "distributed")
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in TASKS)]
 TEXT = "\n".join(page.read_text() for page in PAGES)
 BLOCKS = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
@@ -33,6 +33,10 @@ ELSEWHERE = {
     "mlflow models serve -m models:/temper-tiny@champion --env-manager local -h 127.0.0.1 -p 5001": "test_chat_model",
     "curl http://127.0.0.1:5001/invocations -H 'Content-Type: application/json' "
     '-d \'{"messages": [{"role": "user", "content": "Hello"}]}\'': "tests/tasks/serving/test_chat_model.py",
+    "temper serve": "tests/flows/serve/test_server.py, of a folder; test_versions.py, of the champion",
+    "temper serve --new-key alice": "tests/flows/serve/test_server.py",
+    "curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' "
+    '-d \'{"model": "temper-tiny", "messages": [{"role": "user", "content": "Hello"}]}\'': "tests/flows/serve/test_app.py",
     "TEMPER_LAUNCH=infra/launch/fsdp2.yaml temper run": "tests/tasks/train/test_launcher.py",
     "temper run --recipe recipes/belle.yaml --set ingest.sources.belle.path=belle_chat_1k.json": "test_recipes.py",
 }
