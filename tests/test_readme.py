@@ -36,7 +36,7 @@ ELSEWHERE = {
     "temper serve": "tests/flows/serve/test_server.py, of a folder; test_versions.py, of the champion",
     "temper serve --new-key alice": "tests/flows/serve/test_server.py",
     "curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' "
-    '-d \'{"model": "temper-tiny", "messages": [{"role": "user", "content": "Hello"}]}\'': "tests/flows/serve/test_app.py",
+    '-d \'{"model": "temper-tiny", "messages": [{"role": "user", "content": "Hello"}]}\'': "serve/test_app.py",
     "TEMPER_LAUNCH=infra/launch/fsdp2.yaml temper run": "tests/tasks/train/test_launcher.py",
     "temper run --recipe recipes/belle.yaml --set ingest.sources.belle.path=belle_chat_1k.json": "test_recipes.py",
 }
