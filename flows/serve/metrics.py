@@ -59,15 +59,13 @@ class _Engines(Collector):
         about = {
             "running": "Requests that are being answered",
             "waiting": "Requests in the queue",
-            "cached_tokens": "Tokens whose keys and values are in memory",
             "cache_bytes": "Memory of keys and values",
-            "cache_limit_bytes": "The most memory of keys and values",
-            "written_tokens": "Tokens written since the version was loaded",
+            "most_cache_bytes": "The most memory of keys and values",
+            "tokens": "Tokens written since the version was loaded",
         }
         states = list(self._states())
         for name, said in about.items():
-            family = GaugeMetricFamily(f"temper_{name}", said, labels=("model", "version"))
+            family = GaugeMetricFamily(f"temper_engine_{name}", said, labels=("model", "version"))
             for model, version, state in states:
-                if (value := getattr(state, name, None)) is not None:
-                    family.add_metric((model, version), value)
+                family.add_metric((model, version), getattr(state, name))
             yield family

@@ -210,11 +210,11 @@ def adapter_of(text: str) -> tuple[str, str]:
         BadParams: it is none.
     """
     name, equals, reference = text.partition("=")
-    if not equals or not reference or not ADAPTER_NAME.fullmatch(name) or name == "default":
+    if not equals or not reference or not ADAPTER_NAME.fullmatch(name):
         raise BadParams(
             "is no adapter with a name",
             where=f"--adapter {text}",
-            expected="NAME=REF, with A-Z a-z 0-9 _ - in the name, which is not default",
+            expected="NAME=REF, with A-Z a-z 0-9 _ . - in the name",
         )
     return name, reference
 

@@ -6,7 +6,8 @@ import gc
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,15 +21,14 @@ from tasks.registry.local_reader import RegistryReader
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from flows.chat.adapter_pool import AdapterPool
     from tasks.models.loader import Model
 
-ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-"""PEFT keeps adapters as modules, whose names have no dots."""
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+"""What an adapter may be served as."""
 
 _REFERENCE = re.compile(r"models:/([A-Za-z0-9][A-Za-z0-9._-]*)(?:/(\d+)|@([a-z0-9][a-z0-9_-]*))")
 _PROBE_S = 120.0
-_OWN = "default"
-"""What PEFT calls the adapter that a packaged model comes with."""
 
 
 class Reference(NamedTuple):
@@ -102,15 +102,17 @@ class LoadedVersion:
             )
         self.fingerprint, self.adapters = fingerprint, tuple(adapters)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder)
-        model = _load(folder, adapters, any_base=any_base)
-        text_config = model.config.get_text_config()
-        self.vocabulary = int(text_config.vocab_size)
-        self.context = _context(model)
+        model, given, virtual = _load(folder, adapters, any_base=any_base)
+        shape = model.config.get_text_config()
+        self.vocabulary = int(shape.vocab_size)
+        longest = getattr(shape, "max_position_embeddings", None)
+        self.context = int(longest) - virtual if longest else None
+        """Tokens that a prompt and its answer may have; None for a model without such a limit."""
         self.tools: Tools = tools_of(self.tokenizer)
         self.grammars = Grammars(self.tokenizer, self.vocabulary)
         self.end_ids = frozenset([int(self.tokenizer.eos_token_id)])
         self.engine = ContinuousBatching(
-            model, self.end_ids, slots=settings.slots, cache_bytes=settings.cache_bytes, queue=settings.queue
+            given, self.end_ids, slots=settings.slots, cache_bytes=settings.cache_bytes, queue=settings.queue
         )
         self._users, self._unused = 0, threading.Condition()
 
@@ -161,32 +163,49 @@ class LoadedVersion:
         gc.collect()
 
 
-def _load(folder: Path, adapters: Mapping[str, Path], *, any_base: bool) -> Model:
+Given = Callable[[str | None], AbstractContextManager["Model"]]
+"""Gives the model with the adapter of a name for a block; for None, the bare base."""
+
+
+def _load(folder: Path, adapters: Mapping[str, Path], *, any_base: bool) -> tuple[Model, Model | Given, int]:
+    """Load a model with its adapters.
+
+    Returns:
+        The model as the folder has it, what the engine is given, and the most tokens that a soft prompt takes.
+    """
     from peft import PeftModel
 
-    from tasks.adapters.attach import add_adapter, base_identity, load_packaged, read_adapter
-    from tasks.adapters.files import check_base
+    from flows.chat.adapter_pool import AdapterPool
+    from tasks.adapters.attach import load_packaged, read_adapter
 
     model = load_packaged(folder)
     if not adapters:
-        return model
+        return model, model, max(map(_virtual_tokens, getattr(model, "peft_config", {}).values()), default=0)
     if isinstance(model, PeftModel):
         raise BadModel(
             "has an adapter of its own, so no others go on it", where=str(folder), fix="serve its base with --adapter"
         )
-    base = base_identity(model)
+    pool = AdapterPool(model)
     for name, place in adapters.items():
-        if not any_base:
-            check_base(place, base)
-        model = add_adapter(model, read_adapter(place), name)
-    return model
+        pool.load(name, place, any_base=any_base)
+    return model, partial(_with_adapter, pool), max(_virtual_tokens(read_adapter(p).config) for p in adapters.values())
 
 
-def _context(model: Model) -> int | None:
-    """Return how many tokens a prompt and its answer may have; None for a model without such a limit."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    prompts = [getattr(config, "num_virtual_tokens", 0) or 0 for config in getattr(model, "peft_config", {}).values()]
-    return int(limit) - max(prompts, default=0) if limit else None
+@contextmanager
+def _with_adapter(pool: AdapterPool, name: str | None) -> Iterator[Model]:
+    """Use an adapter, or none, within this block; in one thread."""
+    if name is None:
+        if pool.active is not None:
+            pool.off()
+        with pool.in_use() as model:
+            yield model
+    else:
+        with pool.using(name) as model:
+            yield model
+
+
+def _virtual_tokens(config: Any) -> int:
+    return getattr(config, "num_virtual_tokens", 0) or 0
 
 
 class Source:
