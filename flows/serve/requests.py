@@ -63,7 +63,7 @@ class _Form(BaseModel):
 
 Text = Annotated[str, Field(max_length=1 << 22)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
-ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}\Z")]
+ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 
 
 class TextPart(_Form):

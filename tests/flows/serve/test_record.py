@@ -75,7 +75,7 @@ def test_what_is_recorded_is_masked(file: Path) -> None:
     assert json.loads(row["prompt"]) == [{"role": "user", "content": masked}]
     assert said["value"] == "write to [email] with [secret]"
     for path in file.parent.iterdir():
-        assert b"@" not in path.read_bytes()
+        assert b".org" not in path.read_bytes()
         assert secret.encode() not in path.read_bytes()
 
 
