@@ -23,16 +23,26 @@ from tasks.core.records import Message
 from tasks.inference.chat import answer
 from tasks.inference.continuous_batching import Ended, Written
 from tasks.models.loader import load_model
+from tasks.tokenization.chat_template import load_tokenizer, render_prompt
+from tests.conftest import ROOT
 from tests.flows.serve.serving import scripted, serving
 from tests.tasks.adapters.test_files import published
 
+TINY = ROOT / "models" / "tiny"
+VERSION = f"tiny@{hashlib.sha256((TINY / 'manifest.json').read_bytes()).hexdigest()[:12]}"
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 DRAWN: dict[str, Any] = {"temperature": 1.3, "seed": 5, "max_tokens": 24}
 
 
 @pytest.fixture(scope="module")
-def adapter(pico_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return published(pico_base, "lora", tmp_path_factory.mktemp("adapter"))
+def tokenizer() -> PreTrainedTokenizerBase:
+    return load_tokenizer(TINY)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two of different methods, which stand on one base."""
+    return {name: published(TINY, name, tmp_path_factory.mktemp(name)) for name in ("lora", "houlsby")}
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +51,9 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(pico_base: Path, adapter: Path, record: Path) -> Iterator[str]:
+def address(adapters: dict[str, Path], record: Path) -> Iterator[str]:
     kept = Record(record)
-    with serving(pico_base, kept, adapters={"tuned": adapter}) as address:
+    with serving(TINY, kept, adapters=adapters) as address:
         yield address
     kept.close()
 
@@ -53,8 +63,8 @@ def client(address: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
 
 
-def expected(folder: Path, tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> Any:
-    return answer(load_model(folder), tokenizer, [Message("user", text)], tokens)
+def expected(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> Any:
+    return answer(load_model(TINY), tokenizer, [Message("user", text)], tokens)
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -62,19 +72,20 @@ def expected(folder: Path, tokenizer: PreTrainedTokenizerBase, text: str, tokens
 
 @pytest.mark.parametrize("text", ["Hello", "What is 17 plus 25?", "数一数动物：牛，猪"])
 def test_a_greedy_answer_is_the_one_of_every_other_way_to_ask(
-    client: openai.OpenAI, pico_base: Path, tokenizer: PreTrainedTokenizerBase, text: str
+    client: openai.OpenAI, tokenizer: PreTrainedTokenizerBase, text: str
 ) -> None:
-    reply = expected(pico_base, tokenizer, text, 12)
+    reply = expected(tokenizer, text, 12)
+    assert reply.text
     messages: Any = [{"role": "user", "content": text}]
-    whole = client.chat.completions.create(model="base", messages=messages, max_tokens=12)
+    whole = client.chat.completions.create(model="tiny", messages=messages, max_tokens=12)
     assert whole.choices[0].message.content == reply.text
     assert whole.choices[0].finish_reason == ("stop" if reply.stopped else "length")
     assert whole.usage is not None
     assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (reply.prompt_tokens, reply.tokens)
-    assert whole.system_fingerprint == "base"
+    assert whole.system_fingerprint == VERSION
     chunks = list(
         client.chat.completions.create(
-            model="base", messages=messages, max_tokens=12, stream=True, stream_options={"include_usage": True}
+            model="tiny", messages=messages, max_tokens=12, stream=True, stream_options={"include_usage": True}
         )
     )
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == reply.text
@@ -84,36 +95,38 @@ def test_a_greedy_answer_is_the_one_of_every_other_way_to_ask(
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-def test_an_adapter_answers_under_its_own_name(
-    client: openai.OpenAI, pico_base: Path, adapter: Path, tokenizer: PreTrainedTokenizerBase
+def test_adapters_answer_under_their_own_names(
+    client: openai.OpenAI, adapters: dict[str, Path], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    tuned = answer(attach(load_model(pico_base), adapter), tokenizer, [Message("user", "Hello")], 12).text
-    plain = expected(pico_base, tokenizer, "Hello", 12).text
-    assert tuned != plain
-    for model, text in (("tuned", tuned), ("base", plain), ("tuned", tuned)):
+    texts = {"tiny": expected(tokenizer, "Hello", 12).text}
+    for name, folder in adapters.items():
+        tuned = attach(load_model(TINY), folder)
+        texts[name] = answer(tuned, tokenizer, [Message("user", "Hello")], 12).text
+    assert len(set(texts.values())) == 3
+    for model in ("lora", "tiny", "houlsby", "lora", "tiny"):
         whole = client.chat.completions.create(model=model, messages=HELLO, max_tokens=12)
-        assert (whole.choices[0].message.content, whole.model) == (text, model)
-    assert [model.id for model in client.models.list()] == ["base", "tuned"]
-    assert client.models.retrieve("tuned").owned_by == "temper"
+        assert (whole.choices[0].message.content, whole.model) == (texts[model], model)
+    assert [model.id for model in client.models.list()] == ["tiny", "lora", "houlsby"]
+    assert client.models.retrieve("lora").owned_by == "temper"
 
 
 def test_several_answers_have_the_seeds_that_follow(client: openai.OpenAI) -> None:
-    several = client.chat.completions.create(model="base", messages=HELLO, n=3, **DRAWN)
+    several = client.chat.completions.create(model="tiny", messages=HELLO, n=3, **DRAWN)
     alone = [
-        client.chat.completions.create(model="base", messages=HELLO, **{**DRAWN, "seed": seed}) for seed in (5, 6, 7)
+        client.chat.completions.create(model="tiny", messages=HELLO, **{**DRAWN, "seed": seed}) for seed in (5, 6, 7)
     ]
     texts = [choice.message.content for choice in several.choices]
     assert texts == [each.choices[0].message.content for each in alone]
     assert len(set(texts)) == 3
     streamed = ["", "", ""]
-    for chunk in client.chat.completions.create(model="base", messages=HELLO, n=3, stream=True, **DRAWN):
+    for chunk in client.chat.completions.create(model="tiny", messages=HELLO, n=3, stream=True, **DRAWN):
         streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
     assert streamed == texts
 
 
 def test_without_a_seed_an_answer_is_drawn_anew(client: openai.OpenAI) -> None:
     texts = {
-        client.chat.completions.create(model="base", messages=HELLO, max_tokens=16, temperature=2)
+        client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=16, temperature=2)
         .choices[0]
         .message.content
         for _ in range(4)
@@ -123,7 +136,7 @@ def test_without_a_seed_an_answer_is_drawn_anew(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_stop_text_is_cut_off_exactly(client: openai.OpenAI, stream: bool) -> None:
-    prompt: dict[str, Any] = {"model": "base", "prompt": "Hello", **DRAWN}
+    prompt: dict[str, Any] = {"model": "tiny", "prompt": "Hello", **DRAWN}
     text = client.completions.create(**prompt).choices[0].text
     for place in range(1, len(text) - 3):
         stop = text[place : place + 3]
@@ -133,43 +146,39 @@ def test_a_stop_text_is_cut_off_exactly(client: openai.OpenAI, stream: bool) -> 
         assert chunks[-1].choices[0].finish_reason == "stop"
 
 
-def test_logprobs_are_those_of_the_model(
-    client: openai.OpenAI, pico_base: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_logprobs_are_those_of_the_model(client: openai.OpenAI, tokenizer: PreTrainedTokenizerBase) -> None:
     import torch
 
+    from flows.serve.json_schema import Grammars
+
     whole = client.chat.completions.create(
-        model="base", messages=HELLO, logprobs=True, top_logprobs=3, **DRAWN | {"stop": None}
+        model="tiny", messages=HELLO, logprobs=True, top_logprobs=3, **DRAWN | {"stop": None}
     )
     assert whole.choices[0].logprobs is not None
     given = whole.choices[0].logprobs.content or []
     text = b"".join(bytes(each.bytes or []) for each in given)
     assert text.decode("utf-8", "replace").strip() == whole.choices[0].message.content
     # the tokens again, from their bytes: each is one of the vocabulary
-    from flows.serve.json_schema import Grammars
-
     trie = Grammars(tokenizer, len(tokenizer)).trie()
     by_bytes = {bytes(trie.decode_bytes([token])): token for token in range(len(tokenizer))}
     ids = [by_bytes[bytes(each.bytes or [])] for each in given]
-    from tasks.tokenization.chat_template import render_prompt
-
     prompt = render_prompt(tokenizer, [Message("user", "Hello")])
     with torch.no_grad():
-        logits = load_model(pico_base)(torch.tensor([prompt + ids])).logits[0].float().log_softmax(-1)
+        logits = load_model(TINY)(torch.tensor([prompt + ids])).logits[0].float().log_softmax(-1)
     for place, (token, each) in enumerate(zip(ids, given, strict=True)):
         here = logits[len(prompt) + place - 1]
         assert each.logprob == pytest.approx(float(here[token]), abs=2e-2)
         best = here.topk(3).values.tolist()
         assert [top.logprob for top in each.top_logprobs] == pytest.approx(best, abs=2e-2)
     chunks = client.chat.completions.create(
-        model="base", messages=HELLO, logprobs=True, top_logprobs=3, stream=True, **DRAWN
+        model="tiny", messages=HELLO, logprobs=True, top_logprobs=3, stream=True, **DRAWN
     )
     streamed = [e for c in chunks if c.choices[0].logprobs for e in c.choices[0].logprobs.content or []]
     assert streamed == given
 
 
 def test_logprobs_of_completions_have_their_old_form(client: openai.OpenAI) -> None:
-    choice = client.completions.create(model="base", prompt="Hello", logprobs=2, **DRAWN).choices[0]
+    choice = client.completions.create(model="tiny", prompt="Hello", logprobs=2, **DRAWN).choices[0]
     assert choice.logprobs is not None
     tokens = choice.logprobs.tokens or []
     assert "".join(tokens).replace("\ufffd", "") == choice.text.replace("\ufffd", "")
@@ -179,11 +188,11 @@ def test_logprobs_of_completions_have_their_old_form(client: openai.OpenAI) -> N
 def test_prompts_are_gone_on_with_each_for_itself(client: openai.OpenAI, tokenizer: PreTrainedTokenizerBase) -> None:
     texts = ["Hello", "What is"]
     ids = [tokenizer(text)["input_ids"] for text in texts]
-    alone = [client.completions.create(model="base", prompt=text, max_tokens=6).choices[0].text for text in texts]
+    alone = [client.completions.create(model="tiny", prompt=text, max_tokens=6).choices[0].text for text in texts]
     for prompt in (texts, ids):
-        together = client.completions.create(model="base", prompt=prompt, max_tokens=6)
+        together = client.completions.create(model="tiny", prompt=prompt, max_tokens=6)
         assert [choice.text for choice in together.choices] == alone
-    assert client.completions.create(model="base", prompt=ids[0], max_tokens=6).choices[0].text == alone[0]
+    assert client.completions.create(model="tiny", prompt=ids[0], max_tokens=6).choices[0].text == alone[0]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -197,7 +206,7 @@ def test_an_answer_is_held_to_a_json_schema(client: openai.OpenAI, stream: bool)
     form: Any = {"type": "json_schema", "json_schema": {"name": "animal", "schema": schema}}
     for seed in range(4):
         given: Any = client.chat.completions.create(
-            model="base",
+            model="tiny",
             messages=HELLO,
             response_format=form,
             temperature=2.0,
@@ -216,10 +225,10 @@ def test_an_answer_is_held_to_a_json_schema(client: openai.OpenAI, stream: bool)
 
 
 def test_a_stream_is_whole_lines_of_whole_characters(address: str) -> None:
-    body = {"model": "base", "messages": HELLO, "stream": True, **DRAWN, "temperature": 3.0}
+    body = {"model": "tiny", "messages": HELLO, "stream": True, **DRAWN, "temperature": 3.0}
     with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=60) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
-        assert response.headers["x-temper-version"] == "base"
+        assert response.headers["x-temper-version"] == VERSION
         parts = list(response.iter_raw())
     events = b"".join(parts).split(b"\n\n")
     assert events.pop() == b""
@@ -249,7 +258,7 @@ def post(address: str, content: bytes | dict[str, Any], path: str = "/v1/chat/co
 
 def test_hostile_requests_are_answered_with_their_reason_and_the_server_goes_on(address: str) -> None:
     def asking(**fields: Any) -> dict[str, Any]:
-        return {"model": "base", "messages": HELLO, "max_tokens": 2, **fields}
+        return {"model": "tiny", "messages": HELLO, "max_tokens": 2, **fields}
 
     long = [{"role": "user", "content": "word " * 400}]
     cases: list[tuple[bytes | dict[str, Any], tuple[int, str | None, str | None]]] = [
@@ -264,7 +273,7 @@ def test_hostile_requests_are_answered_with_their_reason_and_the_server_goes_on(
         (b"{'model': 1}", (400, None, "invalid_json")),
         (b"", (400, None, "invalid_json")),
         (b"[" * 200_000, (400, None, "invalid_json")),
-        (b'{"model": "base", "temperature": NaN}', (400, None, "invalid_json")),
+        (b'{"model": "tiny", "temperature": NaN}', (400, None, "invalid_json")),
     ]
     for body, expected_error in cases:
         assert told(post(address, body)) == expected_error
@@ -272,7 +281,7 @@ def test_hostile_requests_are_answered_with_their_reason_and_the_server_goes_on(
     path = "response_format.json_schema.schema"
     assert told(post(address, asking(response_format=schema))) == (400, path, "invalid_value")
     for prompt in ("", [], [10**6], "word " * 400):
-        response = post(address, {"model": "base", "prompt": prompt}, "/v1/completions")
+        response = post(address, {"model": "tiny", "prompt": prompt}, "/v1/completions")
         assert told(response)[:2] == (400, "prompt")
     assert told(post(address, asking(), **{"Content-Type": "text/plain"})) == (415, None, "unsupported_media_type")
     assert told(post(address, asking(), Host="evil.example")) == (403, None, "wrong_host")
@@ -290,7 +299,7 @@ def test_the_official_client_reads_the_reason(client: openai.OpenAI) -> None:
         client.chat.completions.create(model="gpt-4", messages=HELLO)
     assert caught.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as refused:
-        client.chat.completions.create(model="base", messages=HELLO, presence_penalty=1.5)
+        client.chat.completions.create(model="tiny", messages=HELLO, presence_penalty=1.5)
     assert refused.value.param == "presence_penalty"
 
 
@@ -317,8 +326,8 @@ def test_keys_are_asked_for_on_every_path_but_health(pico_base: Path) -> None:
 
 def test_what_was_said_and_heard_is_recorded(address: str, client: openai.OpenAI, record: Path) -> None:
     asked: Any = [{"role": "user", "content": "I am a@b.org"}]
-    one = client.chat.completions.create(model="base", messages=asked, max_tokens=4, user="me", metadata={"a": "b"})
-    chunks = list(client.chat.completions.create(model="tuned", messages=asked, max_tokens=4, stream=True))
+    one = client.chat.completions.create(model="tiny", messages=asked, max_tokens=4, user="me", metadata={"a": "b"})
+    chunks = list(client.chat.completions.create(model="lora", messages=asked, max_tokens=4, stream=True))
     two = chunks[0].id
     for said in (
         {"id": one.id, "thumb": "up"},
@@ -334,11 +343,11 @@ def test_what_was_said_and_heard_is_recorded(address: str, client: openai.OpenAI
             (one.id, two),
         ).fetchall()
         feedback = database.execute("select id, kind, value from feedback order by number").fetchall()
-    assert [row[:4] for row in rows] == [("base", None, "base", "served"), ("tuned", "tuned", "base", "served")]
-    assert json.loads(rows[0][4]) == [{"role": "user", "content": "I am [email]"}]
-    assert json.loads(rows[0][5])[0]["content"] == one.choices[0].message.content
+    assert [row[:4] for row in rows] == [("lora", "lora", VERSION, "served"), ("tiny", None, VERSION, "served")]
+    assert json.loads(rows[1][4]) == [{"role": "user", "content": "I am [email]"}]
+    assert json.loads(rows[1][5])[0]["content"] == one.choices[0].message.content
     assert one.usage is not None
-    assert rows[0][6:] == (one.usage.prompt_tokens, "me", '{"a": "b"}')
+    assert rows[1][6:] == (one.usage.prompt_tokens, "me", '{"a": "b"}')
     assert feedback == [(one.id, "thumb", "up"), (two, "better", "Hello"), (one.id, "preferred_over", two)]
 
 
