@@ -16,7 +16,7 @@ from flows.serve.generation import Prepared, Running, TokenLogprob, prepare_chat
 from flows.serve.keys import Gatekeeper
 from flows.serve.metrics import Metrics
 from flows.serve.record import Conversation, Record
-from flows.serve.requests import SEEDS, ChatRequest, CompletionRequest, first_text
+from flows.serve.requests import SEEDS, ChatRequest, CompletionRequest
 from flows.serve.responses import CHAT, COMPLETION, DONE, Form, Head, event, message, usage
 from flows.serve.routing import SHADOW, Chosen, Models
 from flows.serve.versions import LoadedVersion
@@ -160,8 +160,8 @@ class Exchange:
             version=chosen.version.fingerprint,
             adapter=chosen.adapter,
             route=chosen.route,
-            prompt=[m.model_dump(exclude_unset=True) for m in request.messages] if chat else request.prompts(),
-            tools=request.offered_tools() if chat else (),
+            prompt=request.said(),
+            tools=request.offered_tools(),
             options={**request.generation(self._seed).model_dump(), "max_tokens": first.max_tokens, "n": request.n},
             answers=[
                 {**(message(answer) if chat else {"text": answer.text}), "finish_reason": answer.finish}
@@ -207,7 +207,7 @@ async def take_up(service: Service, key_name: str, request: ChatRequest | Comple
     name = form_of(request).prefix + uuid.uuid4().hex
     seed = secrets.randbelow(SEEDS) if request.seed is None else request.seed
     with ExitStack() as stack:
-        chosen = stack.enter_context(service.models.chosen(request.model, _conversation_of(request)))
+        chosen = stack.enter_context(service.models.chosen(request.model, request.user or request.opening()))
         prepared = await asyncio.to_thread(_prepare, chosen.version, request, chosen.adapter, seed)
         exchange = Exchange(service, key_name, request, chosen, prepared, name, begun, seed)
         exchange.running.submit()
@@ -223,13 +223,6 @@ def _prepare(
     if isinstance(request, ChatRequest):
         return prepare_chat(version, request, adapter, seed)
     return prepare_completion(version, request, adapter, seed)
-
-
-def _conversation_of(request: ChatRequest | CompletionRequest) -> str:
-    """Return what stays the same while somebody goes on with a conversation."""
-    if request.user:
-        return request.user
-    return first_text(request.messages) if isinstance(request, ChatRequest) else str(request.prompts()[0])
 
 
 def _answer_unseen(service: Service, seen: Exchange, version: LoadedVersion, seed: int) -> None:

@@ -256,7 +256,7 @@ class Running:
                 if answer.finish:  # by a stop text, of which the engine had not heard yet
                     continue
                 delta = answer.add(event) if isinstance(event, Written) else answer.end(_reason(event))
-                if answer.finish:
+                if delta.finish:
                     left -= 1
                     self._handles[number].cancel()
                 if delta != Delta():

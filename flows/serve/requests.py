@@ -7,7 +7,7 @@ refused unless its value asks for nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -280,6 +280,14 @@ class ChatRequest(_Request):
         """Return the most tokens of an answer; None for what the context leaves."""
         return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
 
+    def opening(self) -> str:
+        """Return the text of the first user turn, which stays the same as the conversation goes on."""
+        return next((each.text() for each in self.messages if each.role == "user"), self.messages[0].text())
+
+    def said(self) -> list[Any]:
+        """Return the turns as they were sent."""
+        return [each.model_dump(exclude_unset=True) for each in self.messages]
+
     def offered_tools(self) -> tuple[str, ...]:
         """Return the tools that the model is told of, as JSON."""
         if self.tool_choice == "none":
@@ -310,6 +318,18 @@ class CompletionRequest(_Request):
     prompt: Prompt
     max_tokens: MaxTokens = 16
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    def opening(self) -> str:
+        """Return the first prompt."""
+        return str(self.prompts()[0])
+
+    def said(self) -> list[Any]:
+        """Return the prompts."""
+        return list(self.prompts())
+
+    def offered_tools(self) -> tuple[str, ...]:
+        """Return no tools: there is no template that would tell of them."""
+        return ()
 
     def prompts(self) -> list[str] | list[list[int]]:
         """Return the prompts, as texts or as tokens."""
@@ -460,8 +480,3 @@ def _leaves(value: Any, places: tuple[int | str, ...]) -> Iterator[tuple[tuple[i
             yield from _leaves(each, (*places, number))
     else:
         yield places, value
-
-
-def first_text(messages: Sequence[ChatMessage]) -> str:
-    """Return the text of a conversation's first user turn, which stays the same as it goes on."""
-    return next((each.text() for each in messages if each.role == "user"), messages[0].text())

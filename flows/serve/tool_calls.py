@@ -120,24 +120,17 @@ class CallReader:
     def __init__(self, form: CallForm | None) -> None:
         self._form = form
         self._before = StopTexts([form.opening] if form else [])
-        self._behind = ""
+        self._all, self._said = "", 0
 
     def add(self, piece: str) -> str:
         """Return the text that is certain to stand before any call."""
-        if not self._form:
-            return piece
-        if self._before.stopped:
-            self._behind += piece
-            return ""
-        known = self._before.pending
         text = self._before.add(piece)
-        if self._before.stopped:
-            self._behind = (known + piece)[len(text) :]
+        self._all += piece
+        self._said += len(text)
         return text
 
     def end(self) -> tuple[str, list[dict[str, Any]]]:
         """Return the text that was held back, and the calls; what cannot be read as calls is text."""
-        if not self._form or not self._before.stopped:
-            return self._before.rest(), []
-        calls = calls_in(self._behind, self._form)
-        return ("", calls) if calls else (self._behind, [])
+        behind = self._all[self._said :]
+        calls = calls_in(behind, self._form) if self._form and self._before.stopped else []
+        return ("", calls) if calls else (behind, [])

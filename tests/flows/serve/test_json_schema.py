@@ -36,7 +36,7 @@ def test_whatever_is_drawn_is_of_the_schema(tokenizer: PreTrainedTokenizerBase, 
     assert grammars.constraint(PERSON).allowed().shape == (len(tokenizer) + 7,)
     for _ in range(20):
         ids = written(grammars, PERSON, tokenizer.eos_token_id, random)
-        jsonschema.validate(json.loads(tokenizer.decode(ids)), PERSON)
+        jsonschema.validate(json.loads(str(tokenizer.decode(ids))), PERSON)
 
 
 def test_logits_that_stand_for_no_token_are_never_allowed(tokenizer: PreTrainedTokenizerBase) -> None:

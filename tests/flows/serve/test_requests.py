@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from flows.serve.errors import ApiError
-from flows.serve.requests import MAX_MESSAGES, ChatRequest, CompletionRequest, FeedbackRequest, first_text, parse
+from flows.serve.requests import MAX_MESSAGES, ChatRequest, CompletionRequest, FeedbackRequest, parse
 from tasks.core.records import calls_with_ids
 from tasks.inference.params import GREEDY
 
@@ -181,7 +181,7 @@ def test_a_conversation_becomes_turns() -> None:
     assert (system.role, user.content, user.name) == ("system", "ab", "me")
     assert calls_with_ids(assistant) == [("c1", {"name": "f", "arguments": {"x": 1}, "text": '{"x": 1}'})]
     assert (tool.role, tool.content, tool.call_id) == ("tool", "2", "c1")
-    assert first_text(parse(chat(messages=messages), ChatRequest).messages) == "ab"
+    assert parse(chat(messages=messages), ChatRequest).opening() == "ab"
 
 
 def test_nulls_within_schemas_are_values() -> None:

@@ -30,7 +30,7 @@ def test_a_signal_ends_it_when_its_streams_are_finished(pico_base: Path, tmp_pat
 
         def ask() -> None:
             with httpx.stream("POST", f"{found[1]}/v1/chat/completions", json=body, timeout=120) as response:
-                lines = []
+                lines = list[str]()
                 for line in response.iter_lines():
                     if not lines:
                         begun.release()
