@@ -49,34 +49,39 @@ class Service(NamedTuple):
     unseen: set[asyncio.Task[None]]
 
 
+class Call(NamedTuple):
+    """A request as it came.
+
+    Attributes:
+        name: the id of its response.
+        key_name: the client; empty without keys.
+        request: what it asks.
+        seed: of its first answer.
+        begun: when it came, by `time.monotonic`.
+    """
+
+    name: str
+    key_name: str
+    request: ChatRequest | CompletionRequest
+    seed: int
+    begun: float
+
+
 class Exchange:
     """A request that was taken up: its answers are being written.
 
     Args:
         service: of the server.
-        key_name: the client.
-        request: what it asked.
+        call: the request.
         chosen: what answers.
         prepared: the request as that takes it.
-        name: the id of the response.
-        begun: when the request came, by `time.monotonic`.
     """
 
-    def __init__(
-        self,
-        service: Service,
-        key_name: str,
-        request: ChatRequest | CompletionRequest,
-        chosen: Chosen,
-        prepared: Prepared,
-        name: str,
-        begun: float,
-        seed: int,
-    ) -> None:
-        self.request, self.form = request, form_of(request)
-        self._service, self._key_name, self._chosen, self._begun, self._seed = service, key_name, chosen, begun, seed
+    def __init__(self, service: Service, call: Call, chosen: Chosen, prepared: Prepared) -> None:
+        self.request, self.form = call.request, form_of(call.request)
+        self._service, self._call, self._chosen = service, call, chosen
         version = chosen.version.fingerprint
-        self.head = Head(name, self.form.object, int(time.time()), chosen.model, version)
+        self.head = Head(call.name, self.form.object, int(time.time()), chosen.model, version)
         self.running = Running(chosen.version, prepared)
         self._labels = (chosen.model, version, chosen.route)
         self._first_token_s: float | None = None
@@ -136,7 +141,7 @@ class Exchange:
 
     def _note_first_token(self) -> None:
         if self._first_token_s is None:
-            self._first_token_s = time.monotonic() - self._begun
+            self._first_token_s = time.monotonic() - self._call.begun
             self._service.metrics.first_token_s.labels(*self._labels).observe(self._first_token_s)
 
     async def _write_down(self) -> None:
@@ -153,8 +158,8 @@ class Exchange:
         chat = isinstance(request, ChatRequest)
         first = self.running.prepared.asked[0]
         return Conversation(
-            id=self.head.id,
-            key_name=self._key_name,
+            id=self._call.name,
+            key_name=self._call.key_name,
             endpoint=self.form.endpoint,
             model=chosen.model,
             version=chosen.version.fingerprint,
@@ -162,7 +167,11 @@ class Exchange:
             route=chosen.route,
             prompt=request.said(),
             tools=request.offered_tools(),
-            options={**request.generation(self._seed).model_dump(), "max_tokens": first.max_tokens, "n": request.n},
+            options={
+                **request.generation(self._call.seed).model_dump(),
+                "max_tokens": first.max_tokens,
+                "n": request.n,
+            },
             answers=[
                 {**(message(answer) if chat else {"text": answer.text}), "finish_reason": answer.finish}
                 for answer in self.running.answers
@@ -170,7 +179,7 @@ class Exchange:
             prompt_tokens=self.running.prepared.prompt_tokens,
             answer_tokens=self.running.answer_tokens,
             first_token_s=self._first_token_s,
-            seconds=time.monotonic() - self._begun,
+            seconds=time.monotonic() - self._call.begun,
             user=request.user,
             metadata=request.metadata,
         )
@@ -188,7 +197,7 @@ class Exchange:
         self._stack.close()
         metrics = self._service.metrics
         metrics.requests.labels(*self._labels, self.form.endpoint, status).inc()
-        metrics.seconds.labels(*self._labels).observe(time.monotonic() - self._begun)
+        metrics.seconds.labels(*self._labels).observe(time.monotonic() - self._call.begun)
         metrics.prompt_tokens.labels(*self._labels).inc(self.running.prepared.prompt_tokens)
         metrics.answer_tokens.labels(*self._labels).inc(self.running.answer_tokens)
 
@@ -205,48 +214,45 @@ async def take_up(service: Service, key_name: str, request: ChatRequest | Comple
         ApiError: nothing is served under this name, it cannot be answered, or the queue is full.
     """
     name = form_of(request).prefix + uuid.uuid4().hex
-    seed = secrets.randbelow(SEEDS) if request.seed is None else request.seed
+    call = Call(name, key_name, request, secrets.randbelow(SEEDS) if request.seed is None else request.seed, begun)
     with ExitStack() as stack:
         chosen = stack.enter_context(service.models.chosen(request.model, request.user or request.opening()))
-        prepared = await asyncio.to_thread(_prepare, chosen.version, request, chosen.adapter, seed)
-        exchange = Exchange(service, key_name, request, chosen, prepared, name, begun, seed)
+        prepared = await asyncio.to_thread(_prepare, chosen.version, call, chosen.adapter)
+        exchange = Exchange(service, call, chosen, prepared)
         exchange.running.submit()
         if chosen.unseen:
-            _answer_unseen(service, exchange, chosen.unseen, seed)
+            _answer_unseen(service, call, chosen.unseen)
         exchange.hold(stack.pop_all())
     return exchange
 
 
-def _prepare(
-    version: LoadedVersion, request: ChatRequest | CompletionRequest, adapter: str | None, seed: int
-) -> Prepared:
-    if isinstance(request, ChatRequest):
-        return prepare_chat(version, request, adapter, seed)
-    return prepare_completion(version, request, adapter, seed)
+def _prepare(version: LoadedVersion, call: Call, adapter: str | None) -> Prepared:
+    if isinstance(call.request, ChatRequest):
+        return prepare_chat(version, call.request, adapter, call.seed)
+    return prepare_completion(version, call.request, adapter, call.seed)
 
 
-def _answer_unseen(service: Service, seen: Exchange, version: LoadedVersion, seed: int) -> None:
+def _answer_unseen(service: Service, seen: Call, version: LoadedVersion) -> None:
     """Let another version answer the same request, for the record alone; not while it has others in its queue."""
+    dropped = service.metrics.shadow_dropped.labels(seen.request.model, version.fingerprint)
     if version.engine.state().waiting:
-        service.metrics.shadow_dropped.labels(seen.head.model, version.fingerprint).inc()
+        dropped.inc()
         return
     stack = ExitStack()
     stack.enter_context(version.in_use())
 
     async def answer() -> None:
-        begun, chosen = time.monotonic(), Chosen(version, seen.head.model, None, SHADOW, None)
+        call = seen._replace(name=f"{seen.name}-shadow", begun=time.monotonic())
         with stack:
             try:
-                prepared = await asyncio.to_thread(_prepare, version, seen.request, None, seed)
-                exchange = Exchange(
-                    service, seen._key_name, seen.request, chosen, prepared, f"{seen.head.id}-shadow", begun, seed
-                )
-            except ApiError:
-                service.metrics.shadow_dropped.labels(seen.head.model, version.fingerprint).inc()
+                prepared = await asyncio.to_thread(_prepare, version, call, None)
+                exchange = Exchange(service, call, Chosen(version, seen.request.model, None, SHADOW, None), prepared)
+                exchange.running.submit()
+            except ApiError:  # as where its context is shorter
+                dropped.inc()
                 return
             status = GONE
             try:
-                exchange.running.submit()
                 await exchange.whole()
                 status = 200
             except ApiError as error:

@@ -21,6 +21,8 @@ from flows.serve.tool_calls import Tools
 from flows.serve.versions import Reference
 from tasks.inference.continuous_batching import Asked, Busy, Ended, State, Written
 
+NO_TOOLS = Tools(False, None, {})
+
 
 @contextmanager
 def listening(service: Service) -> Iterator[str]:
@@ -75,13 +77,15 @@ class Engine:
 
 
 @contextmanager
-def scripted(tokenizer: PreTrainedTokenizerBase, **options: Any) -> Iterator[tuple[str, Engine]]:
+def scripted(
+    tokenizer: PreTrainedTokenizerBase, tools: Tools = NO_TOOLS, **options: Any
+) -> Iterator[tuple[str, Engine]]:
     """The address of a server whose engine does what the test says."""
     engine = Engine()
     version: Any = SimpleNamespace(
         fingerprint="scripted/1",
         tokenizer=tokenizer,
-        tools=Tools(False, None, {}),
+        tools=tools,
         vocabulary=len(tokenizer),
         grammars=Grammars(tokenizer, len(tokenizer)),
         context=10_000,

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flows.serve.keys import Key
 from flows.serve.record import Record
+from flows.serve.tool_calls import tools_of
 from tasks.adapters.attach import attach
 from tasks.core.records import Message
 from tasks.inference.chat import answer
@@ -26,6 +27,7 @@ from tasks.models.loader import load_model
 from tasks.tokenization.chat_template import load_tokenizer, render_prompt
 from tests.conftest import ROOT
 from tests.flows.serve.serving import scripted, serving
+from tests.flows.serve.test_tool_calls import QWEN, with_template
 from tests.tasks.adapters.test_files import published
 
 TINY = ROOT / "models" / "tiny"
@@ -237,6 +239,44 @@ def test_a_stream_is_whole_lines_of_whole_characters(address: str) -> None:
         text = event.decode()
         assert len(text.splitlines()) == 1
         assert json.loads(text.removeprefix("data: "))["object"] == "chat.completion.chunk"
+
+
+TOOL: Any = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tool_is_called_and_its_result_is_read(tokenizer: PreTrainedTokenizerBase, stream: bool) -> None:
+    tokenizer = with_template(tokenizer, QWEN)
+    with scripted(tokenizer, tools_of(tokenizer)) as (address, engine):
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        given: list[Any] = []
+
+        def ask() -> None:
+            answer: Any = client.chat.completions.create(model="scripted", messages=HELLO, tools=[TOOL], stream=stream)
+            given.extend(answer if stream else [answer])
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        engine.submitted.acquire()
+        written = 'I add.<tool_call>\n{"name": "add", "arguments": {"x": 17}}\n</tool_call>'
+        for token in [*tokenizer(written, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]:
+            engine.tells[0](Written(token))
+        engine.tells[0](Ended("stop"))
+        asking.join()
+        said = [chunk.choices[0].delta if stream else chunk.choices[0].message for chunk in given]
+        assert "".join(each.content or "" for each in said) == "I add."
+        (call,) = [call for each in said for call in each.tool_calls or []]
+        assert (call.type, call.function.name, call.function.arguments) == ("function", "add", '{"x": 17}')
+        assert given[-1].choices[0].finish_reason == "tool_calls"
+        called = {"role": "assistant", "content": "I add.", "tool_calls": [call.model_dump(exclude={"index"})]}
+        messages: Any = [*HELLO, called, {"role": "tool", "tool_call_id": call.id, "content": "42"}]
+        threading.Thread(target=post, args=(address, {**SCRIPTED, "messages": messages, "tools": [TOOL]})).start()
+        engine.submitted.acquire()
+        engine.tells[1](Ended("length"))
+    prompt = str(tokenizer.decode(engine.asked[1].prompt))
+    assert json.dumps(TOOL) in prompt
+    assert f"assistant\n{written}" in prompt.replace("I add.\n", "I add.")
+    assert "tool\n42<|im_end|>\n<|im_start|>assistant\n" in prompt
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

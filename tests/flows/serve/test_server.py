@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import socket
+import sqlite3
 import threading
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import httpx
 import pytest
 
 from tests.conftest import Beside, temper, wait_for
+from tests.flows.serve.registry import MODEL, give
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
@@ -54,6 +56,30 @@ def test_a_signal_ends_it_when_its_streams_are_finished(pico_base: Path, tmp_pat
         assert len(streams) == 3
         assert server.said().splitlines()[-1] == f"stopped by {sent.name}; what was being answered is answered"
         assert "Hello" not in server.said()
+
+
+def test_the_champion_is_served_and_followed(workspace: Path) -> None:
+    with Beside(workspace, "serve", "--port", "0", "--record", "said.db") as server:
+        wait_for("address", lambda: re.search(r"serving temper-tiny at \S+/v1", server.said()), server)
+        found = re.search(r"serving temper-tiny at (\S+)/v1", server.said())
+        assert found is not None
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+
+        def version() -> str:
+            answer = httpx.post(f"{found[1]}/v1/chat/completions", json=body, timeout=60)
+            return str(answer.raise_for_status().headers["x-temper-version"])
+
+        assert version() == f"{MODEL}/1"
+        give(workspace, champion=2)
+        wait_for("version 2", lambda: version() == f"{MODEL}/2", server)
+        give(workspace, champion=1)
+        wait_for("version 1", lambda: version() == f"{MODEL}/1", server)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=60) == 0, server.said()
+        assert server.said().count("models:/temper-tiny@champion: temper-tiny/") == 3
+    with sqlite3.connect(workspace / "said.db") as database:
+        found_versions = database.execute("select distinct version from conversations order by 1").fetchall()
+    assert found_versions == [(f"{MODEL}/1",), (f"{MODEL}/2",)]
 
 
 def test_what_it_cannot_do_it_says_at_once(pico_base: Path, tmp_path: Path) -> None:

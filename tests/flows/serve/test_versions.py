@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sqlite3
 import threading
 import time
@@ -15,7 +14,6 @@ import httpx
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from bench.registered import made, model_and_sources, workspace_at
 from flows.serve import routing
 from flows.serve.errors import ApiError
 from flows.serve.record import Record
@@ -28,44 +26,13 @@ from tasks.core.errors import BadData, BadModel, BadParams
 from tasks.core.records import Message
 from tasks.inference.chat import answer
 from tasks.models.loader import load_model
-from tasks.register.stage import register
 from tasks.registry.client import connect
 from tasks.registry.versions import fetch_model, version_of
+from tests.flows.serve.registry import MODEL, give
 from tests.flows.serve.serving import listening
 from tests.tasks.adapters.test_files import as_stage_writes, published
 
-MODEL = "temper-tiny"
 CHAMPION = reference_of(f"models:/{MODEL}@champion")
-
-
-@pytest.fixture(scope="module")
-def registered(pico_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace with three versions and no champion."""
-    folder = tmp_path_factory.mktemp("registered")
-    workspace = workspace_at(folder / "workspace")
-    for number in (1, 2, 3):
-        (folder / str(number)).mkdir()
-        outputs = made(folder / str(number), pico_base, number)
-        register(workspace, "qlora", outputs, f"content-{number}", *model_and_sources(workspace))
-    return workspace
-
-
-@pytest.fixture
-def workspace(registered: Path, tmp_path: Path) -> Path:
-    target = tmp_path / "workspace"
-    shutil.copytree(registered, target)
-    give(target, champion=1)
-    return target
-
-
-def give(workspace: Path, **aliases: int | None) -> None:
-    """Sets aliases, or takes them away."""
-    client = connect(workspace)
-    for alias, number in aliases.items():
-        if number is None:
-            client.delete_registered_model_alias(MODEL, alias)
-        else:
-            client.set_registered_model_alias(MODEL, alias, str(number))
 
 
 class Said(list[str]):
