@@ -18,7 +18,7 @@ def serve(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[REF]...",
+            metavar="REF",
             help="What to serve: models:/NAME@ALIAS, whose moves are followed, models:/NAME/VERSION, or a model "
             "folder. Without any, the workspace's champion.",
         ),

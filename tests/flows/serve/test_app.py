@@ -273,7 +273,7 @@ def test_a_tool_is_called_and_its_result_is_read(tokenizer: PreTrainedTokenizerB
         threading.Thread(target=post, args=(address, {**SCRIPTED, "messages": messages, "tools": [TOOL]})).start()
         engine.submitted.acquire()
         engine.tells[1](Ended("length"))
-    prompt = str(tokenizer.decode(engine.asked[1].prompt))
+    prompt = str(tokenizer.decode(list(engine.asked[1].prompt)))
     assert json.dumps(TOOL) in prompt
     assert f"assistant\n{written}" in prompt.replace("I add.\n", "I add.")
     assert "tool\n42<|im_end|>\n<|im_start|>assistant\n" in prompt
