@@ -63,6 +63,8 @@ def prepare_chat(version: LoadedVersion, request: ChatRequest, adapter: str | No
         ApiError: it cannot.
     """
     tools, schema = request.offered_tools(), request.response_format.schema_of_answer()
+    if request.logprobs:
+        version.grammars.trie("logprobs")  # here, where nobody waits for it
     if tools and not version.tools.reads:
         raise unsupported("tools", "tools: the chat template of this model does not tell it of tools")
     if tools and schema:
@@ -92,6 +94,8 @@ def prepare_completion(version: LoadedVersion, request: CompletionRequest, adapt
     Raises:
         ApiError: they cannot.
     """
+    if request.logprobs is not None:
+        version.grammars.trie("logprobs")
     prompts = [_tokens(version, each) for each in request.prompts()]
     asked = [
         Asked(
@@ -179,7 +183,7 @@ class Answer:
         return Delta(text, self.calls, logprobs, self.finish)
 
     def _named(self, written: Written, start: int) -> TokenLogprob:
-        trie = self._version.grammars.trie()
+        trie = self._version.grammars.trie("logprobs")
 
         def named(token: int) -> tuple[str, bytes]:
             utf8 = bytes(trie.decode_bytes([token]))

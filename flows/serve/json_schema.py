@@ -42,14 +42,17 @@ class Grammars:
         """
         from llguidance import LLMatcher
 
-        trie = self.trie()
+        trie = self.trie("response_format")
         grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_SPACING)
         if said := LLMatcher.validate_grammar(grammar, trie):
             raise ApiError(HTTPStatus.BAD_REQUEST, f"{PARAM}: {said}", param=PARAM, code="invalid_value")
         return SchemaConstraint(LLMatcher(trie, grammar, log_level=0), self._vocabulary)
 
-    def trie(self) -> LLTokenizer:
-        """Return the tokens as the library has them; they are read once.
+    def trie(self, param: str) -> LLTokenizer:
+        """Return the tokens as the library has them; they are read once, which takes a second for a large vocabulary.
+
+        Args:
+            param: the field of the request that needs them.
 
         Raises:
             ApiError: the library does not know tokenizers of this kind.
@@ -64,7 +67,7 @@ class Grammars:
                     eos_token=self._tokenizer.eos_token_id,
                 )
             except ValueError as error:
-                raise unsupported("response_format", "response_format is not supported with this tokenizer") from error
+                raise unsupported(param, f"{param} is not supported with this tokenizer") from error
         return self._trie
 
 

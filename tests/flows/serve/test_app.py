@@ -161,7 +161,7 @@ def test_logprobs_are_those_of_the_model(client: openai.OpenAI, tokenizer: PreTr
     text = b"".join(bytes(each.bytes or []) for each in given)
     assert text.decode("utf-8", "replace").strip() == whole.choices[0].message.content
     # the tokens again, from their bytes: each is one of the vocabulary
-    trie = Grammars(tokenizer, len(tokenizer)).trie()
+    trie = Grammars(tokenizer, len(tokenizer)).trie("logprobs")
     by_bytes = {bytes(trie.decode_bytes([token])): token for token in range(len(tokenizer))}
     ids = [by_bytes[bytes(each.bytes or [])] for each in given]
     prompt = render_prompt(tokenizer, [Message("user", "Hello")])

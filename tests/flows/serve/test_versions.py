@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -87,6 +89,23 @@ def test_what_has_begun_ends_on_the_old_version_which_is_then_released(slot: Slo
         assert not closed.wait(0.2)
         old.probe()  # it still answers
     assert closed.wait(60)
+
+
+def test_a_version_that_was_replaced_leaves_no_memory_behind(slot: Slot, workspace: Path) -> None:
+    assert slot.current is not None
+    with slot.in_use() as old:
+        assert old is not None
+        old.grammars.constraint({"type": "object"})
+        kept = weakref.ref(old.engine)
+    del old
+    give(workspace, champion=2)
+    slot.follow()
+    for _ in range(1200):
+        if kept() is None:
+            break
+        time.sleep(0.05)
+        gc.collect()
+    assert kept() is None
 
 
 def test_a_version_whose_files_were_changed_is_refused_and_the_old_one_stays(slot: Slot, workspace: Path) -> None:
