@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from http import HTTPStatus
@@ -18,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from flows.serve.errors import ApiError, failed, of_temper
+from flows.serve.errors import ApiError, failed, of_temper, place_of
 from flows.serve.exchange import GONE, Exchange, Service, take_up
 from flows.serve.requests import ChatRequest, CompletionRequest, FeedbackRequest, parse
 from tasks.core.errors import TemperError
@@ -158,7 +157,7 @@ class _EventStream(Response):
             wrong = await _ended(writing, gone)
             self._exchange.close(GONE)  # where the events were not even begun
         if wrong:
-            self._say(f"a stream failed: {_where(wrong)}")
+            self._say(f"a stream failed: {place_of(wrong)}")
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -237,18 +236,12 @@ def _guarded(service: Service) -> type[APIRoute]:
                 except ClientDisconnect:  # while it was sending
                     return Response(status_code=GONE)
                 except Exception as error:
-                    service.say(f"{request.url.path} failed: {_where(error)}")
+                    service.say(f"{request.url.path} failed: {place_of(error)}")
                     return as_response(failed())
 
             return guarded
 
     return Guarded
-
-
-def _where(error: Exception) -> str:
-    """Name an error and its place; not its words, which may repeat a prompt."""
-    places = traceback.extract_tb(error.__traceback__)
-    return f"{type(error).__name__} at " + ", ".join(f"{each.filename}:{each.lineno}" for each in places[-4:])
 
 
 def as_response(error: ApiError) -> JSONResponse:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping
 from http import HTTPStatus
 from types import MappingProxyType
@@ -17,7 +18,7 @@ SERVER = "server_error"
 
 
 class ApiError(Exception):
-    """An answer that says why there is none.
+    """An answer that says why there is none; it ends no command, so it is none of temper's own errors.
 
     Args:
         status: the HTTP status.
@@ -80,6 +81,12 @@ def timed_out(limit_s: float) -> ApiError:
 def failed() -> ApiError:
     """Build the answer where this server itself went wrong; what it was is in its log, and is no client's matter."""
     return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "The model failed on this request.", code="failed", kind=SERVER)
+
+
+def place_of(error: BaseException) -> str:
+    """Name an error and its place, for the log; not its words, which may repeat a prompt."""
+    places = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__} at " + ", ".join(f"{each.filename}:{each.lineno}" for each in places[-4:])
 
 
 def of_validation(error: ValidationError) -> ApiError:

@@ -11,8 +11,8 @@ from contextlib import ExitStack
 from sqlite3 import Error as DatabaseError
 from typing import Any, NamedTuple
 
-from flows.serve.errors import ApiError
-from flows.serve.generation import Prepared, Running, TokenLogprob, prepare_chat, prepare_completion
+from flows.serve.errors import ApiError, place_of
+from flows.serve.generation import Delta, Prepared, Running, TokenLogprob, prepare_chat, prepare_completion
 from flows.serve.keys import Gatekeeper
 from flows.serve.metrics import Metrics
 from flows.serve.record import Conversation, Record
@@ -104,8 +104,7 @@ class Exchange:
         Raises:
             ApiError: the model failed, or it takes too long.
         """
-        async for number, delta in self.running.deltas(self._service.time_limit_s):
-            self._note_first_token()
+        async for number, delta in self._deltas():
             self._logprobs[number] += delta.logprobs
         await self._write_down()
         choices = [
@@ -124,8 +123,7 @@ class Exchange:
             if self.form.begins:
                 for number in range(len(self.running.answers)):
                     yield event({**head, "choices": [self.form.begins(number)], **common})
-            async for number, delta in self.running.deltas(self._service.time_limit_s):
-                self._note_first_token()
+            async for number, delta in self._deltas():
                 for choice in self.form.chunks(number, delta, self._with_logprobs):
                     yield event({**head, "choices": [choice], **common})
             if include_usage:
@@ -139,10 +137,18 @@ class Exchange:
         finally:
             self.close(status)
 
-    def _note_first_token(self) -> None:
-        if self._first_token_s is None:
-            self._first_token_s = time.monotonic() - self._call.begun
-            self._service.metrics.first_token_s.labels(*self._labels).observe(self._first_token_s)
+    async def _deltas(self) -> AsyncIterator[tuple[int, Delta]]:
+        """Yield what is new of the answers; note when the first of it came, and where the model failed."""
+        try:
+            async for number, delta in self.running.deltas(self._service.time_limit_s):
+                if self._first_token_s is None:
+                    self._first_token_s = time.monotonic() - self._call.begun
+                    self._service.metrics.first_token_s.labels(*self._labels).observe(self._first_token_s)
+                yield number, delta
+        except ApiError as error:
+            if error.__cause__ is not None and not isinstance(error.__cause__, TimeoutError):
+                self._service.say(f"{self.head.system_fingerprint}: an answer failed: {place_of(error.__cause__)}")
+            raise
 
     async def _write_down(self) -> None:
         """Record the conversation, before the client is told that it has ended."""

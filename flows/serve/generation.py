@@ -194,10 +194,6 @@ class Answer:
         return TokenLogprob(*named(written.token), logprob, top, start)
 
 
-class Unread(Exception):
-    """The client reads more slowly than the model writes, and too much has gathered."""
-
-
 class Running:
     """The answers to one request, from the engine's thread to the event loop that this is made in.
 
@@ -239,7 +235,7 @@ class Running:
     def _take(self, number: int, event: Written | Ended) -> None:
         if self._events.qsize() > MAX_UNREAD:
             self.cancel()
-            event = Ended("error", Unread())
+            event = Ended("error", _unread())
         self._events.put_nowait((number, event))
 
     async def deltas(self, limit_s: float) -> AsyncIterator[tuple[int, Delta]]:
@@ -274,6 +270,15 @@ class Running:
         return sum(answer.tokens for answer in self.answers)
 
 
+def _unread() -> ApiError:
+    return ApiError(
+        HTTPStatus.REQUEST_TIMEOUT,
+        f"{MAX_UNREAD} tokens of the answer were left unread.",
+        code="unread",
+        kind="timeout",
+    )
+
+
 def _reason(ended: Ended) -> str:
     """Return why an answer ended.
 
@@ -287,6 +292,8 @@ def _reason(ended: Ended) -> str:
             code="ending",
             kind=SERVER,
         )
+    if isinstance(ended.error, ApiError):
+        raise ended.error
     if isinstance(ended.error, TemperError):
         raise of_temper(ended.error, None) from ended.error
     if ended.reason == "error":

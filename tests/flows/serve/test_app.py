@@ -417,7 +417,7 @@ def test_a_full_queue_says_when_to_come_again(tokenizer: PreTrainedTokenizerBase
             assert int(response.headers["retry-after"]) >= 1
 
 
-def test_a_model_that_fails_is_no_500(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_model_that_fails_is_no_500(tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]) -> None:
     token = tokenizer("a", add_special_tokens=False)["input_ids"][0]
     with scripted(tokenizer) as (address, engine):
         for stream in (False, True):
@@ -431,7 +431,10 @@ def test_a_model_that_fails_is_no_500(tokenizer: PreTrainedTokenizerBase) -> Non
                 assert json.loads(last.removeprefix("data: "))["error"]["code"] == "failed"
             else:
                 assert told(responses[0]) == (503, None, "failed")
-            assert '"Hello"' not in responses[0].text
+            assert "Hello" not in responses[0].text
+    said = capsys.readouterr().err
+    assert said.count("scripted/1: an answer failed: RuntimeError at ") == 2
+    assert "Hello" not in said  # what an error says may be the prompt
 
 
 def test_an_answer_that_takes_too_long_is_given_up(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -469,7 +472,7 @@ def test_what_a_client_leaves_unread_is_bounded(
             engine.tells[0](Written(token))
         assert engine.cancelled[0].wait(60)
         thread.join()
-        assert told(responses[0])[0] == 503
+        assert told(responses[0]) == (408, None, "unread")
 
 
 def test_only_one_choice_is_ended_by_its_stop_text(tokenizer: PreTrainedTokenizerBase) -> None:

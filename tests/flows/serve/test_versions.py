@@ -290,6 +290,23 @@ def test_a_challenger_may_come_and_go(workspace: Path) -> None:
         assert route(models, MODEL, "x") == (f"{MODEL}/1", "served")
 
 
+def test_health_tells_what_was_refused(workspace: Path) -> None:
+    client = connect(workspace)
+    folder = fetch_model(client, version_of(client, MODEL, "2"))
+    (folder / "config.json").unlink()
+    models = Models(Plan([CHAMPION], {}), workspace, Said())
+    models.begin()
+    models._ended.set()  # this test follows by itself
+    give(workspace, champion=2)
+    models._slots[MODEL].follow()
+    with listening(make_service(models, Options())) as address:
+        (told,) = httpx.get(f"{address}/health").json()["models"]
+    models.close(finish=True)
+    assert (told["from"], told["route"], told["version"]) == (f"models:/{MODEL}@champion", "served", f"{MODEL}/1")
+    assert told["refused"]["version"] == "2"
+    assert "config.json: is missing" in told["refused"]["why"] or "was changed" in told["refused"]["why"]
+
+
 def test_models_have_names_of_their_own(workspace: Path, pico_base: Path) -> None:
     second = reference_of(f"models:/{MODEL}/3")
     models = Models(Plan([CHAMPION, second, Reference(str(pico_base))], {}), workspace, print)
