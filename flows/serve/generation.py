@@ -15,7 +15,8 @@ from flows.serve.text_stream import AnswerText
 from flows.serve.tool_calls import CallReader
 from flows.serve.versions import LoadedVersion
 from tasks.core.errors import BadData, TemperError
-from tasks.inference.continuous_batching import Asked, Busy, Ended, Handle, Written
+from tasks.inference.continuous_batching import Busy, Handle
+from tasks.inference.decoding import Asked, Ended, Written
 from tasks.tokenization.chat_template import render_prompt
 
 MAX_UNREAD = 8192

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from flows.serve.json_schema import Grammars
 from flows.serve.tool_calls import Tools, tools_of
 from tasks.core.errors import BadInput, BadModel, BadParams, Transient
-from tasks.inference.continuous_batching import Asked, ContinuousBatching, Ended, Written
+from tasks.inference.continuous_batching import ContinuousBatching
+from tasks.inference.decoding import Asked, Ended, Written
 from tasks.registry.client import answering, connect, connect_to_read
 from tasks.registry.local_reader import RegistryReader
 

@@ -19,7 +19,8 @@ from flows.serve.routing import SERVED, Chosen, Models, Plan
 from flows.serve.server import Options, Server, listen, make_service
 from flows.serve.tool_calls import Tools
 from flows.serve.versions import Reference
-from tasks.inference.continuous_batching import Asked, Busy, Ended, State, Written
+from tasks.inference.continuous_batching import Busy, State
+from tasks.inference.decoding import Asked, Ended, Written
 
 NO_TOOLS = Tools(False, None, {})
 
@@ -73,7 +74,7 @@ class Engine:
 
     def state(self) -> State:
         """Nothing is known of it."""
-        return State(0, 0)
+        return State(0, 0, 0, 0, 0)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from flows.serve.tool_calls import tools_of
 from tasks.adapters.attach import attach
 from tasks.core.records import Message
 from tasks.inference.chat import answer
-from tasks.inference.continuous_batching import Ended, Written
+from tasks.inference.decoding import Ended, Written
 from tasks.models.loader import load_model
 from tasks.tokenization.chat_template import load_tokenizer, render_prompt
 from tests.conftest import ROOT
