@@ -33,7 +33,10 @@ from tasks.models.device import host_read, upload
 from tasks.models.loader import Model
 
 PROMPT_TOKENS_AT_ONCE = 2048
-"""Prompts of a pass have so many tokens together, unless one alone has more: the others' next token waits for them."""
+"""Prompts of a pass have about so many tokens together: the next token of the other rows waits for them."""
+
+AHEAD = 256
+"""A row has room for so many more tokens than it has; then for twice as many, as long as it goes on."""
 
 
 class Constraint(Protocol):
@@ -98,9 +101,17 @@ Told = tuple[int, Written | Ended]
 class _Row:
     """One continuation that is being written."""
 
-    def __init__(self, number: int, asked: Asked, place: Place, draws: torch.Generator | None) -> None:
-        self.number, self.asked, self.place, self.draws = number, asked, place, draws
+    place: Place
+
+    def __init__(self, number: int, asked: Asked) -> None:
+        self.number, self.asked = number, asked
+        self.draws: torch.Generator | None = None
         self.written: list[int] = []
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Return the prompt and what was written."""
+        return (*self.asked.prompt, *self.written)
 
     @property
     def kept(self) -> list[int]:
@@ -110,7 +121,8 @@ class _Row:
     @property
     def new(self) -> Sequence[int]:
         """Return the tokens that the next pass takes: the last one written, or what is left of the prompt."""
-        return self.written[-1:] or self.asked.prompt[len(self.kept) :]
+        missing = len(self.asked.prompt) + len(self.written) - len(self.kept)
+        return self.written[-1:] if self.written and missing == 1 else self.ids[-missing:]
 
 
 class DecodingBatch:
@@ -140,7 +152,7 @@ class DecodingBatch:
         self._end_ids, self._most = frozenset(end_ids), rows
         with self._with_adapter(None) as bare:
             self.cache = KvCache(bytes_per_token(bare), slab_rows, cache_bytes, shortest)
-        self._waiting: deque[tuple[int, Asked]] = deque()
+        self._waiting: deque[_Row] = deque()
         self._rows: dict[int, _Row] = {}
 
     @property
@@ -165,16 +177,17 @@ class DecodingBatch:
                 got=f"{len(asked.prompt)} tokens of prompt and {asked.max_tokens} to write",
                 expected=f"at most {self.cache.most_tokens} together",
             )
-        self._waiting.append((number, asked))
+        self._waiting.append(_Row(number, asked))
 
     def leave(self, number: int) -> None:
         """Let a row leave before its end; nothing where there is none."""
-        self._waiting = deque(each for each in self._waiting if each[0] != number)
+        self._waiting = deque(each for each in self._waiting if each.number != number)
         if number in self._rows:
             self._end(self._rows[number])
 
     def step(self) -> list[Told]:
         """Write one token of each row, and of as many that wait as there is room for."""
+        self._grow()
         told, begun = list[Told](), self._begin()
         self._close_gaps()
         going = {id(row) for row in self._rows.values()} - {id(row) for row in begun}
@@ -192,24 +205,36 @@ class DecodingBatch:
     def _begin(self) -> list[_Row]:
         """Take rows in that wait, in their order, as far as there is room in memory and in a pass."""
         begun, tokens = list[_Row](), 0
-        while self._waiting and len(self._rows) < self._most:
-            number, asked = self._waiting[0]
+        while self._waiting and len(self._rows) < self._most and tokens < PROMPT_TOKENS_AT_ONCE:
+            row = self._waiting[0]
+            asked, ids = row.asked, row.ids
             with self._with_adapter(asked.adapter) as model:
                 base = unwrapped(model)
                 shares = prompts_of(base) is None  # edits change keys and values by where the prompt ends
-                place = self.cache.take(asked.adapter, asked.prompt, asked.tokens, share=shares)
+                room = min(asked.tokens, len(ids) + AHEAD)
+                place = self.cache.take(asked.adapter, ids, room, share=shares)
                 if place is None:
                     break
-                drawn = asked.generation.temperature > 0
-                generator = row_generator(asked.generation.seed, asked.prompt, base.device) if drawn else None
-            row = _Row(number, asked, place, generator)
-            self._waiting.popleft()
-            self._rows[number] = row
+                if asked.generation.temperature > 0 and row.draws is None:
+                    row.draws = row_generator(asked.generation.seed, asked.prompt, base.device)
+            row.place = place
+            self._rows[row.number] = self._waiting.popleft()
             begun.append(row)
             tokens += len(row.new)
-            if tokens >= PROMPT_TOKENS_AT_ONCE:
-                break
         return begun
+
+    def _grow(self) -> None:
+        """Give rows more room that have used up theirs; one for which there is none waits, and is computed again."""
+        for row in list(self._rows.values()):
+            slab = row.place.slab
+            if len(row.kept) < slab.tokens:
+                continue
+            place = self.cache.grow(row.place, min(row.asked.tokens, 2 * slab.tokens))
+            if place is None:
+                self._end(row)
+                self._waiting.appendleft(row)
+            else:
+                row.place = place
 
     def _choose(self, rows: Sequence[_Row], logits: Tensor) -> Iterator[Told]:
         """Choose each row's token, and end those that are at their end."""
@@ -269,8 +294,8 @@ def _edited(base: Any, before: int, begun: Sequence[_Row]) -> AbstractContextMan
         return nullcontext()
     if not begun:
         return tracker.nowhere()
-    length = torch.tensor([len(row.new) for row in begun])
-    return tracker.at(torch.zeros_like(length), before + length.cumsum(0) - length, length)
+    new, prompt = (torch.tensor(each) for each in ([len(r.new) for r in begun], [len(r.asked.prompt) for r in begun]))
+    return tracker.at(torch.zeros_like(new), before + new.cumsum(0) - new, prompt)
 
 
 def _dtype_of(base: nn.Module) -> torch.dtype:
@@ -342,14 +367,17 @@ def _written_and_whole(base: Any) -> Iterator[tuple[Tensor, Tensor]]:
     for prompt in (5, 4, 0):
         begun = list[_Row]()
         if prompt:
-            asked = Asked(tuple(texts[len(rows)][:prompt]), 7 - prompt)
-            place = cache.take(None, asked.prompt, 7, share=True)
-            begun = [_Row(len(rows), asked, place, None)] if place else []
+            row = _Row(len(rows), Asked(tuple(texts[len(rows)][:prompt]), 7 - prompt))
+            place = cache.take(None, row.ids, 7, share=True)
+            if place is None:
+                raise AssertionError("no room in an empty cache")
+            row.place = place
+            begun.append(row)
         found = _next_logits(base, rows, begun)
         rows += begun
         yield found, torch.stack([_alone(base, row.kept) for row in rows])
         for row in rows:
-            row.written = texts[row.number][: len(row.kept) + 1]
+            row.written = texts[row.number][len(row.asked.prompt) : len(row.kept) + 1]
 
 
 def _alone(base: Any, ids: Sequence[int]) -> Tensor:

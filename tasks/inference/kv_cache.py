@@ -83,6 +83,14 @@ class Slab:
         self.going.add(slot)
         return slot
 
+    def copy_from(self, other: Slab, source: int, slot: int) -> None:
+        """Copy a row of another slab to a slot."""
+        tokens = len(other.ids[source])
+        for number, kept in other._layers.items():
+            for mine, theirs in zip(self.layer(number, *kept), kept, strict=True):
+                mine[slot, :, :tokens] = theirs[source, :, :tokens]
+        self.ids[slot] = list(other.ids[source])
+
     def close_gaps(self) -> list[tuple[int, int]]:
         """Move rows that go on into slots between others; gives from where to where."""
         moved = []
@@ -139,10 +147,23 @@ class KvCache:
     def take(self, key: Hashable, prompt: Sequence[int], tokens: int, *, share: bool) -> Place | None:
         """Take room for a row of at most `tokens` tokens; None where there is none until another row ends."""
         self._clock += 1
-        size = self._size(tokens)
-        fits = [slab for slab in self.slabs if (slab.key, slab.tokens) == (key, size) and len(slab.going) < slab.rows]
-        slab = max(fits, key=lambda each: len(each.going), default=None) or self._new(key, size)
+        slab = self._with_room(key, self._size(tokens))
         return None if slab is None else Place(slab, slab.take(prompt, self._clock, share=share))
+
+    def grow(self, place: Place, tokens: int) -> Place | None:
+        """Move a row to where it may have `tokens` tokens; None, and all is as it was, where there is no room."""
+        (old, slot), self._clock = place, self._clock + 1
+        slab = self._with_room(old.key, self._size(tokens))
+        if slab is None:
+            return None
+        found = Place(slab, slab.take((), self._clock, share=False))
+        slab.copy_from(old, slot, found.slot)
+        old.going.remove(slot)
+        return found
+
+    def _with_room(self, key: Hashable, size: int) -> Slab | None:
+        fits = [slab for slab in self.slabs if (slab.key, slab.tokens) == (key, size) and len(slab.going) < slab.rows]
+        return max(fits, key=lambda each: len(each.going), default=None) or self._new(key, size)
 
     def _new(self, key: Hashable, size: int) -> Slab | None:
         rows = min(self._rows, self.most // self._bytes_of(1, size))

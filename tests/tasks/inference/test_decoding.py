@@ -161,6 +161,25 @@ def test_memory_keeps_within_its_bound_and_rows_wait_for_it() -> None:
         batch.ask(99, Asked((8,), 5 * 64))
 
 
+@pytest.mark.parametrize("adapter", [None, "loreft both ends"])
+@pytest.mark.parametrize("slabs", [1, 3, 1000])
+def test_rows_get_room_as_they_go_on_and_wait_where_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, slabs: int, adapter: str | None
+) -> None:
+    monkeypatch.setattr(decoding, "AHEAD", 4)
+    model = lively(adapter=adapter)
+    ways = [GREEDY, Generation(temperature=1.0, seed=2)]
+    asked = [Asked(prompt, 120, ways[number % 2]) for number, prompt in enumerate(prompts(6, longest=60))]
+    most = slabs * 256 * bytes_per_token(model)
+    batch = DecodingBatch(model, [], rows=4, slab_rows=2, cache_bytes=most)
+    written, _ = together(batch, asked)
+    for text, each in zip(tokens(written), asked, strict=True):
+        expected = alone(model, each)
+        assert text[: len(expected)] == expected  # which END may end
+    assert {len(text) for text in tokens(written)} == {120}
+    assert batch.cache.bytes <= most
+
+
 def test_rows_that_leave_disturb_nobody() -> None:
     model = lively()
     asked = [Asked(prompt, 16) for prompt in prompts(12)]
