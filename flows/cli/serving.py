@@ -74,9 +74,11 @@ def serve(
         key, line = access.new_key(new_key)
         typer.echo(f"key, shown this once: {key}\nline for --keys:       {line}")
         return
+    from tasks.core.stage import quiet_libraries
+
+    quiet_libraries()  # before they are imported
     from flows.serve.routing import Plan, adapter_of, canary_of
     from flows.serve.versions import Settings, reference_of
-    from tasks.core.stage import quiet_libraries
 
     share = canary_of(canary) if canary else None
     clients = access.read_keys(keys)
@@ -86,7 +88,6 @@ def serve(
     given = [each if each.startswith(REGISTRY_SCHEME) else str(Path(each).resolve()) for each in models or []]
     kept = record.resolve() if record else None
 
-    quiet_libraries()
     in_registry = not given or any(each.startswith(REGISTRY_SCHEME) for each in [*given, *places.values()])
     root = ready(workspace) if workspace or in_registry else None
     if not given and root:
