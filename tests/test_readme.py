@@ -35,6 +35,7 @@ ELSEWHERE = {
     '-d \'{"messages": [{"role": "user", "content": "Hello"}]}\'': "tests/tasks/serving/test_chat_model.py",
     "temper serve": "tests/flows/serve/test_server.py, of a folder; test_versions.py, of the champion",
     "temper serve --new-key alice": "tests/flows/serve/test_server.py",
+    "temper feedback said.db feedback --consent training=yes --forget-after 365": "tests/flows/serve/test_feedback.py",
     "curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' "
     '-d \'{"model": "temper-tiny", "messages": [{"role": "user", "content": "Hello"}]}\'': "serve/test_app.py",
     "TEMPER_LAUNCH=infra/launch/fsdp2.yaml temper run": "tests/tasks/train/test_launcher.py",

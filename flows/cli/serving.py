@@ -107,3 +107,34 @@ def serve(
     )
     with on_stopping("what was being answered is answered", exit_code=0):
         serve(plan, root, Options(host, port, clients, kept, time_limit))
+
+
+@app.command()
+def feedback(
+    record: Annotated[Path, typer.Argument(help="The file that `temper serve --record` keeps.")],
+    out: Annotated[
+        Path, typer.Argument(help="The folder to write, of labels.jsonl, preferences.jsonl and chats.jsonl.")
+    ],
+    days: Annotated[float | None, typer.Option(min=0, help="Only conversations of the last so many days.")] = None,
+    consent: Annotated[
+        str | None,
+        typer.Option(metavar="KEY=VALUE", help="Only conversations whose request said so in its `metadata`."),
+    ] = None,
+    forget_after: Annotated[
+        float | None, typer.Option(min=0, help="Delete conversations older than so many days from the record, first.")
+    ] = None,
+) -> None:
+    """Write what people said of answers as rows to train on, which `ingest` reads as a folder."""
+    from flows.serve import feedback as said
+    from tasks.core.errors import BadParams
+
+    key, equals, value = (consent or "").partition("=")
+    if consent and not (key and equals):
+        raise BadParams("is no condition", where=f"--consent {consent}", expected="KEY=VALUE, such as training=yes")
+    if forget_after is not None:
+        typer.echo(f"{said.forget(record, forget_after)} conversations deleted from {record}")
+    found = said.snapshot(record, out, said.Choice(days, (key, value) if consent else None))
+    for name, rows in found.rows.items():
+        typer.echo(f"{out / name}: {rows} rows")
+    for reason, count in sorted(found.left_out.items()):
+        typer.echo(f"left out, {reason}: {count}")

@@ -1,0 +1,192 @@
+"""What people said of answers, as rows to train on: a snapshot of the record in files that `ingest` reads.
+
+    labels.jsonl        a thumb: {messages, label}
+    preferences.jsonl   a better answer, or the preferred one of two: {prompt, chosen, rejected}
+    chats.jsonl         a better answer by itself: {messages}
+
+The record goes on while it is read; the files do not change by themselves, so that DVC can say what a training saw.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flows.serve.record import SCHEMA
+from tasks.core.artifacts import MANIFEST, atomic_folder
+from tasks.core.errors import BadData
+
+_FILES = ("labels.jsonl", "preferences.jsonl", "chats.jsonl")
+_DAY_S = 86_400.0
+_TURN = ("role", "content", "tool_calls", "tool_call_id", "name")
+"""What a turn of a row has; the rest of a message, such as why it ended, is of the response."""
+
+
+class Choice(NamedTuple):
+    """Which conversations are taken.
+
+    Attributes:
+        days: not older than so many; None: all.
+        consent: a key and value that the request's `metadata` must have; None: all.
+    """
+
+    days: float | None = None
+    consent: tuple[str, str] | None = None
+
+
+class Snapshot(NamedTuple):
+    """What became of the feedback: rows by file, and votes that made none by the reason."""
+
+    rows: Mapping[str, int]
+    left_out: Mapping[str, int]
+
+
+def snapshot(record: Path, out: Path, choice: Choice | None = None) -> Snapshot:
+    """Write the rows that a record of `temper serve` holds to a folder, whole or not at all.
+
+    Of several votes that a client gave on one answer the last one counts. Thumbs of several clients are one row, with
+    what more of them say; where they are even there is none. Equal rows are one.
+
+    Raises:
+        BadData: the file is no record, there is no row to write, or the folder holds something else.
+    """
+    _check_folder(out)
+    left_out = Counter[str]()
+    files: dict[str, dict[str, None]] = {}
+    with closing(_opened(record)) as database:
+        conversations = {str(row["id"]): row for row in _chosen(database, choice or Choice(), left_out)}
+        for name, row in _rows(conversations, _votes(database), left_out):
+            files.setdefault(name, {})[json.dumps(row, ensure_ascii=False)] = None
+    if not files:
+        reasons = [f"{reason}: {count}" for reason, count in sorted(left_out.items())]
+        raise BadData("holds nothing to train on", where=str(record), examples=reasons, expected="feedback on answers")
+    with atomic_folder(out) as folder:
+        for name, lines in sorted(files.items()):
+            (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return Snapshot({name: len(lines) for name, lines in sorted(files.items())}, left_out)
+
+
+def _check_folder(out: Path) -> None:
+    """Refuse to replace what is no snapshot."""
+    others = [each.name for each in out.iterdir() if each.name not in (*_FILES, MANIFEST)] if out.is_dir() else []
+    if others or (out.exists() and not out.is_dir()):
+        raise BadData(
+            "is no folder of feedback, and would be replaced",
+            where=str(out),
+            examples=others,
+            fix="name a new folder, or one that `temper feedback` wrote",
+        )
+
+
+def forget(record: Path, days: float) -> int:
+    """Delete conversations older than so many days, with what was said of them; gives how many.
+
+    Raises:
+        BadData: the file is no record.
+    """
+    before = time.time() - days * _DAY_S
+    with closing(_opened(record, write=True)) as database, database:
+        database.execute("pragma secure_delete = on")
+        database.execute("delete from feedback where id in (select id from conversations where time < ?)", (before,))
+        return database.execute("delete from conversations where time < ?", (before,)).rowcount
+
+
+def _opened(record: Path, *, write: bool = False) -> sqlite3.Connection:
+    try:
+        database = sqlite3.connect(f"{record.resolve().as_uri()}?mode={'rw' if write else 'ro'}", uri=True, timeout=30)
+        (version,) = database.execute("pragma user_version").fetchone()
+    except sqlite3.Error as error:
+        raise BadData("is no record of conversations", where=str(record), got=str(error)) from error
+    if version != SCHEMA:
+        raise BadData(
+            "is no record of conversations",
+            where=str(record),
+            got=f"schema {version}",
+            expected=f"a file that `temper serve --record` wrote, schema {SCHEMA}",
+        )
+    database.row_factory = sqlite3.Row
+    return database
+
+
+def _chosen(database: sqlite3.Connection, choice: Choice, left_out: Counter[str]) -> Iterator[sqlite3.Row]:
+    """Yield the conversations that may be taken, the oldest first."""
+    after = 0.0 if choice.days is None else time.time() - choice.days * _DAY_S
+    asked = "select * from conversations where id in (select id from feedback union select value from feedback)"
+    for row in database.execute(f"{asked} order by time, id"):
+        if row["time"] < after:
+            left_out["older than is wanted"] += 1
+        elif choice.consent and json.loads(row["metadata"]).get(choice.consent[0]) != choice.consent[1]:
+            left_out["without consent"] += 1
+        elif row["endpoint"] != "chat":
+            left_out["no chat"] += 1
+        elif len(json.loads(row["answers"])) != 1:
+            left_out["several answers under one id"] += 1
+        else:
+            yield row
+
+
+def _votes(database: sqlite3.Connection) -> list[sqlite3.Row]:
+    """List the last vote of each client on each answer, of each kind and of each pair, in their order."""
+    return database.execute(
+        "select * from feedback where number in (select max(number) from feedback"
+        " group by key_name, id, kind, case kind when 'preferred_over' then value end) order by number"
+    ).fetchall()
+
+
+def _rows(
+    conversations: Mapping[str, sqlite3.Row], votes: Sequence[sqlite3.Row], left_out: Counter[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield rows with their files' names."""
+    thumbs: dict[str, int] = {}
+    for vote in votes:
+        asked = conversations.get(vote["id"])
+        if asked is None:
+            continue  # why is counted already
+        common = {"tools": _tools(asked)} if _tools(asked) else {}
+        prompt, answer = _turns(json.loads(asked["prompt"])), _answer(asked)
+        if vote["kind"] == "thumb":
+            thumbs[vote["id"]] = thumbs.get(vote["id"], 0) + (1 if vote["value"] == "up" else -1)
+        elif vote["kind"] == "better":
+            yield "chats.jsonl", {"messages": [*prompt, {"role": "assistant", "content": vote["value"]}], **common}
+            yield from _pair(prompt, vote["value"], answer.get("content"), common, left_out)
+        elif vote["value"] in conversations:
+            other = _answer(conversations[vote["value"]])
+            yield from _pair(prompt, answer.get("content"), other.get("content"), common, left_out)
+    for name, sum_of_votes in thumbs.items():
+        asked = conversations[name]
+        if not sum_of_votes:
+            left_out["as many up as down"] += 1
+            continue
+        common = {"tools": _tools(asked)} if _tools(asked) else {}
+        messages = [*_turns(json.loads(asked["prompt"])), _answer(asked)]
+        yield "labels.jsonl", {"messages": messages, "label": sum_of_votes > 0, **common}
+
+
+def _pair(
+    prompt: Sequence[Any], chosen: str | None, rejected: str | None, common: Mapping[str, Any], left_out: Counter[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    if not chosen or not rejected:
+        left_out["an answer without text"] += 1
+    elif chosen == rejected:
+        left_out["the better answer is the same"] += 1
+    else:
+        yield "preferences.jsonl", {"prompt": list(prompt), "chosen": chosen, "rejected": rejected, **common}
+
+
+def _answer(conversation: sqlite3.Row) -> dict[str, Any]:
+    (turn,) = _turns(json.loads(conversation["answers"]))
+    return turn
+
+
+def _turns(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: turn[name] for name in _TURN if turn.get(name) is not None} for turn in messages]
+
+
+def _tools(conversation: sqlite3.Row) -> list[Any]:
+    return [json.loads(tool) for tool in json.loads(conversation["tools"])]
