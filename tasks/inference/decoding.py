@@ -314,8 +314,9 @@ def _logits(model: Model, hidden: Tensor) -> Tensor:
 
 def _chosen(rows: Sequence[_Row], logits: Tensor) -> list[int]:
     """Choose a token of each row by its options, given (rows, vocabulary)."""
-    chosen = [-1] * len(rows)
-    for group in grouped(_alike(number, row) for number, row in enumerate(rows)):
+    groups = grouped(_alike(number, row) for number, row in enumerate(rows))
+    chosen = []
+    for group in groups:
         some, scores = [rows[number] for number in group], logits
         if len(group) < len(rows):
             scores = logits.index_select(0, upload(group, logits.device))
@@ -324,9 +325,10 @@ def _chosen(rows: Sequence[_Row], logits: Tensor) -> list[int]:
             scores = scores.masked_fill(~upload(one.asked.constraint.allowed(), scores.device), -torch.inf)
         ids = upload(torch.tensor([one.written], dtype=torch.long), scores.device)
         scores = processors(one.asked.generation, [row.draws for row in some if row.draws], 0)(ids, scores)
-        for number, token in zip(group, scores.argmax(dim=-1).tolist(), strict=True):
-            chosen[number] = token
-    return chosen
+        chosen.append(scores.argmax(dim=-1))
+    tokens = torch.cat(chosen).tolist()  # the one read of a step
+    by_row = dict(zip((number for group in groups for number in group), tokens, strict=True))
+    return [by_row[number] for number in range(len(rows))]
 
 
 def _alike(number: int, row: _Row) -> Hashable:
