@@ -259,7 +259,7 @@ def numbers_of(path: str, dtype: Any, device: Any) -> Any:
         endings = [Continuation(some(4 + n), some(1 + n % 3)) for n in range(64)]
         found = [each.logp for each in score_continuations(model.eval(), endings, tokens=512)]
     elif path == "merge probe":
-        probes = [{"input_ids": some(12)} for _ in range(3)]
+        probes = [{"input_ids": some(12)} for _ in range(64)]
         found = [kl_divergence(model.eval(), tiny_model(dtype, device, four_bit=False).eval(), probes).mean_kl]
     elif path == "generation":
         tokenizer = AutoTokenizer.from_pretrained(ROOT / "models" / "tiny")
@@ -283,7 +283,8 @@ def agreement(path: str, place: Place) -> Iterator[dict[str, Any]]:
     """Compare a path in float32 and in the card's 16 bits with the CPU in float32, of weights that are the same.
 
     In float32 number by number. In 16 bits their mean, which is what losses and accuracies are of: one log-probability
-    alone is rounded to 3e-3. Texts are compared in float32 alone: in 16 bits they are written, and may differ.
+    alone is rounded to 3e-3. Texts are compared in float32 alone: in 16 bits they are written, and may differ; so is
+    the probe of merging: rounding two models adds to the divergence between them, which is told without a verdict.
     """
     import torch
 
@@ -299,7 +300,7 @@ def agreement(path: str, place: Place) -> Iterator[dict[str, Any]]:
             found = numbers_of(path, getattr(torch, name), place.device)
         off = distance(found, expected, of_means=name != "float32")
         yield {f"off_{name}": off if math.isfinite(off) else None}
-        if name == "float32" or path != "generation":
+        if name == "float32" or path not in ("generation", "merge probe"):
             yield {f"agrees_{name}": off <= TOLERANCES[name]}
 
 
