@@ -96,8 +96,10 @@ class AdapterPool:
             yield self.model
 
     @contextmanager
-    def using(self, name: str) -> Iterator[Model]:
-        """Use an adapter within this block, together with threads that use the same one; gives the model.
+    def using(self, name: str | None) -> Iterator[Model]:
+        """Use an adapter, or for None the bare base, within this block; gives the model.
+
+        Threads that use the same one run beside it.
 
         It stays in use afterwards. Threads that want another one wait until no block needs this one.
 
@@ -109,7 +111,10 @@ class AdapterPool:
                 if self.active == name:
                     yield self.model
                     return
-            self.use(name)
+            if name is None:
+                self.off()
+            else:
+                self.use(name)
 
     @property
     def kept_bytes(self) -> int:

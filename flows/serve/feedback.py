@@ -60,7 +60,7 @@ def snapshot(record: Path, out: Path, choice: Choice | None = None) -> Snapshot:
     left_out = Counter[str]()
     files: dict[str, dict[str, None]] = {}
     with closing(_opened(record)) as database:
-        conversations = {str(row["id"]): row for row in _chosen(database, choice or Choice(), left_out)}
+        conversations = dict(_chosen(database, choice or Choice(), left_out))
         for name, row in _rows(conversations, _votes(database), left_out):
             files.setdefault(name, {})[json.dumps(row, ensure_ascii=False)] = None
     if not files:
@@ -114,21 +114,36 @@ def _opened(record: Path, *, write: bool = False) -> sqlite3.Connection:
     return database
 
 
-def _chosen(database: sqlite3.Connection, choice: Choice, left_out: Counter[str]) -> Iterator[sqlite3.Row]:
-    """Yield the conversations that may be taken, the oldest first."""
+class _Answered(NamedTuple):
+    """One answer of a chat: the turns before it, itself as a turn, and what rows of it say of tools."""
+
+    prompt: list[dict[str, Any]]
+    answer: dict[str, Any]
+    tools: dict[str, list[Any]]
+
+
+def _chosen(database: sqlite3.Connection, choice: Choice, left_out: Counter[str]) -> Iterator[tuple[str, _Answered]]:
+    """Yield the conversations that may be taken with their ids, the oldest first."""
     after = 0.0 if choice.days is None else time.time() - choice.days * _DAY_S
     asked = "select * from conversations where id in (select id from feedback union select value from feedback)"
     for row in database.execute(f"{asked} order by time, id"):
+        answers = json.loads(row["answers"])
         if row["time"] < after:
             left_out["older than is wanted"] += 1
         elif choice.consent and json.loads(row["metadata"]).get(choice.consent[0]) != choice.consent[1]:
             left_out["without consent"] += 1
         elif row["endpoint"] != "chat":
             left_out["no chat"] += 1
-        elif len(json.loads(row["answers"])) != 1:
+        elif len(answers) != 1:
             left_out["several answers under one id"] += 1
         else:
-            yield row
+            tools = [json.loads(tool) for tool in json.loads(row["tools"])]
+            turns = [_turn(message) for message in (*json.loads(row["prompt"]), *answers)]
+            yield str(row["id"]), _Answered(turns[:-1], turns[-1], {"tools": tools} if tools else {})
+
+
+def _turn(message: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: message[name] for name in _TURN if message.get(name) is not None}
 
 
 def _votes(database: sqlite3.Connection) -> list[sqlite3.Row]:
@@ -140,53 +155,37 @@ def _votes(database: sqlite3.Connection) -> list[sqlite3.Row]:
 
 
 def _rows(
-    conversations: Mapping[str, sqlite3.Row], votes: Sequence[sqlite3.Row], left_out: Counter[str]
+    conversations: Mapping[str, _Answered], votes: Sequence[sqlite3.Row], left_out: Counter[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield rows with their files' names."""
-    thumbs: dict[str, int] = {}
+    thumbs = Counter[str]()
     for vote in votes:
-        asked = conversations.get(vote["id"])
-        if asked is None:
+        name, value = vote["id"], vote["value"]
+        if name not in conversations:
             continue  # why is counted already
-        common = {"tools": _tools(asked)} if _tools(asked) else {}
-        prompt, answer = _turns(json.loads(asked["prompt"])), _answer(asked)
+        said = conversations[name]
+        text = said.answer.get("content")
         if vote["kind"] == "thumb":
-            thumbs[vote["id"]] = thumbs.get(vote["id"], 0) + (1 if vote["value"] == "up" else -1)
+            thumbs[name] += 1 if value == "up" else -1
         elif vote["kind"] == "better":
-            yield "chats.jsonl", {"messages": [*prompt, {"role": "assistant", "content": vote["value"]}], **common}
-            yield from _pair(prompt, vote["value"], answer.get("content"), common, left_out)
-        elif vote["value"] in conversations:
-            other = _answer(conversations[vote["value"]])
-            yield from _pair(prompt, answer.get("content"), other.get("content"), common, left_out)
-    for name, sum_of_votes in thumbs.items():
-        asked = conversations[name]
-        if not sum_of_votes:
+            yield "chats.jsonl", {"messages": [*said.prompt, {"role": "assistant", "content": value}], **said.tools}
+            yield from _pair(said, value, text, left_out)
+        elif value in conversations:
+            yield from _pair(said, text, conversations[value].answer.get("content"), left_out)
+    for name, up in thumbs.items():
+        said = conversations[name]
+        if up:
+            yield "labels.jsonl", {"messages": [*said.prompt, said.answer], "label": up > 0, **said.tools}
+        else:
             left_out["as many up as down"] += 1
-            continue
-        common = {"tools": _tools(asked)} if _tools(asked) else {}
-        messages = [*_turns(json.loads(asked["prompt"])), _answer(asked)]
-        yield "labels.jsonl", {"messages": messages, "label": sum_of_votes > 0, **common}
 
 
 def _pair(
-    prompt: Sequence[Any], chosen: str | None, rejected: str | None, common: Mapping[str, Any], left_out: Counter[str]
+    said: _Answered, chosen: str | None, rejected: str | None, left_out: Counter[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     if not chosen or not rejected:
         left_out["an answer without text"] += 1
     elif chosen == rejected:
         left_out["the better answer is the same"] += 1
     else:
-        yield "preferences.jsonl", {"prompt": list(prompt), "chosen": chosen, "rejected": rejected, **common}
-
-
-def _answer(conversation: sqlite3.Row) -> dict[str, Any]:
-    (turn,) = _turns(json.loads(conversation["answers"]))
-    return turn
-
-
-def _turns(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: turn[name] for name in _TURN if turn.get(name) is not None} for turn in messages]
-
-
-def _tools(conversation: sqlite3.Row) -> list[Any]:
-    return [json.loads(tool) for tool in json.loads(conversation["tools"])]
+        yield "preferences.jsonl", {"prompt": said.prompt, "chosen": chosen, "rejected": rejected, **said.tools}

@@ -55,7 +55,7 @@ class Detokenizer:
         return str(self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True)) if start < end else ""
 
 
-class StopTexts:
+class StopCutter:
     """Cuts a text that comes in pieces where the first of some texts is complete in it.
 
     The same whatever the pieces are: of several, the one that is complete first ends the text, and of those that end
@@ -134,7 +134,7 @@ class AnswerText:
         shown: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
         self._tokens = Detokenizer(tokenizer, shown)
-        self._stop, self._strip, self._end_ids = StopTexts(stop), Strip() if strip else None, end_ids
+        self._stop, self._strip, self._end_ids = StopCutter(stop), Strip() if strip else None, end_ids
         self.decoded = self.certain = 0
         """Characters that tokens were decoded to so far, and those of them that are certain to be in the answer."""
 

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flows.serve.text_stream import StopTexts
+from flows.serve.text_stream import StopCutter
 from tasks.core.errors import BadData
 from tasks.core.records import Message, tool_call
 from tasks.tokenization.chat_template import Chat, render_prompt, texts_of_chats
@@ -119,7 +119,7 @@ class CallReader:
 
     def __init__(self, form: CallForm | None) -> None:
         self._form = form
-        self._before = StopTexts([form.opening] if form else [])
+        self._before = StopCutter([form.opening] if form else [])
         self._all, self._said = "", 0
 
     def add(self, piece: str) -> str:

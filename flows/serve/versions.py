@@ -6,8 +6,7 @@ import gc
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,14 +14,13 @@ from flows.serve.json_schema import Grammars
 from flows.serve.tool_calls import Tools, tools_of
 from tasks.core.errors import BadInput, BadModel, BadParams, Transient
 from tasks.inference.continuous_batching import ContinuousBatching
-from tasks.inference.decoding import Asked, Ended, Written
+from tasks.inference.decoding import Asked, Ended, Given, Written
 from tasks.registry.client import answering, connect, connect_to_read
 from tasks.registry.local_reader import RegistryReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from flows.chat.adapter_pool import AdapterPool
     from tasks.models.loader import Model
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -164,10 +162,6 @@ class LoadedVersion:
         gc.collect()
 
 
-Given = Callable[[str | None], AbstractContextManager["Model"]]
-"""Gives the model with the adapter of a name for a block; for None, the bare base."""
-
-
 def _load(folder: Path, adapters: Mapping[str, Path], *, any_base: bool) -> tuple[Model, Model | Given, int]:
     """Load a model with its adapters.
 
@@ -189,20 +183,7 @@ def _load(folder: Path, adapters: Mapping[str, Path], *, any_base: bool) -> tupl
     pool = AdapterPool(model)
     for name, place in adapters.items():
         pool.load(name, place, any_base=any_base)
-    return model, partial(_with_adapter, pool), max(_virtual_tokens(read_adapter(p).config) for p in adapters.values())
-
-
-@contextmanager
-def _with_adapter(pool: AdapterPool, name: str | None) -> Iterator[Model]:
-    """Use an adapter, or none, within this block; in one thread."""
-    if name is None:
-        if pool.active is not None:
-            pool.off()
-        with pool.in_use() as model:
-            yield model
-    else:
-        with pool.using(name) as model:
-            yield model
+    return model, pool.using, max(_virtual_tokens(read_adapter(p).config) for p in adapters.values())
 
 
 def _virtual_tokens(config: Any) -> int:

@@ -49,20 +49,22 @@ def each_continuation(
     """
     if not prompts:
         return
+    from tasks.inference.decoding import can_decode
+    from tasks.inference.encoder_decoder import generate_targets
+
     writes = architecture_of(model) is ENCODER_DECODER
-    if not writes and _can_join(model, max(map(len, prompts)) + max_new_tokens):
+    if not writes and can_decode(model, max(map(len, prompts)) + max_new_tokens):
         yield from _joining(model, tokenizer, prompts, max_new_tokens, generation, stop, rows)
         return
-    by_batch = _by_inputs if writes else _by_generate
+    write = generate_targets if writes else _generated
     for start in range(0, len(prompts), rows):
         numbers = range(len(prompts))[start : start + rows]
-        yield from by_batch(model, tokenizer, prompts, numbers, max_new_tokens, generation, stop)
-
-
-def _can_join(model: Model, longest: int) -> bool:
-    from tasks.inference.decoding import can_decode
-
-    return can_decode(model, longest)
+        lengths = [len(prompts[number]) for number in numbers]
+        for group in [range(len(numbers))] if writes else _together(model, lengths, max_new_tokens):
+            some = [numbers[each] for each in group]
+            stopping = stop.criteria(some) if stop else None
+            texts = write(model, tokenizer, [prompts[n] for n in some], max_new_tokens, generation, stopping)
+            yield from zip(some, texts, strict=True)
 
 
 def _joining(
@@ -96,41 +98,6 @@ def _joining(
 
 
 # --- by transformers --------------------------------------------------------------------------------------------------
-
-
-def _by_inputs(
-    model: Model,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    numbers: Sequence[int],
-    max_new_tokens: int,
-    generation: Generation,
-    stop: StopTexts | None,
-) -> Iterator[tuple[int, list[int]]]:
-    """Generate what an encoder-decoder writes for the inputs of some numbers."""
-    from tasks.inference.encoder_decoder import generate_targets
-
-    inputs, stopping = [prompts[number] for number in numbers], stop.criteria(numbers) if stop else None
-    yield from zip(
-        numbers, generate_targets(model, tokenizer, inputs, max_new_tokens, generation, stopping), strict=True
-    )
-
-
-def _by_generate(
-    model: Model,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    numbers: Sequence[int],
-    max_new_tokens: int,
-    generation: Generation,
-    stop: StopTexts | None,
-) -> Iterator[tuple[int, list[int]]]:
-    """Generate what is written after the prompts of some numbers, as many of them at once as may stand together."""
-    for group in _together(model, [len(prompts[number]) for number in numbers], max_new_tokens):
-        some = [numbers[each] for each in group]
-        stopping = stop.criteria(some) if stop else None
-        written = _generated(model, tokenizer, [prompts[n] for n in some], max_new_tokens, generation, stopping)
-        yield from zip(some, written, strict=True)
 
 
 def _generated(

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from threading import Condition, Thread
 from typing import NamedTuple
 
-from torch import nn
-
 from tasks.core.errors import Transient
 from tasks.core.memory import free_bytes
-from tasks.inference.decoding import Asked, DecodingBatch, Ended, Written, can_decode
+from tasks.inference.decoding import Asked, DecodingBatch, Ended, Given, Written, can_decode, giving
 from tasks.inference.streamed_generate import stream
 from tasks.models.loader import Model
 
@@ -80,14 +77,14 @@ class ContinuousBatching:
 
     def __init__(
         self,
-        model: Model | Callable[[str | None], AbstractContextManager[Model]],
+        model: Model | Given,
         end_ids: Collection[int],
         *,
         slots: int = 32,
         cache_bytes: int | None = None,
         queue: int = 256,
     ) -> None:
-        self._with_adapter = model if not isinstance(model, nn.Module) else lambda _: nullcontext(model)
+        self._with_adapter = giving(model)
         self._end_ids, self._slots, self._queue = frozenset(end_ids), slots, queue
         self._most_bytes = _free_bytes() // 4 if cache_bytes is None else cache_bytes
         self._numbers = count()

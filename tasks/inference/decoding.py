@@ -16,7 +16,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tasks.adapters.prompt_tuning import virtual_tokens
 from tasks.adapters.reft.prompt_positions import Prompts, prompts_of, untouched
@@ -94,6 +93,15 @@ class Ended(NamedTuple):
     error: Exception | None = None
 
 
+Given = Callable[[str | None], AbstractContextManager[Model]]
+"""Gives a model with the adapter of a name for a block; for None, as it is without."""
+
+
+def giving(model: Model | Given) -> Given:
+    """Return what gives a model for a block: the same for every name, where it is one model."""
+    return (lambda _: nullcontext(model)) if isinstance(model, nn.Module) else model
+
+
 Told = tuple[int, Written | Ended]
 """What happened to the row of a number."""
 
@@ -140,7 +148,7 @@ class DecodingBatch:
 
     def __init__(
         self,
-        model: Model | Callable[[str | None], AbstractContextManager[Model]],
+        model: Model | Given,
         end_ids: Collection[int],
         *,
         rows: int,
@@ -148,10 +156,12 @@ class DecodingBatch:
         cache_bytes: int = UNBOUNDED,
         shortest: int = SHORTEST,
     ) -> None:
-        self._with_adapter = model if not isinstance(model, nn.Module) else lambda _: nullcontext(model)
-        self._end_ids, self._most = frozenset(end_ids), rows
+        self._with_adapter, self._end_ids, self._most = giving(model), frozenset(end_ids), rows
         with self._with_adapter(None) as bare:
+            self._device = bare.device
             self.cache = KvCache(bytes_per_token(bare), slab_rows, cache_bytes, shortest)
+        self._shares: dict[str | None, bool] = {}
+        """Whether rows with an adapter may go on behind others: edits change keys by where the prompt ends."""
         self._waiting: deque[_Row] = deque()
         self._rows: dict[int, _Row] = {}
 
@@ -177,6 +187,9 @@ class DecodingBatch:
                 got=f"{len(asked.prompt)} tokens of prompt and {asked.max_tokens} to write",
                 expected=f"at most {self.cache.most_tokens} together",
             )
+        if asked.adapter not in self._shares:
+            with self._with_adapter(asked.adapter) as model:
+                self._shares[asked.adapter] = prompts_of(unwrapped(model)) is None
         self._waiting.append(_Row(number, asked))
 
     def leave(self, number: int) -> None:
@@ -190,10 +203,11 @@ class DecodingBatch:
         self._grow()
         told, begun = list[Told](), self._begin()
         self._close_gaps()
-        going = {id(row) for row in self._rows.values()} - {id(row) for row in begun}
+        fresh = set(begun)
+        going = [row for row in self._rows.values() if row not in fresh]
         for adapter in dict.fromkeys(row.asked.adapter for row in self._rows.values()):
             rows = sorted(
-                (row for row in self._rows.values() if row.asked.adapter == adapter and id(row) in going),
+                (row for row in going if row.asked.adapter == adapter),
                 key=lambda row: (id(row.place.slab), row.place.slot),
             )
             new = [row for row in begun if row.asked.adapter == adapter]
@@ -208,15 +222,12 @@ class DecodingBatch:
         while self._waiting and len(self._rows) < self._most and tokens < PROMPT_TOKENS_AT_ONCE:
             row = self._waiting[0]
             asked, ids = row.asked, row.ids
-            with self._with_adapter(asked.adapter) as model:
-                base = unwrapped(model)
-                shares = prompts_of(base) is None  # edits change keys and values by where the prompt ends
-                room = min(asked.tokens, len(ids) + AHEAD)
-                place = self.cache.take(asked.adapter, ids, room, share=shares)
-                if place is None:
-                    break
-                if asked.generation.temperature > 0 and row.draws is None:
-                    row.draws = row_generator(asked.generation.seed, asked.prompt, base.device)
+            room = min(asked.tokens, len(ids) + AHEAD)
+            place = self.cache.take(asked.adapter, ids, room, share=self._shares[asked.adapter])
+            if place is None:
+                break
+            if asked.generation.temperature > 0 and row.draws is None:
+                row.draws = row_generator(asked.generation.seed, asked.prompt, self._device)
             row.place = place
             self._rows[row.number] = self._waiting.popleft()
             begun.append(row)
@@ -265,7 +276,7 @@ class DecodingBatch:
 def _next_logits(model: Model, going: Sequence[_Row], begun: Sequence[_Row]) -> Tensor:
     """Run a pass; gives the logits after each row's last token, (rows, vocabulary) float32."""
     base = unwrapped(model)
-    ids, positions, ends, prompts = list[int](), list[int](), list[int](), list[Begun]()
+    ids, positions, ends = list[int](), list[int](), list[int]()
     for row in (*going, *begun):
         new, kept = row.new, len(row.kept)
         ids += new
@@ -281,7 +292,8 @@ def _next_logits(model: Model, going: Sequence[_Row], begun: Sequence[_Row]) -> 
     layout = CachedRows(runs, prompts, base.device, _dtype_of(base))
     with torch.no_grad():
         hidden = cached_hidden(base, upload([ids], base.device), upload([positions], base.device), layout)
-        logits = _logits(model, hidden.index_select(0, upload(ends, base.device)))
+        last, head = hidden.index_select(0, upload(ends, base.device)), head_of(model)
+        logits = head.logits(last) if head else logits_of(model, last)
     for row in (*going, *begun):
         row.kept.extend(row.new)
     return logits.float()
@@ -300,16 +312,6 @@ def _edited(base: Any, before: int, begun: Sequence[_Row]) -> AbstractContextMan
 
 def _dtype_of(base: nn.Module) -> torch.dtype:
     return next(p.dtype for p in base.parameters() if p.is_floating_point())
-
-
-def _logits(model: Model, hidden: Tensor) -> Tensor:
-    """Compute the logits of hidden states, (tokens, hidden), by a plain product where the head is one."""
-    head = head_of(model)
-    if head is None:
-        return logits_of(model, hidden)
-    logits = F.linear(hidden, head.weight, head.bias)
-    logits = logits if head.scale == 1 else logits * head.scale
-    return logits if head.cap is None else (logits / head.cap).tanh() * head.cap
 
 
 def _chosen(rows: Sequence[_Row], logits: Tensor) -> list[int]:

@@ -45,6 +45,16 @@ class Head(NamedTuple):
     scale: float = 1.0
     cap: float | None = None
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Compute the logits of hidden states, (tokens, hidden) to (tokens, vocabulary)."""
+        return scaled_and_capped(torch.nn.functional.linear(hidden, self.weight, self.bias), self.scale, self.cap)
+
+
+def scaled_and_capped(output: Tensor, scale: float, cap: float | None) -> Tensor:
+    """Make logits of what a head's product gives: scale z, then cap tanh(z / cap)."""
+    scaled = output if scale == 1 else output * scale
+    return scaled if cap is None else (scaled / cap).tanh() * cap
+
 
 class TokenScores(NamedTuple):
     """Scores of each token, (tokens,), nats, float32 (float64 for hidden states in float64).

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tasks.core.errors import BadModel
 from tasks.inference.agreement import holds, turn_of
-from tasks.inference.linear_cross_entropy import Head
+from tasks.inference.linear_cross_entropy import Head, scaled_and_capped
 from tasks.models.decoder import decoder_of, forwards_instead, made_up_tokens, own_code, unwrapped
 from tasks.models.device import host_read
 
@@ -101,8 +101,7 @@ class _Form(NamedTuple):
     cap: float | None
 
     def of(self, output: Tensor) -> Tensor:
-        scaled = output * self.scale
-        return scaled if self.cap is None else (scaled / self.cap).tanh() * self.cap
+        return scaled_and_capped(output, self.scale, self.cap)
 
 
 _forms: WeakKeyDictionary[nn.Module, _Form | None] = WeakKeyDictionary()

@@ -6,7 +6,7 @@ from random import Random
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from flows.serve.text_stream import AnswerText, Detokenizer, StopTexts, Strip
+from flows.serve.text_stream import AnswerText, Detokenizer, StopCutter, Strip
 from tasks.tokenization.chat_template import load_tokenizer
 from tests.conftest import ROOT
 
@@ -64,7 +64,7 @@ def test_a_stop_text_cuts_the_same_whatever_the_pieces_are(random: Random) -> No
         stops = [
             "".join(random.choice("ab") for _ in range(random.randrange(1, 5))) for _ in range(random.randrange(4))
         ]
-        cutter, given = StopTexts(stops), ""
+        cutter, given = StopCutter(stops), ""
         rest = text
         while rest:
             size = random.randrange(1, 4)
@@ -76,7 +76,7 @@ def test_a_stop_text_cuts_the_same_whatever_the_pieces_are(random: Random) -> No
 
 
 def test_only_what_may_be_a_beginning_is_held_back() -> None:
-    cutter = StopTexts(["\n\nUser:"])
+    cutter = StopCutter(["\n\nUser:"])
     assert [cutter.add(piece) for piece in ("Hello", "\n", "\nUs", "a", " b")] == ["Hello", "", "", "\n\nUsa", " b"]
 
 

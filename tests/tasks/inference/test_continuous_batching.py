@@ -98,18 +98,8 @@ def test_several_adapters_answer_beside_each_other(pico_base: Path, tmp_path: Pa
     for name, folder in folders.items():
         pool.load(name, folder, any_base=True)
 
-    @contextmanager
-    def using(name: str | None) -> Iterator[Any]:
-        if name is None:
-            pool.off()
-            with pool.in_use() as bare:
-                yield bare
-        else:
-            with pool.using(name) as model:
-                yield model
-
     asked = [Asked((*range(20, 60), 70 + n), 5, adapter=name) for n in range(3) for name in (None, *names)]
-    with engine_of(using, slots=8) as engine, ThreadPoolExecutor(12) as callers:
+    with engine_of(pool.using, slots=8) as engine, ThreadPoolExecutor(12) as callers:
         found = list(callers.map(lambda each: ask(engine, each)[0], asked))
     for each, text in zip(asked, found, strict=True):
         bare = load_model(pico_base)
