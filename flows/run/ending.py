@@ -10,7 +10,9 @@ A command is a nest of `with` blocks. Each ends what it started, so the order is
    frees it with the process.
 5. One line on the terminal, and the process.
 
-A signal is the exception `Stopped` in the main thread, which leaves that nest as an error does. Where Prefect runs
+A signal is the exception `Stopped` in the main thread, which leaves that nest as an error does. The kernel may give a
+signal to any thread (signal(7)), and only what that thread waits in is broken off; so the main thread is woken
+(`_main_thread_woken`), whatever it waits in. Where Prefect runs
 flows, the main thread does nothing but wait (`aside`), for two reasons. Only the main thread may set signal handlers,
 so that neither a flow's nor an event loop's take the place of these. And no line of Prefect is broken off: it is left
 where it is, with its threads and what it would do at the end of the interpreter, such as sending events for minutes to
@@ -29,15 +31,19 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from typing import NoReturn, TypeVar
 
 from tasks.core.errors import Interrupted
-from tasks.core.signals import on_stop, stopping_signals
+from tasks.core.signals import STOPPING, on_stop, stopping_signals
 
 T = TypeVar("T")
+
+_WAKE, _LOOK_S = signal.SIGURG, 0.01
+"""A signal that means nothing by itself, and how often it is sent until the main thread has heard of one that does."""
 
 
 class Stopped(BaseException):
@@ -73,7 +79,7 @@ def stoppable(*, silent: bool = False) -> Iterator[None]:
         silent: whether the process that started this one says it.
     """
     try:
-        with on_stop(_stop):
+        with on_stop(_stop), _main_thread_woken():
             try:
                 yield
             finally:
@@ -84,6 +90,36 @@ def stoppable(*, silent: bool = False) -> Iterator[None]:
             if not silent:
                 print(stopped.said, file=sys.stderr, flush=True)
         os._exit(stopped.exit_code)
+
+
+@contextmanager
+def _main_thread_woken() -> Iterator[None]:
+    """Break off what the main thread waits in, a lock or a child's end, when another thread took a signal that stops.
+
+    Python writes the number of every signal to a pipe, in whichever thread it comes. A thread of this block's reads it
+    and sends the main thread a signal of its own, again and again, as one that comes just before a wait begins would be
+    lost.
+    """
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+
+    def wake() -> None:
+        while number := os.read(heard, 1):
+            while number[0] in STOPPING and not _stopped:
+                signal.pthread_kill(main, _WAKE)
+                time.sleep(_LOOK_S)
+        os.close(heard)
+
+    main = threading.get_ident()
+    handler = signal.signal(_WAKE, lambda *_: None)
+    pipe = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    threading.Thread(target=wake, name="wakes the main thread", daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(pipe)
+        signal.signal(_WAKE, handler)
+        os.close(told)
 
 
 @contextmanager

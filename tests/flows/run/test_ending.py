@@ -81,8 +81,10 @@ STATES: dict[str, Reached] = {
 }
 
 
+# every state and every signal: which one it is makes no difference to the nest that it ends, as is tested below
 @pytest.mark.parametrize(
-    ("state", "sent"), [*((state, sent) for state in STATES for sent in (INT, TERM, HUP)), ("start", KILL)]
+    ("state", "sent"),
+    [("start", INT), ("start", KILL), ("between stages", INT), ("between stages", HUP), ("promoting", TERM)],
 )
 def test_a_run_ends_by_any_signal(finished: Path, state: str, sent: signal.Signals) -> None:
     for earlier in (LOG, ".temper/last-run.json"):  # by the second, a run would find nothing to do at once
@@ -97,7 +99,7 @@ def test_a_run_ends_by_any_signal(finished: Path, state: str, sent: signal.Signa
         assert flow_runs(finished) or state == "promoting"
 
 
-@pytest.mark.parametrize("sent", [INT, TERM, HUP])
+@pytest.mark.parametrize("sent", [INT, TERM])
 def test_a_run_ends_in_a_stage_which_goes_on_in_the_next(training: Path, sent: signal.Signals) -> None:
     with Beside(training, "run") as run:
         wait_for("training", lambda: re.search(r"\d+/\d+ steps", run.said()), run)
@@ -139,7 +141,7 @@ def deployment_of(workspace: Path) -> list[str]:
 RESTS = "the schedule rests until it is served again"
 
 
-@pytest.mark.parametrize("sent", [INT, TERM, HUP, KILL])
+@pytest.mark.parametrize("sent", [TERM, KILL])
 def test_a_schedule_ends_while_it_waits(finished: Path, sent: signal.Signals) -> None:
     with serving(finished) as schedule:
         wait_for("deployment", lambda: deployment_of(finished), schedule)
@@ -214,6 +216,27 @@ def test_a_second_signal_does_not_break_off_the_ending() -> None:
     )
     done = script(ASIDE.format(name="SIGTERM").replace('lambda stopped: print("stages", flush=True)', again))
     assert (done.returncode, done.stdout, done.stderr) == (75, "whole\nserver\n", "stopped by SIGTERM\n")
+
+
+WAITS = {"lock": "aside(lambda: time.sleep(60), stop=print)", "child": "subprocess.run(['sleep', '60'])"}
+
+
+@pytest.mark.parametrize("wait", WAITS)
+@pytest.mark.parametrize("sent", [INT, TERM, HUP])
+def test_a_signal_that_another_thread_takes_ends_what_the_main_thread_waits_in(wait: str, sent: signal.Signals) -> None:
+    """As the kernel may give it to any; then no wait of the main thread is interrupted."""
+    other = f"""
+import subprocess, threading
+def take():
+    time.sleep(0.5)
+    signal.pthread_kill(threading.get_ident(), signal.{sent.name})
+    time.sleep(60)
+
+threading.Thread(target=take, daemon=True).start()
+with stoppable(): {WAITS[wait]}
+"""
+    done = script(other)
+    assert (done.returncode, done.stderr) == (75, f"stopped by {sent.name}\n")
 
 
 def test_a_signal_whose_exception_python_drops_ends_it_all_the_same() -> None:
