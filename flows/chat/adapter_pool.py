@@ -9,7 +9,7 @@ undone by a subtraction.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeV
 
 from tasks.adapters.attach import Adapter, add_adapter, base_identity, read_adapter
 from tasks.adapters.files import check_base
+from tasks.adapters.mixed_batch import prepare
 from tasks.core.errors import BadModel, BadParams
 from tasks.core.shared_lock import SharedLock
+from tasks.inference.decoding import Together
 from tasks.models.loader import Model
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ def _alone(
 
 
 class AdapterPool:
-    """A base and its adapters, of which at most one is in use.
+    """A base and its adapters, of which at most one is in use, but for `together`.
 
     Threads may share it: what runs within `using` or `in_use` runs with one adapter, and changes wait until it ends.
 
@@ -76,6 +78,8 @@ class AdapterPool:
         self._parameters = dict(base.named_parameters(remove_duplicate=False))
         self._tuned: PeftModel | None = None
         self._held: dict[str, _Held] = {}
+        self._mixed: set[str | None] = {None}
+        """What PEFT knows those as whose layers follow mixed batches; the bare base always does."""
         self._kept: list[tuple[nn.Parameter, Tensor]] = []
         self._layers: list[Any] = []
         self.active: str | None = None
@@ -115,6 +119,39 @@ class AdapterPool:
                 self.off()
             else:
                 self.use(name)
+
+    @contextmanager
+    def together(self, names: Sequence[str | None]) -> Iterator[Together]:
+        """Use several adapters within this block, each for tokens of its own (`tasks.adapters.mixed_batch`).
+
+        They are the first and those of the others that can be used beside it, all of one method, and the bare base;
+        one alone is used as by `using`.
+
+        Raises:
+            BadParams: there is no such adapter, or this thread is in such a block with another one.
+        """
+        beside = self._beside(names)
+        while named := [name for name in beside if name is not None and len(beside) > 1]:
+            with self.using(self.active if self.active in named else named[0]) as model:
+                inside = {name: None if name is None else self._held[name].inside for name in beside}
+                if self.merged is None and self._mixed.issuperset(inside.values()):
+                    yield Together(model, inside)
+                    return
+            if not self._mix(named):
+                beside = beside[:1]
+        with self.using(beside[0]) as model:
+            yield Together(model, {beside[0]: None})
+
+    def _beside(self, names: Sequence[str | None]) -> list[str | None]:
+        """Return the first of some adapters, with those that can be used beside it."""
+        first, *others = names
+        chosen, configs = [first], [self._config(first)] if first else []
+        for name in others:
+            more = [*configs, self._config(name)] if name else configs
+            if not more or _lie_beside(more):
+                chosen.append(name)
+                configs = more
+        return chosen
 
     @property
     def kept_bytes(self) -> int:
@@ -161,9 +198,7 @@ class AdapterPool:
         Raises:
             BadParams: there is no such adapter.
         """
-        if name not in self._held:
-            known = ", ".join(self._held) or "none was loaded"
-            raise BadParams("there is no such adapter", got=name, expected=known)
+        self._config(name)
         self.unmerge()
         tuned = self._put(name)
         tuned.set_adapter(self._held[name].inside, inference_mode=True)
@@ -192,6 +227,7 @@ class AdapterPool:
             self._tuned.unload()
         count_as_before(self._base)
         self._tuned = self.active = None
+        self._mixed = {None}
         return self._base
 
     @_alone
@@ -225,6 +261,22 @@ class AdapterPool:
         for parameter, before in self._kept:
             parameter.data.copy_(before)
         self._kept, self._layers, self.merged = [], [], None
+
+    @_alone
+    def _mix(self, names: Sequence[str]) -> bool:
+        """Put adapters on the model whose layers follow mixed batches from then on; returns whether they do."""
+        for name in names:
+            self.use(name)
+        inside = {self._held[name].inside for name in names}
+        if follow := prepare(self.model, inside):
+            self._mixed |= inside
+        return follow
+
+    def _config(self, name: str) -> PeftConfig:
+        if name not in self._held:
+            known = ", ".join(self._held) or "none was loaded"
+            raise BadParams("there is no such adapter", got=name, expected=known)
+        return self._held[name].adapter.config
 
     def _put(self, name: str) -> PeftModel:
         """Put an adapter on the model among those on it; those of another method are taken out. Return the model."""

@@ -183,7 +183,7 @@ def _load(folder: Path, adapters: Mapping[str, Path], *, any_base: bool) -> tupl
     pool = AdapterPool(model)
     for name, place in adapters.items():
         pool.load(name, place, any_base=any_base)
-    return model, pool.using, max(_virtual_tokens(read_adapter(p).config) for p in adapters.values())
+    return model, pool.together, max(_virtual_tokens(read_adapter(p).config) for p in adapters.values())
 
 
 def _virtual_tokens(config: Any) -> int:

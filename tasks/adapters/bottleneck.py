@@ -126,6 +126,14 @@ class BottleneckLayer(HookedLayer):
         added: Tensor = self.bottleneck_parts[adapter_name](read)
         return hidden + added
 
+    def changed_at(self, hidden: Tensor, adapter_name: str, at: Tensor) -> Tensor:
+        """Add it to some tokens alone."""
+        read = self._pass.read if self._reads_norm else hidden
+        own = hidden.index_select(-2, at)
+        if read is None:
+            raise AssertionError("the norm before the MLP has not run in this pass")
+        return hidden.index_copy(-2, at, own + self.bottleneck_parts[adapter_name](read.index_select(-2, at)))
+
     def _take(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
         self._pass.read = args[0]
 

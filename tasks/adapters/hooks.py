@@ -6,7 +6,8 @@ What such a method needs of PEFT's own machinery, and where the layers and subla
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from aenum import extend_enum
@@ -15,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 
+from tasks.adapters.pass_state import PassState
 from tasks.adapters.positions import parse_layers
 from tasks.models.decoder import decoder_of
 
@@ -24,6 +26,17 @@ COMPONENTS = {
     "mlp_output": ("mlp", "feed_forward", "ffn", "fc2", "layer.1"),
 }
 """What can be changed in a layer, and what the module is called whose output that is."""
+
+Members: TypeAlias = Mapping[str, Tensor]
+"""Where the tokens of each adapter are in a pass over one sequence, (tokens,) int64."""
+
+
+class _MixedPass(PassState):
+    members: Members | None = None
+
+
+mixed_pass = _MixedPass()
+"""Whose the tokens of this thread's pass are, where it is of several adapters (`tasks.adapters.mixed_batch`)."""
 
 
 class HookedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
@@ -60,14 +73,23 @@ class HookedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def changed(self, hidden: Tensor, adapter_name: str) -> Tensor:
         """Apply an adapter to hidden states of shape (batch, tokens, hidden)."""
 
+    @abstractmethod
+    def changed_at(self, hidden: Tensor, adapter_name: str, at: Tensor) -> Tensor:
+        """Apply an adapter to the tokens `at` (tokens,) of hidden states of shape (1, tokens, hidden)."""
+
     def _change(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self.disable_adapters:
             return output
         several = isinstance(output, (tuple, list))
         hidden = output[0] if several else output
-        for name in self.active_adapters:
-            if name in self.parts:
-                hidden = self.changed(hidden, name)
+        if mixed_pass.members is None:
+            for name in self.active_adapters:
+                if name in self.parts:
+                    hidden = self.changed(hidden, name)
+        else:
+            for name, at in mixed_pass.members.items():
+                if name in self.parts:
+                    hidden = self.changed_at(hidden, name, at)
         if not several:
             return hidden
         return type(output)(hidden, *output[1:]) if hasattr(output, "_fields") else type(output)((hidden, *output[1:]))

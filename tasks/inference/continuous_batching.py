@@ -68,7 +68,7 @@ class ContinuousBatching:
     """An engine that writes continuations for callers of any thread.
 
     Args:
-        model: a model with or without an adapter; or what gives it with the adapter of a name for a block.
+        model: a model with or without an adapter; or what gives it with the adapters of some names for a block.
         end_ids: tokens that end a continuation.
         slots: so many are written at once, at most.
         cache_bytes: keys and values take so many bytes at most; None: a quarter of the memory that is free now.
@@ -84,7 +84,7 @@ class ContinuousBatching:
         cache_bytes: int | None = None,
         queue: int = 256,
     ) -> None:
-        self._with_adapter = giving(model)
+        self._with_adapters = giving(model)
         self._end_ids, self._slots, self._queue = frozenset(end_ids), slots, queue
         self._most_bytes = _free_bytes() // 4 if cache_bytes is None else cache_bytes
         self._numbers = count()
@@ -176,14 +176,14 @@ class ContinuousBatching:
 
     def _take(self, number: int, asked: Asked) -> None:
         try:
-            with self._with_adapter(asked.adapter) as model:
+            with self._with_adapters([asked.adapter]) as (model, _):
                 joins = can_decode(model, asked.tokens)
             if not joins:
                 self._alone.append((number, asked))
                 return
             if self._batch is None:
                 self._batch = DecodingBatch(
-                    self._with_adapter, self._end_ids, rows=self._slots, slab_rows=8, cache_bytes=self._most_bytes
+                    self._with_adapters, self._end_ids, rows=self._slots, slab_rows=8, cache_bytes=self._most_bytes
                 )
             self._batch.ask(number, asked)
         except Exception as error:
@@ -195,7 +195,7 @@ class ContinuousBatching:
                 self._told(number, told)
         if self._alone:
             number, asked = self._alone.popleft()
-            with self._with_adapter(asked.adapter) as model:
+            with self._with_adapters([asked.adapter]) as (model, _):
                 ended = stream(
                     model,
                     self._end_ids,

@@ -8,19 +8,20 @@ without padding (`tasks.inference.prefix_sharing`). Attention reads keys and val
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from tasks.adapters.mixed_batch import mixed
 from tasks.adapters.prompt_tuning import virtual_tokens
 from tasks.adapters.reft.prompt_positions import Prompts, prompts_of, untouched
 from tasks.core.errors import BadData
-from tasks.inference.agreement import holds
+from tasks.inference.agreement import holds, is_true
 from tasks.inference.kv_cache import SHORTEST, UNBOUNDED, Begun, CachedRows, KvCache, Measured, Place, Slab, in_runs
 from tasks.inference.lm_head import head_of, logits_of
 from tasks.inference.params import GREEDY, Generation
@@ -93,13 +94,25 @@ class Ended(NamedTuple):
     error: Exception | None = None
 
 
-Given = Callable[[str | None], AbstractContextManager[Model]]
-"""Gives a model with the adapter of a name for a block; for None, as it is without."""
+Inside: TypeAlias = Mapping[str | None, str | None]
+"""Names of adapters that are in use, and what the model calls each whose tokens must be told from others'."""
+
+
+class Together(NamedTuple):
+    """Model on which some adapters are in use together."""
+
+    model: Model
+    inside: Inside
+
+
+Given = Callable[[Sequence[str | None]], AbstractContextManager[Together]]
+"""Gives a model for a block with the adapters of some names, or of the first and as many as can be used with it; the
+name None is of the model as it is without."""
 
 
 def giving(model: Model | Given) -> Given:
     """Return what gives a model for a block: the same for every name, where it is one model."""
-    return (lambda _: nullcontext(model)) if isinstance(model, nn.Module) else model
+    return (lambda names: nullcontext(Together(model, dict.fromkeys(names)))) if isinstance(model, nn.Module) else model
 
 
 Told = tuple[int, Written | Ended]
@@ -133,12 +146,15 @@ class _Row:
         return self.written[-1:] if self.written and missing == 1 else self.ids[-missing:]
 
 
+NO_ADAPTER: Inside = {None: None}
+
+
 class DecodingBatch:
     """Continuations that are written together.
 
     Args:
-        model: a decoder that `can_decode`, with or without an adapter; or what gives it with the adapter of a name for
-            a block.
+        model: a decoder that `can_decode`, with or without an adapter; or what gives it with the adapters of some
+            names for a block.
         end_ids: tokens that end a continuation.
         rows: so many are written at once, at most.
         slab_rows: rows whose keys and values lie beside each other.
@@ -156,12 +172,14 @@ class DecodingBatch:
         cache_bytes: int = UNBOUNDED,
         shortest: int = SHORTEST,
     ) -> None:
-        self._with_adapter, self._end_ids, self._most = giving(model), frozenset(end_ids), rows
-        with self._with_adapter(None) as bare:
+        self._with_adapters, self._end_ids, self._most = giving(model), frozenset(end_ids), rows
+        with self._with_adapters([None]) as (bare, _):
             self._device = bare.device
             self.cache = KvCache(bytes_per_token(bare), slab_rows, cache_bytes, shortest)
         self._shares: dict[str | None, bool] = {}
         """Whether rows with an adapter may go on behind others: edits change keys by where the prompt ends."""
+        self._mixes: dict[str | None, bool] = {None: True}
+        """Whether an adapter's rows may be in one pass with those of others."""
         self._waiting: deque[_Row] = deque()
         self._rows: dict[int, _Row] = {}
 
@@ -188,7 +206,7 @@ class DecodingBatch:
                 expected=f"at most {self.cache.most_tokens} together",
             )
         if asked.adapter not in self._shares:
-            with self._with_adapter(asked.adapter) as model:
+            with self._with_adapters([asked.adapter]) as (model, _):
                 self._shares[asked.adapter] = prompts_of(unwrapped(model)) is None
         self._waiting.append(_Row(number, asked))
 
@@ -205,16 +223,24 @@ class DecodingBatch:
         self._close_gaps()
         fresh = set(begun)
         going = [row for row in self._rows.values() if row not in fresh]
-        for adapter in dict.fromkeys(row.asked.adapter for row in self._rows.values()):
-            rows = sorted(
-                (row for row in going if row.asked.adapter == adapter),
-                key=lambda row: (id(row.place.slab), row.place.slot),
-            )
-            new = [row for row in begun if row.asked.adapter == adapter]
-            with self._with_adapter(adapter) as model, _edited(unwrapped(model), len(rows), new):
-                logits = _next_logits(model, rows, new)
+        going.sort(key=lambda row: (id(row.place.slab), row.place.slot))
+        left = list(dict.fromkeys(row.asked.adapter for row in self._rows.values()))
+        while left:
+            with self._with_adapters(self._mixing(left)) as (model, inside):
+                rows, new = ([row for row in some if row.asked.adapter in inside] for some in (going, begun))
+                with _edited(unwrapped(model), len(rows), new, inside):
+                    logits = _next_logits(model, rows, new, inside)
             told += self._choose([*rows, *new], logits)
+            left = [name for name in left if name not in inside]
         return told
+
+    def _mixing(self, names: Sequence[str | None]) -> Sequence[str | None]:
+        """Return the first of some adapters, and those whose rows may be in one pass with its."""
+        for name in names if len(names) > 1 else ():
+            if name not in self._mixes:
+                self._mixes[name] = can_mix(self._with_adapters, name)
+        first, *others = names
+        return [first, *(name for name in others if self._mixes[name] and self._mixes[first])]
 
     def _begin(self) -> list[_Row]:
         """Take rows in that wait, in their order, as far as there is room in memory and in a pass."""
@@ -273,12 +299,22 @@ class DecodingBatch:
             row.place = moved.get(row.place, row.place)
 
 
-def _next_logits(model: Model, going: Sequence[_Row], begun: Sequence[_Row]) -> Tensor:
-    """Run a pass; gives the logits after each row's last token, (rows, vocabulary) float32."""
+def _next_logits(model: Model, going: Sequence[_Row], begun: Sequence[_Row], inside: Inside = NO_ADAPTER) -> Tensor:
+    """Run a pass; gives the logits after each row's last token, (rows, vocabulary) float32.
+
+    Args:
+        model: with the adapters of all rows.
+        going: rows whose last token is given.
+        begun: rows whose prompts are.
+        inside: what the model calls the rows' adapters.
+    """
     base = unwrapped(model)
     ids, positions, ends = list[int](), list[int](), list[int]()
+    members: dict[str, list[int]] = {}
     for row in (*going, *begun):
-        new, kept = row.new, len(row.kept)
+        new, kept, name = row.new, len(row.kept), inside[row.asked.adapter]
+        if name is not None:
+            members.setdefault(name, []).extend(range(len(ids), len(ids) + len(new)))
         ids += new
         positions += range(kept, kept + len(new))
         ends.append(len(ids) - 1)
@@ -290,7 +326,8 @@ def _next_logits(model: Model, going: Sequence[_Row], begun: Sequence[_Row]) -> 
         Begun(row.place, end + 1 - len(row.new), end + 1) for row, end in zip(begun, ends[len(going) :], strict=True)
     ]
     layout = CachedRows(runs, prompts, base.device, _dtype_of(base))
-    with torch.no_grad():
+    own = {name: upload(at, base.device) for name, at in members.items()}
+    with torch.no_grad(), mixed(own) if any(inside.values()) else nullcontext():
         hidden = cached_hidden(base, upload([ids], base.device), upload([positions], base.device), layout)
         last, head = hidden.index_select(0, upload(ends, base.device)), head_of(model)
         logits = head.logits(last) if head else logits_of(model, last)
@@ -299,7 +336,7 @@ def _next_logits(model: Model, going: Sequence[_Row], begun: Sequence[_Row]) -> 
     return logits.float()
 
 
-def _edited(base: Any, before: int, begun: Sequence[_Row]) -> AbstractContextManager[None]:
+def _edited(base: Any, before: int, begun: Sequence[_Row], inside: Inside) -> AbstractContextManager[None]:
     """Say where prompts are in a pass, behind so many other tokens, for edits that look for them."""
     tracker: Prompts | None = prompts_of(base)
     if tracker is None:
@@ -307,7 +344,8 @@ def _edited(base: Any, before: int, begun: Sequence[_Row]) -> AbstractContextMan
     if not begun:
         return tracker.nowhere()
     new, prompt = (torch.tensor(each) for each in ([len(r.new) for r in begun], [len(r.asked.prompt) for r in begun]))
-    return tracker.at(torch.zeros_like(new), before + new.cumsum(0) - new, prompt)
+    owners = [inside[row.asked.adapter] for row in begun] if any(inside.values()) else None
+    return tracker.at(torch.zeros_like(new), before + new.cumsum(0) - new, prompt, owners=owners)
 
 
 def _dtype_of(base: nn.Module) -> torch.dtype:
@@ -387,6 +425,43 @@ def _written_and_whole(base: Any) -> Iterator[tuple[Tensor, Tensor]]:
 def _alone(base: Any, ids: Sequence[int]) -> Tensor:
     logits: Tensor = base(input_ids=upload([list(ids)], base.device), use_cache=False).logits[0, -1]
     return logits.float()
+
+
+def can_mix(given: Given, name: str | None) -> bool:
+    """Return whether rows with an adapter can be in one pass with the base's: each gets what it gets without the other.
+
+    Several adapters are then no other thing: none is computed with another's tokens.
+    """
+    if name is None:
+        return True
+    alone = []
+    for each in (None, name):
+        with given([each]) as (model, inside):
+            alone.append(_made_up_rows(model, inside))
+    with given([None, name]) as (model, inside):
+        base = unwrapped(model)
+        return len(inside) == 2 and is_true(
+            base, lambda: zip(_made_up_rows(model, inside), map(torch.cat, zip(*alone, strict=True)), strict=True)
+        )
+
+
+def _made_up_rows(model: Model, inside: Inside) -> list[Tensor]:
+    """Compute the logits of a row with each adapter after its prompt and after one token more, (rows, vocabulary)."""
+    base, found = unwrapped(model), list[Tensor]()
+    cache, rows = KvCache(bytes_per_token(base), rows=len(inside)), list[_Row]()
+    for number, name in enumerate(inside):
+        row = _Row(number, Asked(tuple(made_up_tokens(base, range(1, 6))[0].tolist()), 2, adapter=name))
+        place = cache.take(name, row.ids, row.asked.tokens, share=False)
+        if place is None:
+            raise AssertionError("no room in an empty cache")
+        row.place = place
+        rows.append(row)
+    for going, begun in (([], rows), (rows, [])):
+        with _edited(base, len(going), begun, inside):
+            found.append(_next_logits(model, going, begun, inside))
+        for row in rows:
+            row.written = [row.asked.prompt[0]]
+    return found
 
 
 def bytes_per_token(model: Model) -> int:

@@ -8,7 +8,7 @@ it, and rows packed one after another, which begin where `position_ids` are 0, h
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -74,9 +74,10 @@ class _Pass(PassState):
 
     def __init__(self) -> None:
         self.prompts: Segments | None = None
-        self.places: dict[tuple[Spans, torch.device], dict[str, Places]] = {}
+        self.places: dict[tuple[Spans, torch.device, str | None], dict[str, Places]] = {}
         self.labels: Tensor | None = None
         self.given: Segments | None = None
+        self.owners: Sequence[str | None] | None = None
 
 
 class Prompts:
@@ -123,13 +124,22 @@ class Prompts:
             yield
 
     @contextmanager
-    def at(self, row: Tensor, start: Tensor, length: Tensor) -> Iterator[None]:
-        """Set the prompts for this block, as in `Segments`; a row may hold several."""
-        self._pass.given = Segments(row, start, length)
+    def at(
+        self, row: Tensor, start: Tensor, length: Tensor, *, owners: Sequence[str | None] | None = None
+    ) -> Iterator[None]:
+        """Set the prompts for this block, (prompts,) int64 each, on the host; a row may hold several.
+
+        Args:
+            row: the row that each stands in.
+            start: its first column.
+            length: how many tokens it has.
+            owners: the adapter of each prompt, where passes are of several (`tasks.adapters.mixed_batch`).
+        """
+        self._pass.given, self._pass.owners = Segments(row, start, length), owners
         try:
             yield
         finally:
-            self._pass.given = None
+            self._pass.given = self._pass.owners = None
 
     @contextmanager
     def among(self, rows: Tensor) -> Iterator[None]:
@@ -153,17 +163,28 @@ class Prompts:
         finally:
             self._pass.given = before
 
-    def places(self, spans: Spans, device: torch.device) -> dict[str, Places]:
-        """Return the tokens to edit in the present forward pass, on a device; empty while it goes on from a cache."""
+    def places(self, spans: Spans, device: torch.device, owner: str | None = None) -> dict[str, Places]:
+        """Return the tokens to edit in the present forward pass, on a device; empty while it goes on from a cache.
+
+        Args:
+            spans: which of a prompt's.
+            device: where they are wanted.
+            owner: those of the prompts of an adapter, where these are told apart; None: of all.
+        """
         present = self._pass
         if present.prompts is None:
             return {}
-        if (spans, device) not in present.places:
-            found = places(present.prompts, spans)
-            present.places[spans, device] = {
+        asked = (spans, device, owner)
+        if asked not in present.places:
+            prompts = present.prompts
+            if owner is not None and present.owners is not None:
+                own = torch.tensor([each == owner for each in present.owners])
+                prompts = Segments(*(each[own] for each in prompts))
+            found = places(prompts, spans)
+            present.places[asked] = {
                 name: (upload(rows, device), upload(columns, device)) for name, (rows, columns) in found.items()
             }
-        return present.places[spans, device]
+        return present.places[asked]
 
     def _remember(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         if getattr(layer, "gradient_checkpointing", False) and layer.training and args:

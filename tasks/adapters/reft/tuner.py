@@ -24,7 +24,7 @@ from tasks.adapters.hooks import (
 )
 from tasks.adapters.positions import LAYERS, Spans, parse_positions
 from tasks.adapters.reft.interventions import INTERVENTIONS, Edit
-from tasks.adapters.reft.prompt_positions import Prompts, prompts_of, untouched
+from tasks.adapters.reft.prompt_positions import Places, Prompts, prompts_of, untouched
 from tasks.core.errors import BadModel
 from tasks.models.decoder import made_up_tokens, own_code
 
@@ -117,7 +117,14 @@ class ReftLayer(HookedLayer):
 
     def changed(self, hidden: Tensor, adapter_name: str) -> Tensor:
         """Edit the tokens of the present prompts, and no others."""
-        found = self._prompts.places(self.reft_spans[adapter_name], hidden.device)
+        return self._edited(hidden, adapter_name, self._prompts.places(self.reft_spans[adapter_name], hidden.device))
+
+    def changed_at(self, hidden: Tensor, adapter_name: str, at: Tensor) -> Tensor:
+        """Edit the tokens of the adapter's own prompts, as they were given: `at` has those that are no prompt's too."""
+        own = self._prompts.places(self.reft_spans[adapter_name], hidden.device, adapter_name)
+        return self._edited(hidden, adapter_name, own)
+
+    def _edited(self, hidden: Tensor, adapter_name: str, found: dict[str, Places]) -> Tensor:
         edits: Any = self.reft_edits[adapter_name]
         if found and "shared" in edits:
             rows, columns = zip(*found.values(), strict=True)

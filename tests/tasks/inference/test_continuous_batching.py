@@ -99,7 +99,7 @@ def test_several_adapters_answer_beside_each_other(pico_base: Path, tmp_path: Pa
         pool.load(name, folder, any_base=True)
 
     asked = [Asked((*range(20, 60), 70 + n), 5, adapter=name) for n in range(3) for name in (None, *names)]
-    with engine_of(pool.using, slots=8) as engine, ThreadPoolExecutor(12) as callers:
+    with engine_of(pool.together, slots=8) as engine, ThreadPoolExecutor(12) as callers:
         found = list(callers.map(lambda each: ask(engine, each)[0], asked))
     for each, text in zip(asked, found, strict=True):
         bare = load_model(pico_base)
