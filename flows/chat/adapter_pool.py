@@ -1,7 +1,8 @@
 """One base model in memory with several adapters: W0 + B1 A1 -> W0 + B2 A2 without loading anything again.
 
 Adapters of one method lie beside each other and one is switched on. Between methods the layers of the one are taken
-out of the base and those of the other put in, which leaves the base as it was. A merged adapter is part of the weights,
+out of the base and those of the other put in, which leaves the base as it was. Several may be in use together, each
+for tokens of its own. A merged adapter is part of the weights,
 so that a pass costs what it costs without one. What the weights were is kept, since a sum in floating point is not
 undone by a subtraction.
 """
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeV
 
 from tasks.adapters.attach import Adapter, add_adapter, base_identity, read_adapter
 from tasks.adapters.files import check_base
+from tasks.adapters.method_layers import MethodLayers, children_of
 from tasks.adapters.mixed_batch import prepare
 from tasks.core.errors import BadModel, BadParams
 from tasks.core.shared_lock import SharedLock
@@ -24,12 +26,15 @@ from tasks.inference.decoding import Together
 from tasks.models.loader import Model
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 _BESIDE_EACH_OTHER = ("LORA", "IA3", "REFT", "BOTTLENECK")
 """Methods of which PEFT holds several adapters that know nothing of one another."""
+
+_REPLACE_LAYERS = ("LORA", "IA3")
+"""Those that put layers of their own in the place of the base's; the others hang on them."""
 
 _LEAVES_BASE = (True, False, "gaussian", "orthogonal", "eva")
 """Initial values of LoRA that leave the base's weights alone; others (PiSSA, OLoRA, LoftQ) take a part out of them."""
@@ -78,8 +83,13 @@ class AdapterPool:
         self._parameters = dict(base.named_parameters(remove_duplicate=False))
         self._tuned: PeftModel | None = None
         self._held: dict[str, _Held] = {}
-        self._mixed: set[str | None] = {None}
-        """What PEFT knows those as whose layers follow mixed batches; the bare base always does."""
+        self._bare = children_of(base)
+        self._methods: dict[str, MethodLayers] = {}
+        """Layers that were put into the base, by method."""
+        self._together: frozenset[str | None] = frozenset()
+        """Adapters that are in use together; there is no active one then."""
+        self._follow: set[str] = set()
+        """What PEFT knows those as whose layers follow mixed batches."""
         self._kept: list[tuple[nn.Parameter, Tensor]] = []
         self._layers: list[Any] = []
         self.active: str | None = None
@@ -112,7 +122,7 @@ class AdapterPool:
         """
         while True:
             with self._lock.shared():
-                if self.active == name:
+                if self.active == name and not self._together:
                     yield self.model
                     return
             if name is None:
@@ -124,34 +134,21 @@ class AdapterPool:
     def together(self, names: Sequence[str | None]) -> Iterator[Together]:
         """Use several adapters within this block, each for tokens of its own (`tasks.adapters.mixed_batch`).
 
-        They are the first and those of the others that can be used beside it, all of one method, and the bare base;
-        one alone is used as by `using`.
+        They are the first and those of the others, and the bare base, that can be used beside it. One alone is used as
+        by `using`.
 
         Raises:
-            BadParams: there is no such adapter, or this thread is in such a block with another one.
+            BadParams: there is no such adapter, or this thread is in such a block with others.
         """
         beside = self._beside(names)
-        while named := [name for name in beside if name is not None and len(beside) > 1]:
-            with self.using(self.active if self.active in named else named[0]) as model:
-                inside = {name: None if name is None else self._held[name].inside for name in beside}
-                if self.merged is None and self._mixed.issuperset(inside.values()):
-                    yield Together(model, inside)
+        while len(beside) > 1:
+            with self._lock.shared():
+                if self._together.issuperset(beside):
+                    yield Together(self.model, {name: self._held[name].inside if name else None for name in beside})
                     return
-            if not self._mix(named):
-                beside = beside[:1]
+            beside = self._use_together(beside)
         with self.using(beside[0]) as model:
             yield Together(model, {beside[0]: None})
-
-    def _beside(self, names: Sequence[str | None]) -> list[str | None]:
-        """Return the first of some adapters, with those that can be used beside it."""
-        first, *others = names
-        chosen, configs = [first], [self._config(first)] if first else []
-        for name in others:
-            more = [*configs, self._config(name)] if name else configs
-            if not more or _lie_beside(more):
-                chosen.append(name)
-                configs = more
-        return chosen
 
     @property
     def kept_bytes(self) -> int:
@@ -198,37 +195,45 @@ class AdapterPool:
         Raises:
             BadParams: there is no such adapter.
         """
-        self._config(name)
         self.unmerge()
+        self._together = frozenset()
         tuned = self._put(name)
-        tuned.set_adapter(self._held[name].inside, inference_mode=True)
-        if not tuned.active_peft_config.is_prompt_learning:
-            tuned.base_model.enable_adapter_layers()
-        tuned.requires_grad_(False)
+        if tuned.active_adapter != self._held[name].inside:
+            tuned.set_adapter(self._held[name].inside, inference_mode=True)
         self.active = name
 
     @_alone
     def off(self) -> None:
-        """Use the bare base; adapters stay beside its weights, so that the next use is quick."""
+        """Use the bare base; adapters stay beside it, so that the next use is quick."""
         self.unmerge()
-        if self._tuned is not None and self._tuned.active_peft_config.is_prompt_learning:
-            self.release()
-        elif self._tuned is not None:
-            self._tuned.base_model.disable_adapter_layers()
+        self._clear()
         self.active = None
 
     @_alone
     def release(self) -> PreTrainedModel:
         """Return the base as it was before any adapter, with all of them taken out; the next use puts one in again."""
+        self.unmerge()
+        self._clear()
+        for layers in self._methods.values():
+            layers.put_in()
+            layers.tuned.unload()
+        self._methods, self._follow, self.active = {}, set(), None
+        return self._base
+
+    def _clear(self, but: str = "") -> None:
+        """Take the layers of all methods but one out of the base."""
         from tasks.adapters.prompt_tuning import count_as_before
 
-        self.unmerge()
-        if self._tuned is not None and not self._tuned.active_peft_config.is_prompt_learning:
-            self._tuned.unload()
-        count_as_before(self._base)
-        self._tuned = self.active = None
-        self._mixed = {None}
-        return self._base
+        self._together = frozenset()
+        kept = self._methods.get(but)
+        for layers in self._methods.values():
+            if layers is not kept:
+                layers.take_out()
+        if self._tuned is not None and not any(self._tuned is layers.tuned for layers in self._methods.values()):
+            if not self._tuned.active_peft_config.is_prompt_learning:
+                self._tuned.unload()
+            count_as_before(self._base)
+        self._tuned = kept.tuned if kept and kept.in_base else None
 
     @_alone
     def merge(self, name: str) -> None:
@@ -262,30 +267,66 @@ class AdapterPool:
             parameter.data.copy_(before)
         self._kept, self._layers, self.merged = [], [], None
 
-    @_alone
-    def _mix(self, names: Sequence[str]) -> bool:
-        """Put adapters on the model whose layers follow mixed batches from then on; returns whether they do."""
+    def _beside(self, names: Sequence[str | None]) -> list[str | None]:
+        """Return the first of some adapters, with those that can be used beside it."""
+        chosen, methods = list[str | None](), set[str]()
         for name in names:
-            self.use(name)
-        inside = {self._held[name].inside for name in names}
-        if follow := prepare(self.model, inside):
-            self._mixed |= inside
-        return follow
+            method = self._method(name) if name is not None else None
+            if not chosen or method is None or _lie_together(methods | {method}):
+                chosen.append(name)
+                methods |= {method} if method else set()
+            if "" in methods:  # what lies beside nothing
+                break
+        return chosen
 
-    def _config(self, name: str) -> PeftConfig:
+    @_alone
+    def _use_together(self, names: Sequence[str | None]) -> list[str | None]:
+        """Put adapters into the base whose layers follow mixed batches; returns them, or the first if it does not."""
+        self.unmerge()
+        held = {name: self._held[name].inside for name in names if name is not None}
+        for name in held:
+            self._put(name)
+        self._clear()
+        methods = [self._methods[method] for method in dict.fromkeys(map(self._method, held))]
+        for layers in methods:
+            layers.put_in()
+        self._follow |= {
+            inside for inside in held.values() if inside not in self._follow and prepare(self._base, inside)
+        }
+        follow = [name for name in names if name is None or held[name] in self._follow]
+        if names[0] in follow and len(follow) > 1:
+            self.active, self._tuned, self._together = None, methods[0].tuned, frozenset(follow)
+            return follow
+        self.off()
+        return [names[0]]
+
+    def _method(self, name: str) -> str:
+        """Return the method of an adapter that lies beside others of it; empty for one that does not."""
         if name not in self._held:
             known = ", ".join(self._held) or "none was loaded"
             raise BadParams("there is no such adapter", got=name, expected=known)
-        return self._held[name].adapter.config
+        config = self._held[name].adapter.config
+        kind = str(config.peft_type.value)
+        # LoRA with trained biases changes the base's own
+        return kind if kind in _BESIDE_EACH_OTHER and config.to_dict().get("bias", "none") == "none" else ""
 
     def _put(self, name: str) -> PeftModel:
-        """Put an adapter on the model among those on it; those of another method are taken out. Return the model."""
-        adapter, inside = self._held[name]
-        if self._tuned is not None and inside in self._tuned.peft_config:
+        """Put an adapter on the model, whose method alone is then in the base. Return the model."""
+        method, (adapter, inside) = self._method(name), self._held[name]
+        if not method:
+            if self._tuned is None or inside not in self._tuned.peft_config:
+                self._clear()
+                self._tuned = add_adapter(self._base, adapter, inside)
             return self._tuned
-        if self._tuned is not None and not _lie_beside([*self._tuned.peft_config.values(), adapter.config]):
-            self.release()
-        self._tuned = add_adapter(self._base if self._tuned is None else self._tuned, adapter, inside)
+        self._clear(but=method)
+        layers = self._methods.get(method)
+        if layers:
+            layers.put_in()
+        if layers is None or inside not in layers.tuned.peft_config:
+            tuned = add_adapter(layers.tuned if layers else self._base, adapter, inside)
+            self._methods[method] = layers = MethodLayers(tuned, self._bare)
+            self._follow = set()  # it may have layers of its own
+        self._tuned = layers.tuned
         return self._tuned
 
     def _check_leaves_base(self, adapter: Adapter) -> None:
@@ -348,8 +389,6 @@ def _adapters_of(layer: Any) -> set[str]:
     return {name for group in layer.adapter_layer_names for name in getattr(layer, group)}
 
 
-def _lie_beside(configs: list[PeftConfig]) -> bool:
-    """Return whether PEFT holds these adapters beside each other; LoRA with trained biases changes the base's own."""
-    kinds = {str(config.peft_type.value) for config in configs}
-    plain = all(config.to_dict().get("bias", "none") == "none" for config in configs)
-    return len(kinds) == 1 and kinds <= set(_BESIDE_EACH_OTHER) and plain
+def _lie_together(methods: set[str]) -> bool:
+    """Return whether the layers of some methods can be in a base at a time: all but two that replace its layers."""
+    return "" not in methods and len(methods & set(_REPLACE_LAYERS)) < 2

@@ -48,6 +48,8 @@ class HookedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
+        self.rests = False
+        """Whether it is out of the model for now, but for its hooks."""
         self._module = [module]  # in a list, since a child cannot have its parent for a child
         self._handles = [module.register_forward_hook(self._change)]
 
@@ -78,7 +80,7 @@ class HookedLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """Apply an adapter to the tokens `at` (tokens,) of hidden states of shape (1, tokens, hidden)."""
 
     def _change(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if self.disable_adapters:
+        if self.disable_adapters or self.rests:
             return output
         several = isinstance(output, (tuple, list))
         hidden = output[0] if several else output

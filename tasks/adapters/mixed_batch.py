@@ -7,7 +7,7 @@ base computes all tokens at once, each adapter its own alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,11 +21,11 @@ from tasks.adapters.hooks import HookedLayer, Members, mixed_pass
 _Forward = Callable[..., Tensor]
 
 
-def prepare(model: nn.Module, names: Collection[str]) -> bool:
-    """Let the layers of some adapters on a model follow `mixed`; returns whether they can, all of them."""
+def prepare(model: nn.Module, name: str) -> bool:
+    """Let the layers of an adapter on a model follow `mixed`; returns whether they can, all of them."""
     tuned = [each for each in model.modules() if isinstance(each, BaseTunerLayer)]
     layers = [each for each in tuned if not isinstance(each, HookedLayer)]  # whose hooks follow it by themselves
-    ways = [(layer, way) for layer in layers if (way := _way(layer, names))]
+    ways = [(layer, way) for layer in layers if (way := _way(layer, name))]
     if len(ways) < len(layers):
         return False
     for layer, way in ways:
@@ -49,12 +49,12 @@ def mixed(members: Members) -> Iterator[None]:
         mixed_pass.members = None
 
 
-def _way(layer: Any, names: Collection[str]) -> _Forward | None:
-    """Return how a layer computes a mixed batch of some adapters; None where it does not."""
+def _way(layer: Any, name: str) -> _Forward | None:
+    """Return how a layer computes a mixed batch of an adapter; None where it does not."""
     if layer.merged:
         return None
     if isinstance(layer, lora.Linear | lora.Linear8bitLt | lora.Linear4bit):
-        return None if layer.lora_variant.keys() & set(names) else _lora
+        return None if name in layer.lora_variant else _lora
     return _ia3 if isinstance(layer, ia3.Linear | ia3.Linear8bitLt | ia3.Linear4bit) else None
 
 

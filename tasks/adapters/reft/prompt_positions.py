@@ -85,6 +85,8 @@ class Prompts:
 
     def __init__(self) -> None:
         """Begin without a forward pass."""
+        self.rests = False
+        """Whether nobody asks for prompts for now."""
         self._pass = _Pass()
         self._handles: list[Any] = []
         self._seen: Any = WeakIdKeyDictionary()
@@ -205,6 +207,9 @@ class Prompts:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _find(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._pass.places = {}
+        if self.rests:
+            self._pass.prompts = None
+            return
         cache = kwargs.get("past_key_values")
         if self._pass.given is not None:
             self._pass.prompts = None if self._pass.given is _NONE else self._pass.given

@@ -126,9 +126,9 @@ def test_one_pass_has_the_logits_of_pefts_mixed_batch(pico_base: Path, tmp_path:
         assert [p for _, p in found[number].top] == pytest.approx(likeliest.values.tolist(), abs=1e-4)
 
 
-def test_adapters_of_several_methods_come_and_go_between_passes(pico_base: Path, tmp_path: Path) -> None:
-    """And two of one method are in one pass beside them."""
-    folders = folders_of(pico_base, tmp_path, [LORA, ADAPTERS["loreft"], LORA, ADAPTERS["ia3"]])
+def test_methods_are_mixed_but_for_two_that_replace_the_same_layers(pico_base: Path, tmp_path: Path) -> None:
+    kinds = [LORA, ADAPTERS["loreft"], LORA, ADAPTERS["ia3"], MIXED["parallel"], ADAPTERS["dora"]]
+    folders = folders_of(pico_base, tmp_path, kinds)
     pool = pool_of(pico_base, folders)
     names = [None, *folders]
     sizes = Counter[tuple[str | None, ...]]()
@@ -137,9 +137,9 @@ def test_adapters_of_several_methods_come_and_go_between_passes(pico_base: Path,
         with pool.together(left) as used:
             sizes[tuple(used.inside)] += 1
         left = [name for name in left if name not in used.inside]
-    assert sizes == {(None, "a.1", "a.3"): 1, ("a.2",): 1, ("a.4",): 1}
+    assert sizes == {(None, "a.1", "a.2", "a.3", "a.5"): 1, ("a.4",): 1, ("a.6",): 1}
 
-    asked = [Asked(p, 3, adapter=names[n % 5], logprobs=3) for n, p in enumerate(PROMPTS)]
+    asked = [Asked(p, 3, adapter=names[n % 7], logprobs=3) for n, p in enumerate(PROMPTS)]
     found = written(DecodingBatch(pool.together, [], rows=9, slab_rows=4), asked)
     for number, each in enumerate(asked):
         bare: Any = load_model(pico_base)
