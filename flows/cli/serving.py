@@ -51,8 +51,12 @@ def serve(
         str | None, typer.Option(metavar="ALIAS", help="Let another alias answer too, for --record alone.")
     ] = None,
     record: Annotated[
-        Path | None,
-        typer.Option(help="Keep conversations and feedback in this SQLite file, with secrets and e-mails masked."),
+        str | None,
+        typer.Option(
+            metavar="FILE|URL",
+            help="Keep conversations and feedback in this SQLite file or postgresql:// database, with secrets and "
+            "e-mails masked; also TEMPER_RECORD.",
+        ),
     ] = None,
     slots: Annotated[int, typer.Option(min=1, help="So many requests are answered at a time.")] = 32,
     queue: Annotated[int, typer.Option(min=0, help="So many wait at most; more are told to come again.")] = 256,
@@ -77,6 +81,7 @@ def serve(
     from tasks.core.stage import quiet_libraries
 
     quiet_libraries()  # before they are imported
+    from flows.serve.record_database import url_given
     from flows.serve.routing import Plan, adapter_of, canary_of
     from flows.serve.versions import Settings, reference_of
 
@@ -86,7 +91,7 @@ def serve(
     named = dict(adapter_of(each) for each in adapter or [])
     places = {name: seen_from_here(reference) for name, reference in named.items()}
     given = [each if each.startswith(REGISTRY_SCHEME) else str(Path(each).resolve()) for each in models or []]
-    kept = record.resolve() if record else None
+    kept = url_given(record)
 
     in_registry = not given or any(each.startswith(REGISTRY_SCHEME) for each in [*given, *places.values()])
     root = ready(workspace) if workspace or in_registry else None
@@ -111,7 +116,7 @@ def serve(
 
 @app.command()
 def feedback(
-    record: Annotated[Path, typer.Argument(help="The file that `temper serve --record` keeps.")],
+    record: Annotated[str, typer.Argument(help="The file or database that `temper serve --record` keeps.")],
     out: Annotated[
         Path, typer.Argument(help="The folder to write, of labels.jsonl, preferences.jsonl and chats.jsonl.")
     ],
@@ -126,14 +131,16 @@ def feedback(
 ) -> None:
     """Write what people said of answers as rows to train on, which `ingest` reads as a folder."""
     from flows.serve import feedback as said
+    from flows.serve.record_database import shown, url_named
     from tasks.core.errors import BadParams
 
     key, equals, value = (consent or "").partition("=")
     if consent and not (key and equals):
         raise BadParams("is no condition", where=f"--consent {consent}", expected="KEY=VALUE, such as training=yes")
+    place = url_named(record)
     if forget_after is not None:
-        typer.echo(f"{said.forget(record, forget_after)} conversations deleted from {record}")
-    found = said.snapshot(record, out, said.Choice(days, (key, value) if consent else None))
+        typer.echo(f"{said.forget(place, forget_after)} conversations deleted from {shown(place)}")
+    found = said.snapshot(place, out, said.Choice(days, (key, value) if consent else None))
     for name, rows in found.rows.items():
         typer.echo(f"{out / name}: {rows} rows")
     for reason, count in sorted(found.left_out.items()):

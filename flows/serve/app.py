@@ -59,7 +59,7 @@ def make_app(service: Service) -> FastAPI:
         if service.record is None:
             raise ApiError(
                 HTTPStatus.BAD_REQUEST,
-                "This server keeps no record of answers; it is started with --record FILE for that.",
+                "This server keeps no record of answers; it is started with --record for that.",
                 code="no_record",
             )
         await asyncio.to_thread(service.record.say, said, key_name)

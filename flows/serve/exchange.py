@@ -8,7 +8,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
-from sqlite3 import Error as DatabaseError
 from typing import Any, NamedTuple
 
 from flows.serve.errors import ApiError, place_of
@@ -20,6 +19,7 @@ from flows.serve.requests import SEEDS, ChatRequest, CompletionRequest
 from flows.serve.responses import CHAT, COMPLETION, DONE, Form, Head, event, message, usage
 from flows.serve.routing import SHADOW, Chosen, Models
 from flows.serve.versions import LoadedVersion
+from tasks.core.errors import Transient
 
 GONE = 499
 """Status, in metrics alone, of a request whose client went away."""
@@ -156,8 +156,8 @@ class Exchange:
             return
         try:
             await asyncio.to_thread(self._service.record.add, self._conversation())
-        except (DatabaseError, OSError) as error:  # the answer is no worse for it
-            self._service.say(f"a conversation could not be recorded: {type(error).__name__}: {error}")
+        except Transient as error:  # the answer is no worse for it
+            self._service.say(f"a conversation could not be recorded: {error.line()}")
 
     def _conversation(self) -> Conversation:
         request, chosen = self.request, self._chosen

@@ -10,15 +10,16 @@ The record goes on while it is read; the files do not change by themselves, so t
 from __future__ import annotations
 
 import json
-import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flows.serve.record import SCHEMA
+from sqlalchemy import URL
+
+from flows.serve.record import Conversation, Record, Vote, open_record
 from tasks.core.artifacts import MANIFEST, atomic_folder
 from tasks.core.errors import BadData
 
@@ -47,25 +48,27 @@ class Snapshot(NamedTuple):
     left_out: Mapping[str, int]
 
 
-def snapshot(record: Path, out: Path, choice: Choice | None = None) -> Snapshot:
+def snapshot(place: str | Path | URL, out: Path, choice: Choice | None = None) -> Snapshot:
     """Write the rows that a record of `temper serve` holds to a folder, whole or not at all.
 
     Of several votes that a client gave on one answer the last one counts. Thumbs of several clients are one row, with
     what more of them say; where they are even there is none. Equal rows are one.
 
     Raises:
-        BadData: the file is no record, there is no row to write, or the folder holds something else.
+        BadData: there is no row to write, or the folder holds something else.
+        BadParams: there is no record.
     """
     _check_folder(out)
     left_out = Counter[str]()
     files: dict[str, dict[str, None]] = {}
-    with closing(_opened(record)) as database:
-        conversations = dict(_chosen(database, choice or Choice(), left_out))
-        for name, row in _rows(conversations, _votes(database), left_out):
-            files.setdefault(name, {})[json.dumps(row, ensure_ascii=False)] = None
+    with closing(open_record(place)) as record:
+        votes = _counted(record.votes())  # first: by now what they are of is there
+        conversations = dict(_chosen(record, choice or Choice(), left_out))
+    for name, row in _rows(conversations, votes, left_out):
+        files.setdefault(name, {})[json.dumps(row, ensure_ascii=False)] = None
     if not files:
         reasons = [f"{reason}: {count}" for reason, count in sorted(left_out.items())]
-        raise BadData("holds nothing to train on", where=str(record), examples=reasons, expected="feedback on answers")
+        raise BadData("holds nothing to train on", where=record.place, examples=reasons, expected="feedback on answers")
     with atomic_folder(out) as folder:
         for name, lines in sorted(files.items()):
             (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -84,34 +87,16 @@ def _check_folder(out: Path) -> None:
         )
 
 
-def forget(record: Path, days: float) -> int:
-    """Delete conversations older than so many days, with what was said of them; gives how many.
+def forget(place: str | Path | URL, days: float) -> int:
+    """Delete conversations older than so many days, with what was said of them; return how many.
 
     Raises:
-        BadData: the file is no record.
+        BadParams: there is no record.
     """
-    before = time.time() - days * _DAY_S
-    with closing(_opened(record, write=True)) as database, database:
-        database.execute("pragma secure_delete = on")
-        database.execute("delete from feedback where id in (select id from conversations where time < ?)", (before,))
-        return database.execute("delete from conversations where time < ?", (before,)).rowcount
-
-
-def _opened(record: Path, *, write: bool = False) -> sqlite3.Connection:
-    try:
-        database = sqlite3.connect(f"{record.resolve().as_uri()}?mode={'rw' if write else 'ro'}", uri=True, timeout=30)
-        (version,) = database.execute("pragma user_version").fetchone()
-    except sqlite3.Error as error:
-        raise BadData("is no record of conversations", where=str(record), got=str(error)) from error
-    if version != SCHEMA:
-        raise BadData(
-            "is no record of conversations",
-            where=str(record),
-            got=f"schema {version}",
-            expected=f"a file that `temper serve --record` wrote, schema {SCHEMA}",
-        )
-    database.row_factory = sqlite3.Row
-    return database
+    with closing(open_record(place)):
+        pass  # what is no record is not made one
+    with closing(open_record(place, write=True)) as record:
+        return record.forget(time.time() - days * _DAY_S)
 
 
 class _Answered(NamedTuple):
@@ -122,52 +107,56 @@ class _Answered(NamedTuple):
     tools: dict[str, list[Any]]
 
 
-def _chosen(database: sqlite3.Connection, choice: Choice, left_out: Counter[str]) -> Iterator[tuple[str, _Answered]]:
+def _chosen(record: Record, choice: Choice, left_out: Counter[str]) -> Iterator[tuple[str, _Answered]]:
     """Yield the conversations that may be taken with their ids, the oldest first."""
     after = 0.0 if choice.days is None else time.time() - choice.days * _DAY_S
-    asked = "select * from conversations where id in (select id from feedback union select value from feedback)"
-    for row in database.execute(f"{asked} order by time, id"):
-        answers = json.loads(row["answers"])
-        if row["time"] < after:
+    for each in record.conversations(voted=True):
+        if each.time < after:
             left_out["older than is wanted"] += 1
-        elif choice.consent and json.loads(row["metadata"]).get(choice.consent[0]) != choice.consent[1]:
+        elif choice.consent and each.metadata.get(choice.consent[0]) != choice.consent[1]:
             left_out["without consent"] += 1
-        elif row["endpoint"] != "chat":
+        elif each.endpoint != "chat":
             left_out["no chat"] += 1
-        elif len(answers) != 1:
+        elif len(each.answers) != 1:
             left_out["several answers under one id"] += 1
         else:
-            tools = [json.loads(tool) for tool in json.loads(row["tools"])]
-            turns = [_turn(message) for message in (*json.loads(row["prompt"]), *answers)]
-            yield str(row["id"]), _Answered(turns[:-1], turns[-1], {"tools": tools} if tools else {})
+            yield each.id, _answered(each)
+
+
+def _answered(said: Conversation) -> _Answered:
+    tools = [json.loads(tool) for tool in said.tools]
+    turns = [_turn(message) for message in (*said.prompt, *said.answers)]
+    return _Answered(turns[:-1], turns[-1], {"tools": tools} if tools else {})
 
 
 def _turn(message: Mapping[str, Any]) -> dict[str, Any]:
     return {name: message[name] for name in _TURN if message.get(name) is not None}
 
 
-def _votes(database: sqlite3.Connection) -> list[sqlite3.Row]:
+def _counted(votes: Iterable[Vote]) -> list[Vote]:
     """List the last vote of each client on each answer, of each kind and of each pair, in their order."""
-    return database.execute(
-        "select * from feedback where number in (select max(number) from feedback"
-        " group by key_name, id, kind, case kind when 'preferred_over' then value end) order by number"
-    ).fetchall()
+    last: dict[tuple[str, ...], Vote] = {}
+    for vote in votes:
+        about = (vote.key_name, vote.id, vote.kind, vote.value if vote.kind == "preferred_over" else "")
+        last.pop(about, None)
+        last[about] = vote
+    return list(last.values())
 
 
 def _rows(
-    conversations: Mapping[str, _Answered], votes: Sequence[sqlite3.Row], left_out: Counter[str]
+    conversations: Mapping[str, _Answered], votes: Iterable[Vote], left_out: Counter[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield rows with their files' names."""
     thumbs = Counter[str]()
     for vote in votes:
-        name, value = vote["id"], vote["value"]
+        name, value = vote.id, vote.value
         if name not in conversations:
             continue  # why is counted already
         said = conversations[name]
         text = said.answer.get("content")
-        if vote["kind"] == "thumb":
+        if vote.kind == "thumb":
             thumbs[name] += 1 if value == "up" else -1
-        elif vote["kind"] == "better":
+        elif vote.kind == "better":
             yield "chats.jsonl", {"messages": [*said.prompt, {"role": "assistant", "content": value}], **said.tools}
             yield from _pair(said, value, text, left_out)
         elif value in conversations:

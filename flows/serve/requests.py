@@ -61,8 +61,11 @@ class _Form(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+_NO_NUL = r"^[^\x00]*$"
+"""The character that PostgreSQL has not; in JSON, as which messages are recorded, it is written with others."""
+
 Text = Annotated[str, Field(max_length=1 << 22)]
-Name = Annotated[str, Field(min_length=1, max_length=256)]
+Name = Annotated[str, Field(min_length=1, max_length=256, pattern=_NO_NUL)]
 ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 
 
@@ -224,7 +227,7 @@ class _Request(_Form):
     top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
     repetition_range: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    user: Annotated[str, Field(max_length=256)] = ""
+    user: Annotated[str, Field(max_length=256, pattern=_NO_NUL)] = ""
     metadata: Annotated[
         dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
     ] = {}
@@ -350,7 +353,7 @@ class FeedbackRequest(_Form):
 
     id: Name
     thumb: Literal["up", "down"] | None = None
-    better: Annotated[str, Field(min_length=1, max_length=1 << 20)] | None = None
+    better: Annotated[str, Field(min_length=1, max_length=1 << 20, pattern=_NO_NUL)] | None = None
     preferred_over: Name | None = None
 
     @model_validator(mode="after")

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import uvicorn
+from sqlalchemy import URL
 
 from flows.run.ending import aside
 from flows.serve.app import make_app
 from flows.serve.exchange import Service
 from flows.serve.keys import Gatekeeper, Key, check_host
 from flows.serve.metrics import Metrics
-from flows.serve.record import Record
+from flows.serve.record import Record, open_record
 from flows.serve.routing import Models, Plan
 from tasks.core.errors import BadParams
 
@@ -40,7 +41,7 @@ class Options(NamedTuple):
     host: str = "127.0.0.1"
     port: int = 8000
     keys: Sequence[Key] = ()
-    record: Path | None = None
+    record: URL | Path | None = None
     time_limit_s: float = 600.0
 
 
@@ -60,7 +61,7 @@ def serve(plan: Plan, workspace: Path | None, options: Options) -> None:
     check_host(options.host, options.keys)
     listener = listen(options.host, options.port)
     models = Models(plan, workspace, say)
-    record = Record(options.record) if options.record else None
+    record = open_record(options.record, write=True) if options.record else None
     service = make_service(models, options, record)
     address = _address(listener)
     server = Server(service, lambda: say(f"serving {', '.join(models.names())} at {address}/v1; stop it with Ctrl-C"))

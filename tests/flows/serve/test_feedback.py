@@ -15,7 +15,7 @@ from flows.cli.main import app
 from flows.serve.feedback import Choice, forget, snapshot
 from flows.serve.record import Record
 from flows.serve.requests import FeedbackRequest
-from tasks.core.errors import BadData
+from tasks.core.errors import BadData, BadParams
 from tasks.core.records import ChatExample, LabelledReply, Message, PreferencePair
 from tasks.ingest.params import FolderSource
 from tasks.ingest.stage import Reading
@@ -114,9 +114,9 @@ def test_what_is_no_record_leaves_the_rows_as_they_were(file: Path, tmp_path: Pa
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "labels.jsonl").write_text("kept")
     file.write_text("no database")
-    with pytest.raises(BadData, match="is no record of conversations"):
+    with pytest.raises(BadParams, match="is no record of conversations"):
         snapshot(file, tmp_path / "rows")
-    with pytest.raises(BadData, match="is no record of conversations"):
+    with pytest.raises(BadParams, match="is no record of conversations"):
         snapshot(tmp_path / "nowhere.db", tmp_path / "rows")
     assert not (tmp_path / "nowhere.db").exists()
     file.unlink()
