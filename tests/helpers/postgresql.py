@@ -53,10 +53,10 @@ class Cluster:
             self.process = subprocess.Popen(
                 [self._binaries / "postgres", *words], user=self._user, cwd=self._folder, stdout=log, stderr=log
             )
-        while subprocess.run(
-            [self._binaries / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self._port)]
-        ).returncode:
+        asked = [self._binaries / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self._port)]
+        while subprocess.run(asked, check=False).returncode:
             assert self.process.poll() is None, (self._folder / "log").read_text()
+            time.sleep(0.05)
 
     def kill(self) -> None:
         """Ends it as a power cut would: what it had not written is lost."""
