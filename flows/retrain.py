@@ -17,9 +17,12 @@ from tasks.orchestration.prefect_tasks import base, baseline, evaluate, ingest, 
 
 
 @flow(name="retrain")
-def retrain(workspace: Path, promoting: bool = True) -> RunReport:
-    """Bring every stage of a workspace up to date, then promote the best method if it passes the gate."""
-    with begin(workspace) as session:
+def retrain(workspace: Path, promoting: bool = True, feedback: bool = False) -> RunReport:
+    """Bring every stage of a workspace up to date, then promote the best method if it passes the gate.
+
+    With `feedback` the snapshots of what people said are renewed first.
+    """
+    with begin(workspace, feedback=feedback) as session:
         sources = [ingest.submit(source) for source in session.params.ingest.sources]
         clean = validate.submit(wait_for=sources)
         model = base.submit(wait_for=[clean])

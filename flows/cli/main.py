@@ -46,6 +46,9 @@ def run(
         ),
     ] = None,
     promote: Annotated[bool, typer.Option(help="Promote the best method at the end, if it passes the gate.")] = True,
+    feedback: Annotated[
+        bool, typer.Option("--feedback", help="Renew the snapshots of what people said first, as `temper feedback`.")
+    ] = False,
     workspace: WorkspaceOption = None,
 ) -> None:
     """Bring every stage up to date, then promote the best method.
@@ -59,6 +62,11 @@ def run(
 
     root = enter(workspace)
     with on_stopping("`temper run` goes on from here"), held(root, "temper run"):
+        if feedback:
+            from flows.run.feedback import renew
+
+            for each in renew(root):
+                typer.echo("\n".join(each.lines()))
         if difference := change_params(root, recipe, set_ or []):
             console.difference(difference)
         terminal = sys.stderr.isatty()
@@ -227,6 +235,15 @@ def schedule(
     cron: Annotated[str | None, typer.Option(help='Serve the schedule of a cron line, such as "0 3 * * *".')] = None,
     timezone: Annotated[str, typer.Option(help="The time zone of the cron line, such as Europe/Berlin.")] = "UTC",
     every: Annotated[str | None, typer.Option(help="Serve a run every so often: 30m, 6h, 1d.")] = None,
+    on_feedback: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="ROWS",
+            help="Run when people have said so much that is new, in rows to train on; beside a schedule or by itself. "
+            "Every run renews the snapshots of feedback first, then.",
+        ),
+    ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the schedules.")] = False,
     pause: Annotated[bool, typer.Option("--pause", help="Pause this workspace's schedule.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Resume it.")] = False,
@@ -235,20 +252,28 @@ def schedule(
 ) -> None:
     """Run the factory on a schedule for as long as this command runs; or list, pause, resume or remove the schedule."""
     chosen = [bool(cron), bool(every), list_, pause, resume, remove]
-    if sum(chosen) != 1:
-        raise BadParams("say one of --cron, --every, --list, --pause, --resume, --remove", got=f"{sum(chosen)} of them")
+    serving = bool(cron or every or on_feedback)
+    if sum(chosen) != 1 and not (on_feedback and not any(chosen)):
+        raise BadParams(
+            "say one of --cron, --every, --on-feedback, --list, --pause, --resume, --remove",
+            got=f"{sum(chosen)} of them",
+            expected="one; --on-feedback goes with --cron and --every, too",
+        )
+    if on_feedback and not (cron or every) and any(chosen):
+        raise BadParams("is said where a schedule is served", where="--on-feedback")
     root = ready(workspace, terminal=list_ or pause or resume or remove)
     from flows.run import schedule
     from flows.run.prefect_server import kept_up
 
-    if cron or every:
+    if serving:
         interval = schedule.parse_interval(every) if every else None
         if cron:
             dates = (date.strftime("%a %Y-%m-%d %H:%M %Z") for date in schedule.check_cron(cron, timezone))
             typer.echo(f"next runs: {', '.join(dates)}")
         typer.echo(f"serving the schedule of {root}; stop it with Ctrl-C")
         with on_stopping("the schedule rests until it is served again", exit_code=0):
-            schedule.serve(root, cron=cron, every=interval, timezone=timezone)
+            every_s = interval.total_seconds() if interval else None
+            schedule.serve(schedule.Serving(str(root), cron, timezone, every_s, on_feedback))
     with kept_up(root):
         if list_:
             console.schedules(schedule.listed())

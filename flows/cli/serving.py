@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flows.run.ending import on_stopping
-from flows.run.locate import REGISTRY_SCHEME, WorkspaceOption, ready, seen_from_here
+from flows.run.locate import REGISTRY_SCHEME, WorkspaceOption, enter, ready, seen_from_here
 
 app = typer.Typer()
 
@@ -116,10 +116,12 @@ def serve(
 
 @app.command()
 def feedback(
-    record: Annotated[str, typer.Argument(help="The file or database that `temper serve --record` keeps.")],
+    record: Annotated[
+        str | None, typer.Argument(help="The file or database that `temper serve --record` keeps.")
+    ] = None,
     out: Annotated[
-        Path, typer.Argument(help="The folder to write, of labels.jsonl, preferences.jsonl and chats.jsonl.")
-    ],
+        Path | None, typer.Argument(help="The folder to write, of labels.jsonl, preferences.jsonl and chats.jsonl.")
+    ] = None,
     days: Annotated[float | None, typer.Option(min=0, help="Only conversations of the last so many days.")] = None,
     consent: Annotated[
         str | None,
@@ -128,11 +130,31 @@ def feedback(
     forget_after: Annotated[
         float | None, typer.Option(min=0, help="Delete conversations older than so many days from the record, first.")
     ] = None,
+    workspace: WorkspaceOption = None,
 ) -> None:
-    """Write what people said of answers as rows to train on, which `ingest` reads as a folder."""
+    """Write what people said of answers as rows to train on.
+
+    Without arguments it renews the snapshots of the sources of kind feedback in params.yaml, as these say. With a
+    record and a folder it writes that folder, which a source of kind folder reads.
+    """
+    from tasks.core.errors import BadParams
+
+    if record is None:
+        if days or consent or forget_after is not None:
+            raise BadParams(
+                "are said in params.yaml, beside the source",
+                where="--days, --consent and --forget-after",
+                fix="name a record and a folder, or write them below ingest.sources",
+            )
+        from flows.run.feedback import renew
+
+        for each in renew(enter(workspace)):
+            typer.echo("\n".join(each.lines()))
+        return
+    if out is None:
+        raise BadParams("names no folder to write", where="temper feedback", expected="temper feedback RECORD FOLDER")
     from flows.serve import feedback as said
     from flows.serve.record_database import shown, url_named
-    from tasks.core.errors import BadParams
 
     key, equals, value = (consent or "").partition("=")
     if consent and not (key and equals):
@@ -140,8 +162,8 @@ def feedback(
     place = url_named(record)
     if forget_after is not None:
         typer.echo(f"{said.forget(place, forget_after)} conversations deleted from {shown(place)}")
-    found = said.snapshot(place, out, said.Choice(days, (key, value) if consent else None))
-    for name, rows in found.rows.items():
+    found = said.snapshot(place, out, said.Choice(days, {key: value} if consent else {}))
+    for name, rows in found.counts().items():
         typer.echo(f"{out / name}: {rows} rows")
     for reason, count in sorted(found.left_out.items()):
         typer.echo(f"left out, {reason}: {count}")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from zoneinfo import available_timezones
 
 from flows.run import prefect_server
+from flows.run.feedback import state
 from flows.run.lock import held
 from flows.run.prefect_runs import FACTORY
 from tasks.core.errors import BadParams, TemperError
@@ -130,24 +131,30 @@ class Serving(NamedTuple):
         cron: a cron line, or None.
         timezone: the name of its time zone.
         every_s: an interval in seconds, or None.
+        on_feedback: so many new rows of what people said start a run, too; None: none do. Each run renews the
+            snapshots of them first, then.
     """
 
     workspace: str
     cron: str | None
     timezone: str
     every_s: float | None
+    on_feedback: int | None = None
 
 
-def serve(workspace: Path, *, cron: str | None, every: timedelta | None, timezone: str = "UTC") -> NoReturn:
+def serve(serving: Serving) -> NoReturn:
     """Serve the schedule until a signal ends it.
 
     Prefect does so in a process of its own, and with it the runs: the signals of a terminal do not reach them there.
 
     Raises:
+        BadParams: feedback is waited for, and there is no source or no record of it.
         WorkspaceBusy: another process serves it.
         TemperError: Prefect gave up.
     """
-    serving = Serving(str(workspace), cron, timezone, every.total_seconds() if every else None)
+    workspace = Path(serving.workspace)
+    if serving.on_feedback:
+        state(workspace)  # so that a record that is not there is told now
     with held(workspace, "temper schedule", "schedule.lock"), prefect_server.kept_up(workspace, shared=True):
         process = subprocess.Popen(
             [sys.executable, "-m", "flows.run.schedule_process", json.dumps(serving)],

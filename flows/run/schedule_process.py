@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from datetime import timedelta
 from functools import partial
@@ -36,9 +37,12 @@ def _serve(serving: Serving) -> None:
     from prefect.types.entrypoint import EntrypointType
 
     from flows.retrain import retrain
+    from flows.run.feedback_runs import listen
     from flows.run.prefect_server import wait_for
 
     workspace = Path(serving.workspace)
+    if serving.on_feedback:
+        threading.Thread(target=listen, args=(workspace, serving.on_feedback), daemon=True).start()
     while True:
         wait_for(os.environ["PREFECT_API_URL"])
         try:
@@ -47,7 +51,7 @@ def _serve(serving: Serving) -> None:
                 schedule=Cron(serving.cron, timezone=serving.timezone) if serving.cron else None,
                 interval=timedelta(seconds=serving.every_s) if serving.every_s else None,
                 paused=is_paused(workspace),
-                parameters={"workspace": serving.workspace},
+                parameters={"workspace": serving.workspace, "feedback": bool(serving.on_feedback)},
                 limit=1,
                 pause_on_shutdown=False,
                 print_starting_message=False,

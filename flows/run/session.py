@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from flows.files import estimate
 from flows.registry.promotion import registration_notes
 from flows.run import data_page, prefect_runs, prefect_server, progress_board
 from flows.run.ending import Stopped
+from flows.run.feedback import renewed
 from flows.run.lock import held
 from flows.run.repair import keep_lock_copy, put_in_order
 from flows.run.status import read_results, results_table
@@ -34,11 +35,15 @@ _TELL_S = 10
 
 
 @contextmanager
-def begin(workspace: Path) -> Iterator[PipelineRun]:
+def begin(workspace: Path, *, feedback: bool = False) -> Iterator[PipelineRun]:
     """Open a session: its stages run while the workspace is held and in order.
 
+    Args:
+        workspace: which.
+        feedback: whether the snapshots of what people said are renewed first.
+
     Raises:
-        BadParams: params.yaml is wrong, or an expectation that it names.
+        BadParams: params.yaml is wrong, or an expectation that it names; or there is no record of what people said.
         WorkspaceBusy: another run holds the workspace.
     """
     if OWNER in os.environ:  # a schedule's
@@ -53,7 +58,12 @@ def begin(workspace: Path) -> Iterator[PipelineRun]:
             logger.warning(f"marked {dead} earlier runs as crashed: their processes are gone")
         prefect_runs.limit_trainings(TRAINING)
         forget_lost_versions(workspace, params)
-        with opened(workspace, params, progress_board.watching(), partial(estimate.advice, workspace)) as session:
+        with ExitStack() as stack:
+            for snapshot in stack.enter_context(renewed(workspace)) if feedback else []:
+                for line in snapshot.lines():
+                    logger.info(line)
+            watch, advise = progress_board.watching(), partial(estimate.advice, workspace)
+            session = stack.enter_context(opened(workspace, params, watch, advise))
             try:
                 yield session
             finally:

@@ -12,9 +12,10 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from sqlalchemy import URL
@@ -22,62 +23,106 @@ from sqlalchemy import URL
 from flows.serve.record import Conversation, Record, Vote, open_record
 from tasks.core.artifacts import MANIFEST, atomic_folder
 from tasks.core.errors import BadData
+from tasks.ingest.feedback import FILES
 
-_FILES = ("labels.jsonl", "preferences.jsonl", "chats.jsonl")
 _DAY_S = 86_400.0
 _TURN = ("role", "content", "tool_calls", "tool_call_id", "name")
 """What a turn of a row has; the rest of a message, such as why it ended, is of the response."""
 
 
 class Choice(NamedTuple):
-    """Which conversations are taken.
+    """Which conversations are taken, and as what.
 
     Attributes:
         days: not older than so many; None: all.
-        consent: a key and value that the request's `metadata` must have; None: all.
+        consent: keys and values that the request's `metadata` must have; none: all.
+        rows: of these kinds, as `FILES` names them.
     """
 
     days: float | None = None
-    consent: tuple[str, str] | None = None
+    consent: Mapping[str, str] = MappingProxyType({})
+    rows: Sequence[str] = tuple(FILES)
 
 
-class Snapshot(NamedTuple):
-    """What became of the feedback: rows by file, and votes that made none by the reason."""
+class Found(NamedTuple):
+    """What a record says: lines of rows by file, the oldest first, and votes that made none by the reason."""
 
-    rows: Mapping[str, int]
+    lines: Mapping[str, Sequence[str]]
     left_out: Mapping[str, int]
 
+    def counts(self) -> dict[str, int]:
+        """Count the rows of each file."""
+        return {name: len(lines) for name, lines in self.lines.items()}
 
-def snapshot(place: str | Path | URL, out: Path, choice: Choice | None = None) -> Snapshot:
-    """Write the rows that a record of `temper serve` holds to a folder, whole or not at all.
+    def new(self, folder: Path) -> int:
+        """Count the rows that a snapshot does not have; all where there is none."""
+        had: dict[str, set[str]] = {}
+        for name in self.lines:
+            file = folder / name
+            had[name] = set(file.read_text(encoding="utf-8").split("\n")) if file.is_file() else set()
+        return sum(line not in had[name] for name, lines in self.lines.items() for line in lines)
+
+
+def find(record: Record, choice: Choice | None = None) -> Found:
+    """Find the rows in a record.
 
     Of several votes that a client gave on one answer the last one counts. Thumbs of several clients are one row, with
     what more of them say; where they are even there is none. Equal rows are one.
+    """
+    choice, left_out = choice or Choice(), Counter[str]()
+    files: dict[str, dict[str, None]] = {}
+    votes = _counted(record.votes())  # first: what they are of is there by now
+    conversations = dict(_chosen(record, choice, left_out))
+    wanted = {FILES[kind] for kind in choice.rows}
+    for name, row in _rows(conversations, votes, left_out):
+        if name in wanted:
+            files.setdefault(name, {})[json.dumps(row, ensure_ascii=False)] = None
+    return Found({name: list(lines) for name, lines in sorted(files.items())}, left_out)
+
+
+def write(found: Found, out: Path, about: dict[str, Any] | None = None) -> None:
+    """Write rows to a folder, whole or not at all.
+
+    Args:
+        found: the rows.
+        out: the folder.
+        about: what its manifest says besides.
+
+    Raises:
+        BadData: the folder holds something else.
+    """
+    _check_folder(out)
+    with atomic_folder(out, about) as folder:
+        for name, lines in found.lines.items():
+            (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def snapshot(place: str | Path | URL, out: Path, choice: Choice | None = None) -> Found:
+    """Write the rows that the record of `temper serve` holds to a folder.
 
     Raises:
         BadData: there is no row to write, or the folder holds something else.
         BadParams: there is no record.
     """
     _check_folder(out)
-    left_out = Counter[str]()
-    files: dict[str, dict[str, None]] = {}
     with closing(open_record(place)) as record:
-        votes = _counted(record.votes())  # first: by now what they are of is there
-        conversations = dict(_chosen(record, choice or Choice(), left_out))
-    for name, row in _rows(conversations, votes, left_out):
-        files.setdefault(name, {})[json.dumps(row, ensure_ascii=False)] = None
-    if not files:
-        reasons = [f"{reason}: {count}" for reason, count in sorted(left_out.items())]
-        raise BadData("holds nothing to train on", where=record.place, examples=reasons, expected="feedback on answers")
-    with atomic_folder(out) as folder:
-        for name, lines in sorted(files.items()):
-            (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return Snapshot({name: len(lines) for name, lines in sorted(files.items())}, left_out)
+        found = find(record, choice)
+        if not found.lines:
+            raise BadData(
+                "holds nothing to train on",
+                where=record.place,
+                examples=[f"{reason}: {count}" for reason, count in sorted(found.left_out.items())],
+                expected="feedback on answers",
+            )
+    write(found, out)
+    return found
 
 
 def _check_folder(out: Path) -> None:
     """Refuse to replace what is no snapshot."""
-    others = [each.name for each in out.iterdir() if each.name not in (*_FILES, MANIFEST)] if out.is_dir() else []
+    others = (
+        [each.name for each in out.iterdir() if each.name not in (*FILES.values(), MANIFEST)] if out.is_dir() else []
+    )
     if others or (out.exists() and not out.is_dir()):
         raise BadData(
             "is no folder of feedback, and would be replaced",
@@ -113,7 +158,7 @@ def _chosen(record: Record, choice: Choice, left_out: Counter[str]) -> Iterator[
     for each in record.conversations(voted=True):
         if each.time < after:
             left_out["older than is wanted"] += 1
-        elif choice.consent and each.metadata.get(choice.consent[0]) != choice.consent[1]:
+        elif any(each.metadata.get(key) != value for key, value in choice.consent.items()):
             left_out["without consent"] += 1
         elif each.endpoint != "chat":
             left_out["no chat"] += 1
@@ -157,14 +202,14 @@ def _rows(
         if vote.kind == "thumb":
             thumbs[name] += 1 if value == "up" else -1
         elif vote.kind == "better":
-            yield "chats.jsonl", {"messages": [*said.prompt, {"role": "assistant", "content": value}], **said.tools}
+            yield FILES["chats"], {"messages": [*said.prompt, {"role": "assistant", "content": value}], **said.tools}
             yield from _pair(said, value, text, left_out)
         elif value in conversations:
             yield from _pair(said, text, conversations[value].answer.get("content"), left_out)
     for name, up in thumbs.items():
         said = conversations[name]
         if up:
-            yield "labels.jsonl", {"messages": [*said.prompt, said.answer], "label": up > 0, **said.tools}
+            yield FILES["labels"], {"messages": [*said.prompt, said.answer], "label": up > 0, **said.tools}
         else:
             left_out["as many up as down"] += 1
 
@@ -177,4 +222,4 @@ def _pair(
     elif chosen == rejected:
         left_out["the better answer is the same"] += 1
     else:
-        yield "preferences.jsonl", {"prompt": said.prompt, "chosen": chosen, "rejected": rejected, **said.tools}
+        yield FILES["preferences"], {"prompt": said.prompt, "chosen": chosen, "rejected": rejected, **said.tools}

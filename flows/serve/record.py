@@ -36,6 +36,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     delete,
+    func,
     insert,
     select,
     tuple_,
@@ -282,6 +283,11 @@ class Record:
         while page := [Vote(*row) for row in self._read(asked.where(_FEEDBACK.c.number > last))]:
             yield from page
             last = page[-1].number
+
+    def newest(self) -> int:
+        """Return the number of the newest vote; 0 where there is none."""
+        with self._database.transaction() as connection:
+            return connection.execute(select(func.max(_FEEDBACK.c.number))).scalar_one() or 0
 
     def forget(self, before: float) -> int:
         """Delete conversations that were recorded before a time, with what was said of them; return how many."""

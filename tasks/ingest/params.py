@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from tasks.core.params import Commit, Count, FilePath, HubName, Name, Section, Seed, Share, SourceFacts
+from tasks.core.params import Commit, Count, FilePath, HubName, Name, Positive, Section, Seed, Share, SourceFacts
 from tasks.readers.numbered_answers import NumberedFrom
 
 
@@ -64,7 +64,16 @@ class Shuffled(Section):
     """Of that order."""
 
 
-class RowsOfFiles(AnySource):
+class PartOfRows(AnySource):
+    """Settings of how much of the rows is taken, and how many may be malformed."""
+
+    max_refused: Share = 0.01
+    """The stage fails when a larger share of the rows is malformed; the others are listed in refused.parquet."""
+    take: Literal["all"] | First | Shuffled = "all"
+    """Which rows: `all`, {first: 10000}, or {shuffled: 1000, seed: 42}, as `datasets` shuffles them."""
+
+
+class RowsOfFiles(PartOfRows):
     """Settings of how files of rows are read."""
 
     format: Format | Annotated[dict[Field_, str], Field(min_length=1)] = "auto"
@@ -75,10 +84,6 @@ class RowsOfFiles(AnySource):
     """Of text files."""
     numbered_from: NumberedFrom = "auto"
     """The number of the first choice of a question, where answers are numbers: 0, 1, or what all of a file tell."""
-    max_refused: Share = 0.01
-    """The stage fails when a larger share of the rows is malformed; the others are listed in refused.parquet."""
-    take: Literal["all"] | First | Shuffled = "all"
-    """Which rows: `all`, {first: 10000}, or {shuffled: 1000, seed: 42}, as `datasets` shuffles them."""
 
 
 class FileSource(RowsOfFiles):
@@ -123,7 +128,32 @@ class HubSource(RowsOfFiles):
     """Which files, such as `data/train-*.parquet`."""
 
 
-Source = Annotated[GeneratorSource | FileSource | FolderSource | RemoteSource | HubSource, Field(discriminator="kind")]
+FeedbackRows = Literal["chats", "labels", "preferences"]
+
+
+class FeedbackSource(PartOfRows):
+    """What people said of answers, as rows: a snapshot of what `temper serve --record` keeps.
+
+    `temper feedback` renews the snapshot in `path`; the stage reads nothing else.
+    """
+
+    kind: Literal["feedback"]
+    record: FilePath | None = None
+    """The SQLite file of the record; without it, the file or database that TEMPER_RECORD names."""
+    rows: Annotated[list[FeedbackRows], Field(min_length=1)] = ["chats", "labels", "preferences"]
+    """Better answers as chats, thumbs as labels, better and preferred answers as preference pairs."""
+    consent: dict[str, str] = {}
+    """What the `metadata` of a request must say, such as {training: "yes"}; with nothing, all are taken."""
+    days: Positive | None = None
+    """Only conversations of the last so many days."""
+    forget_after: Positive | None = None
+    """`temper feedback` deletes conversations older than so many days from the record first, for good."""
+
+
+Source = Annotated[
+    GeneratorSource | FileSource | FolderSource | RemoteSource | HubSource | FeedbackSource,
+    Field(discriminator="kind"),
+]
 
 
 class Ingest(Section):

@@ -1,6 +1,7 @@
 """Read one source and write its rows, typed.
 
-Reads:  one entry of `ingest.sources`: a file or folder of rows here or elsewhere, or the generator's lexicon.
+Reads:  one entry of `ingest.sources`: a file or folder of rows here or elsewhere, a snapshot of feedback, or the
+        generator's lexicon.
 Writes: data/raw/SOURCE/: KIND.parquet for every kind of row (chat, preference, labelled, text, pair), refused.parquet
         (place, reason, excerpt), manifest.json (source, path, sha256, formats, rows, refused, remarks, licence, use).
 Params: ingest.sources.SOURCE
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from tasks.core.artifacts import atomic_folder, digest, digests
 from tasks.core.errors import BadData
@@ -25,9 +26,11 @@ from tasks.core.parquet import REFUSED, text_schema, write_records, write_rows
 from tasks.core.records import Record
 from tasks.core.stage import run_stage
 from tasks.ingest.download import Pinned, fetch
+from tasks.ingest.feedback import snapshot_files
 from tasks.ingest.formats import detect, parse
 from tasks.ingest.params import (
     AnySource,
+    FeedbackSource,
     FileSource,
     First,
     FolderSource,
@@ -43,6 +46,8 @@ from tasks.ingest.remarks import collected, remark
 from tasks.ingest.synthetic import Recipe, generate_rows, read_lexicon
 from tasks.readers.files import check_name, read_rows_and_errors
 from tasks.readers.numbered_answers import number_of, numbered_from
+
+FilesSource: TypeAlias = FileSource | FolderSource | RemoteSource | HubSource | FeedbackSource
 
 _REFUSALS_KEPT = 100_000
 _EXCERPT_CHARACTERS = 200
@@ -79,13 +84,16 @@ class Reading:
         yield from self._taken(self.source)
         self._check_refused(self.source.max_refused)
 
-    def _taken(self, source: FileSource | FolderSource | RemoteSource | HubSource) -> Iterator[Record]:
-        records = (record for file, place in self._files(source) for record in self._records_of(file, source, place))
+    def _taken(self, source: FilesSource) -> Iterator[Record]:
+        written = (
+            source if isinstance(source, RowsOfFiles) else RowsOfFiles(path=source.path, max_refused=source.max_refused)
+        )
+        records = (record for file, place in self._files(source) for record in self._records_of(file, written, place))
         if isinstance(source.take, First):
             return islice(records, source.take.first)
         return shuffled(list(records), source.take) if isinstance(source.take, Shuffled) else records
 
-    def _files(self, source: FileSource | FolderSource | RemoteSource | HubSource) -> list[tuple[Path, str]]:
+    def _files(self, source: FilesSource) -> list[tuple[Path, str]]:
         """List the files of a source, each with its name in rows and errors."""
         if isinstance(source, RemoteSource):
             return [(fetch(Pinned(source.url, source.sha256, source.max_bytes), self.downloads), source.url)]
@@ -93,6 +101,8 @@ class Reading:
             folder = snapshot(source.id, source.revision, [source.glob], kind="dataset")
             files = files_below(folder, source.glob, within=folder.parent.parent)  # its files are links into the cache
             return [(file, f"{origin_of(source)}/{file.relative_to(folder)}") for file in files]
+        if isinstance(source, FeedbackSource):
+            return [(file, str(file)) for file in snapshot_files(source)]
         if isinstance(source, FolderSource):
             files = files_below(Path(source.path), source.glob, within=Path(source.path))
             return [(file, str(file)) for file in files]

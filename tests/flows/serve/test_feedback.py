@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from flows.cli.main import app
 from flows.serve.feedback import Choice, forget, snapshot
-from flows.serve.record import Record
+from flows.serve.record import open_record
 from flows.serve.requests import FeedbackRequest
 from tasks.core.errors import BadData, BadParams
 from tasks.core.records import ChatExample, LabelledReply, Message, PreferencePair
@@ -31,7 +31,7 @@ def file(tmp_path: Path) -> Path:
 
 def told(file: Path, conversations: dict[str, str], votes: list[tuple[str, dict[str, Any]]], **fields: Any) -> None:
     """Record answers to one question, and what clients say of them."""
-    record = Record(file)
+    record = open_record(file, write=True)
     for name, text in conversations.items():
         answers = [{"role": "assistant", "content": text, "finish_reason": "stop", "refusal": None}]
         record.add(conversation(name, prompt=ASKED, answers=answers, **fields))
@@ -61,7 +61,7 @@ def test_votes_become_rows_of_every_kind(file: Path, tmp_path: Path) -> None:
         ],
     )
     found = snapshot(file, tmp_path / "rows")
-    assert found.rows == {"chats.jsonl": 1, "labels.jsonl": 2, "preferences.jsonl": 2}
+    assert found.counts() == {"chats.jsonl": 1, "labels.jsonl": 2, "preferences.jsonl": 2}
     assert not found.left_out
     rows = read(tmp_path / "rows")
     prompt = (Message("system", "Be kind."), Message("user", "What is 2 plus 2?"))
@@ -86,7 +86,7 @@ def test_the_last_vote_of_a_client_counts_and_even_ones_make_no_row(file: Path, 
         ],
     )
     found = snapshot(file, tmp_path / "rows")
-    assert found.rows == {"chats.jsonl": 1, "labels.jsonl": 1}
+    assert found.counts() == {"chats.jsonl": 1, "labels.jsonl": 1}
     assert found.left_out == {"as many up as down": 1, "the better answer is the same": 1}
     (line,) = (tmp_path / "rows" / "labels.jsonl").read_text().splitlines()
     assert json.loads(line) == {"messages": [*ASKED, {"role": "assistant", "content": "Four."}], "label": True}
@@ -100,13 +100,13 @@ def test_only_what_may_be_used_is_taken_and_the_rest_can_be_deleted(file: Path, 
     with sqlite3.connect(file) as database:
         database.execute("update conversations set time = ? where id = 'c'", (time.time() - 40 * 86_400,))
     database.close()
-    found = snapshot(file, tmp_path / "rows", Choice(days=30, consent=("training", "yes")))
-    assert found.rows == {"labels.jsonl": 1}
+    found = snapshot(file, tmp_path / "rows", Choice(days=30, consent={"training": "yes"}))
+    assert found.counts() == {"labels.jsonl": 1}
     assert found.left_out == {"older than is wanted": 1, "without consent": 1}
     before = (tmp_path / "rows" / "labels.jsonl").read_bytes()
     assert forget(file, 30) == 1
     assert b'"4"' not in file.read_bytes()
-    assert snapshot(file, tmp_path / "rows").rows == {"labels.jsonl": 2}
+    assert snapshot(file, tmp_path / "rows").counts() == {"labels.jsonl": 2}
     assert (tmp_path / "rows" / "labels.jsonl").read_bytes().startswith(before)
 
 

@@ -1,0 +1,108 @@
+"""Runs that new feedback starts: a schedule looks at the record every so often, and makes a run when there is enough.
+
+It is the schedule's own deployment that runs, so that never two do. The run itself renews the snapshots, while it holds
+the workspace. What is waited for is rows that the snapshots lack, so that nothing has to be remembered: a kill at any
+moment loses none of them. A run that was cut short by one is started once more, by the next schedule or this one.
+
+Before a run is made the event `temper.feedback.enough` is emitted, for whatever else a Prefect server shall do then.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from flows.run.feedback import state, waiting, was_cut_short
+from flows.run.lock import held
+from flows.run.prefect_runs import FACTORY
+from flows.run.schedule import name_of
+from tasks.core.errors import TemperError, WorkspaceBusy
+
+LOOK_S = 10.0
+EVENT = "temper.feedback.enough"
+
+
+@dataclass
+class Listener:
+    """Tells when a run is due.
+
+    Args:
+        workspace: whose record it is.
+        at_least: so many new rows are enough.
+    """
+
+    workspace: Path
+    at_least: int
+    _seen: list[tuple[int, int]] | None = None
+    _waiting: int = 0
+    _told: int = 0
+    """So many rows waited when a run was made of them: where it failed, it is not made again of the same."""
+    _cut_short: bool = False
+    _resumed: bool = False
+
+    def due(self) -> int | None:
+        """Return how many new rows there are, if a run is due; None where it is not, and while another one goes on.
+
+        Raises:
+            TemperError: params.yaml is wrong, or a record does not answer.
+        """
+        try:
+            with held(self.workspace, "temper schedule"):
+                self._cut_short = was_cut_short(self.workspace)
+        except WorkspaceBusy:
+            return None
+        if (seen := state(self.workspace)) != self._seen:
+            self._waiting = waiting(self.workspace)
+            self._seen = seen
+        self._told = min(self._told, self._waiting)
+        enough = self._waiting - self._told >= self.at_least
+        return self._waiting if enough or (self._cut_short and not self._resumed) else None
+
+    def made(self) -> None:
+        """Note that the run that was due has been made."""
+        self._told, self._resumed = self._waiting, self._resumed or self._cut_short
+
+
+def listen(workspace: Path, at_least: int) -> None:
+    """Make a run of the schedule whenever it is due, for as long as the process lasts."""
+    from httpx import HTTPError
+    from prefect.exceptions import PrefectException
+
+    listener, said = Listener(workspace, at_least), ""
+    while True:
+        time.sleep(LOOK_S)
+        try:
+            rows = listener.due()
+            if rows is not None and make_run(workspace, rows):
+                listener.made()
+                print(f"{rows} new rows of feedback: a run is made", flush=True)
+            said = ""
+        except (TemperError, PrefectException, HTTPError, OSError, RuntimeError) as error:
+            if said != (said := str(error)):  # once, not at every look
+                print(f"feedback cannot be looked at now: {error}", flush=True)
+
+
+def make_run(workspace: Path, rows: int) -> bool:
+    """Emit the event and make a run of the schedule's deployment; return False where that is paused or not there yet.
+
+    Args:
+        workspace: whose schedule it is.
+        rows: that are new, for the event.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.events import emit_event
+    from prefect.exceptions import ObjectNotFound
+
+    name = name_of(workspace)
+    with get_client(sync_client=True) as client:
+        try:
+            deployment = client.read_deployment_by_name(f"{FACTORY}/{name}")
+        except ObjectNotFound:
+            return False
+        if deployment.paused:
+            return False
+        resource = {"prefect.resource.id": f"temper.workspace.{name}", "prefect.resource.name": str(workspace)}
+        emit_event(EVENT, resource=resource, payload={"rows": rows})
+        client.create_flow_run_from_deployment(deployment.id, name=f"feedback-{rows}")
+        return True
