@@ -8,13 +8,18 @@ import signal
 import socket
 import sqlite3
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
+from sqlalchemy import URL
 
+from flows.serve.record import open_record
 from tests.conftest import Beside, temper, wait_for
 from tests.flows.serve.registry import MODEL, give
+from tests.helpers.postgresql import PASSWORD
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
@@ -82,6 +87,37 @@ def test_the_champion_is_served_and_followed(workspace: Path) -> None:
     assert found_versions == [(f"{MODEL}/1",), (f"{MODEL}/2",)]
 
 
+def test_kill_9_loses_nothing_that_was_said(
+    pico_base: Path, tmp_path: Path, place: URL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEMPER_RECORD", place.render_as_string(hide_password=False))
+    said: list[str] = []
+    printed = ""
+    for _ in range(2):
+        with Beside(tmp_path, "serve", str(pico_base), "--port", "0") as server:
+            wait_for("address", lambda: re.search(r"serving base at \S+/v1", server.said()), server)
+            found = re.search(r"serving base at (\S+)/v1", server.said())
+            assert found is not None
+            for name in said:  # of what was answered before the kill something can still be said
+                httpx.post(f"{found[1]}/v1/feedback", json={"id": name, "thumb": "down"}, timeout=60).raise_for_status()
+            for _ in range(5):
+                body = {"model": "base", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+                answer = httpx.post(f"{found[1]}/v1/chat/completions", json=body, timeout=60).raise_for_status().json()
+                vote = {"id": answer["id"], "thumb": "up"}
+                httpx.post(f"{found[1]}/v1/feedback", json=vote, timeout=60).raise_for_status()
+                said.append(answer["id"])
+            printed += str(httpx.get(found[1].replace("/v1", "/health")).json())
+            lines = psutil.Process(server.process.pid).cmdline()
+            server.process.kill()
+            server.process.wait()
+            printed += server.said() + str(lines)
+    with closing(open_record(place)) as record:
+        assert [each.id for each in record.conversations()] == said
+        assert [vote.id for vote in record.votes() if vote.value == "up"] == said
+        assert [vote.id for vote in record.votes() if vote.value == "down"] == said[:5]
+    assert PASSWORD not in printed
+
+
 def test_what_it_cannot_do_it_says_at_once(pico_base: Path, tmp_path: Path) -> None:
     folder = str(pico_base)
     with socket.socket() as taken:
@@ -95,10 +131,13 @@ def test_what_it_cannot_do_it_says_at_once(pico_base: Path, tmp_path: Path) -> N
             (("nothing",), "is no model"),
             ((folder, "--adapter", "mine"), "is no adapter with a name"),
             ((folder, "--canary", "challenger"), "is no share of the conversations"),
+            ((folder, "--record", "postgresql://ann:secret-word@h/d"), "has its password in a command line"),
+            ((folder, "--record", "mysql://h/d"), "is no URL of a record"),
         ):
             told = temper(tmp_path, "serve", *words, code=65).stderr
             assert said in told
             assert "Traceback" not in told
+            assert "secret-word" not in told
 
 
 def test_a_new_key_is_shown_with_its_line(tmp_path: Path) -> None:
