@@ -49,6 +49,7 @@ LONG = (
     "memory_tracker",
     "retrain",
     "schedule",
+    "feedback_runs",
     "promote",
     "launcher",
     "estimate",

@@ -145,7 +145,10 @@ def check_sources(workspace: Path, nodes: Mapping[str, Node]) -> None:
     ]
     if missing:
         raise BadParams(
-            "names a path where there is nothing", where=PARAMS, examples=missing, fix="correct the path in params.yaml"
+            "names a path where there is nothing",
+            where=PARAMS,
+            examples=missing,
+            fix="correct the path in params.yaml; the snapshot of a source of feedback is written by `temper feedback`",
         )
 
 

@@ -145,9 +145,9 @@ class FeedbackSource(PartOfRows):
     consent: dict[str, str] = {}
     """What the `metadata` of a request must say, such as {training: "yes"}; with nothing, all are taken."""
     days: Positive | None = None
-    """Only conversations of the last so many days."""
+    """Only conversations of the last so many days; without it, of whatever age."""
     forget_after: Positive | None = None
-    """`temper feedback` deletes conversations older than so many days from the record first, for good."""
+    """`temper feedback` first deletes older conversations from the record, for good, in days; without it, none."""
 
 
 Source = Annotated[
