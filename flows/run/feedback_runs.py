@@ -47,17 +47,21 @@ class Listener:
         Raises:
             TemperError: params.yaml is wrong, or a record does not answer.
         """
+        if not self._is_due():
+            return None
         try:
             with held(self.workspace, "temper schedule"):
-                self._cut_short = was_cut_short(self.workspace)
+                return self._waiting if self._is_due() else None  # a run may have gone on at the first look
         except WorkspaceBusy:
             return None
+
+    def _is_due(self) -> bool:
+        self._cut_short = was_cut_short(self.workspace)
         if (seen := state(self.workspace)) != self._seen:
             self._waiting = waiting(self.workspace)
             self._seen = seen
         self._told = min(self._told, self._waiting)
-        enough = self._waiting - self._told >= self.at_least
-        return self._waiting if enough or (self._cut_short and not self._resumed) else None
+        return self._waiting - self._told >= self.at_least or (self._cut_short and not self._resumed)
 
     def made(self) -> None:
         """Note that the run that was due has been made."""

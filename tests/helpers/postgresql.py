@@ -53,7 +53,7 @@ class Cluster:
             self.process = subprocess.Popen(
                 [self._binaries / "postgres", *words], user=self._user, cwd=self._folder, stdout=log, stderr=log
             )
-        asked = [self._binaries / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self._port)]
+        asked = [str(self._binaries / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(self._port)]
         while subprocess.run(asked, check=False).returncode:
             assert self.process.poll() is None, (self._folder / "log").read_text()
             time.sleep(0.05)

@@ -206,6 +206,14 @@ def test_a_run_is_due_when_enough_is_new(workspace: Path) -> None:
     assert listener.due() == 3
 
 
+def test_a_schedule_that_has_nobody_to_listen_to_says_so_at_once(workspace: Path) -> None:
+    words = ("schedule", "--on-feedback", "3")
+    assert "names no source of feedback" in temper(workspace, *words, code=65).stderr
+    add_source(workspace)
+    assert "is no record of conversations" in temper(workspace, *words, code=65).stderr
+    assert "is said where a schedule is served" in temper(workspace, *words, "--list", code=65).stderr
+
+
 def test_none_is_due_while_another_goes_on(workspace: Path) -> None:
     vote(workspace, range(3))
     add_source(workspace)
