@@ -35,7 +35,12 @@ ELSEWHERE = {
     '-d \'{"messages": [{"role": "user", "content": "Hello"}]}\'': "tests/tasks/serving/test_chat_model.py",
     "temper serve": "tests/flows/serve/test_server.py, of a folder; test_versions.py, of the champion",
     "temper serve --new-key alice": "tests/flows/serve/test_server.py",
-    "temper feedback said.db feedback --consent training=yes --forget-after 365": "tests/flows/serve/test_feedback.py",
+    "temper serve --record .temper/said.db": "tests/flows/serve/test_server.py",
+    "TEMPER_RECORD=postgresql://temper:PASSWORD@db.example/said temper serve": "tests/flows/serve/test_server.py",
+    "temper run --feedback": "tests/flows/run/test_feedback_runs.py",
+    "temper feedback": "tests/flows/run/test_feedback_runs.py",
+    "temper schedule --on-feedback 100": "tests/flows/run/test_feedback_runs.py",
+    "temper feedback said.db rows --consent training=yes": "tests/flows/serve/test_feedback.py",
     "curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' "
     '-d \'{"model": "temper-tiny", "messages": [{"role": "user", "content": "Hello"}]}\'': "serve/test_app.py",
     "TEMPER_LAUNCH=infra/launch/fsdp2.yaml temper run": "tests/tasks/train/test_launcher.py",
