@@ -19,7 +19,8 @@ from sqlalchemy import URL
 from flows.serve.record import open_record
 from tests.conftest import Beside, temper, wait_for
 from tests.flows.serve.registry import MODEL, give
-from tests.helpers.postgresql import PASSWORD
+from tests.flows.serve.serving import serving
+from tests.helpers.postgresql import PASSWORD, Cluster
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
@@ -116,6 +117,36 @@ def test_kill_9_loses_nothing_that_was_said(
         assert [vote.id for vote in record.votes() if vote.value == "up"] == said
         assert [vote.id for vote in record.votes() if vote.value == "down"] == said[:5]
     assert PASSWORD not in printed
+
+
+def test_models_answer_while_the_database_is_away(
+    pico_base: Path, postgresql: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = open_record(postgresql.database(), write=True)
+    with closing(record), serving(pico_base, record) as address:
+
+        def ask() -> str:
+            body = {"model": "base", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+            answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60).raise_for_status()
+            return str(answer.json()["id"])
+
+        def vote(name: str) -> httpx.Response:
+            return httpx.post(f"{address}/v1/feedback", json={"id": name, "thumb": "up"}, timeout=60)
+
+        first = ask()
+        postgresql.kill()
+        lost = ask()
+        refused = vote(first)
+        postgresql.begin()
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
+        assert refused.headers["Retry-After"] == "1"
+        assert vote(first).is_success
+        assert vote(lost).status_code == 404
+        assert vote(ask()).is_success
+    said = capsys.readouterr().err
+    assert said.count("a conversation could not be recorded") == 1
+    for secret in (PASSWORD, "Hello"):
+        assert secret not in said + refused.text
 
 
 def test_what_it_cannot_do_it_says_at_once(pico_base: Path, tmp_path: Path) -> None:
