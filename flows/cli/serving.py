@@ -9,6 +9,7 @@ import typer
 
 from flows.run.ending import on_stopping
 from flows.run.locate import REGISTRY_SCHEME, WorkspaceOption, enter, ready, seen_from_here
+from tasks.core.errors import BadParams
 
 app = typer.Typer()
 
@@ -63,6 +64,27 @@ def serve(
     cache_mib: Annotated[
         int | None, typer.Option(min=1, help="Memory for keys and values; without it, as the engine sees fit.")
     ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="The most tokens of a prompt and its answer; without it what models read.")
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="What runs merged models: temper, or vllm or llama.cpp in an environment of its own.")
+    ] = "temper",
+    engine_path: Annotated[
+        Path | None,
+        typer.Option(help="The engine's program; without it TEMPER_VLLM or TEMPER_LLAMA_SERVER, or one on PATH."),
+    ] = None,
+    engine_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="The number format of the engine's weights: float32, bfloat16 or float16, for llama.cpp also q8_0; "
+            "without it the model's own."
+        ),
+    ] = None,
+    engine_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WORD", help="A further word of the engine's command line. May be repeated."),
+    ] = None,
     time_limit: Annotated[float, typer.Option(min=1.0, help="An answer is given up after so many seconds.")] = 600.0,
     any_base: Annotated[bool, typer.Option("--any-base", help="Also adapters that name another base.")] = False,
     workspace: WorkspaceOption = None,
@@ -81,11 +103,15 @@ def serve(
     from tasks.core.stage import quiet_libraries
 
     quiet_libraries()  # before they are imported
+    from flows.serve.engines.start import engine_choice
     from flows.serve.record_database import url_given
     from flows.serve.routing import Plan, adapter_of, canary_of
     from flows.serve.versions import Settings, reference_of
 
     share = canary_of(canary) if canary else None
+    chosen = engine_choice(engine, engine_path, engine_dtype, engine_option or [])
+    if chosen and adapter:
+        raise BadParams("has no adapters", where=f"--engine {engine}", got="--adapter", fix="merge it (`temper merge`)")
     clients = access.read_keys(keys)
     access.check_host(host, clients)
     named = dict(adapter_of(each) for each in adapter or [])
@@ -105,7 +131,7 @@ def serve(
     plan = Plan(
         references=[reference_of(each) for each in given],
         adapters={name: fetch_adapter_ref(place, root or Path()) for name, place in places.items()},
-        settings=Settings(slots, cache_mib << 20 if cache_mib else None, queue),
+        settings=Settings(slots, cache_mib << 20 if cache_mib else None, queue, context, chosen),
         canary=share,
         shadow=shadow,
         any_base=any_base,
@@ -137,7 +163,6 @@ def feedback(
     Without arguments it renews the snapshots of the sources of kind feedback in params.yaml, as these say. With a
     record and a folder it writes that folder, which a source of kind folder reads.
     """
-    from tasks.core.errors import BadParams
 
     if record is None:
         if days or consent or forget_after is not None:

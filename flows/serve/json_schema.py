@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+from flows.serve.engines.pieces import Pieces
 from flows.serve.errors import ApiError, unsupported
 from tasks.core.errors import TemperError
 
@@ -32,6 +33,7 @@ class Grammars:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
         self._trie: LLTokenizer | None = None
+        self.pieces = Pieces(self._read_pieces)
 
     def constraint(self, schema: Mapping[str, Any]) -> SchemaConstraint:
         """Build what holds one answer to a schema.
@@ -47,6 +49,10 @@ class Grammars:
         if said := LLMatcher.validate_grammar(grammar, trie):
             raise ApiError(HTTPStatus.BAD_REQUEST, f"{PARAM}: {said}", param=PARAM, code="invalid_value")
         return SchemaConstraint(LLMatcher(trie, grammar, log_level=0), self._vocabulary)
+
+    def _read_pieces(self) -> list[bytes]:
+        trie = self.trie("model")
+        return [bytes(trie.decode_bytes([token])) for token in range(self._vocabulary)]
 
     def trie(self, param: str) -> LLTokenizer:
         """Return the tokens as the library has them; they are read once, which takes a second for a large vocabulary.

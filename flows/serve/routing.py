@@ -82,7 +82,7 @@ class Models:
             if name in self._slots or name in plan.adapters:
                 raise BadParams("is a name of two models", where="temper serve", got=name, expected="one of each name")
             adapters = plan.adapters if reference is first else {}
-            source = Source(reference, workspace, adapters, plan.settings, any_base=plan.any_base)
+            source = Source(reference, workspace, adapters, plan.settings, any_base=plan.any_base, say=say)
             self._slots[name] = Slot(source, say)
             self._short.setdefault(long, name)
         self._first = next(iter(self._slots))
@@ -95,7 +95,7 @@ class Models:
                     "stands beside a model of the registry", where=f"--{route} {alias}", got=f"{first.text}, a folder"
                 )
             beside = Reference(f"models:/{first.model}@{alias}", first.model, alias=alias)
-            self._beside[route] = Slot(Source(beside, workspace, {}, plan.settings), say, stays=False)
+            self._beside[route] = Slot(Source(beside, workspace, {}, plan.settings, say=say), say, stays=False)
         self._ended = threading.Event()
         self._follower: threading.Thread | None = None
 
@@ -189,6 +189,7 @@ class Models:
                 "from": slot.source.reference.text,
                 "route": route,
                 "version": slot.current.fingerprint if slot.current else None,
+                "engine": slot.current.made_by if slot.current else None,
                 "refused": {"version": slot.refused[0], "why": slot.refused[1]} if slot.refused else None,
                 "registry": slot.unreachable or None,
             }

@@ -10,16 +10,18 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from flows.serve.engines.start import OWN, EngineChoice, Room, start_engine
 from flows.serve.json_schema import Grammars
 from flows.serve.tool_calls import Tools, tools_of
 from tasks.core.errors import BadInput, BadModel, BadParams, Transient
-from tasks.inference.continuous_batching import ContinuousBatching
+from tasks.inference.continuous_batching import ContinuousBatching, Engine
 from tasks.inference.decoding import Asked, Ended, Given, Written
 from tasks.registry.client import answering, connect, connect_to_read
 from tasks.registry.local_reader import RegistryReader
+from tasks.tokenization.model_config import read_config
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from tasks.models.loader import Model
 
@@ -66,11 +68,21 @@ def reference_of(text: str) -> Reference:
 
 
 class Settings(NamedTuple):
-    """How models are run: requests at a time, memory for their keys and values, and how many may wait."""
+    """How models are run.
+
+    Attributes:
+        slots: requests at a time.
+        cache_bytes: memory for their keys and values; None: as the engine sees fit.
+        queue: so many requests may wait.
+        context: the most tokens of a prompt and its answer; None: as many as the model reads.
+        engine: another engine that runs them; None: temper's own.
+    """
 
     slots: int = 32
     cache_bytes: int | None = None
     queue: int = 256
+    context: int | None = None
+    engine: EngineChoice | None = None
 
 
 class LoadedVersion:
@@ -82,13 +94,22 @@ class LoadedVersion:
         adapters: folders of adapters on it, by name.
         settings: how it is run.
         any_base: also adapters that name another base.
+        say: tells of what happens to the process of another engine, in one line.
 
     Raises:
         BadModel: it, or an adapter, cannot be used.
+        NotEquivalent: another engine writes other tokens than temper's own.
     """
 
     def __init__(
-        self, fingerprint: str, folder: Path, adapters: Mapping[str, Path], settings: Settings, *, any_base: bool
+        self,
+        fingerprint: str,
+        folder: Path,
+        adapters: Mapping[str, Path],
+        settings: Settings,
+        *,
+        any_base: bool,
+        say: Callable[[str], None] = print,
     ) -> None:
         from tasks.tokenization.architecture import DECODER, architecture_in
         from tasks.tokenization.chat_template import load_tokenizer
@@ -101,19 +122,35 @@ class LoadedVersion:
             )
         self.fingerprint, self.adapters = fingerprint, tuple(adapters)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder)
-        model, given, virtual = _load(folder, adapters, any_base=any_base)
-        shape = model.config.get_text_config()
-        self.vocabulary = int(shape.vocab_size)
-        longest = getattr(shape, "max_position_embeddings", None)
-        self.context = int(longest) - virtual if longest else None
-        """Tokens that a prompt and its answer may have; None for a model without such a limit."""
-        self.tools: Tools = tools_of(self.tokenizer)
-        self.grammars = Grammars(self.tokenizer, self.vocabulary)
         self.end_ids = frozenset([int(self.tokenizer.eos_token_id)])
-        self.engine = ContinuousBatching(
-            given, self.end_ids, slots=settings.slots, cache_bytes=settings.cache_bytes, queue=settings.queue
-        )
+        self.tools: Tools = tools_of(self.tokenizer)
+        self.made_by = OWN
+        """The engine that writes, with what was found of its tokens, for people."""
+        self.engine: Engine
+        if settings.engine is None:
+            model, given, virtual = _load(folder, adapters, any_base=any_base)
+            self._read_shape(model.config, virtual, settings.context)
+            self.engine = ContinuousBatching(
+                given, self.end_ids, slots=settings.slots, cache_bytes=settings.cache_bytes, queue=settings.queue
+            )
+        else:
+            self._read_shape(read_config(folder), 0, settings.context)
+            room = Room(settings.slots, settings.queue, self.context, settings.cache_bytes)
+            self.engine, parity = start_engine(
+                folder, self.tokenizer, self.grammars.pieces, self.end_ids, settings.engine, room, fingerprint, say
+            )
+            self.made_by = f"{settings.engine.dialect.name}, {parity}"
         self._users, self._unused = 0, threading.Condition()
+
+    def _read_shape(self, config: PreTrainedConfig, virtual: int, most: int | None) -> None:
+        """Note what the model's configuration says of its vocabulary and of the longest text."""
+        shape = config.get_text_config()
+        self.vocabulary = int(shape.vocab_size)
+        self.grammars = Grammars(self.tokenizer, self.vocabulary)
+        longest = getattr(shape, "max_position_embeddings", None)
+        limits = [int(longest) - virtual] if longest else []
+        self.context = min(limits + ([most] if most else []), default=None)
+        """Tokens that a prompt and its answer may have; None where there is no limit."""
 
     @contextmanager
     def in_use(self) -> Iterator[LoadedVersion]:
@@ -199,6 +236,7 @@ class Source:
         adapters: folders of adapters, by name.
         settings: how versions are run.
         any_base: also adapters that name another base.
+        say: tells of what happens to versions in memory, in one line.
     """
 
     def __init__(
@@ -209,9 +247,10 @@ class Source:
         settings: Settings,
         *,
         any_base: bool = False,
+        say: Callable[[str], None] = print,
     ) -> None:
         self.reference, self._workspace, self._adapters = reference, workspace, dict(adapters)
-        self._settings, self._any_base = settings, any_base
+        self._settings, self._any_base, self._say = settings, any_base, say
         self._registry: RegistryReader | None = None
 
     def newest(self) -> str | None:
@@ -236,7 +275,9 @@ class Source:
             RegistryUnreachable: MLflow does not answer.
         """
         folder, fingerprint = self._checked(number)
-        loaded = LoadedVersion(fingerprint, folder, self._adapters, self._settings, any_base=self._any_base)
+        loaded = LoadedVersion(
+            fingerprint, folder, self._adapters, self._settings, any_base=self._any_base, say=self._say
+        )
         try:
             loaded.probe()
         except BaseException:
@@ -371,7 +412,9 @@ class Slot:
         before = self.number
         self._replace(number, loaded)
         self.refused = None
-        self._say(f"{self.source.reference.text}: {loaded.fingerprint}" + (f", was version {before}" if before else ""))
+        by = f" by {loaded.made_by}" if loaded.made_by != OWN else ""
+        was = f", was version {before}" if before else ""
+        self._say(f"{self.source.reference.text}: {loaded.fingerprint}{by}{was}")
 
     def _drop(self) -> None:
         if self.current is not None and not self._stays:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Collection
 from itertools import count
 from threading import Condition, Thread
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from tasks.core.errors import Transient
 from tasks.core.memory import free_bytes
@@ -53,10 +53,30 @@ class State(NamedTuple):
     tokens: int
 
 
+class Engine(Protocol):
+    """What writes continuations for callers of any thread: `ContinuousBatching`, or one that another process has."""
+
+    def submit(self, asked: Asked, tell: Tell) -> Handle:
+        """Ask for a continuation, whose tokens and then end are told as they come."""
+        ...
+
+    def drop(self, number: int) -> None:
+        """Drop the request of a number."""
+        ...
+
+    def state(self) -> State:
+        """Return what it is doing."""
+        ...
+
+    def close(self, *, finish: bool) -> None:
+        """Take no more requests, and end."""
+        ...
+
+
 class Handle:
     """Request that can be dropped."""
 
-    def __init__(self, engine: ContinuousBatching, number: int) -> None:
+    def __init__(self, engine: Engine, number: int) -> None:
         self._engine, self._number = engine, number
 
     def cancel(self) -> None:
