@@ -9,7 +9,6 @@ import typer
 
 from flows.run.ending import on_stopping
 from flows.run.locate import REGISTRY_SCHEME, WorkspaceOption, enter, ready, seen_from_here
-from tasks.core.errors import BadParams
 
 app = typer.Typer()
 
@@ -110,8 +109,6 @@ def serve(
 
     share = canary_of(canary) if canary else None
     chosen = engine_choice(engine, engine_path, engine_dtype, engine_option or [])
-    if chosen and adapter:
-        raise BadParams("has no adapters", where=f"--engine {engine}", got="--adapter", fix="merge it (`temper merge`)")
     clients = access.read_keys(keys)
     access.check_host(host, clients)
     named = dict(adapter_of(each) for each in adapter or [])
@@ -163,6 +160,7 @@ def feedback(
     Without arguments it renews the snapshots of the sources of kind feedback in params.yaml, as these say. With a
     record and a folder it writes that folder, which a source of kind folder reads.
     """
+    from tasks.core.errors import BadParams
 
     if record is None:
         if days or consent or forget_after is not None:

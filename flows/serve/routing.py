@@ -68,12 +68,20 @@ class Models:
         say: tells of what happens, in one line.
 
     Raises:
-        BadParams: two have the same name, or canary and shadow stand beside no model of the registry.
+        BadParams: two have the same name, canary and shadow stand beside no model of the registry, or another engine is
+            to have adapters.
     """
 
     def __init__(self, plan: Plan, workspace: Path | None, say: Callable[[str], None]) -> None:
         self._plan = plan
         first = plan.references[0]
+        if plan.adapters and plan.settings.engine:
+            raise BadParams(
+                "has no adapters here",
+                where=f"--engine {plan.settings.engine.dialect.name}",
+                got=f"--adapter {next(iter(plan.adapters))}",
+                fix="merge it into the model (`temper merge`), or serve without --engine",
+            )
         self._slots: dict[str, Slot] = {}
         self._short: dict[str, str] = {}
         for reference in plan.references:

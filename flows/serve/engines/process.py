@@ -100,21 +100,28 @@ class EngineProcess:
 
     def _wait_for_answer(self) -> None:
         deadline = time.monotonic() + self._dialect.start_s
-        while True:
-            with suppress(httpx.TransportError):
-                told = httpx.get(f"{self.address}/health", headers=self.headers, timeout=_ANSWERS_S, trust_env=False)
-                if told.status_code == httpx.codes.OK:
-                    return
-            code = self._process.poll()
-            if code is not None or time.monotonic() > deadline:
-                why = f"no answer within {self._dialect.start_s:.0f} s" if code is None else f"exit code {code}"
-                raise BadModel(
-                    f"{self._dialect.name} does not start on it",
-                    where=str(self._launch.model),
-                    got=f"{why}\n{self._said()}",
-                    fix="see what it says; --engine-option adds to its command line",
-                )
-            time.sleep(_LOOK_S)
+        with httpx.Client(timeout=_ANSWERS_S, trust_env=False) as client:
+            while not self._healthy(client):
+                self._check_alive(deadline)
+                time.sleep(_LOOK_S)
+
+    def _healthy(self, client: httpx.Client) -> bool:
+        try:
+            return client.get(f"{self.address}/health", headers=self.headers).status_code == httpx.codes.OK
+        except httpx.TransportError:  # it does not listen yet
+            return False
+
+    def _check_alive(self, deadline: float) -> None:
+        code = self._process.poll()
+        if code is None and time.monotonic() <= deadline:
+            return
+        why = f"no answer within {self._dialect.start_s:.0f} s" if code is None else f"exit code {code}"
+        raise BadModel(
+            f"{self._dialect.name} does not start on it",
+            where=str(self._launch.model),
+            got=f"{why}\n{self._said()}",
+            fix="see what it says; --engine-option adds to its command line",
+        )
 
     def _said(self) -> str:
         """Return the last lines of its log, which has no prompts yet."""

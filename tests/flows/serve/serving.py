@@ -18,7 +18,7 @@ from flows.serve.record import Record
 from flows.serve.routing import SERVED, Chosen, Models, Plan
 from flows.serve.server import Options, Server, listen, make_service
 from flows.serve.tool_calls import Tools
-from flows.serve.versions import Reference
+from flows.serve.versions import Reference, Settings
 from tasks.inference.continuous_batching import Busy, State
 from tasks.inference.decoding import Asked, Ended, Written
 
@@ -43,7 +43,8 @@ def listening(service: Service) -> Iterator[str]:
 @contextmanager
 def serving(folder: Path, record: Record | None = None, **options: Any) -> Iterator[str]:
     """The address of a server of a model folder."""
-    models = Models(Plan([Reference(str(folder))], options.pop("adapters", {})), None, print)
+    plan = Plan([Reference(str(folder))], options.pop("adapters", {}), options.pop("settings", Settings()))
+    models = Models(plan, None, options.pop("say", print))
     models.begin()
     try:
         with listening(make_service(models, Options(**options), record)) as address:
