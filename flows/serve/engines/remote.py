@@ -10,8 +10,8 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
+from contextlib import aclosing, suppress
 from http import HTTPStatus
 from itertools import count
 from typing import Any
@@ -21,7 +21,7 @@ import httpx
 from flows.serve.engines.dialect import Dialect, EngineFailed, Event
 from flows.serve.engines.pieces import Pieces
 from flows.serve.engines.process import EngineProcess
-from flows.serve.errors import SERVER, ApiError, unsupported
+from flows.serve.errors import SERVER, ApiError, place_of, unsupported
 from tasks.core.errors import TemperError
 from tasks.inference.continuous_batching import Busy, Handle, State, Tell
 from tasks.inference.decoding import Asked, Ended
@@ -173,20 +173,17 @@ class RemoteEngine:
                 running = True
                 with self._lock:
                     self._running += 1
-                async for event in self._events(asked):
-                    for each in event.written:
-                        self._tokens += 1
-                        tell(each)
-                    if event.reason:
-                        ended = Ended(event.reason)
-                        break
-                else:
-                    ended = Ended("error", _down())
+                reason = await self._tell_all(asked, tell)
+                ended = Ended(reason) if reason else Ended("error", _down())
         except asyncio.CancelledError:
             pass  # told below: nobody waits for the task
         except httpx.TransportError:
             ended = Ended("error", _down())
         except Exception as error:  # a bad event, whatever is wrong with it
+            self._say(
+                f"{self._dialect.name} failed on an answer: "
+                + (error.line() if isinstance(error, TemperError) else place_of(error))
+            )
             ended = Ended("error", error)
         finally:
             with self._lock:
@@ -195,10 +192,21 @@ class RemoteEngine:
                 self._lock.notify_all()
         tell(ended)
 
-    async def _events(self, asked: Asked) -> AsyncIterator[Event]:
+    async def _tell_all(self, asked: Asked, tell: Tell) -> str:
+        """Tell all tokens as they come; returns why they end, or nothing where the engine stops speaking before."""
+        async with aclosing(self._events(asked)) as events:
+            async for event in events:
+                for each in event.written:
+                    self._tokens += 1
+                    tell(each)
+                if event.reason:
+                    return event.reason
+        return ""
+
+    async def _events(self, asked: Asked) -> AsyncGenerator[Event, None]:
         process = self._process
-        if process is None:
-            raise _down()
+        if process is None:  # it ended while this waited
+            return
         reader = self._dialect.reader(self._end_ids, self._pieces)
         path, body = self._dialect.request(asked, self._end_ids, stream=True)
         async with self._client.stream("POST", process.address + path, json=body, headers=process.headers) as response:
@@ -206,7 +214,7 @@ class RemoteEngine:
                 raise EngineFailed("the engine gave no answer", got=f"status {response.status_code}")
             async for line in response.aiter_lines():
                 if line.startswith("error:"):
-                    raise EngineFailed("the engine failed on an answer")
+                    raise EngineFailed("the engine gave no answer", got="an error within its stream")
                 text = line.removeprefix(_DATA).strip() if line.startswith(_DATA) else ""
                 if text == "[DONE]":
                     return

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from flows.serve.engines.dialect import Dialect, Launch
 from flows.serve.engines.llama_cpp import LlamaCpp
-from flows.serve.engines.parity import Parity, check_parity, probe_prompts
+from flows.serve.engines.parity import PROBE_TOKENS, Parity, check_parity, probe_prompts
 from flows.serve.engines.pieces import Pieces
 from flows.serve.engines.process import EngineProcess, program_of
 from flows.serve.engines.remote import RemoteEngine
 from flows.serve.engines.vllm import Vllm
 from tasks.adapters.package import FOLDER
 from tasks.core.errors import BadModel, BadParams
+from tasks.core.memory import out_of_memory, ran_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,6 +100,7 @@ def start_engine(
         BadModel: the engine cannot have this model, or does not start on it.
         BadParams: it cannot be run so.
         NotEquivalent: it writes other tokens.
+        OutOfMemory: there is none left to compare it.
         EngineFailed: it gives none.
     """
     dialect = choice.dialect
@@ -160,13 +162,25 @@ def _parity(
 
     from tasks.adapters.attach import load_packaged
 
-    model = load_packaged(folder)
+    prompts = probe_prompts(tokenizer, context)
+    if not prompts:
+        raise BadParams(
+            "leaves no room for a prompt to compare the engine on",
+            where="--context",
+            got=str(context),
+            expected=f"at least {min(map(len, probe_prompts(tokenizer, None))) + PROBE_TOKENS} tokens",
+        )
     try:
+        model = load_packaged(folder)
         exact = dtype == "float32" and model.dtype == torch.float32
-        prompts = probe_prompts(tokenizer, context)
         return check_parity(engine.written, model, tokenizer, prompts, end_ids, exact=exact, where=where)
+    except Exception as error:
+        if not ran_out(error):
+            raise
+        fix = "leave some to temper, which computes a few tokens itself to compare: docs/serving.md, Other engines"
+        raise out_of_memory(error, where=where, fix=fix) from error
     finally:
-        del model
+        model = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

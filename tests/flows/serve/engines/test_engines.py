@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from flows.serve.engines.keeper import environment_of
+from flows.serve.engines.parity import PROBE_TOKENS
 from flows.serve.engines.process import program_of
 from flows.serve.engines.start import DIALECTS, engine_choice
 from flows.serve.routing import Models, Plan
@@ -191,6 +192,13 @@ def test_an_engine_that_writes_other_tokens_is_refused(pico_base: Path, tmp_path
     with pytest.raises(NotEquivalent, match="other tokens than temper's own") as caught:
         LoadedVersion("m/1", pico_base, {}, settings, any_base=False)
     assert "m/1 by vllm, prompt 1, token 3" in str(caught.value)
+    assert started.processes() == []
+
+
+def test_a_context_without_room_to_compare_is_refused(pico_base: Path, tmp_path: Path, started: Started) -> None:
+    settings = Settings(context=PROBE_TOKENS, engine=pretended("vllm", tmp_path))
+    with pytest.raises(BadParams, match="leaves no room"):
+        LoadedVersion("m/1", pico_base, {}, settings, any_base=False)
     assert started.processes() == []
 
 
