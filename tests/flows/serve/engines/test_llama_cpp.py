@@ -15,6 +15,7 @@ import pytest
 
 from flows.serve.engines.start import DIALECTS, EngineChoice
 from flows.serve.versions import LoadedVersion, Settings
+from tasks.core.errors import NotEquivalent
 from tasks.core.records import Message
 from tasks.inference.chat import answer
 from tasks.inference.decoding import Asked, Ended, Written
@@ -67,6 +68,13 @@ def test_answers_in_float32_are_those_of_temper(served: tuple[str, str, list[str
     assert told["choices"][0]["message"]["content"] == reply.text
     assert told["choices"][0]["finish_reason"] == ("stop" if reply.stopped else "length")
     assert told["usage"]["completion_tokens"] == reply.tokens
+
+
+def test_a_model_that_is_run_with_other_positions_is_refused() -> None:
+    wrong = ("--rope-freq-base", "500")
+    settings = Settings(slots=1, engine=EngineChoice(DIALECTS["llama.cpp"], Path(PROGRAM or ""), "bfloat16", wrong))
+    with pytest.raises(NotEquivalent, match="other tokens than temper's own"):
+        LoadedVersion("tiny/1", TINY, {}, settings, any_base=False)
 
 
 def streamed(engine: Any, asked: Asked) -> tuple[list[int], str]:
