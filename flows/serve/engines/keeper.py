@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 from tasks.core.stage import OWNER
 
@@ -26,9 +27,13 @@ _THREADS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 """Set for processes that share a machine; an engine has its own way to wait."""
 
 
-def environment_of(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that an engine gets: not those of temper's own environment, keys among them."""
-    return {name: value for name, value in variables.items() if not name.startswith(_OURS) and name not in _THREADS}
+def environment_of(variables: Mapping[str, str], program: str) -> dict[str, str]:
+    """Return the variables that an engine gets: none of temper's own environment, keys among them.
+
+    Programs beside it come first on PATH, as in an environment that was activated.
+    """
+    kept = {name: value for name, value in variables.items() if not name.startswith(_OURS) and name not in _THREADS}
+    return kept | {"PATH": os.pathsep.join([str(Path(program).absolute().parent), variables.get("PATH", os.defpath)])}
 
 
 def main() -> None:
@@ -37,7 +42,7 @@ def main() -> None:
 
     owner = psutil.Process(int(os.environ[OWNER]))
     scratch, *command = sys.argv[1:]
-    engine = subprocess.Popen(command, env=environment_of(os.environ), stdin=subprocess.DEVNULL)
+    engine = subprocess.Popen(command, env=environment_of(os.environ, command[0]), stdin=subprocess.DEVNULL)
     signal.signal(signal.SIGTERM, lambda number, frame: engine.terminate())
 
     def watch() -> None:

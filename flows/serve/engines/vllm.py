@@ -34,7 +34,7 @@ class Vllm(Dialect):
         words = [str(launch.program), "serve", str(launch.model), "--served-model-name", MODEL]
         words += ["--host", "127.0.0.1", "--port", str(launch.port), "--dtype", launch.dtype]
         words += ["--max-num-seqs", str(launch.slots), "--generation-config", "vllm", "--seed", "0"]
-        words += ["--gpu-memory-utilization", str(_SHARE), "--uvicorn-log-level", "warning"]
+        words += ["--gpu-memory-utilization", str(_SHARE), "--uvicorn-log-level", "warning", "--disable-log-stats"]
         if launch.context is not None:
             words += ["--max-model-len", str(launch.context)]
         if launch.cache_bytes is not None:

@@ -326,8 +326,8 @@ def test_models_that_the_engine_cannot_have_are_refused(pico_base: Path, tmp_pat
 
 def test_an_engine_gets_none_of_the_variables_of_this_environment() -> None:
     given = {"PATH": "/bin", "PYTHONPATH": ".", "VIRTUAL_ENV": "/v", "TEMPER_KEYS": "secret", "HF_HOME": "/h"}
-    assert environment_of(given | {"LLAMA_API_KEY": "k", "OMP_WAIT_POLICY": "PASSIVE"}) == {
-        "PATH": "/bin",
+    assert environment_of(given | {"LLAMA_API_KEY": "k", "OMP_WAIT_POLICY": "PASSIVE"}, "/e/bin/vllm") == {
+        "PATH": "/e/bin:/bin",
         "HF_HOME": "/h",
         "LLAMA_API_KEY": "k",
     }
