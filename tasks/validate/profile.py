@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,15 @@ from tasks.validate.params import Validate
 if TYPE_CHECKING:
     import pandas as pd
 
-EDGES: Mapping[str, Sequence[int]] = {
+EDGES: dict[str, Sequence[int]] = {
     "characters": [0, *(2**power for power in range(1, 19))],
     "words": [0, *(2**power for power in range(1, 17))],
     "turns": [0, 1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64],
 }
+EDGES |= {f"prompt_{name}": edges for name, edges in EDGES.items()}
 """The bins of each histogram, the same in every run so that runs can be compared; the last one is open."""
+SCRIPTS = {"scripts": "script", "prompt_scripts": "question_script"}
+"""Facts that are counted by their value."""
 
 PROFILE_TEMPLATE = Path(__file__).with_name("profile.html.jinja")
 SHOWN_EXAMPLES = 5
@@ -88,16 +91,26 @@ def measure(
         },
         "contamination": {name: found._asdict() for name, found in verdict.marks.benchmarks.items()},
         "repairs": dict(sorted(Counter(change.check for change in verdict.repaired).items())),
-        "histograms": {name: histogram(facts[name], edges) for name, edges in EDGES.items()},
-        "scripts": {str(name): int(count) for name, count in sorted(facts["script"].value_counts().items())},
+        **counted(facts),
     }
 
 
-def histogram(values: pd.Series[int], edges: Sequence[int]) -> list[int]:
-    """Count the values from each edge to the next; the last bin is open."""
+def counted(facts: pd.DataFrame) -> dict[str, Any]:
+    """Count facts of rows: `histograms` by their bins, and scripts by their names, "none" where there are few words."""
+    return {
+        "histograms": {name: histogram(facts[name], edges) for name, edges in EDGES.items()},
+        **{
+            name: {str(value): int(count) for value, count in sorted(facts[fact].fillna("none").value_counts().items())}
+            for name, fact in SCRIPTS.items()
+        },
+    }
+
+
+def histogram(values: pd.Series[float], edges: Sequence[int]) -> list[int]:
+    """Count the values from each edge to the next; the last bin is open, and what is null is in none."""
     import numpy as np
 
-    places = np.searchsorted(np.asarray(edges), values.to_numpy(), side="right") - 1
+    places = np.searchsorted(np.asarray(edges), values.dropna().to_numpy(), side="right") - 1
     return [int(count) for count in np.bincount(places, minlength=len(edges))]
 
 
@@ -114,23 +127,30 @@ def stability(now: Sequence[int], before: Sequence[int]) -> float:
 
 def drift(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, float]:
     """Compute the stability index of every column that both profiles have."""
-    columns = {name: stability(now["histograms"][name], before["histograms"][name]) for name in EDGES}
-    for name in ("scripts", "kinds", "sources"):
-        one, other = _counts(now, name), _counts(before, name)
-        keys = sorted(one.keys() | other)
-        columns[name] = stability([one.get(key, 0) for key in keys], [other.get(key, 0) for key in keys])
-    return columns
+    earlier = dict(_columns(before))
+    return {name: stability(*paired_counts(bins, earlier[name])) for name, bins in _columns(now) if name in earlier}
 
 
-def _counts(numbers: Mapping[str, Any], name: str) -> dict[str, int]:
-    if name == "scripts":
-        return dict(numbers["scripts"])
-    counts: Counter[str] = Counter()
+def paired_counts(now: Mapping[Any, int], before: Mapping[Any, int]) -> tuple[list[int], list[int]]:
+    """Return two columns' counts over the same bins."""
+    keys = sorted(now.keys() | before.keys())
+    return [now.get(key, 0) for key in keys], [before.get(key, 0) for key in keys]
+
+
+def _columns(numbers: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[Any, int]]]:
+    """Yield the columns of a profile with their counts by bin."""
+    for name, counts in numbers["histograms"].items():
+        yield name, dict(enumerate(counts))
+    for name in SCRIPTS:
+        if name in numbers:  # a profile of before has fewer
+            yield name, numbers[name]
+    kinds, sources = Counter[str](), Counter[str]()
     for source, about in numbers["sources"].items():
         if about["use"] == "train":
             for kind, rows in about["rows"].items():
-                counts[kind if name == "kinds" else source] += rows
-    return dict(counts)
+                kinds[kind] += rows
+                sources[source] += rows
+    yield from (("kinds", kinds), ("sources", sources))
 
 
 def profile_page(numbers: Mapping[str, Any], moved: Mapping[str, float] | None = None) -> str:
@@ -142,7 +162,7 @@ def profile_page(numbers: Mapping[str, Any], moved: Mapping[str, float] | None =
             says nothing of drift, as a stage sees this run alone.
     """
     bars = {name: _bars(numbers["histograms"][name], EDGES[name]) for name in EDGES}
-    bars["scripts"] = _bars(list(numbers["scripts"].values()), list(numbers["scripts"]))
+    bars |= {name: _bars(list(numbers[name].values()), list(numbers[name])) for name in SCRIPTS}
     return html_page(PROFILE_TEMPLATE, {"p": numbers, "bars": bars, "moved": moved})
 
 

@@ -131,6 +131,9 @@ FEATURE_COLUMNS = (
     "shortest_turn",
     "characters",
     "words",
+    "prompt_turns",
+    "prompt_characters",
+    "prompt_words",
     "script",
     "question_script",
     "reply_script",
@@ -178,6 +181,9 @@ def _facts(table: pa.Table, kind: str) -> pd.DataFrame:
     }
     replies = np.isin(turns.letter, np.frombuffer(b"acr", np.uint8))
     asked = turns.letter == ord("u")
+    prompt = ~(replies | (turns.letter == ord("x")))
+    for name, counts in (("turns", 1), ("characters", letters["characters"]), ("words", letters["words"])):
+        facts[f"prompt_{name}"] = np.full(rows, np.nan) if kind == "text" else total(prompt * counts).astype(float)
     refusals = np.zeros(len(turns.row), np.int64)
     refusals[replies] = refusing(turns.text.filter(pa.array(replies)))
     facts["refusals"] = total(refusals)
@@ -240,6 +246,8 @@ def _count_letters(texts: pa.Array) -> dict[str, NDArray[np.int64]]:
     wordlike = (classes == _ASCII_LETTERS) | (classes == _DIGITS)
     begins = wordlike.copy()
     begins[1:] &= ~(wordlike[:-1] | (classes[:-1] == _FOLLOWS))
+    starts = offsets[:-1][offsets[:-1] < len(content)]
+    begins[starts] = wordlike[starts]  # whatever the text before it ends with
     counts = {
         "characters": per_text(classes != _FOLLOWS),
         "control": per_text(classes == _CONTROL)

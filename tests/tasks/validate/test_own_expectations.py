@@ -113,6 +113,11 @@ BY_HAND: dict[str, dict[str, Any]] = {
     "turns": dict(zip(NONE, (2, 5, 4, 3, 1, 2, 2, 2), strict=True)),
     # without white space; the reply that only calls a tool does not count
     "shortest_turn": dict(zip(NONE, (13, 2, 2, 2, 2, 7, 7, 12), strict=True)),
+    "words": dict(zip(NONE, (9, 7, 11, 14, 2, 6, 5, 4), strict=True)),  # of each text by itself
+    # of system, user and tool
+    "prompt_turns": dict(zip(NONE, (1, 3, 2, 1, None, 1, 1, 1), strict=True)),
+    "prompt_characters": dict(zip(NONE, (16, 14, 23, 8, None, 9, 10, 14), strict=True)),
+    "prompt_words": dict(zip(NONE, (4, 4, 6, 8, None, 3, 3, 2), strict=True)),
     "calls": NONE | {"link": 0, "long": 0, "call": 1},
     "tools": NONE | {"link": 1} | dict.fromkeys(("long", "call", "pair", "good", "bad"), 0),
     "same_replies": NONE | {"pair": 0},
