@@ -18,7 +18,7 @@ from tasks.registry.client import answering, connect, connect_to_read, fetch_art
 from tasks.registry.local_reader import RegistryReader
 from tasks.registry.versions import version_at, version_of, versions
 from tasks.reports.items import compare_items
-from tasks.reports.statistics import PairedDifference
+from tasks.reports.statistics import Difference
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -95,7 +95,7 @@ def compare(workspace: Path, first: str, second: str) -> dict[str, Any]:
     return {"model": model, **told, "suites": suites}
 
 
-def _numbers(found: PairedDifference) -> dict[str, Any]:
+def _numbers(found: Difference) -> dict[str, Any]:
     told = {"items": found.items, "first": found.old, "second": found.new, "gain": found.gain, "low": found.low}
     told |= {"high": found.high, "noise": found.noise, "counted": found.counted}
     return {name: None if math.isnan(value) else value for name, value in told.items()}

@@ -21,9 +21,11 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from tasks.gate.params import Promote
+from tasks.gate.live import LiveEvidence
+from tasks.gate.params import LiveCheck, Promote
+from tasks.gate.tallies import Tally, preference, share_difference, wilson
 from tasks.reports.items import Items, compare_items
-from tasks.reports.statistics import PairedDifference
+from tasks.reports.statistics import Difference
 
 
 class VersionRecord(NamedTuple):
@@ -65,16 +67,17 @@ class CheckResult(NamedTuple):
     suite: str
     passed: bool
     said: str
-    difference: PairedDifference | None = None
+    difference: Difference | None = None
 
 
 class GateDecision(NamedTuple):
-    """Verdict on whether a version may become champion, and what it was compared with."""
+    """Verdict on whether a version may become champion, what it was compared with, and what was seen of it live."""
 
     version: str
     champion: str
     passed: bool
     findings: list[CheckResult]
+    live: LiveEvidence | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the verdict as JSON has it, where a number that is missing is null."""
@@ -83,7 +86,7 @@ class GateDecision(NamedTuple):
             numbers = finding.difference._asdict() if finding.difference else {}
             told = {name: None if math.isnan(value) else value for name, value in numbers.items()}
             findings.append({**finding._asdict(), "difference": told or None})
-        return {**self._asdict(), "findings": findings}
+        return {**self._asdict(), "findings": findings, "live": self.live.as_dict() if self.live else None}
 
     def digest(self) -> str:
         """Compute the SHA-256 of the verdict, by which the ledger names it."""
@@ -93,11 +96,16 @@ class GateDecision(NamedTuple):
         """Summarise the verdict in a few words."""
         passed = sum(finding.passed for finding in self.findings)
         told = [f.said for f in self.findings if f.check.startswith("against") and f.difference]
-        return f"{passed} of {len(self.findings)} checks passed" + "".join(f"; {said}" for said in told[:2])
+        told += [f"{f.check} {f.said}" for f in self.findings if f.check.startswith("live")]
+        return f"{passed} of {len(self.findings)} checks passed" + "".join(f"; {said}" for said in told)
 
 
 def decide(
-    challenger: VersionRecord, champion: VersionRecord | None, params: Promote, max_mean_kl: float
+    challenger: VersionRecord,
+    champion: VersionRecord | None,
+    params: Promote,
+    max_mean_kl: float,
+    live: LiveEvidence | None = None,
 ) -> GateDecision:
     """Compare a version with the base model and the present champion.
 
@@ -106,6 +114,7 @@ def decide(
         champion: the present champion; None when there is none.
         params: what must be shown.
         max_mean_kl: how far the model that is served may be from the one that was trained, nats per token.
+        live: what a record says of both; None where there is none.
     """
     rival = champion if champion is not None and champion.version != challenger.version else None
     findings = [
@@ -115,9 +124,10 @@ def decide(
         *([_against_champion(challenger, rival, params)] if rival else []),
         *_guarded(challenger, rival, params),
         *_floors(challenger, params),
+        *(_live(live, rival.version, params) if rival else ()),
     ]
     passed = all(finding.passed for finding in findings)
-    return GateDecision(challenger.version, rival.version if rival else "", passed, findings)
+    return GateDecision(challenger.version, rival.version if rival else "", passed, findings, live)
 
 
 def _integrity(version: VersionRecord, max_mean_kl: float) -> Iterator[CheckResult]:
@@ -176,12 +186,61 @@ def _floors(version: VersionRecord, params: Promote) -> Iterator[CheckResult]:
         yield CheckResult("floor", suite, mean >= floor, f"{found}, at least {floor:g}")
 
 
-def _not_worse(found: PairedDifference, margin: float, max_noise: float) -> bool:
+def _live(live: LiveEvidence | None, champion: str, params: Promote) -> Iterator[CheckResult]:
+    """Judge what a record says; a version that nobody used is held back only where that is demanded."""
+    asked = params.live
+    if not asked.asked:
+        return
+    found = live or LiveEvidence("no record", "", "")
+    where = f"; {found.source}" + (f" since {found.since}" if found.since else "")
+    two_groups = (
+        ("thumbs", "up", asked.thumbs, found.version.thumbs, found.champion.thumbs),
+        ("complete", "complete", asked.complete, found.version.complete, found.champion.complete),
+    )
+    for name, word, check, new, old in two_groups:
+        if check.use != "ignored":
+            difference = share_difference(new, old, params.resampling)
+            shares = (f"{word} {_share(new, params)}", f"champion {champion} {_share(old, params)}")
+            yield _live_check(name, check, min(new.units, old.units), difference, ", ".join(shares) + where, params)
+    if asked.preferences.use != "ignored":
+        wins = found.preferences
+        said = f"preferred to champion {champion} {_share(wins, params)}{where}"
+        yield _live_check(
+            "preferences", asked.preferences, wins.units, preference(wins, params.resampling), said, params
+        )
+    if asked.min_agreement:
+        enough, agreed = found.agreement.units >= asked.least, found.agreement.share >= asked.min_agreement
+        said = f"as champion {champion} {_share(found.agreement, params)}, at least {asked.min_agreement:g}{where}"
+        yield CheckResult("live agreement", "", enough and agreed, said if enough else f"{_few(params)}: {said}")
+    yield CheckResult("live answers", "", True, f"{found.version.told()}; champion {found.champion.told()}{where}")
+
+
+def _live_check(name: str, check: LiveCheck, units: int, found: Difference, said: str, params: Promote) -> CheckResult:
+    demanded = check.use == "demanded"
+    if units < params.live.least:
+        return CheckResult(f"live {name}", "", not demanded, f"{_few(params)}: {said}", found)
+    passed = _not_worse(found, check.margin, params.live.max_noise if demanded else math.inf)
+    said = f"{found.gain:+.3f} [{found.low:+.3f}, {found.high:+.3f}], noise {found.noise:.3f}: {said}"
+    return CheckResult(f"live {name}", "", passed, said, found)
+
+
+def _few(params: Promote) -> str:
+    return f"fewer than {params.live.least} users or conversations"
+
+
+def _share(tally: Tally, params: Promote) -> str:
+    if not tally.votes:
+        return "of nothing"
+    share, low, high = wilson(tally, params.confidence)
+    return f"{share:.3f} [{low:.3f}, {high:.3f}] of {tally.votes} by {tally.units}"
+
+
+def _not_worse(found: Difference, margin: float, max_noise: float) -> bool:
     """No loss that counts beyond the margin; where nothing counts, noise must not be what hides it. NaN is False."""
     return found.counted >= -margin and (found.counted != 0 or found.noise <= max_noise)
 
 
-def _told(check: str, suite: str, passed: bool, found: PairedDifference, metric: str, rival: str) -> CheckResult:
+def _told(check: str, suite: str, passed: bool, found: Difference, metric: str, rival: str) -> CheckResult:
     if not found.items:
         said = f"no items in common with {rival}"
     elif math.isnan(found.gain):
@@ -194,7 +253,5 @@ def _told(check: str, suite: str, passed: bool, found: PairedDifference, metric:
     return CheckResult(check, suite, passed, said, found)
 
 
-def _on(
-    suite: str, new: Mapping[str, Items], old: Mapping[str, Items], metric: str, params: Promote
-) -> PairedDifference:
+def _on(suite: str, new: Mapping[str, Items], old: Mapping[str, Items], metric: str, params: Promote) -> Difference:
     return compare_items(new.get(suite, {}), old.get(suite, {}), metric, params.resampling)

@@ -13,6 +13,41 @@ from tasks.reports.statistics import Resampling
 SuiteName = Annotated[str, StringConstraints(min_length=1)]
 
 
+class LiveCheck(Section):
+    """One figure of live answers, of a version beside the champion."""
+
+    use: Literal["ignored", "taken", "demanded"] = "ignored"
+    """`taken`: a version that is clearly worse is refused. `demanded`: also one of which too few people said
+    something, or so few that a loss would not be seen (`max_noise`)."""
+    margin: NotNegative = 0.0
+    """How much worse the share may be than the champion's."""
+
+
+class Live(Section):
+    """What the gate takes from the record of `temper serve`: `--record`, or TEMPER_RECORD."""
+
+    thumbs: LiveCheck = LiveCheck()
+    """The share of thumbs that are up."""
+    preferences: LiveCheck = LiveCheck()
+    """How often the version's answer was preferred, of votes on one of its answers and one of the champion's."""
+    complete: LiveCheck = LiveCheck()
+    """The share of answers that say something and that no limit of tokens cut."""
+    min_agreement: Share = 0.0
+    """The least share of a shadow's answers that are the champion's own; 0: any."""
+    days: Positive = 30.0
+    """So far back the record is read, and not beyond the version's first answer."""
+    least: Count = 50
+    """So many users, or conversations of nobody named, must have said something of either."""
+    max_noise: Positive = 0.2
+    """Where a check is demanded, and nothing counts: a noise floor that is higher hides too much."""
+
+    @property
+    def asked(self) -> bool:
+        """Return whether anything of the record is asked for."""
+        checks = (self.thumbs, self.preferences, self.complete)
+        return self.min_agreement > 0 or any(each.use != "ignored" for each in checks)
+
+
 class Promote(Section):
     """Conditions that a challenger must meet: figures are of items, paired where two models answered the same."""
 
@@ -37,6 +72,8 @@ class Promote(Section):
     """How much worse than the champion (the base, where there is none) the mean score may be, by suite."""
     max_contamination: Share = 0.0
     """The share of a suite's items that may stand in the training rows; of every suite named above."""
+    live: Live = Live()
+    """What people said of live answers; nothing of it, unless something is asked for here."""
     approval: Literal["none", "human"] = "none"
     """`human`: a version that passed waits in Prefect until somebody approves of it."""
     approval_timeout_s: Count = 86400

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, get_type_hints
 
 from tasks.core.errors import BadData, BadModel
 from tasks.core.parquet import read_rows, write_rows
-from tasks.reports.statistics import PairedDifference, Resampling, bootstrap, paired_difference
+from tasks.reports.statistics import Difference, Resampling, bootstrap, paired_difference
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -188,7 +188,7 @@ def by_suite(items: Iterable[Item]) -> Mapping[str, Items]:
     return found
 
 
-def compare_items(new: Items, old: Items, metric: str, resampling: Resampling) -> PairedDifference:
+def compare_items(new: Items, old: Items, metric: str, resampling: Resampling) -> Difference:
     """Compare two models on the items that both answered.
 
     Args:

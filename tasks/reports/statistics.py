@@ -62,11 +62,11 @@ _AT_ONCE = 1 << 21
 """Numbers that are drawn at once, at most."""
 
 
-class PairedDifference(NamedTuple):
-    """Difference of two models on their common items; a gain is positive where the first is better.
+class Difference(NamedTuple):
+    """Difference of two models' figures; a gain is positive where the first is better.
 
     Attributes:
-        items: how many they have in common.
+        items: how many independent observations it rests on: the items that both answered, or people.
         new: the first model's figure.
         old: the second's.
         gain: how much better the first is.
@@ -94,7 +94,7 @@ class PairedDifference(NamedTuple):
 
 def paired_difference(
     values: NDArray[np.float64], weights: NDArray[np.float64], resampling: Resampling, *, higher_is_better: bool
-) -> PairedDifference:
+) -> Difference:
     """Compare two models on the items that both answered.
 
     The figure of a model is the sum of its values over the sum of its weights. The gain has a percentile bootstrap
@@ -114,14 +114,14 @@ def paired_difference(
 
     items = values.shape[1]
     if not items or not np.isfinite(values).all() or not (weights > 0).all():
-        return PairedDifference(items, *(math.nan,) * 6)
+        return Difference(items, *(math.nan,) * 6)
     shown = 1 if higher_is_better else -1
     first, second = (values.sum(1) / weights.sum(1)).tolist()
     drawn, swapped = _resampled(values, weights, resampling)
     tail = (1 - resampling.confidence) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
     noise = np.quantile(np.abs(np.append(swapped, first - second)), resampling.confidence, method="higher")
-    return PairedDifference(items, shown * first, shown * second, first - second, float(low), float(high), float(noise))
+    return Difference(items, shown * first, shown * second, first - second, float(low), float(high), float(noise))
 
 
 def _resampled(
