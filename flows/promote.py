@@ -11,6 +11,6 @@ from flows.registry.promotion import Promotion
 
 
 @flow(name="promote", validate_parameters=False)
-def promote(workspace: Path, version: str | None = None, reason: str = "") -> Promotion:
+def promote(workspace: Path, version: str | None = None, reason: str = "", record: str | None = None) -> Promotion:
     """Make a version champion if the gate lets it; see `flows.registry.promotion.promote`."""
-    return promotion.promote(workspace, version, reason, show_verdict)
+    return promotion.promote(workspace, version, reason, show_verdict, record)

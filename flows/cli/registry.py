@@ -25,10 +25,20 @@ def promote(
         str | None, typer.Option(help="The version to promote; without it, the best that was registered last.")
     ] = None,
     reason: Reason = "",
+    record: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|URL",
+            help="The record of `temper serve`, where promote.live asks what people said; also TEMPER_RECORD.",
+        ),
+    ] = None,
     as_json: Json = False,
     workspace: WorkspaceOption = None,
 ) -> None:
     """Make a version champion, if the gate lets it: better than the base, and not worse than the present champion."""
+    from flows.serve.record_database import url_named
+
+    place = url_named(record).render_as_string() if record else None  # from here, and it has no password
     root = ready(workspace)
     from flows.run.lock import held
     from flows.run.prefect_server import kept_up
@@ -41,11 +51,11 @@ def promote(
                 from flows.promote import promote as flow
                 from flows.run.session import stop
 
-                done = aside(partial(flow, root, version, reason), stop=partial(stop, root))
+                done = aside(partial(flow, root, version, reason, place), stop=partial(stop, root))
         else:
             from flows.registry.promotion import promote as move  # and Prefect is not even imported
 
-            done = move(root, version, reason)
+            done = move(root, version, reason, record=place)
     _told(output.promotion_numbers(done)) if as_json else output.promotion(done)
     if not done.passed:
         raise GateRefused("the gate refused it", where=done.model, fix="look at the checks above")

@@ -13,6 +13,7 @@ from flows.registry.verdict import keep_verdict
 from tasks.core import pipeline
 from tasks.core.errors import BadModel, BadParams, GateRefused
 from tasks.gate.checks import GateDecision, VersionRecord, decide
+from tasks.gate.live import LiveEvidence
 from tasks.gate.params import Promote
 from tasks.orchestration.params import Params, load_params
 from tasks.registry import names as tag
@@ -51,6 +52,7 @@ def promote(
     version: str | None = None,
     reason: str = "",
     show: Callable[[str, GateDecision], None] = lambda model, verdict: None,
+    record: str | None = None,
 ) -> Promotion:
     """Make a version champion if the gate lets it: the one given, or the best that this workspace registered.
 
@@ -61,17 +63,25 @@ def promote(
         version: its number.
         reason: the user's, for the ledger.
         show: is told the model and the gate's verdict, before anybody is asked to approve.
+        record: the file or database that `temper serve --record` keeps; without it, that of TEMPER_RECORD. It is read
+            where `promote.live` asks for something.
 
     Raises:
-        BadParams: there is no such version, or nothing was registered yet.
+        BadParams: there is no such version, nothing was registered yet, or there is no such record.
         AliasMoved: somebody else moved the alias while this version was judged.
         GateRefused: nobody approved of it in time.
     """
     with answering(workspace):
-        return _promote(workspace, version, reason, show)
+        return _promote(workspace, version, reason, show, record)
 
 
-def _promote(workspace: Path, version: str | None, reason: str, show: Callable[[str, GateDecision], None]) -> Promotion:
+def _promote(
+    workspace: Path,
+    version: str | None,
+    reason: str,
+    show: Callable[[str, GateDecision], None],
+    record: str | None,
+) -> Promotion:
     params = load_params(workspace / pipeline.PARAMS)
     client, model = connect(workspace), params.register_.model
     present = settle_champion(client, model)
@@ -86,7 +96,11 @@ def _promote(workspace: Path, version: str | None, reason: str, show: Callable[[
         return Promotion(model, present, method, False, True, ["it is champion already"])
     challenger = version_of(client, model, chosen.version)
     verdict = decide(
-        chosen._replace(broken=broken(client, challenger)), champion, params.promote, params.merge.max_mean_kl
+        chosen._replace(broken=broken(client, challenger)),
+        champion,
+        params.promote,
+        params.merge.max_mean_kl,
+        _live(model, chosen.version, present, params.promote, record) if present else None,
     )
     keep_verdict(client, challenger, verdict)
     show(model, verdict)
@@ -156,6 +170,18 @@ def _why_not(version: str, stack: Sequence[str], seen: Sequence[Move]) -> str:
     if stack[-1:] == [version]:
         return "is champion already"
     return "was rolled back itself" if version in withdrawn(seen) else "was not champion before"
+
+
+def _live(model: str, version: str, champion: str, params: Promote, record: str | None) -> LiveEvidence | None:
+    """Read what people said of two versions, if it is asked for and there is a record."""
+    if not params.live.asked:
+        return None
+    from flows.registry.live import read_live_evidence
+    from flows.serve.record_database import url_given
+
+    place = url_given(record)
+    days = params.live.days
+    return read_live_evidence(place, f"{model}/{version}", f"{model}/{champion}", days) if place else None
 
 
 # --- which version ----------------------------------------------------------------------------------------------------
