@@ -41,6 +41,7 @@ ELSEWHERE = {
     "temper feedback": "tests/flows/run/test_feedback_runs.py",
     "temper schedule --on-feedback 100": "tests/flows/run/test_feedback_runs.py",
     "temper feedback said.db rows --consent training=yes": "tests/flows/serve/test_feedback.py",
+    "temper drift --record .temper/said.db": "tests/flows/serve/test_drift.py",
     "curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' "
     '-d \'{"model": "temper-tiny", "messages": [{"role": "user", "content": "Hello"}]}\'': "serve/test_app.py",
     "TEMPER_LAUNCH=infra/launch/fsdp2.yaml temper run": "tests/tasks/train/test_launcher.py",

@@ -231,3 +231,40 @@ def estimation(found: Mapping[str, Any]) -> None:
     for name, method in found["methods"].items():
         for suggestion in method["suggestions"]:
             typer.echo(f"{name} would fit with {suggestion['change']} ({size(suggestion['total_bytes'])})")
+
+
+def drift(found: Mapping[str, Any], page: Path) -> None:
+    """Print what `temper drift` shows to people."""
+    typer.echo(f"{found['prompts']} prompts of {found['source']}, {found['since']} to {found['until']}\n")
+    answers = found["answers"]
+    columns = {**found["columns"], **({"answer_characters": answers["characters"]} if answers else {})}
+    print_table(
+        [
+            {
+                "column": name.replace("_", " "),
+                "stability index": f"{each['psi']:.3f}",
+                "by chance": f"{each['expected']:.3f}",
+                "now": str(each["rows"]),
+                "before": str(each["rows_before"]),
+            }
+            for name, each in columns.items()
+        ]
+    )
+    if answers:
+        shares = [
+            {
+                f"answers of {answers['version']}": name,
+                "now": f"{each['new']:.1%}",
+                "in its first days": f"{each['old']:.1%}",
+                "difference": f"{each['gain']:+.3f} [{each['low']:+.3f}, {each['high']:+.3f}]",
+            }
+            for name, each in answers["shares"].items()
+        ]
+        print_table(shares)
+    if found["reasons"]:
+        typer.echo("drifted: " + "; ".join(found["reasons"]))
+    elif found["prompts"] < found["least"]:
+        typer.echo(f"too few to say: at least {found['least']} prompts are needed")
+    else:
+        typer.echo("nothing drifted")
+    typer.echo(f"page: {page}")

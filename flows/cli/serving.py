@@ -12,6 +12,9 @@ from flows.run.locate import REGISTRY_SCHEME, WorkspaceOption, enter, ready, see
 
 app = typer.Typer()
 
+DRIFTED = 3
+"""The exit code of `temper drift` where something drifted; 1 is a fault, and 2 a wrong command line."""
+
 
 @app.command()
 def serve(
@@ -190,3 +193,43 @@ def feedback(
         typer.echo(f"{out / name}: {rows} rows")
     for reason, count in sorted(found.left_out.items()):
         typer.echo(f"left out, {reason}: {count}")
+
+
+@app.command()
+def drift(
+    record: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|URL", help="The record that `temper serve` keeps; also TEMPER_RECORD."),
+    ] = None,
+    days: Annotated[float, typer.Option(min=0.01, help="Of the last so many days.")] = 7.0,
+    limit: Annotated[
+        float, typer.Option(min=0, help="Drifted is what has a stability index so far above that of chance.")
+    ] = 0.25,
+    least: Annotated[int, typer.Option(min=1, help="Of fewer prompts or answers nothing is said.")] = 200,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Tell how far what is asked moved from the rows that were trained on, and what is answered from before.
+
+    Ends with 3 where something drifted, for whatever retrains then. Writes the page of the data with it.
+    """
+    import json
+
+    from flows.cli import console
+    from flows.serve.record_database import VARIABLE, url_given
+    from tasks.core.errors import BadParams
+
+    place = url_given(record)
+    if place is None:
+        raise BadParams("no record is named", where="temper drift", expected=f"--record FILE|URL, or {VARIABLE}")
+    root = enter(workspace)
+    from flows.run.data_page import write_data_page
+    from flows.serve.drift import drift_of, drifted
+
+    found = drift_of(root, place, days)
+    reasons = drifted(found, limit, least)
+    told = {**found.as_dict(), "least": least, "reasons": reasons}
+    page = write_data_page(root, told)
+    typer.echo(json.dumps(told, indent=2, ensure_ascii=False)) if as_json else console.drift(told, page)
+    if reasons:
+        raise typer.Exit(DRIFTED)

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import URL
 
 from flows.serve.record import Conversation, Vote, open_record
-from flows.serve.recorded import content_of, unit_of
-from flows.serve.routing import SHADOW
+from flows.serve.recorded import SHADOW, content_of, unit_of
 from tasks.gate.live import LiveEvidence, LiveFigures
 from tasks.gate.tallies import tallied
 

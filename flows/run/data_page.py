@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from tasks.core import pipeline
-from tasks.core.artifacts import as_json
+from tasks.core.artifacts import as_json, atomic_write
 from tasks.registry.client import run_of
 from tasks.validate.profile import drift, profile_page
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 NUMBERS = "data/validation/profile.json"
 DATA_PAGE = "profile.html"
+WRITTEN_PAGE = Path(".temper", "pages", "data.html")
 _KIND = {"temper.kind": "data"}
 
 
@@ -44,6 +46,18 @@ def publish_data_page(client: MlflowClient, workspace: Path) -> Run | None:
     client.log_text(run.info.run_id, profile_page(numbers, moved), DATA_PAGE)
     client.set_terminated(run.info.run_id, "FINISHED")
     return run
+
+
+def write_data_page(workspace: Path, live: Mapping[str, Any]) -> Path:
+    """Write the page of the data with the drift of what is asked; return its path.
+
+    Args:
+        workspace: in which `validate` ran.
+        live: a drift as JSON has it, and what drifted, as `reasons`.
+    """
+    path = workspace / WRITTEN_PAGE
+    atomic_write(path, profile_page(json.loads((workspace / NUMBERS).read_text()), live=live))
+    return path
 
 
 def _last(client: MlflowClient, run: Run) -> dict[str, Any] | None:

@@ -15,9 +15,10 @@ from flows.serve.generation import Delta, Prepared, Running, TokenLogprob, prepa
 from flows.serve.keys import Gatekeeper
 from flows.serve.metrics import Metrics
 from flows.serve.record import Conversation, Record
+from flows.serve.recorded import SHADOW
 from flows.serve.requests import SEEDS, ChatRequest, CompletionRequest
 from flows.serve.responses import CHAT, COMPLETION, DONE, Form, Head, event, message, usage
-from flows.serve.routing import SHADOW, Chosen, Models
+from flows.serve.routing import Chosen, Models
 from flows.serve.versions import LoadedVersion
 from tasks.core.errors import Transient
 

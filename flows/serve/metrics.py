@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from tasks.inference.continuous_batching import State
+
+if TYPE_CHECKING:
+    from tasks.validate.profile import Shift
 
 _SECONDS = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _OF_VERSION = ("model", "version", "route")
@@ -44,6 +47,19 @@ class Metrics:
             "temper_shadow_dropped", "Requests that a shadow had no room for", ("model", "version"), **common
         )
         self.feedback = Counter("temper_feedback", "What people said of answers", ("kind",), **common)
+        self._drift = Gauge(
+            "temper_drift", "Stability index of prompts beside the training rows", ("column",), **common
+        )
+        self._drift_by_chance = Gauge(
+            "temper_drift_by_chance", "What it is on average where nothing moved", ("column",), **common
+        )
+
+    def tell_drift(self, columns: Mapping[str, Shift]) -> None:
+        """Tell how far prompts moved from the rows that were trained on."""
+        for name, each in columns.items():
+            if each.rows and each.rows_before:
+                self._drift.labels(name).set(each.psi)
+                self._drift_by_chance.labels(name).set(each.expected)
 
     def text(self) -> bytes:
         """Return everything in Prometheus' text format."""

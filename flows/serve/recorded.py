@@ -1,4 +1,4 @@
-"""Parts of a recorded conversation that its readers count by: whose it is, and what an answer says."""
+"""Parts of a recorded conversation that its readers count by: its route, whose it is, and what an answer says."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from flows.serve.record import Conversation
+
+SERVED, CANARY, SHADOW = "served", "canary", "shadow"
+"""Routes: an answer of the last was seen by nobody."""
 
 
 def unit_of(said: Conversation) -> str:

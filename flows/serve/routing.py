@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flows.serve.errors import SERVER, ApiError
+from flows.serve.recorded import CANARY, SERVED, SHADOW
 from flows.serve.versions import ADAPTER_NAME, LoadedVersion, Reference, Settings, Slot, Source
 from tasks.core.errors import BadParams, did_you_mean
 
 POLL_S = 2.0
 """How often aliases are looked at."""
-
-SERVED, CANARY, SHADOW = "served", "canary", "shadow"
 
 
 def in_share(key: str, share: float) -> bool:

@@ -70,6 +70,8 @@ def serve(plan: Plan, workspace: Path | None, options: Options) -> None:
     def work() -> None:
         try:
             models.begin()
+            if options.record and workspace:
+                _watch_drift(workspace, options.record, service.metrics)
             server.run([listener])
         finally:
             models.close(finish=True)
@@ -83,6 +85,16 @@ def serve(plan: Plan, workspace: Path | None, options: Options) -> None:
             ended.wait(DRAIN_S + _MARGIN_S)
 
     aside(work, stop=stop)
+
+
+def _watch_drift(workspace: Path, place: URL | Path, metrics: Metrics) -> None:
+    """Keep figures of drift, where there is a profile of what was trained on."""
+    from flows.run.data_page import NUMBERS
+    from flows.serve.drift import watch_drift
+    from flows.serve.record_database import url_of
+
+    if (workspace / NUMBERS).is_file():
+        watch_drift(workspace, url_of(place), lambda found: metrics.tell_drift(found.columns), say)
 
 
 def make_service(models: Models, options: Options, record: Record | None = None) -> Service:

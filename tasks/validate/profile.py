@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks.html.shell import html_page
 from tasks.validate.decide import ValidationResult
@@ -125,45 +125,67 @@ def stability(now: Sequence[int], before: Sequence[int]) -> float:
     return math.fsum((p - q) * math.log(p / q) for p, q in zip(*shares, strict=True))
 
 
+class Shift(NamedTuple):
+    """How far a column moved between two sets of rows.
+
+    Attributes:
+        psi: the population stability index.
+        expected: what it is on average where nothing moved, by chance alone: (bins - 1) (1/n + 1/m), as n m / (n + m)
+            times it is distributed like chi-squared (Yurdakul and Naranjo 2020).
+        rows: how many rows there are now.
+        rows_before: how many there were before.
+    """
+
+    psi: float
+    expected: float
+    rows: int
+    rows_before: int
+
+
+def shift(now: Mapping[Any, int], before: Mapping[Any, int]) -> Shift:
+    """Compare a column's counts by bin; bins that both have nothing in are none."""
+    bins = sorted({key for counts in (now, before) for key, count in counts.items() if count})
+    counts = [[each.get(key, 0) for key in bins] for each in (now, before)]
+    rows, rows_before = map(sum, counts)
+    expected = (len(bins) - 1) * (1 / rows + 1 / rows_before) if rows and rows_before else math.nan
+    return Shift(stability(*counts), expected, rows, rows_before)
+
+
 def drift(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, float]:
     """Compute the stability index of every column that both profiles have."""
-    earlier = dict(_columns(before))
-    return {name: stability(*paired_counts(bins, earlier[name])) for name, bins in _columns(now) if name in earlier}
+    columns, earlier = columns_of(now), columns_of(before)
+    return {name: shift(bins, earlier[name]).psi for name, bins in columns.items() if name in earlier}
 
 
-def paired_counts(now: Mapping[Any, int], before: Mapping[Any, int]) -> tuple[list[int], list[int]]:
-    """Return two columns' counts over the same bins."""
-    keys = sorted(now.keys() | before.keys())
-    return [now.get(key, 0) for key in keys], [before.get(key, 0) for key in keys]
-
-
-def _columns(numbers: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[Any, int]]]:
-    """Yield the columns of a profile with their counts by bin."""
-    for name, counts in numbers["histograms"].items():
-        yield name, dict(enumerate(counts))
-    for name in SCRIPTS:
-        if name in numbers:  # a profile of before has fewer
-            yield name, numbers[name]
+def columns_of(numbers: Mapping[str, Any]) -> dict[str, Mapping[Any, int]]:
+    """Return the columns of a profile that can be compared, each as counts by bin; earlier profiles have fewer."""
+    columns: dict[str, Mapping[Any, int]] = {
+        name: dict(enumerate(counts)) for name, counts in numbers["histograms"].items()
+    }
+    columns |= {name: numbers[name] for name in SCRIPTS if name in numbers}
     kinds, sources = Counter[str](), Counter[str]()
-    for source, about in numbers["sources"].items():
+    for source, about in numbers.get("sources", {}).items():
         if about["use"] == "train":
             for kind, rows in about["rows"].items():
                 kinds[kind] += rows
                 sources[source] += rows
-    yield from (("kinds", kinds), ("sources", sources))
+    return {**columns, "kinds": kinds, "sources": sources} if "sources" in numbers else columns
 
 
-def profile_page(numbers: Mapping[str, Any], moved: Mapping[str, float] | None = None) -> str:
+def profile_page(
+    numbers: Mapping[str, Any], moved: Mapping[str, float] | None = None, live: Mapping[str, Any] | None = None
+) -> str:
     """Render the numbers as one HTML page that needs nothing beside it.
 
     Args:
         numbers: a profile.
         moved: the stability index per column against an earlier run, empty if there was none; without it the page
             says nothing of drift, as a stage sees this run alone.
+        live: the drift of what is asked and answered, where a record was read.
     """
     bars = {name: _bars(numbers["histograms"][name], EDGES[name]) for name in EDGES}
     bars |= {name: _bars(list(numbers[name].values()), list(numbers[name])) for name in SCRIPTS}
-    return html_page(PROFILE_TEMPLATE, {"p": numbers, "bars": bars, "moved": moved})
+    return html_page(PROFILE_TEMPLATE, {"p": numbers, "bars": bars, "moved": moved, "live": live})
 
 
 def _bars(counts: Sequence[int], labels: Sequence[Any]) -> list[tuple[str, int, float]]:

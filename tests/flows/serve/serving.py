@@ -15,7 +15,8 @@ from flows.serve.errors import ApiError
 from flows.serve.exchange import Service
 from flows.serve.json_schema import Grammars
 from flows.serve.record import Record
-from flows.serve.routing import SERVED, Chosen, Models, Plan
+from flows.serve.recorded import SERVED
+from flows.serve.routing import Chosen, Models, Plan
 from flows.serve.server import Options, Server, listen, make_service
 from flows.serve.tool_calls import Tools
 from flows.serve.versions import Reference, Settings
