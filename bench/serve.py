@@ -65,14 +65,14 @@ def command_of(side: str, model: Path, port: int) -> list[str]:
 
 
 @contextmanager
-def served(side: str, model: Path) -> Iterator[tuple[str, psutil.Process]]:
-    """Run a server within this block; gives its address and process."""
+def served(side: str, model: Path, *words: str) -> Iterator[tuple[str, psutil.Process]]:
+    """Run a server within this block, with further words of its command line; gives its address and process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            command_of(side, model, port), stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+            [*command_of(side, model, port), *words], stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"}
         )
         try:
             address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + STARTS_S
