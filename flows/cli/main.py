@@ -244,6 +244,15 @@ def schedule(
             "Every run renews the snapshots of feedback first, then.",
         ),
     ] = None,
+    on_drift: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="LIMIT",
+            help="With --on-feedback: one new row is enough where what is asked or answered drifted, as `temper drift` "
+            "tells with this limit (0.25 is usual).",
+        ),
+    ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the schedules.")] = False,
     pause: Annotated[bool, typer.Option("--pause", help="Pause this workspace's schedule.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Resume it.")] = False,
@@ -261,6 +270,8 @@ def schedule(
         )
     if on_feedback and not (cron or every) and any(chosen):
         raise BadParams("is said where a schedule is served", where="--on-feedback")
+    if on_drift is not None and not on_feedback:
+        raise BadParams("goes with --on-feedback", where="--on-drift", fix="say of how many rows a run is made else")
     root = ready(workspace, terminal=list_ or pause or resume or remove)
     from flows.run import schedule
     from flows.run.prefect_server import kept_up
@@ -273,7 +284,7 @@ def schedule(
         typer.echo(f"serving the schedule of {root}; stop it with Ctrl-C")
         with on_stopping("the schedule rests until it is served again", exit_code=0):
             every_s = interval.total_seconds() if interval else None
-            schedule.serve(schedule.Serving(str(root), cron, timezone, every_s, on_feedback))
+            schedule.serve(schedule.Serving(str(root), cron, timezone, every_s, on_feedback, on_drift))
     with kept_up(root):
         if list_:
             console.schedules(schedule.listed())

@@ -87,6 +87,15 @@ def renew(workspace: Path) -> list[Renewed]:
         return [_renew(workspace, name, source) for name, source in feedback_sources(workspace).items()]
 
 
+def records(workspace: Path) -> list[URL]:
+    """Return where the records of all sources of feedback are, each once.
+
+    Raises:
+        BadParams: there is no such source, or none is named.
+    """
+    return list(dict.fromkeys(_place(workspace, source) for source in feedback_sources(workspace).values()))
+
+
 def waiting(workspace: Path) -> int:
     """Count the rows that the records have and the snapshots have not."""
     from flows.serve.feedback import find

@@ -9,11 +9,13 @@ Before a run is made the event `temper.feedback.enough` is emitted, for whatever
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.run.feedback import state, waiting, was_cut_short
+from flows.run.feedback import records, state, waiting, was_cut_short
 from flows.run.lock import held
 from flows.run.prefect_runs import FACTORY
 from flows.run.schedule import name_of
@@ -24,16 +26,55 @@ EVENT = "temper.feedback.enough"
 
 
 @dataclass
+class DriftWatch:
+    """Tells whether what is asked or answered has drifted; looks every half hour, and rests after a run was made of it.
+
+    Args:
+        workspace: whose records and training rows they are.
+        limit: of the stability index, beyond what chance gives.
+        clock: seconds, which only go forward.
+    """
+
+    workspace: Path
+    limit: float
+    clock: Callable[[], float] = time.monotonic
+    _rests_until: float = -math.inf
+    _reasons: tuple[str, ...] = ()
+
+    def reasons(self) -> tuple[str, ...]:
+        """Return what drifted, in words.
+
+        Raises:
+            TemperError: nothing was trained yet, or a record does not answer.
+        """
+        if self.clock() >= self._rests_until:
+            from flows.serve.drift import EVERY_S, drift_of, drifted
+
+            found = [drift_of(self.workspace, place) for place in records(self.workspace)]
+            self._reasons = tuple(reason for each in found for reason in drifted(each, self.limit))
+            self._rests_until = self.clock() + EVERY_S
+        return self._reasons
+
+    def rest(self) -> None:
+        """Say nothing for as many days as are looked at: until then what drifted is seen with what a run made of it."""
+        from flows.serve.drift import DAYS
+
+        self._reasons, self._rests_until = (), self.clock() + DAYS * 86_400
+
+
+@dataclass
 class Listener:
     """Tells when a run is due.
 
     Args:
         workspace: whose record it is.
         at_least: so many new rows are enough.
+        drift: where something has drifted, one new row is enough; None: nothing is looked at.
     """
 
     workspace: Path
     at_least: int
+    drift: DriftWatch | None = None
     _seen: list[tuple[int, int]] | None = None
     _waiting: int = 0
     _told: int = 0
@@ -61,19 +102,24 @@ class Listener:
             self._waiting = waiting(self.workspace)
             self._seen = seen
         self._told = min(self._told, self._waiting)
-        return self._waiting - self._told >= self.at_least or (self._cut_short and not self._resumed)
+        new = self._waiting - self._told
+        enough = new >= self.at_least or (new > 0 and self.drift is not None and bool(self.drift.reasons()))
+        return enough or (self._cut_short and not self._resumed)
 
     def made(self) -> None:
         """Note that the run that was due has been made."""
         self._told, self._resumed = self._waiting, self._resumed or self._cut_short
+        if self.drift:
+            self.drift.rest()
 
 
-def listen(workspace: Path, at_least: int) -> None:
+def listen(workspace: Path, at_least: int, drift_limit: float | None = None) -> None:
     """Make a run of the schedule whenever it is due, for as long as the process lasts."""
     from httpx import HTTPError
     from prefect.exceptions import PrefectException
 
-    listener, said = Listener(workspace, at_least), ""
+    drift = None if drift_limit is None else DriftWatch(workspace, drift_limit)
+    listener, said = Listener(workspace, at_least, drift), ""
     while True:
         time.sleep(LOOK_S)
         try:

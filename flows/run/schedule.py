@@ -133,6 +133,7 @@ class Serving(NamedTuple):
         every_s: an interval in seconds, or None.
         on_feedback: so many new rows of what people said start a run, too; None: none do. Each run renews the
             snapshots of them first, then.
+        on_drift: where something has drifted by this limit one such row is enough; None: nothing is looked at.
     """
 
     workspace: str
@@ -140,6 +141,7 @@ class Serving(NamedTuple):
     timezone: str
     every_s: float | None
     on_feedback: int | None = None
+    on_drift: float | None = None
 
 
 def serve(serving: Serving) -> NoReturn:

@@ -42,7 +42,7 @@ def _serve(serving: Serving) -> None:
 
     workspace = Path(serving.workspace)
     if serving.on_feedback:
-        threading.Thread(target=listen, args=(workspace, serving.on_feedback), daemon=True).start()
+        threading.Thread(target=listen, args=(workspace, serving.on_feedback, serving.on_drift), daemon=True).start()
     while True:
         wait_for(os.environ["PREFECT_API_URL"])
         try:
