@@ -13,11 +13,20 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 
+TAG_CHARACTERS = 100_000
+"""MLflow takes no longer value of a version's tag."""
+
+
 def keep_verdict(client: MlflowClient, version: ModelVersion, verdict: GateDecision) -> None:
-    """Store a verdict with its version: whole as an artifact of its run and as a tag, and its digest beside it."""
+    """Store a verdict with its version: whole as an artifact of its run and as a tag, and its digest beside it.
+
+    A tag has no room for the tallies of very many users; what was found of them it always has.
+    """
     told, digest = as_json(verdict.as_dict()), verdict.digest()
     if version.run_id:
         client.log_text(version.run_id, told, f"verdicts/version-{version.version}-{digest[:12]}.json")
+    if len(told) > TAG_CHARACTERS:
+        told = as_json(verdict._replace(live=None).as_dict())
     for name, value in ((tag.VERDICT, told), (tag.VERDICT_DIGEST, digest)):
         client.set_model_version_tag(version.name, version.version, name, value)
 

@@ -15,9 +15,11 @@ from ruamel.yaml import YAML
 from bench.registered import made, model_and_sources, workspace_at
 from flows.registry.live import live_evidence
 from flows.registry.promotion import promote
+from flows.registry.verdict import TAG_CHARACTERS, keep_verdict
 from flows.serve.record import Conversation, Vote, open_record
 from flows.serve.requests import FeedbackRequest
-from tasks.gate.live import LiveEvidence
+from tasks.gate.live import LiveEvidence, LiveFigures
+from tasks.gate.tallies import tally_of
 from tasks.register.stage import register
 from tasks.registry import names as tag
 from tasks.registry.alias_log import moves
@@ -200,6 +202,24 @@ def test_a_version_that_people_like_as_much_is_promoted_and_the_ledger_has_their
     assert "live thumbs +0.017 [" in last.summary
     assert "of 60 by 60, champion 1 0.900" in last.summary
     assert "live preferences fewer than 50 users or conversations" in last.summary
+
+
+def test_tallies_that_are_too_long_for_a_tag_are_in_the_verdicts_file(workspace: Path) -> None:
+    """Two thousand users, each with another number of votes."""
+    done = promote(workspace, "2")
+    assert done.verdict is not None
+    tallies = tally_of({f"{number}/{number}": 1 for number in range(1, 2001)})
+    live = LiveEvidence("said.db", "", "", LiveFigures(2000, tallies), LiveFigures(2000, tallies), tallies)
+    verdict = done.verdict._replace(live=live)
+    assert len(json.dumps(verdict.as_dict(), indent=2)) > TAG_CHARACTERS
+    client = connect(workspace)
+    keep_verdict(client, version_of(client, "temper-tiny", "2"), verdict)
+    version = version_of(client, "temper-tiny", "2")
+    kept = json.loads(version.tags[tag.VERDICT])
+    assert kept == {**verdict.as_dict(), "live": None}
+    name = f"verdicts/version-2-{version.tags[tag.VERDICT_DIGEST][:12]}.json"
+    path = client.download_artifacts(str(version.run_id), name, str(workspace))
+    assert json.loads(Path(path).read_text()) == verdict.as_dict()
 
 
 def test_where_votes_are_demanded_no_version_passes_without_a_record(workspace: Path) -> None:
