@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -10,13 +12,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
 from bench.registered import workspace_at
 from flows.run.data_page import NUMBERS, WRITTEN_PAGE
-from flows.serve.drift import Drift, drifted, prompts_of, read_drift, training_profile, watch_drift
-from flows.serve.metrics import Metrics
+from flows.serve.drift import Drift, drifted, prompts_of, read_drift, training_profile
 from flows.serve.record import Conversation, open_record
 from flows.serve.record_database import url_of
 from tasks.core.errors import BadParams
@@ -24,7 +26,7 @@ from tasks.core.parquet import record_schema
 from tasks.core.records import ChatExample, Message, PreferencePair, Record
 from tasks.validate.profile import columns_of, counted, shift
 from tasks.validate.row_features import row_features
-from tests.conftest import temper
+from tests.conftest import Beside, temper, wait_for
 from tests.flows.serve.test_record import conversation
 
 SHORT = [f"What is {n} plus {n + 2}?" for n in range(60)]
@@ -214,14 +216,21 @@ def test_a_profile_of_before_is_refused(workspace: Path) -> None:
         training_profile(workspace)
 
 
-def test_a_server_tells_prometheus(workspace: Path, tmp_path: Path) -> None:
-    recorded(tmp_path / "said.db", [asked(text, text) for text in SHORT])
-    metrics, found = Metrics(list), list[Drift]()
-    watch_drift(workspace, url_of(tmp_path / "said.db"), found.append, print)
-    deadline = time.monotonic() + 120
-    while not found and time.monotonic() < deadline:
-        time.sleep(0.05)
-    metrics.tell_drift(found[0].columns)
-    lines = metrics.text().decode().splitlines()
-    assert 'temper_drift{column="prompt_words"} 0.0' in lines
-    assert any(line.startswith('temper_drift_by_chance{column="prompt_characters"} 0.0') for line in lines)
+def test_a_server_tells_prometheus(workspace: Path, pico_base: Path, tmp_path: Path) -> None:
+    recorded(tmp_path / "said.db", [asked(text, text) for text in (*SHORT, *LONG)])
+    words = ("serve", str(pico_base), "--workspace", ".", "--port", "0", "--record", str(tmp_path / "said.db"))
+    with Beside(workspace, *words) as server:
+        wait_for("address", lambda: re.search(r"serving base at \S+/v1", server.said()), server)
+        found = re.search(r"serving base at (\S+)/v1", server.said())
+        assert found is not None
+
+        def figures() -> dict[str, float]:
+            text = httpx.get(f"{found[1].removesuffix('/v1')}/metrics", timeout=60).text
+            return {name: float(value) for name, value in re.findall(r"(?m)^(temper_drift\S+) (\S+)$", text)}
+
+        wait_for("drift", figures, server)
+        told = figures()
+    # two bins: 60 and 60 prompts, 300 and no training rows, which count as a share of 0.0001
+    by_hand = (0.5 - 1) * math.log(0.5 / 1) + (0.5 - 0.0001) * math.log(0.5 / 0.0001)
+    assert told['temper_drift{column="prompt_characters"}'] == pytest.approx(by_hand)
+    assert told['temper_drift_by_chance{column="prompt_characters"}'] == pytest.approx(1 / 120 + 1 / 300)

@@ -92,6 +92,23 @@ def test_a_hundred_votes_of_one_are_not_those_of_a_hundred() -> None:
     assert share_difference(alone, single(50, 100), OFTEN).counted == 0
 
 
+def test_equal_versions_are_refused_as_seldom_as_the_confidence_says_and_worse_ones_mostly_are() -> None:
+    """Users with several votes each, that resemble each other: a beta-binomial, drawn two hundred times."""
+    random, few = np.random.default_rng(0), Resampling(400, 1, 0.95)
+
+    def group(users: int, liked: float) -> Tally:
+        votes = random.geometric(0.3, users)
+        yes = random.binomial(votes, random.beta(2 * liked, 2 * (1 - liked), users))
+        return tallied((str(user), n < yes[user]) for user in range(users) for n in range(votes[user]))
+
+    refused = {
+        liked: sum(share_difference(group(60, liked), group(600, 0.8), few).counted < 0 for _ in range(200)) / 200
+        for liked in (0.8, 0.5)
+    }
+    assert refused[0.8] < 0.05
+    assert refused[0.5] > 0.9
+
+
 def test_nothing_is_said_of_nothing() -> None:
     for found in (preference(Tally(), OFTEN), share_difference(Tally(), UNEVEN, OFTEN)):
         assert math.isnan(found.counted)
