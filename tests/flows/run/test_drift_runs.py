@@ -13,7 +13,7 @@ from flows.run.feedback_runs import DriftWatch, Listener
 from flows.serve.drift import DAYS, EVERY_S
 from tasks.core.errors import BadParams
 from tests.conftest import temper
-from tests.flows.run.test_feedback import add_source, vote
+from tests.flows.run.test_feedback_runs import add_source, vote
 from tests.flows.serve.test_drift import LONG, SHORT, asked, recorded, trained
 
 
