@@ -9,8 +9,9 @@ record all the while. In the end it is killed (kill -9) under load and started a
 feedback, must be in the record.
 
 Memory is the resident set of the server and its children, every second; its growth is the median of the last tenth of
-the time over that of the tenth after the first fifth, in which caches fill and libraries are loaded. Ends with 1 where
-it grew by more than 5%, a status was wrong, or something was lost.
+the time over that of the tenth after the first fifth, in which caches fill and libraries are loaded. That takes a
+minute and a half on two cores, so a soak of a few minutes measures its warm-up. Ends with 1 where memory grew by more
+than 5%, a status was wrong, or something was lost.
 """
 
 from __future__ import annotations
