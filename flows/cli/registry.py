@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 from functools import partial
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ import typer
 from flows.cli import registry_console as output
 from flows.run.ending import aside
 from flows.run.locate import WorkspaceOption, ready
-from tasks.core.errors import GateRefused
+from tasks.core.errors import BadParams, GateRefused
 
 app = typer.Typer()
 
@@ -32,10 +33,15 @@ def promote(
             help="The record of `temper serve`, where promote.live asks what people said; also TEMPER_RECORD.",
         ),
     ] = None,
+    refuse: Annotated[
+        bool, typer.Option("--refuse", help="Write into the ledger that the version is not to be champion, instead.")
+    ] = False,
     as_json: Json = False,
     workspace: WorkspaceOption = None,
 ) -> None:
     """Make a version champion, if the gate lets it: better than the base, and not worse than the present champion."""
+    if refuse and version is None:
+        raise BadParams("needs a version", where="temper promote --refuse", expected="--version N")
     from flows.serve.record_database import url_named
 
     place = url_named(record).render_as_string() if record else None  # from here, and it has no password
@@ -45,6 +51,13 @@ def promote(
     from tasks.core import pipeline
     from tasks.orchestration.params import load_params
 
+    if refuse and version:
+        from flows.registry.promotion import refuse as turn_down
+
+        with held(root, "temper promote"):
+            refusal = turn_down(root, version, reason)
+        _told(refusal._asdict()) if as_json else typer.echo(f"version {version} is refused, by {refusal.by}")
+        return
     with held(root, "temper promote"):
         if load_params(root / pipeline.PARAMS).promote.approval == "human":  # only a flow run can wait for somebody
             with kept_up(root):
@@ -83,6 +96,7 @@ def approve(
     run: Annotated[str, typer.Argument(help="The flow run that waits; `temper promote` prints it.")],
     refuse: Annotated[bool, typer.Option("--refuse", help="Say no.")] = False,
     note: Annotated[str, typer.Option(help="Why, for the ledger.")] = "",
+    by: Annotated[str, typer.Option(help="Who decided; without it, the user's name on this machine.")] = "",
     workspace: WorkspaceOption = None,
 ) -> None:
     """Say yes or no to a promotion that waits for it (promote.approval: human)."""
@@ -92,7 +106,7 @@ def approve(
     with kept_up(root):
         from flows.registry.approval import approve as resume
 
-        resume(run, approved=not refuse, note=note)
+        resume(run, approved=not refuse, note=note, by=by or getpass.getuser())
     typer.echo(f"{'refused' if refuse else 'approved'}; the run goes on")
 
 

@@ -5,9 +5,12 @@ On that page in Prefect's UI, Resume asks for the two fields below; `temper appr
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from prefect.input import RunInput
 
 from flows.registry.verdict import verdict_table
+from flows.registry.waiting import noted
 from tasks.core.errors import BadParams, GateRefused
 from tasks.gate.checks import GateDecision
 
@@ -17,15 +20,22 @@ class Approval(RunInput):
 
     approved: bool
     note: str = ""
+    by: str = ""
+
+    def reason(self) -> str:
+        """Return who decided and why, as the ledger has it."""
+        who = f"{'approved' if self.approved else 'refused'} by {self.by}" if self.by else ""
+        return "; ".join(each for each in (who, self.note) if each)
 
 
 POLL_S = 2
 
 
-def await_approval(model: str, verdict: GateDecision, timeout_s: int) -> Approval:
+def await_approval(workspace: Path, model: str, verdict: GateDecision, timeout_s: int) -> Approval:
     """Pause this flow run until somebody approves of a version or refuses it.
 
     Args:
+        workspace: where it is noted that a run waits.
         model: the registered model's name.
         verdict: of the version.
         timeout_s: how long it waits, in seconds.
@@ -43,7 +53,8 @@ def await_approval(model: str, verdict: GateDecision, timeout_s: int) -> Approva
     asked = Approval.with_initial_data(description=f"Version {verdict.version} of {model}: {verdict.summary()}")
     print(f"waiting for approval: temper approve {flow_run.id}, or Resume on its page in Prefect", flush=True)
     try:
-        return pause_flow_run(wait_for_input=asked, timeout=timeout_s, poll_interval=POLL_S)
+        with noted(workspace, str(flow_run.id), model, verdict):
+            return pause_flow_run(wait_for_input=asked, timeout=timeout_s, poll_interval=POLL_S)
     except FlowPauseTimeout as error:
         raise GateRefused(
             f"nobody approved of version {verdict.version} within {timeout_s} s",
@@ -52,8 +63,14 @@ def await_approval(model: str, verdict: GateDecision, timeout_s: int) -> Approva
         ) from error
 
 
-def approve(run: str, *, approved: bool, note: str) -> None:
+def approve(run: str, *, approved: bool, note: str, by: str = "") -> None:
     """Resume a flow run that waits for a person's decision.
+
+    Args:
+        run: its id.
+        approved: the decision.
+        note: why, for the ledger.
+        by: who decided.
 
     Raises:
         BadParams: there is no such run, or it does not wait.
@@ -64,7 +81,7 @@ def approve(run: str, *, approved: bool, note: str) -> None:
     from prefect.flow_runs import resume_flow_run
 
     try:
-        resume_flow_run(UUID(run), run_input={"approved": approved, "note": note})
+        resume_flow_run(UUID(run), run_input={"approved": approved, "note": note, "by": by})
     except ValueError as error:
         raise BadParams("is no id of a flow run", got=run, fix="`temper promote` prints it") from error
     except (NotPausedError, ObjectNotFound, FlowPauseTimeout) as error:

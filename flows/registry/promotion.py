@@ -17,12 +17,13 @@ from tasks.gate.live import LiveEvidence
 from tasks.gate.params import Promote
 from tasks.orchestration.params import Params, load_params
 from tasks.registry import names as tag
-from tasks.registry.alias_log import Move, champions, move_champion, moves, settle_champion, withdrawn
+from tasks.registry.alias_log import Move, champion_of, champions, move_champion, moves, settle_champion, withdrawn
 from tasks.registry.client import answering, connect
 from tasks.registry.versions import find_version, version_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 
 class Promotion(NamedTuple):
@@ -53,10 +54,11 @@ def promote(
     reason: str = "",
     show: Callable[[str, GateDecision], None] = lambda model, verdict: None,
     record: str | None = None,
+    approver: str = "",
 ) -> Promotion:
     """Make a version champion if the gate lets it: the one given, or the best that this workspace registered.
 
-    A version that was rolled back is passed over unless it is named.
+    A version that was rolled back or refused is passed over unless it is named.
 
     Args:
         workspace: whose registry it is.
@@ -65,6 +67,7 @@ def promote(
         show: is told the model and the gate's verdict, before anybody is asked to approve.
         record: the file or database that `temper serve --record` keeps; without it, that of TEMPER_RECORD. It is read
             where `promote.live` asks for something.
+        approver: who has seen the evidence and approves; nobody else is asked, and the ledger names them.
 
     Raises:
         BadParams: there is no such version, nothing was registered yet, or there is no such record.
@@ -72,7 +75,7 @@ def promote(
         GateRefused: nobody approved of it in time.
     """
     with answering(workspace):
-        return _promote(workspace, version, reason, show, record)
+        return _promote(workspace, version, reason, show, record, approver)
 
 
 def _promote(
@@ -81,6 +84,7 @@ def _promote(
     reason: str,
     show: Callable[[str, GateDecision], None],
     record: str | None,
+    approver: str,
 ) -> Promotion:
     params = load_params(workspace / pipeline.PARAMS)
     client, model = connect(workspace), params.register_.model
@@ -90,45 +94,83 @@ def _promote(
     method = champion.method if champion else ""
     chosen = _chosen(client, workspace, params, version, withdrawn(seen))
     if chosen is None:
-        findings = ["there is nothing to promote: what this workspace registered was all rolled back"]
+        findings = ["there is nothing to promote: what this workspace registered was all rolled back or refused"]
         return Promotion(model, present, method, False, False, findings)
     if present == chosen.version:
         return Promotion(model, present, method, False, True, ["it is champion already"])
     challenger = version_of(client, model, chosen.version)
-    verdict = decide(
-        chosen._replace(broken=broken(client, challenger)),
-        champion,
-        params.promote,
-        params.merge.max_mean_kl,
-        _live(model, chosen.version, present, params.promote, record) if present else None,
-    )
+    verdict = _judged(client, challenger, chosen, champion, params, record)
     keep_verdict(client, challenger, verdict)
     show(model, verdict)
     if not verdict.passed:
         return Promotion(model, present, method, False, False, [], verdict)
-    if params.promote.approval == "human":
+    about = {"verdict": verdict.digest(), "summary": verdict.summary()}
+    if params.promote.approval == "human" and not approver:
         from flows.registry.approval import await_approval
 
-        approval = await_approval(model, verdict, params.promote.approval_timeout_s)
-        reason = "; ".join(each for each in (reason, approval.note) if each)
+        approval = await_approval(workspace, model, verdict, params.promote.approval_timeout_s)
+        reason = "; ".join(each for each in (reason, approval.reason()) if each)
         if not approval.approved:
+            move_champion(client, model, seen, "refuse", chosen.version, reason=reason, **about)
             said = f"version {chosen.version} was not approved" + (f": {approval.note}" if approval.note else "")
             return Promotion(model, present, method, False, False, [said], verdict)
-    move_champion(
-        client,
-        model,
-        seen,
-        "promote",
-        chosen.version,
-        reason=reason,
-        verdict=verdict.digest(),
-        summary=verdict.summary(),
-    )
+    move_champion(client, model, seen, "promote", chosen.version, reason=reason, by=approver, **about)
     return Promotion(model, chosen.version, chosen.method, True, True, [], verdict)
 
 
-def rollback(workspace: Path, to: str | None = None, reason: str = "") -> Promotion:
+def judge(workspace: Path, version: str, record: str | None = None) -> GateDecision:
+    """Hold a version against the base and the present champion, as a promotion would, and leave everything as it is.
+
+    Raises:
+        BadParams: there is no such version, or its report cannot be read.
+    """
+    with answering(workspace):
+        params, client = load_params(workspace / pipeline.PARAMS), connect(workspace)
+        model = params.register_.model
+        present = champion_of(client, model)
+        champion = evidence(client, version_of(client, model, present)) if present else None
+        challenger = version_of(client, model, version)
+        return _judged(client, challenger, evidence(client, challenger), champion, params, record)
+
+
+def _judged(
+    client: MlflowClient,
+    version: ModelVersion,
+    found: VersionRecord,
+    champion: VersionRecord | None,
+    params: Params,
+    record: str | None,
+) -> GateDecision:
+    whole = found._replace(broken=broken(client, version))
+    live = _live(version.name, found.version, champion.version, params.promote, record) if champion else None
+    return decide(whole, champion, params.promote, params.merge.max_mean_kl, live)
+
+
+def refuse(workspace: Path, version: str, reason: str = "", by: str = "") -> Move:
+    """Write into the ledger that a version is not to be champion; it is passed over from then on unless it is named.
+
+    Raises:
+        BadParams: there is no such version, or it is champion.
+        AliasMoved: somebody else wrote an entry meanwhile.
+    """
+    with answering(workspace):
+        client, model = connect(workspace), load_params(workspace / pipeline.PARAMS).register_.model
+        seen = moves(client, model)
+        chosen = version_of(client, model, version)
+        if champions(seen)[-1:] == [version]:
+            raise BadParams("is champion already", where=f"{model}, version {version}", fix="use `temper rollback`")
+        about = {"verdict": chosen.tags.get(tag.VERDICT_DIGEST, "")}
+        return move_champion(client, model, seen, "refuse", version, reason=reason, by=by, **about)
+
+
+def rollback(workspace: Path, to: str | None = None, reason: str = "", by: str = "") -> Promotion:
     """Make an earlier champion champion again: the one before the present one, or the one given.
+
+    Args:
+        workspace: whose registry it is.
+        to: an earlier champion.
+        reason: the user's, for the ledger.
+        by: who decided; without it the user of this process.
 
     Raises:
         BadParams: there is no such version, or none before.
@@ -137,10 +179,10 @@ def rollback(workspace: Path, to: str | None = None, reason: str = "") -> Promot
         AliasMoved: somebody else moved the alias meanwhile.
     """
     with answering(workspace):
-        return _rollback(workspace, to, reason)
+        return _rollback(workspace, to, reason, by)
 
 
-def _rollback(workspace: Path, to: str | None, reason: str) -> Promotion:
+def _rollback(workspace: Path, to: str | None, reason: str, by: str) -> Promotion:
     client, model = connect(workspace), load_params(workspace / pipeline.PARAMS).register_.model
     seen = moves(client, model)
     stack = champions(seen)
@@ -160,7 +202,7 @@ def _rollback(workspace: Path, to: str | None, reason: str) -> Promotion:
     chosen = version_of(client, model, to or stack[-2])
     if wrong := broken(client, chosen):
         raise BadModel("its files are not what was registered", where=f"{model}, version {chosen.version}", got=wrong)
-    move_champion(client, model, seen, "rollback", str(chosen.version), reason=reason)
+    move_champion(client, model, seen, "rollback", str(chosen.version), reason=reason, by=by)
     method = chosen.tags.get(tag.METHOD, "")
     return Promotion(model, str(chosen.version), method, True, True, [f"version {stack[-1]} was champion before"])
 
@@ -169,7 +211,7 @@ def _why_not(version: str, stack: Sequence[str], seen: Sequence[Move]) -> str:
     """Why a rollback does not go to a version."""
     if stack[-1:] == [version]:
         return "is champion already"
-    return "was rolled back itself" if version in withdrawn(seen) else "was not champion before"
+    return "was rolled back or refused itself" if version in withdrawn(seen) else "was not champion before"
 
 
 def _live(model: str, version: str, champion: str, params: Promote, record: str | None) -> LiveEvidence | None:

@@ -37,11 +37,12 @@ class Move(NamedTuple):
 
     Attributes:
         number: of the entry, from 1.
-        action: `promote`, which puts `to` on top of the stack of champions, or `rollback`, which takes those above off.
+        action: `promote`, which puts `to` on top of the stack of champions, `rollback`, which takes those above off, or
+            `refuse`, which moves nothing: somebody decided that `to` is not to be champion.
         before: the version that was champion; empty for the first.
-        to: the version that is champion since.
+        to: the version that is champion since, or that was refused.
         at: when, as ISO 8601 with the offset from UTC.
-        by: the user's name on their machine.
+        by: who decided: the user's name on their machine, or that of their key on the pages.
         reason: as the user gave it.
         verdict: the SHA-256 of the gate's verdict; empty for a rollback.
         summary: the verdict in a few words.
@@ -76,7 +77,7 @@ def champions(ledger: Sequence[Move]) -> list[str]:
 
 
 def withdrawn(ledger: Sequence[Move]) -> set[str]:
-    """Return the versions that a rollback withdrew and that have not been made champion again since."""
+    """Return the versions that were rolled back or refused and that have not been made champion since."""
     return _replayed(ledger)[1]
 
 
@@ -86,6 +87,9 @@ def _replayed(ledger: Sequence[Move]) -> tuple[list[str], set[str]]:
     for move in ledger:
         if move.action == "promote":
             stack.append(move.to)
+        elif move.action == "refuse":
+            gone.add(move.to)
+            continue
         else:
             gone.add(stack.pop())
             while stack[-1] != move.to:
@@ -110,6 +114,7 @@ def move_champion(
     reason: str = "",
     verdict: str = "",
     summary: str = "",
+    by: str = "",
 ) -> Move:
     """Write the next entry of the ledger, then make the alias agree with it.
 
@@ -117,11 +122,12 @@ def move_champion(
         client: of the registry.
         model: the registered model's name.
         seen: the ledger as it was when the move was decided.
-        action: `promote` or `rollback`.
-        to: the version that is champion afterwards.
+        action: `promote`, `rollback` or `refuse`.
+        to: the version that is champion afterwards, or that is refused.
         reason: the user's.
         verdict: the SHA-256 of the gate's verdict.
         summary: the verdict in a few words.
+        by: who decided; without it the user of this process.
 
     Raises:
         AliasMoved: somebody else wrote an entry since.
@@ -135,7 +141,7 @@ def move_champion(
     at = datetime.now(UTC).isoformat(timespec="seconds")
     said = one_line(reason)[:REASON_CHARACTERS]
     mark = uuid.uuid4().hex
-    move = Move(len(seen) + 1, action, before, to, at, getpass.getuser(), said, verdict, summary, mark)
+    move = Move(len(seen) + 1, action, before, to, at, by or getpass.getuser(), said, verdict, summary, mark)
     run = _run_of(client, model) or _begin(client, model)
     try:
         client.log_param(run.info.run_id, _name(move.number), json.dumps(move._asdict(), ensure_ascii=False))
@@ -183,10 +189,10 @@ def one_line(text: str) -> str:
 
 
 def _moved(model: str, before: str, written: Sequence[Move]) -> AliasMoved:
-    now, by = champions(written)[-1], written[-1].by
+    now, by = (champions(written) or [""])[-1], written[-1].by
     whence = f"v{before}" if before else "no version"
     return AliasMoved(
-        f"alias moved from {whence} to v{now} meanwhile",
+        f"alias moved from {whence} to v{now} meanwhile" if now != before else "somebody else decided meanwhile",
         where=f"models:/{model}@{CHAMPION}",
         got=f"a {written[-1].action} by {by}, {written[-1].at}",
         fix="run it again: it is compared with the present champion then",

@@ -18,14 +18,16 @@ from bench.registered import made, model_and_sources, workspace_at
 from flows.promote import promote as promote_flow
 from flows.registry import history
 from flows.registry.evidence import broken
-from flows.registry.promotion import promote, rollback
+from flows.registry.promotion import judge, promote, refuse, rollback
+from flows.registry.waiting import Waiting, waiting
 from tasks.core.artifacts import digests
 from tasks.core.errors import AliasMoved, BadModel, BadParams, GateRefused
 from tasks.register.stage import register
 from tasks.registry import names as tag
-from tasks.registry.alias_log import move_champion, moves
+from tasks.registry.alias_log import move_champion, moves, withdrawn
 from tasks.registry.client import connect
 from tasks.registry.versions import fetch_model, version_at, version_of
+from tests.conftest import DEAD
 
 MODEL = "temper-tiny"
 RIGHT = {"1": 150, "2": 190, "3": 20}
@@ -289,7 +291,7 @@ def ask_a_person(workspace: Path, timeout_s: int) -> None:
     yaml.dump(content, file)
 
 
-def waiting(answer: bool, note: str) -> threading.Thread:
+def answering(workspace: Path, answer: bool, note: str) -> threading.Thread:
     """Answers as a person would, as soon as a flow run waits."""
     from prefect.client.orchestration import get_client
 
@@ -301,7 +303,9 @@ def waiting(answer: bool, note: str) -> threading.Thread:
             with get_client(sync_client=True) as client:
                 paused = [run for run in client.read_flow_runs() if run.state and run.state.is_paused()]
             if paused:
-                approve(str(paused[0].id), approved=answer, note=note)
+                (note_of_it,) = waiting(workspace)
+                assert (note_of_it.run, note_of_it.version) == (str(paused[0].id), "1")
+                approve(note_of_it.run, approved=answer, note=note, by="alice")
                 return
             time.sleep(0.2)
 
@@ -314,13 +318,17 @@ def test_a_promotion_waits_for_a_persons_word(prefect: None, workspace: Path, mo
     monkeypatch.setattr("flows.registry.approval.POLL_S", 0.2)
     ask_a_person(workspace, 100)
     for answer, note, champion_then in ((False, "wait for Monday", None), (True, "looks good", "1")):
-        thread = waiting(answer, note)
+        thread = answering(workspace, answer, note)
         done = promote_flow(workspace, "1", "retrained")
         thread.join()
         assert done.champion == champion_then
         assert done.passed == done.moved == answer
-    (move,) = moves(connect(workspace), MODEL)
-    assert move.reason == "retrained; looks good"
+        assert waiting(workspace) == []
+    refusal, move = moves(connect(workspace), MODEL)
+    assert (refusal.action, refusal.before, refusal.to) == ("refuse", "", "1")
+    assert refusal.reason == "retrained; refused by alice; wait for Monday"
+    assert (move.action, move.reason) == ("promote", "retrained; approved by alice; looks good")
+    assert refusal.verdict == move.verdict
     shown = artifacts("verdict")
     assert len(shown) == 2
     assert "against base" in shown[0]
@@ -341,6 +349,40 @@ def test_a_promotion_that_nobody_answers_ends(prefect: None, workspace: Path, mo
     with pytest.raises(GateRefused, match="nobody approved of version 1 within 1 s"):
         promote_flow(workspace, "1")
     assert moves(connect(workspace), MODEL) == []
+
+
+def test_who_has_seen_the_evidence_is_named_and_nobody_else_is_asked(workspace: Path) -> None:
+    ask_a_person(workspace, 1)
+    seen = judge(workspace, "1")
+    assert moves(connect(workspace), MODEL) == []
+    assert tag.VERDICT not in version_of(connect(workspace), MODEL, "1").tags
+    done = promote(workspace, "1", "better answers", approver="alice")
+    assert done.verdict == seen
+    (move,) = moves(connect(workspace), MODEL)
+    assert (move.by, move.reason, move.verdict) == ("alice", "better answers", seen.digest())
+
+
+def test_a_refused_version_is_in_the_ledger_and_passed_over_unless_it_is_named(workspace: Path) -> None:
+    promote(workspace, "1")
+    move = refuse(workspace, "2", "rude", by="alice")
+    assert (move.action, move.before, move.to, move.by, move.reason) == ("refuse", "1", "2", "alice", "rude")
+    assert champion(workspace) == "1"
+    assert withdrawn(moves(connect(workspace), MODEL)) == {"2"}
+    with pytest.raises(BadParams, match="is champion already"):
+        refuse(workspace, "1")
+    assert promote(workspace, "2").champion == "2"
+    assert withdrawn(moves(connect(workspace), MODEL)) == set()
+    assert rollback(workspace, by="bob").champion == "1"
+    assert moves(connect(workspace), MODEL)[-1].by == "bob"
+
+
+def test_a_note_that_a_kill_left_waits_for_nobody(tmp_path: Path) -> None:
+    folder = tmp_path / ".temper" / "approvals"
+    folder.mkdir(parents=True)
+    note = Waiting("run", MODEL, "1", "", 0.0, DEAD, 0.0)
+    (folder / "run.json").write_text(json.dumps(note._asdict()))
+    (folder / "cut.json").write_text('{"run"')
+    assert waiting(tmp_path) == []
 
 
 def test_outside_of_a_flow_run_nobody_could_approve(workspace: Path) -> None:
