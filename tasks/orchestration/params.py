@@ -61,6 +61,10 @@ class Params(Section):
         named += [("promote", "guarded", suite) for suite in self.promote.guarded]
         return [place for place in named if place[-1] not in asked]
 
+    def unknown_sources(self) -> list[tuple[str, ...]]:
+        """List where `validate.accepted` names what is no source, as paths of keys; the last is the name."""
+        return [("validate", "accepted", each) for each in self.validate_.accepted if each not in self.ingest.sources]
+
 
 def json_schema() -> dict[str, Any]:
     """Return the JSON schema of a params file, as editors read it: every key with its type, default and meaning."""
@@ -95,12 +99,15 @@ def check(content: Mapping[str, Any], where: str) -> Params:
             fix="temper params --migrate rewrites it",
         )
     params: Params = validated(Params, content, where)
-    if unasked := params.unasked_suites():
-        suites = [HELD_OUT, *params.evaluate.suites]
-        raise wrong_keys([_unasked(place, suites, content) for place in unasked], where)
+    suites, sources = [HELD_OUT, *params.evaluate.suites], list(params.ingest.sources)
+    unknown = [_unknown(place, "no suite {} is asked", suites, content) for place in params.unasked_suites()]
+    unknown += [_unknown(place, "there is no source {}", sources, content) for place in params.unknown_sources()]
+    if unknown:
+        raise wrong_keys(unknown, where)
     return params
 
 
-def _unasked(place: tuple[str, ...], suites: Sequence[str], content: Mapping[str, Any]) -> str:
-    meant = did_you_mean(place[-1], suites) or f"; there are: {', '.join(suites)}"
-    return f'line {line_of(place, content)}: {".".join(place[:2])}: no suite "{place[-1]}" is asked{meant}'
+def _unknown(place: tuple[str, ...], said: str, known: Sequence[str], content: Mapping[str, Any]) -> str:
+    meant = did_you_mean(place[-1], known) or f"; there are: {', '.join(known)}"
+    name = f'"{place[-1]}"'
+    return f"line {line_of(place, content)}: {'.'.join(place[:2])}: {said.format(name)}{meant}"

@@ -148,6 +148,9 @@ class Validate(Section):
     """Expectations of your own, by a name that reports give them; docs/data.md has the columns."""
     expectation_suites: list[Name] = []
     """Suites of Great Expectations in data/expectations/, as NAME.json, whose expectations are added."""
+    accepted: list[Name] = []
+    """Sources whose rows a person has looked at, as those that are released from quarantine: what checks and
+    expectations find there is counted, and rejects no row; but for contamination, and ids that are not unique."""
 
     @field_validator("expectations")
     @classmethod

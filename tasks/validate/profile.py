@@ -183,9 +183,16 @@ def profile_page(
             says nothing of drift, as a stage sees this run alone.
         live: the drift of what is asked and answered, where a record was read.
     """
+    return html_page(PROFILE_TEMPLATE, profile_values(numbers, moved, live))
+
+
+def profile_values(
+    numbers: Mapping[str, Any], moved: Mapping[str, float] | None = None, live: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Collect what the template of the profile is filled with; as `profile_page`."""
     bars = {name: _bars(numbers["histograms"][name], EDGES[name]) for name in EDGES}
     bars |= {name: _bars(list(numbers[name].values()), list(numbers[name])) for name in SCRIPTS}
-    return html_page(PROFILE_TEMPLATE, {"p": numbers, "bars": bars, "moved": moved, "live": live})
+    return {"p": numbers, "bars": bars, "moved": moved, "live": live}
 
 
 def _bars(counts: Sequence[int], labels: Sequence[Any]) -> list[tuple[str, int, float]]:
