@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli import console, files, registry, serving
+from flows.cli import console, files, registry, serving, ui
 from flows.run.ending import aside, on_stopping, stoppable
 from flows.run.locate import WorkspaceOption, enter, ready, seen_from_here
 from tasks.core import pipeline
@@ -30,6 +30,7 @@ app = typer.Typer(
 app.add_typer(registry.app)
 app.add_typer(files.app)
 app.add_typer(serving.app)
+app.add_typer(ui.app)
 
 
 @app.command()

@@ -47,10 +47,15 @@ def publish_comparison(client: MlflowClient, workspace: Path, written: Path) -> 
 
 def comparison_page(found: ComparedModels) -> str:
     """Render the comparison as one self-contained HTML page; the same input always gives the same bytes."""
+    return html_page(COMPARISON_TEMPLATE, comparison_values(found))
+
+
+def comparison_values(found: ComparedModels) -> dict[str, Any]:
+    """Collect what the template of the comparison is filled with."""
     series = {name: number for number, name in enumerate(found.methods)}
     answered = {model.name: model.answers for model in found.models}
     suites = sorted({name for model in found.models for name in model.metrics["suites"]}, key=_held_out_first)
-    values = {
+    return {
         "found": found,
         "series": series,
         "series_colours": len(LIGHT_SERIES),
@@ -70,7 +75,6 @@ def comparison_page(found: ComparedModels) -> str:
         "shown": shown,
         "mark": _right_or_wrong,
     }
-    return html_page(COMPARISON_TEMPLATE, values)
 
 
 def shown(text: str) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.core import pipeline
 from tasks.core.artifacts import as_json, atomic_write
-from tasks.registry.client import run_of
+from tasks.registry.client import EXPERIMENT, KEY_TAG, answering, connect, run_of
 from tasks.validate.profile import drift, profile_page
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ NUMBERS = "data/validation/profile.json"
 DATA_PAGE = "profile.html"
 WRITTEN_PAGE = Path(".temper", "pages", "data.html")
 _KIND = {"temper.kind": "data"}
+_DRIFT = "drift."
+"""What the names of the metrics begin with that say how far a column moved."""
 
 
 def publish_data_page(client: MlflowClient, workspace: Path) -> Run | None:
@@ -41,7 +43,7 @@ def publish_data_page(client: MlflowClient, workspace: Path) -> Run | None:
     for name, value in numbers["rows"].items():
         client.log_metric(run.info.run_id, f"rows.{name}", value)
     for name, index in moved.items():
-        client.log_metric(run.info.run_id, f"drift.{name}", index)
+        client.log_metric(run.info.run_id, f"{_DRIFT}{name}", index)
     client.log_text(run.info.run_id, as_json(numbers), "profile.json")
     client.log_text(run.info.run_id, profile_page(numbers, moved), DATA_PAGE)
     client.set_terminated(run.info.run_id, "FINISHED")
@@ -73,3 +75,15 @@ def _last(client: MlflowClient, run: Run) -> dict[str, Any] | None:
             Path(client.download_artifacts(found[0].info.run_id, "profile.json", folder)).read_text()
         )
     return numbers
+
+
+def logged_drift(workspace: Path) -> dict[str, float]:
+    """Read how far this state of the data had moved from the one before, by column; empty where it was not logged."""
+    key, client = pipeline.recorded_keys(workspace).get("validate"), connect(workspace)
+    with answering(workspace):
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        if key is None or experiment is None:
+            return {}
+        found = client.search_runs([experiment.experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+    metrics = found[0].data.metrics if found else {}
+    return {name.removeprefix(_DRIFT): value for name, value in metrics.items() if name.startswith(_DRIFT)}

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -58,6 +58,35 @@ def held(workspace: Path, purpose: str, name: str = "lock") -> Iterator[None]:
     finally:
         _held.discard(file)
         lock.release()
+
+
+class Holder(NamedTuple):
+    """Who holds a workspace: its process, what it does, and since when."""
+
+    pid: int
+    purpose: str
+    since: str
+
+
+def holder(workspace: Path, name: str = "lock") -> Holder | None:
+    """Tell who holds the workspace; does not touch the lock, as a run that begins at that moment would be refused."""
+    import psutil
+
+    file = workspace / ".temper" / name
+    try:
+        note = json.loads(_holder_note(file).read_text())
+        return Holder(**note) if _is_locked(file) and psutil.pid_exists(note["pid"]) else None
+    except (OSError, ValueError):  # nobody ever held it, or the note is of this moment
+        return None
+
+
+def _is_locked(file: Path) -> bool:
+    """Look the file up among the kernel's locks, where the kernel tells of them; elsewhere take the note's word."""
+    locks = Path("/proc/locks")
+    if not locks.is_file():
+        return True
+    inode = f":{file.stat().st_ino}"
+    return any("FLOCK" in line and line.split()[5].endswith(inode) for line in locks.read_text().splitlines())
 
 
 def _holder_note(lock: Path) -> Path:

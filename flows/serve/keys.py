@@ -22,27 +22,40 @@ from tasks.core.errors import BadParams
 VARIABLE = "TEMPER_KEYS"
 """Lines of keys, separated by line ends or commas, for where there is no file."""
 
-_LINE = re.compile(r"([A-Za-z0-9_.-]{1,64}):([0-9a-f]{64})(?::([1-9][0-9]{0,8}))?")
-_FORM = "NAME:SHA256[:REQUESTS_PER_MINUTE], as `temper serve --new-key NAME` prints"
+VIEWER, LABELLER, APPROVER = ROLES = ("viewer", "labeller", "approver")
+"""What a client may do on the pages of `temper ui`: each also what those before it may."""
+
+_LINE = re.compile(rf"([A-Za-z0-9_.-]{{1,64}}):([0-9a-f]{{64}})(?::([1-9][0-9]{{0,8}}))?(?::({'|'.join(ROLES)}))?")
+_FORM = "NAME:SHA256[:REQUESTS_PER_MINUTE][:ROLE], as `temper serve --new-key NAME` prints"
 _MINUTE_S = 60.0
 
 
 class Key(NamedTuple):
-    """A client: its name, the SHA-256 of its key, and how many requests it may make in a minute; None: any number."""
+    """A client.
+
+    Attributes:
+        name: of the client.
+        sha256: of its key.
+        per_minute: so many requests it may make in a minute; None: any number.
+        role: what it may do on the pages of `temper ui`; None: it is let in to the API alone.
+    """
 
     name: str
     sha256: str
     per_minute: int | None = None
+    role: str | None = None
 
 
-def new_key(name: str) -> tuple[str, str]:
+def new_key(name: str, role: str | None = None) -> tuple[str, str]:
     """Make a key; return it, and the line that a file of keys has of it.
 
     Raises:
-        BadParams: no client can have this name.
+        BadParams: no client can have this name, or there is no such role.
     """
+    if role not in (None, *ROLES):
+        raise BadParams("is no role", where="--role", got=str(role), expected=" or ".join(ROLES))
     key = f"temper-{secrets.token_urlsafe(32)}"
-    line = f"{name}:{_sha256(key)}"
+    line = ":".join(filter(None, (name, _sha256(key), role)))
     if not _LINE.fullmatch(line):
         raise BadParams("is no name of a key", where="--new-key", got=name, expected="A-Z a-z 0-9 _ . -, at most 64")
     return key, line
@@ -73,7 +86,7 @@ def read_keys(file: Path | None, environment: Mapping[str, str] = os.environ) ->
         elif any(key.name == match[1] for key in found):
             wrong.append(f"{where}: {match[1]} has a key already")
         else:
-            found.append(Key(match[1], match[2], int(match[3]) if match[3] else None))
+            found.append(Key(match[1], match[2], int(match[3]) if match[3] else None, match[4]))
     if wrong:
         raise BadParams("keys cannot be used", where=str(file or VARIABLE), examples=wrong, expected=_FORM)
     if file and not found:

@@ -34,7 +34,8 @@ class Plan(NamedTuple):
     """What is served.
 
     Attributes:
-        references: of the models, the first of which has the adapters, and canary and shadow beside it.
+        references: of the models, the first of which has the adapters, and canary and shadow beside it; there may be
+            none, as where only pages are looked at.
         adapters: their folders, by name.
         canary: an alias of the first model and the share of conversations that it answers.
         shadow: an alias of the first model that answers unseen.
@@ -73,7 +74,7 @@ class Models:
 
     def __init__(self, plan: Plan, workspace: Path | None, say: Callable[[str], None]) -> None:
         self._plan = plan
-        first = plan.references[0]
+        first = next(iter(plan.references), None)
         if plan.adapters and plan.settings.engine:
             raise BadParams(
                 "has no adapters here",
@@ -92,15 +93,14 @@ class Models:
             source = Source(reference, workspace, adapters, plan.settings, any_base=plan.any_base, say=say)
             self._slots[name] = Slot(source, say)
             self._short.setdefault(long, name)
-        self._first = next(iter(self._slots))
+        self._first = next(iter(self._slots), "")
         self._beside: dict[str, Slot] = {}
         for route, alias in ((CANARY, plan.canary and plan.canary[0]), (SHADOW, plan.shadow)):
             if not alias:
                 continue
-            if not first.model:
-                raise BadParams(
-                    "stands beside a model of the registry", where=f"--{route} {alias}", got=f"{first.text}, a folder"
-                )
+            if first is None or not first.model:
+                got = f"{first.text}, a folder" if first else "no model"
+                raise BadParams("stands beside a model of the registry", where=f"--{route} {alias}", got=got)
             beside = Reference(f"models:/{first.model}@{alias}", first.model, alias=alias)
             self._beside[route] = Slot(Source(beside, workspace, {}, plan.settings, say=say), say, stays=False)
         self._ended = threading.Event()

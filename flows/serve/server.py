@@ -12,9 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import uvicorn
+from fastapi import FastAPI
 from sqlalchemy import URL
 
 from flows.run.ending import aside
@@ -50,8 +51,12 @@ def say(line: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
-def serve(plan: Plan, workspace: Path | None, options: Options) -> None:
-    """Serve models until a signal ends it.
+Pages: TypeAlias = Callable[[FastAPI, Service], str]
+"""Puts pages beside the API on an app; returns their path."""
+
+
+def serve(plan: Plan, workspace: Path | None, options: Options, pages: Pages | None = None) -> None:
+    """Serve models, and pages beside them, until a signal ends it.
 
     Raises:
         BadParams: other machines would reach it without keys, or the port is taken.
@@ -64,7 +69,10 @@ def serve(plan: Plan, workspace: Path | None, options: Options) -> None:
     record = open_record(options.record, write=True) if options.record else None
     service = make_service(models, options, record)
     address = _address(listener)
-    server = Server(service, lambda: say(f"serving {', '.join(models.names())} at {address}/v1; stop it with Ctrl-C"))
+    app = make_app(service)
+    served = [f"serving {', '.join(models.names())} at {address}/v1"] if models.names() else []
+    served += [f"pages at {address}{pages(app, service)}"] if pages else []
+    server = Server(app, lambda: say(f"{', '.join(served)}; stop it with Ctrl-C"))
     ended = threading.Event()
 
     def work() -> None:
@@ -112,17 +120,17 @@ def make_service(models: Models, options: Options, record: Record | None = None)
 
 
 class Server(uvicorn.Server):
-    """The app on a socket.
+    """An app on a socket.
 
     Args:
-        service: what the app's requests share.
+        app: what answers.
         announce: is called when it listens.
     """
 
-    def __init__(self, service: Service, announce: Callable[[], None]) -> None:
+    def __init__(self, app: FastAPI, announce: Callable[[], None]) -> None:
         super().__init__(
             uvicorn.Config(
-                make_app(service),
+                app,
                 log_level="warning",
                 access_log=False,
                 ws="none",

@@ -5,7 +5,10 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 LIGHT: Mapping[str, str] = {
     "paper": "#ffffff",
@@ -42,30 +45,33 @@ _FOLDER = Path(__file__).parent
 """Where page.html.jinja and page.css.jinja stand, which every page extends."""
 
 
-def html_page(template: Path, values: Mapping[str, Any]) -> str:
-    """Render a whole HTML page.
+def environment(*folders: Path) -> Environment:
+    """Return what renders templates of some folders, of which earlier ones come first, and of the shell's own.
 
-    Args:
-        template: a Jinja template that extends page.html.jinja; what it includes stands beside it. Numbers have the
-            filter `thousands`.
-        values: what it is filled with; all but `Markup` is escaped, and no character stays invisible.
+    All but `Markup` is escaped. Numbers have the filter `thousands`; `light` and `dark` are the palettes.
     """
     from jinja2 import Environment, FileSystemLoader
 
-    environment = Environment(
-        loader=FileSystemLoader([template.parent, _FOLDER]),
+    made = Environment(
+        loader=FileSystemLoader([*folders, _FOLDER]),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["thousands"] = "{:,}".format
-    environment.globals |= {
-        "policy": _POLICY,
-        "light": palette(LIGHT, LIGHT_SERIES),
-        "dark": palette(DARK, DARK_SERIES),
-    }
-    return visible(environment.get_template(template.name).render(values))
+    made.filters["thousands"] = "{:,}".format
+    made.globals |= {"policy": _POLICY, "light": palette(LIGHT, LIGHT_SERIES), "dark": palette(DARK, DARK_SERIES)}
+    return made
+
+
+def html_page(template: Path, values: Mapping[str, Any]) -> str:
+    """Render a whole HTML page.
+
+    Args:
+        template: a Jinja template that extends page.html.jinja; what it includes stands beside it.
+        values: what it is filled with; no character stays invisible.
+    """
+    return visible(environment(template.parent).get_template(template.name).render(values))
 
 
 def palette(named: Mapping[str, str], series: Sequence[str]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from flows.serve.app import make_app
 from flows.serve.errors import ApiError
 from flows.serve.exchange import Service
 from flows.serve.json_schema import Grammars
@@ -30,7 +31,7 @@ NO_TOOLS = Tools(False, None, {})
 def listening(service: Service) -> Iterator[str]:
     """The address of a server, which has ended after the block."""
     listener, ready = listen("127.0.0.1", 0), threading.Event()
-    server = Server(service, ready.set)
+    server = Server(make_app(service), ready.set)
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:

@@ -1,0 +1,1 @@
+"""What people decide of rows and answers: rows in quarantine, and which of two answers is better."""
