@@ -55,7 +55,10 @@ def made(folder: Path, base: Path, right: int, *, of: int = 200, method: str = "
         prompt = f"What comes after {number}, in words?"
         items.append(Item(HELD_OUT, "t", str(number), prompt, prompt_digest(prompt), "x", "y", 0.0, -2.0, 1))
     write_items(places.baseline, items)
-    answers = [item._replace(score=float(n < right), logp=-1.0) for n, item in enumerate(items)]
+    answers = [
+        item._replace(score=float(n < right), logp=-1.0, prediction=item.target if n < right else item.prediction)
+        for n, item in enumerate(items)
+    ]
     places.reports.mkdir()
     write_items(places.reports / EXAMPLES, answers)
     suites = suite_metrics(answers, {(HELD_OUT, "t"): Summary("exact_match", {})}, params.evaluate.resampling)

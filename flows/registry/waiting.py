@@ -17,6 +17,8 @@ from tasks.core.artifacts import as_json, atomic_write
 from tasks.gate.checks import GateDecision
 
 _FOLDER = "approvals"
+_CLOCK_S = 5.0
+"""By so much the time at which a process began may change, when the clock is set."""
 
 
 class Waiting(NamedTuple):
@@ -62,7 +64,7 @@ def waiting(workspace: Path) -> list[Waiting]:
     for file in (workspace / ".temper" / _FOLDER).glob("*.json"):
         try:
             note = Waiting(**json.loads(file.read_text()))
-            alive = psutil.Process(note.pid).create_time() == note.begun
+            alive = abs(psutil.Process(note.pid).create_time() - note.begun) < _CLOCK_S
         except (OSError, ValueError, psutil.Error):  # it ended meanwhile, or a kill left the note
             continue
         found += [note] if alive else []

@@ -160,6 +160,8 @@ def _chosen(record: Record, choice: Choice, left_out: Counter[str]) -> Iterator[
             left_out["older than is wanted"] += 1
         elif any(each.metadata.get(key) != value for key, value in choice.consent.items()):
             left_out["without consent"] += 1
+        elif each.endpoint == "evaluation":
+            left_out["an item that models are evaluated with"] += 1
         elif each.endpoint != "chat":
             left_out["no chat"] += 1
         elif len(each.answers) != 1:
@@ -182,7 +184,8 @@ def _counted(votes: Iterable[Vote]) -> list[Vote]:
     """List the last vote of each client on each answer, of each kind and of each pair, in their order."""
     last: dict[tuple[str, ...], Vote] = {}
     for vote in votes:
-        about = (vote.key_name, vote.id, vote.kind, vote.value if vote.kind == "preferred_over" else "")
+        of = sorted((vote.id, vote.value)) if vote.kind == "preferred_over" else [vote.id]  # whichever was preferred
+        about = (vote.key_name, vote.kind, *of)
         last.pop(about, None)
         last[about] = vote
     return list(last.values())

@@ -35,6 +35,11 @@ class Reply(NamedTuple):
     version: str
     text: str
 
+    @property
+    def quoted(self) -> str:
+        """Return the text as a form keeps it: browsers, and `visible`, change line ends and control characters."""
+        return json.dumps(self.text)
+
 
 def routes(site: Site) -> list[Route]:
     """Return the page, what asks, what votes, and what draws a question."""
@@ -54,7 +59,7 @@ def routes(site: Site) -> list[Route]:
         better, other = visit.field("better"), visit.field("other")
         site.record.say(FeedbackRequest(id=better, preferred_over=other), visit.session.name)
         site.service.metrics.feedback.labels("preferred_over").inc()
-        talk = [*talk_of(visit.field("messages")), {"role": "assistant", "content": visit.field("text")}]
+        talk = [*talk_of(visit.field("messages")), {"role": "assistant", "content": unquoted(visit.field("text"))}]
         values = {"talk": talk, "messages": json.dumps(talk), "preferred": visit.field("version"), "prompt": ""}
         values |= {"not_preferred": visit.field("other_version")}
         return site.page(visit, "_chat" if visit.partial else "chat", {**_about(site, visit), **values})
@@ -92,6 +97,18 @@ def talk_of(text: str) -> list[dict[str, str]]:
         return [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in json.loads(text or "[]")]
     except (ValueError, TypeError, KeyError) as error:
         raise ApiError(HTTPStatus.BAD_REQUEST, "This is no conversation: load the page again.") from error
+
+
+def unquoted(text: str) -> str:
+    """Return an answer from the form, where the last page put it.
+
+    Raises:
+        ApiError: it is none.
+    """
+    try:
+        return str(json.loads(text))
+    except ValueError as error:
+        raise ApiError(HTTPStatus.BAD_REQUEST, "This is no answer: load the page again.") from error
 
 
 async def _replies(site: Site, name: str, talk: list[dict[str, str]], models: list[str], *, drawn: bool) -> list[Reply]:

@@ -15,6 +15,7 @@ from flows.review.quarantine import PARAMS, RELEASED, Quarantined, texts_of
 from flows.serve.keys import LABELLER
 from flows.ui.site import Site, Visit
 from tasks.core.errors import BadParams
+from tasks.html.shell import visible
 
 _PAGE = 20
 
@@ -50,15 +51,21 @@ def number_of(text: str) -> int:
 
 
 def as_sent(found: Quarantined, sent: Sequence[str]) -> list[str]:
-    """Return the texts of a form; one that differs in its line ends alone is the row's own, as browsers change them."""
+    """Return the texts of a form, with what pages show otherwise as it is in the row.
+
+    Browsers change line ends; a page shows control characters as pictures of them.
+    """
     own = [text for _, text in texts_of(found.record)]
-    if len(sent) != len(own):
-        return list(sent)
-    return [old if _plain(old) == _plain(new) else new for old, new in zip(own, sent, strict=True)]
+    return [_as_sent(old, new) for old, new in zip(own, sent, strict=True)] if len(sent) == len(own) else list(sent)
 
 
-def _plain(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+def _as_sent(old: str, new: str) -> str:
+    if visible(old.replace("\r\n", "\n").replace("\r", "\n")) == new:
+        return old
+    for character in set(old) - {"\r"}:
+        if visible(character) != character:
+            new = new.replace(visible(character), character)
+    return new
 
 
 def listed(rows: Sequence[Quarantined], reason: str, page: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from fastapi import FastAPI
 from transformers import PreTrainedTokenizerBase
 
 from flows.serve.app import make_app
@@ -28,10 +29,11 @@ NO_TOOLS = Tools(False, None, {})
 
 
 @contextmanager
-def listening(service: Service) -> Iterator[str]:
-    """The address of a server, which has ended after the block."""
+def listening(served: Service | FastAPI) -> Iterator[str]:
+    """The address of a server, of the API alone or of a whole app, which has ended after the block."""
+    app = served if isinstance(served, FastAPI) else make_app(served)
     listener, ready = listen("127.0.0.1", 0), threading.Event()
-    server = Server(make_app(service), ready.set)
+    server = Server(app, ready.set)
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:
