@@ -1,4 +1,4 @@
-"""Takes the README's pictures in headless Chromium: MLflow's pages of what a workspace has run, its data and models."""
+"""Takes the pictures of README and docs in headless Chromium: MLflow's pages of a workspace, its data and models."""
 
 from __future__ import annotations
 
@@ -62,9 +62,34 @@ def main() -> None:
             profile = workspace / "data" / "validation" / "index.html"
             photograph(send, profile.as_uri(), ROOT / "docs" / "data.png", (1100, 900))
             photograph(send, write(workspace).as_uri(), ROOT / "docs" / "comparison.png", (1200, 1500))
+            with pages(workspace) as ui:
+                photograph(send, f"{ui}/promotions/{challenger(workspace)}", ROOT / "docs" / "ui.png", (1200, 1150))
     finally:
         server.terminate()
         server.wait()
+
+
+@contextmanager
+def pages(workspace: Path) -> Iterator[str]:
+    """Run `temper ui` without a model; yield the address of its pages."""
+    command = [sys.executable, "-m", "flows.cli", "ui", "--no-model", "--port", "0"]
+    server = subprocess.Popen(command, cwd=workspace, stderr=subprocess.PIPE, text=True)
+    try:
+        said = (re.search(r"pages at (\S+);", line) for line in server.stderr or [])
+        yield next(match[1] for match in said if match)
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def challenger(workspace: Path) -> str:
+    """Return the newest version that the gate let through and that is not champion, else the newest."""
+    from flows.registry.history import history
+
+    found = history(workspace)
+    others = [each for each in found["versions"] if each["version"] != found["champion"]]
+    passed = [each for each in others if each["passed"]]
+    return str((passed or others or found["versions"])[-1]["version"])
 
 
 def _answers(address: str) -> bool:

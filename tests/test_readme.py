@@ -16,7 +16,7 @@ from flows.run.edit_params import change_params
 from tasks.orchestration.params import check
 from tests.conftest import ROOT, temper
 
-TASKS = ("data", "base", "methods", "merging", "evaluation", "promotion", "serving", "servers", "distributed")
+TASKS = ("data", "base", "methods", "merging", "evaluation", "promotion", "serving", "ui", "servers", "distributed")
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in TASKS)]
 TEXT = "\n".join(page.read_text() for page in PAGES)
 BLOCKS = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
@@ -42,6 +42,10 @@ ELSEWHERE = {
     "temper schedule --on-feedback 100": "tests/flows/run/test_feedback_runs.py",
     "temper feedback said.db rows --consent training=yes": "tests/flows/serve/test_feedback.py",
     "temper drift --record .temper/said.db": "tests/flows/serve/test_drift.py",
+    "temper ui": "tests/flows/ui/test_command.py",
+    "temper ui models:/temper-tiny@champion models:/temper-tiny/2 --keys keys": "tests/flows/ui/test_command.py",
+    "temper ui --new-key alice --role approver": "tests/flows/ui/test_command.py",
+    "temper feedback .temper/record.db feedback": "tests/flows/ui/test_actions.py",
     "curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' "
     '-d \'{"model": "temper-tiny", "messages": [{"role": "user", "content": "Hello"}]}\'': "serve/test_app.py",
     "TEMPER_LAUNCH=infra/launch/fsdp2.yaml temper run": "tests/tasks/train/test_launcher.py",
@@ -60,6 +64,8 @@ SAID = {
     "temper rollback": r"\(orpo\) is now champion",
     "temper history": r"promote +\d +\d +new data +6 of 6 checks passed",
     "temper lineage models:/temper-tiny@champion": r"git commit: +[0-9a-f]{40}",
+    "temper vote 1 2": r"votes: version 1 0, version 2 0",
+    "temper quarantine": r"^no row is in quarantine$",
     "temper score models:/temper-tiny@champion in.parquet out.parquet": r"1 rows written to ",
     "temper doctor": r"ok +MLflow +answers: sqlite:",
     "temper evaluate models/tiny --suite exam.csv": r"exam +accuracy_per_character +2 +[01]\.\d+ \[",

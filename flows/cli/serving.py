@@ -38,7 +38,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on; 0: one that is free.")] = 8000,
     keys: Annotated[
         Path | None,
-        typer.Option(help="A file of keys, a line each: NAME:SHA256[:REQUESTS_PER_MINUTE]; also TEMPER_KEYS."),
+        typer.Option(help="A file of keys, a line each: NAME:SHA256[:REQUESTS_PER_MINUTE][:ROLE]; also TEMPER_KEYS."),
     ] = None,
     new_key: Annotated[
         str | None, typer.Option(metavar="NAME", help="Make a key, print it once with its line for --keys, and end.")

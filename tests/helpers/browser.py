@@ -47,10 +47,10 @@ class Page:
         found = self._send("Runtime.evaluate", expression=expression, returnByValue=True)
         return found.get("result", {}).get("value")
 
-    def wait(self, expression: str, timeout_s: float = 60) -> None:
+    def wait(self, expression: str, timeout_s: float = 30) -> None:
         """Wait until a JavaScript expression is true."""
         deadline = time.monotonic() + timeout_s
-        while not self.evaluate(expression):
+        while not self.evaluate(f"!!({expression})"):
             assert time.monotonic() < deadline, f"never: {expression}\n{self.text()}"
             time.sleep(0.02)
 
@@ -79,7 +79,8 @@ class Page:
         self._send("Input.insertText", text=text)
 
     def press(self, key: str) -> None:
-        """Press and release a key."""
+        """Press and release a key, once the page's scripts listen."""
+        self.wait("document.readyState === 'complete'")
         for kind in ("keyDown", "keyUp"):
             self._send("Input.dispatchKeyEvent", type=kind, key=key, text=key if kind == "keyDown" else "")
 

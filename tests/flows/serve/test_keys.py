@@ -32,6 +32,21 @@ def test_keys_also_come_from_the_environment() -> None:
     assert read_keys(None, {}) == []
 
 
+def test_a_line_may_end_with_a_role_on_the_pages() -> None:
+    lines = f"a:{SHA}:viewer,b:{SHA}:7:approver,c:{SHA}:7"
+    assert read_keys(None, {"TEMPER_KEYS": lines}) == [
+        Key("a", SHA, None, "viewer"),
+        Key("b", SHA, 7, "approver"),
+        Key("c", SHA, 7, None),
+    ]
+    assert new_key("alice", "labeller")[1].endswith(":labeller")
+    for wrong in (f"a:{SHA}:boss", f"a:{SHA}:viewer:7", f"a:{SHA}:"):
+        with pytest.raises(BadParams, match="keys cannot be used"):
+            read_keys(None, {"TEMPER_KEYS": wrong})
+    with pytest.raises(BadParams, match="is no role"):
+        new_key("alice", "boss")
+
+
 def test_every_wrong_line_is_named_and_none_is_repeated(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(f"a:{SHA}\nsecret\nb:{SHA}:0\na:{SHA}\n")
     with pytest.raises(BadParams) as caught:

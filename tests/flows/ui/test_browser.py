@@ -30,7 +30,7 @@ def test_a_team_clicks_through_all_pages(workspace: Path, pico_base: Path, tmp_p
         page.type("#key", team.keys["approver"])
         page.click("main button")
         page.wait_for("What runs where")
-        page.wait_for("models")
+        page.wait_for("Served here")
         numbered = list(enumerate((name for _, name in NAVIGATION), start=1))
         for number, name in [*numbered[1:], numbered[0]]:
             page.press(str(number))
@@ -38,10 +38,11 @@ def test_a_team_clicks_through_all_pages(workspace: Path, pico_base: Path, tmp_p
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), name
 
         # two versions side by side: nine votes by a key, one by a click, and one that is skipped
-        page.click('nav a[href="/ui/compare"]')
+        page.open("/ui/compare?first=1&second=2")
         page.wait_for("40 of 40 items are left to you")
+        item = page.evaluate("document.querySelector('[name=item]').value")
         page.press("s")
-        page.wait_for("40 of 40 items are left to you")
+        page.wait(f"document.querySelector('[name=item]').value !== {json.dumps(item)}")
         for left in range(39, 30, -1):
             page.press("lr"[left % 2])
             page.wait_for(f"{left} of 40 items are left to you")

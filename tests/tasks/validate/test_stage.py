@@ -508,3 +508,26 @@ def test_the_known_leaks_of_a_real_training_file(real_data: Path, tmp_path: Path
     assert maths.marks.benchmarks["svamp"].exact == 800
     clean = verdict_on(real(real_data / "gsm8k" / "train.jsonl"), tmp_path / "2", WIDE, benchmarks=exams)
     assert (clean.marks.benchmarks["gsm8k"].exact, clean.marks.benchmarks["gsm8k"].overlapping) == (0, 3)
+
+
+def test_what_somebody_has_looked_at_is_counted_and_not_sent_back(tmp_path: Path) -> None:
+    def said(row_id: str, source: str, question: str, answer: str) -> ChatExample:
+        return ChatExample(id=row_id, source=source, messages=(Message("user", question), Message("assistant", answer)))
+
+    question = "What is the capital of France?"
+    records = [
+        *(said(f"{source} mail", source, f"Write to a@b.org, {source}", "Yes.") for source in ("raw", "released")),
+        *(said(f"{source} asked", source, question, f"Paris, {source}") for source in ("raw", "released")),
+        said("raw mail", "released", "Write to c@d.org", "No."),
+    ]
+    params = validate_params({"emails": "reject", "contradictions": "ignore"}, accepted=["released"])
+    verdict = verdict_on(records, tmp_path, params, benchmarks={"exam": [question]})
+    sent_back = sorted((verdict.facts["id"][row], verdict.facts["source"][row]) for row in verdict.reasons)
+    # the mail is passed over in the accepted source alone; a question of the exam and an id that is there twice are not
+    assert sent_back == [
+        ("raw asked", "raw"),
+        ("raw mail", "raw"),
+        ("raw mail", "released"),
+        ("released asked", "released"),
+    ]
+    assert verdict.outcomes["emails"].found == 3
