@@ -51,16 +51,15 @@ def test_a_team_clicks_through_all_pages(workspace: Path, pico_base: Path, tmp_p
         assert "You preferred version" in page.text()
 
         # a chat with a model that answers twice
-        page.click('nav a[href="/ui/chat"]')
         for turn in (1, 2):
+            page.open("/ui/chat")
             page.wait("document.querySelector('#prompt textarea')")
             page.type("#prompt textarea", f"Hello {turn}")
             page.click("#chat button:not([type=button])")
             page.wait("document.querySelectorAll('.two .answer').length === 2")
-            assert "base@" not in page.text()
             page.press("r")
-            page.wait_for("You preferred base@")
-        assert page.evaluate("document.querySelectorAll('.turn').length") == 4
+            page.wait_for("You preferred base.")
+            assert page.evaluate("document.querySelectorAll('.turn').length") == 2
 
         # a row is edited and released
         page.open("/ui/quarantine")
