@@ -15,7 +15,7 @@ from starlette.routing import Route
 from flows.serve.errors import ApiError
 from flows.serve.exchange import Service
 from flows.ui import chat, compare, data, history, methods, promotions, quarantine, runs
-from flows.ui.site import COOKIE, PREFIX, Site, check_site, fields_of, secured
+from flows.ui.site import COOKIE, PREFIX, Site, Visit, check_site, fields_of, secured
 
 _STATIC = Path(__file__).parent / "static"
 _FILES = ("htmx.min.js", "icon.svg", "keys.js")
@@ -59,10 +59,9 @@ async def _login(site: Site, request: Request) -> Response:
     return secured(HTMLResponse(site.render("login", None, request.url.path, {"error": error}), status))
 
 
-def _logout(site: Site, visit: object) -> Response:
+def _logout(site: Site, visit: Visit) -> Response:
     """End the session."""
-    request: Request = visit.request  # type: ignore[attr-defined]
-    site.sessions.end(request.cookies.get(COOKIE))
+    site.sessions.end(visit.request.cookies.get(COOKIE))
     answer = RedirectResponse(f"{PREFIX}/login", HTTPStatus.SEE_OTHER)
     answer.delete_cookie(COOKIE, path=PREFIX)
     return answer

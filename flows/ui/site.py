@@ -88,7 +88,6 @@ class Site:
     Args:
         root: the workspace.
         service: what the API's requests share.
-        record: where votes are kept; None: nowhere.
     """
 
     def __init__(self, root: Path, service: Service) -> None:
