@@ -11,7 +11,7 @@ from starlette.routing import Route
 
 from flows.run.data_page import NUMBERS, logged_drift
 from flows.ui.site import Site, Visit
-from tasks.validate.profile import PROFILE_TEMPLATE, profile_values
+from tasks.validate.profile import profile_values
 
 
 def routes(site: Site) -> list[Route]:
@@ -19,8 +19,7 @@ def routes(site: Site) -> list[Route]:
 
     def show(visit: Visit) -> Response:
         values = profile(site.root)
-        template = PROFILE_TEMPLATE.name.removesuffix(".html.jinja") if values else "nothing_validated"
-        return site.page(visit, template, values)
+        return site.page(visit, "data" if values else "nothing_validated", values)
 
     return [site.route("/data", show)]
 
