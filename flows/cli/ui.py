@@ -52,8 +52,12 @@ def ui(
         str, typer.Option(help="Of the new key: viewer looks, labeller votes and releases rows, approver promotes.")
     ] = "viewer",
     record: Annotated[
-        Path | None,
-        typer.Option(help="Keep conversations and votes in this SQLite file; .temper/record.db without it."),
+        str | None,
+        typer.Option(
+            metavar="FILE|URL",
+            help="Keep conversations and votes in this SQLite file or PostgreSQL database; also TEMPER_RECORD; "
+            ".temper/record.db without either.",
+        ),
     ] = None,
     any_base: Annotated[bool, typer.Option("--any-base", help="Also adapters that name another base.")] = False,
     workspace: WorkspaceOption = None,
@@ -73,6 +77,7 @@ def ui(
     from tasks.core.stage import quiet_libraries
 
     quiet_libraries()  # before they are imported
+    from flows.serve.record_database import url_given, url_of
     from flows.serve.routing import Plan, adapter_of
     from flows.serve.versions import reference_of
 
@@ -80,7 +85,7 @@ def ui(
     access.check_host(host, clients)
     named = {name: seen_from_here(reference) for name, reference in map(adapter_of, adapter or [])}
     given = [each if each.startswith(REGISTRY_SCHEME) else str(Path(each).resolve()) for each in models or []]
-    kept = record.resolve() if record else None
+    kept = url_given(record)
     root = ready(workspace)
     if not given and not no_model:
         given = _champion(root)
@@ -96,7 +101,7 @@ def ui(
         adapters={name: fetch_adapter_ref(place, root) for name, place in named.items()},
         any_base=any_base,
     )
-    kept = kept or state_folder(root) / RECORD.name
+    kept = kept or url_of(state_folder(root) / RECORD.name)
     with on_stopping("what was being answered is answered", exit_code=0):
         serve(plan, root, Options(host, port, clients, kept), partial(add_pages, root))
 
@@ -179,7 +184,10 @@ def vote(
     item: Annotated[str | None, typer.Argument(help="An item; without it, the next one to vote on is shown.")] = None,
     better: Annotated[str, typer.Option(metavar="VERSION", help="Whose answer is better.")] = "",
     record: Annotated[
-        Path | None, typer.Option(help="The SQLite file that votes are kept in; .temper/record.db without it.")
+        str | None,
+        typer.Option(
+            metavar="FILE|URL", help="Where votes are kept; also TEMPER_RECORD; .temper/record.db without either."
+        ),
     ] = None,
     by: By = "",
     as_json: Json = False,
@@ -189,8 +197,9 @@ def vote(
     from flows.review import side_by_side as review
     from flows.run.lock import state_folder
     from flows.serve.record import Record
+    from flows.serve.record_database import url_given
 
-    place = record.resolve() if record else None
+    place = url_given(record)
     root = ready(workspace)
     name, both = by or getpass.getuser(), review.pairs(root, first, second)
     kept = Record(place or state_folder(root) / RECORD.name)

@@ -52,8 +52,8 @@ def live_evidence(
 ) -> LiveEvidence:
     """Count what conversations and votes say of two versions, since the first answer of the one.
 
-    Answers of adapters on the versions are left out. Thumbs on a shadow's answers are too: who gave them has seen what
-    the user has not.
+    Left out are answers of adapters on the versions, those to items that models are evaluated with, and thumbs on a
+    shadow's answers: who gave them has seen what the user has not.
 
     Args:
         conversations: the oldest first.
@@ -66,7 +66,7 @@ def live_evidence(
     since = ""
     answers: dict[str, _Answer] = {}
     for each in conversations:
-        if each.adapter is not None or each.version not in (version, champion):
+        if each.adapter is not None or each.endpoint == "evaluation" or each.version not in (version, champion):
             continue
         if each.version == version:
             since = since or _date(each.time)

@@ -24,6 +24,7 @@ from tasks.registry.versions import find_version, version_of
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
+    from sqlalchemy import URL
 
 
 class Promotion(NamedTuple):
@@ -53,7 +54,7 @@ def promote(
     version: str | None = None,
     reason: str = "",
     show: Callable[[str, GateDecision], None] = lambda model, verdict: None,
-    record: str | None = None,
+    record: str | URL | None = None,
     approver: str = "",
 ) -> Promotion:
     """Make a version champion if the gate lets it: the one given, or the best that this workspace registered.
@@ -83,7 +84,7 @@ def _promote(
     version: str | None,
     reason: str,
     show: Callable[[str, GateDecision], None],
-    record: str | None,
+    record: str | URL | None,
     approver: str,
 ) -> Promotion:
     params = load_params(workspace / pipeline.PARAMS)
@@ -118,8 +119,13 @@ def _promote(
     return Promotion(model, chosen.version, chosen.method, True, True, [], verdict)
 
 
-def judge(workspace: Path, version: str, record: str | None = None) -> GateDecision:
+def judge(workspace: Path, version: str, record: str | URL | None = None) -> GateDecision:
     """Hold a version against the base and the present champion, as a promotion would, and leave everything as it is.
+
+    Args:
+        workspace: whose registry it is.
+        version: its number.
+        record: as `promote` reads it.
 
     Raises:
         BadParams: there is no such version, or its report cannot be read.
@@ -139,7 +145,7 @@ def _judged(
     found: VersionRecord,
     champion: VersionRecord | None,
     params: Params,
-    record: str | None,
+    record: str | URL | None,
 ) -> GateDecision:
     whole = found._replace(broken=broken(client, version))
     live = _live(version.name, found.version, champion.version, params.promote, record) if champion else None
@@ -214,14 +220,14 @@ def _why_not(version: str, stack: Sequence[str], seen: Sequence[Move]) -> str:
     return "was rolled back or refused itself" if version in withdrawn(seen) else "was not champion before"
 
 
-def _live(model: str, version: str, champion: str, params: Promote, record: str | None) -> LiveEvidence | None:
+def _live(model: str, version: str, champion: str, params: Promote, record: str | URL | None) -> LiveEvidence | None:
     """Read what people said of two versions, if it is asked for and there is a record."""
     if not params.live.asked:
         return None
     from flows.registry.live import read_live_evidence
     from flows.serve.record_database import url_given
 
-    place = url_given(record)
+    place = url_given(record) if record is None or isinstance(record, str) else record
     days = params.live.days
     return read_live_evidence(place, f"{model}/{version}", f"{model}/{champion}", days) if place else None
 

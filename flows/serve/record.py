@@ -198,6 +198,11 @@ class Record:
         self._database = Database(url_of(place), _TABLES, SCHEMA, write=write)
 
     @property
+    def url(self) -> URL:
+        """Return where it is, for whoever opens it again; it may hold a password."""
+        return self._database.url
+
+    @property
     def place(self) -> str:
         """Where it is: a file's path, or server and database without user and password."""
         return self._database.place

@@ -132,7 +132,7 @@ class Database:
     """
 
     def __init__(self, url: URL, tables: MetaData, schema: int, *, write: bool) -> None:
-        self._url, self._tables, self._schema, self._write = url, tables, schema, write
+        self.url, self._tables, self._schema, self._write = url, tables, schema, write
         self.sqlite = url.get_backend_name() == "sqlite"
         try:
             self._engine = _sqlite(Path(str(url.database)), write=write) if self.sqlite else _postgresql(url, write)
@@ -147,7 +147,7 @@ class Database:
     @property
     def place(self) -> str:
         """Where it is, as it may be shown."""
-        return shown(self._url)
+        return shown(self.url)
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:

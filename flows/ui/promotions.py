@@ -55,7 +55,7 @@ def evidence(root: Path, version: str, record: Record | None) -> dict[str, Any]:
         `comparison` with the champion and `votes` between the two, where there is another champion; `lineage`, where it
         was registered with one; `waits`, the flow run that waits for a word on it, or None.
     """
-    verdict = judge(root, version)
+    verdict = judge(root, version, record.url if record else None)
     found = history.history(root)
     champion, between = found["champion"], None
     rival = champion if champion and champion != version else None
@@ -93,7 +93,8 @@ def decide(site: Site, version: str, *, approved: bool, why: str, by: str) -> st
         if not approved:
             refuse(site.root, version, why, by)
             return f"Version {version} is refused."
-        done = promote(site.root, version, why, approver=by)
+        record = site.service.record
+        done = promote(site.root, version, why, record=record.url if record else None, approver=by)
     if done.moved:
         return f"Version {done.champion} ({done.method}) is champion now."
     return f"Version {version} did not pass the gate." if done.verdict else "; ".join(done.findings)

@@ -189,9 +189,10 @@ def profile_page(
 def profile_values(
     numbers: Mapping[str, Any], moved: Mapping[str, float] | None = None, live: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Collect what the template of the profile is filled with; as `profile_page`."""
-    bars = {name: _bars(numbers["histograms"][name], EDGES[name]) for name in EDGES}
-    bars |= {name: _bars(list(numbers[name].values()), list(numbers[name])) for name in SCRIPTS}
+    """Collect what the template of the profile is filled with; as `profile_page`. Earlier profiles have less in them."""
+    histograms = numbers["histograms"]
+    bars = {name: _bars(histograms[name], EDGES[name]) for name in EDGES if name in histograms}
+    bars |= {name: _bars(list(numbers[name].values()), list(numbers[name])) for name in SCRIPTS if name in numbers}
     return {"p": numbers, "bars": bars, "moved": moved, "live": live}
 
 

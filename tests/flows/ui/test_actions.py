@@ -189,12 +189,12 @@ def test_a_vote_in_the_chat_becomes_a_pair_to_learn_from(talking: Team, tmp_path
     (more,) = fields_of(after)
     talk = [{"role": "user", "content": 'What is "2" + 2?'}, {"role": "assistant", "content": texts[1]}]
     assert json.loads(more["messages"]) == talk
-    assert snapshot(tmp_path / "said.db", tmp_path / "rows").rows == {"preferences.jsonl": 1}
+    assert snapshot(tmp_path / "said.db", tmp_path / "rows").counts() == {"preferences.jsonl": 1}
     row = json.loads((tmp_path / "rows" / "preferences.jsonl").read_text())
     assert (row["prompt"], row["chosen"], row["rejected"]) == (talk[:1], texts[1], texts[0])
     # somebody changes their mind: the pair is turned round, and not there twice
     lena.post("/ui/chat/vote", data=left, headers=htmx)
-    assert snapshot(tmp_path / "said.db", tmp_path / "rows").rows == {"preferences.jsonl": 1}
+    assert snapshot(tmp_path / "said.db", tmp_path / "rows").counts() == {"preferences.jsonl": 1}
     row = json.loads((tmp_path / "rows" / "preferences.jsonl").read_text())
     assert (row["chosen"], row["rejected"]) == tuple(texts)
 

@@ -96,4 +96,4 @@ def test_a_team_clicks_through_all_pages(workspace: Path, pico_base: Path, tmp_p
     assert (promoted.by, promoted.reason, back.reason) == ("anna", "ten votes", "too soon")
     assert json.loads((workspace / "data" / "released" / "rows" / "pair.jsonl").read_text())["input"] == "uno"
     found = snapshot(tmp_path / "said.db", tmp_path / "rows")
-    assert found.rows == {"preferences.jsonl": 2}
+    assert found.counts() == {"preferences.jsonl": 2}

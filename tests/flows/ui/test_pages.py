@@ -253,7 +253,7 @@ def test_stages_that_run_now_are_found_by_their_commands(tmp_path: Path) -> None
 
 def test_the_data_page_has_the_profile_and_the_drift(team: Team) -> None:
     rows = dict.fromkeys(("checked", "clean", "quarantined", "merged", "repaired", "refused"), 5)
-    numbers = {
+    numbers: dict[str, Any] = {
         "rows": rows,
         "sources": {},
         "checks": {},
@@ -270,6 +270,14 @@ def test_the_data_page_has_the_profile_and_the_drift(team: Team) -> None:
     page = team.client("viewer").read("/ui/data")
     assert "&lt;i&gt;odd&lt;/i&gt;" in page
     assert "There is no earlier run to compare with" in page
+    assert "Drift of what is asked" not in page  # that profile is of an earlier temper
+
+    numbers["histograms"] |= {f"prompt_{name}": [1, 2] for name in ("characters", "words", "turns")}
+    (team.root / "data" / "validation" / "profile.json").write_text(as_json(numbers | {"prompt_scripts": {"latin": 3}}))
+    page = team.client("viewer").read("/ui/data")
+    assert "Drift of what is asked" in page
+    assert "0 prompts of" in page
+    assert "Fewer than 200 tell nothing" in page
 
 
 def test_the_api_is_beside_the_pages(team: Team) -> None:
