@@ -189,7 +189,7 @@ def profile_page(
 def profile_values(
     numbers: Mapping[str, Any], moved: Mapping[str, float] | None = None, live: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Collect what the template of the profile is filled with, as `profile_page`; earlier profiles have less in them."""
+    """Collect what the template of the profile is filled with, as `profile_page`; earlier profiles have less."""
     histograms = numbers["histograms"]
     bars = {name: _bars(histograms[name], EDGES[name]) for name in EDGES if name in histograms}
     bars |= {name: _bars(list(numbers[name].values()), list(numbers[name])) for name in SCRIPTS if name in numbers}
