@@ -42,6 +42,8 @@ ELSEWHERE = {
     "temper schedule --on-feedback 100": "tests/flows/run/test_feedback_runs.py",
     "temper feedback said.db rows --consent training=yes": "tests/flows/serve/test_feedback.py",
     "temper drift --record .temper/said.db": "tests/flows/serve/test_drift.py",
+    "temper serve --engine vllm": "tests/flows/serve/engines, by a program that speaks as vLLM does",
+    "temper serve models/tiny --engine llama.cpp --slots 4 --engine-dtype q8_0": "tests/flows/serve/engines",
     "temper ui": "tests/flows/ui/test_command.py",
     "temper ui models:/temper-tiny@champion models:/temper-tiny/2 --keys keys": "tests/flows/ui/test_command.py",
     "temper ui --new-key alice --role approver": "tests/flows/ui/test_command.py",
