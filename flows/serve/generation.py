@@ -70,10 +70,7 @@ def prepare_chat(version: LoadedVersion, request: ChatRequest, adapter: str | No
         raise unsupported("tools", "tools: the chat template of this model does not tell it of tools")
     if tools and schema:
         raise unsupported("response_format", "response_format is not supported together with tools")
-    try:
-        prompt = render_prompt(version.tokenizer, [each.message() for each in request.messages], tools)
-    except BadData as error:
-        raise of_temper(error, "messages") from error
+    prompt = _only_text(version, request) if version.encodes else _rendered(version, request, tools)
     room = _room(version, len(prompt), request.limit(), "messages")
     asked = [
         Asked(
@@ -87,6 +84,21 @@ def prepare_chat(version: LoadedVersion, request: ChatRequest, adapter: str | No
         for number in range(request.n)
     ]
     return Prepared(asked, len(prompt), request.stop, chat=True, tools=bool(tools))
+
+
+def _rendered(version: LoadedVersion, request: ChatRequest, tools: Sequence[str]) -> list[int]:
+    try:
+        return render_prompt(version.tokenizer, [each.message() for each in request.messages], tools)
+    except BadData as error:
+        raise of_temper(error, "messages") from error
+
+
+def _only_text(version: LoadedVersion, request: ChatRequest) -> list[int]:
+    """Return the tokens of the one thing that a user says to a model that knows nothing of turns."""
+    messages = [each.message() for each in request.messages]
+    if [each.role for each in messages] != ["user"]:
+        raise unsupported("messages", "messages: this model is an encoder-decoder, which reads one message of a user")
+    return _tokens(version, messages[0].content)
 
 
 def prepare_completion(version: LoadedVersion, request: CompletionRequest, adapter: str | None, seed: int) -> Prepared:
@@ -124,7 +136,8 @@ def _room(version: LoadedVersion, prompt: int, asked: int | None, param: str) ->
     """Return the most tokens of an answer."""
     if version.context is None:
         return asked or _WITHOUT_CONTEXT
-    left = version.context - prompt
+    fits = prompt <= version.context
+    left = (version.context if fits else 0) if version.encodes else version.context - prompt
     if left < (asked or 1):
         raise context_exceeded(version.context, prompt, asked, param)
     return asked or left

@@ -61,6 +61,10 @@ class Tools(NamedTuple):
     shown: Mapping[int, str]
 
 
+NO_TOOLS = Tools(False, None, {})
+"""Of a model without a chat template."""
+
+
 def tools_of(tokenizer: PreTrainedTokenizerBase) -> Tools:
     """Try out what a chat template makes of tools."""
     parameters = {"type": "object", "properties": {_KEY: {"type": "string", "description": _KEY}}}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flows.serve.engines.start import OWN, EngineChoice, Room, start_engine
 from flows.serve.json_schema import Grammars
-from flows.serve.tool_calls import Tools, tools_of
+from flows.serve.tool_calls import NO_TOOLS, tools_of
 from tasks.core.errors import BadInput, BadModel, BadParams, Transient
 from tasks.inference.continuous_batching import ContinuousBatching, Engine
 from tasks.inference.decoding import Asked, Ended, Given, Written
@@ -111,19 +111,17 @@ class LoadedVersion:
         any_base: bool,
         say: Callable[[str], None] = print,
     ) -> None:
-        from tasks.tokenization.architecture import DECODER, architecture_in
+        from tasks.tokenization.architecture import ENCODER_DECODER, architecture_in
         from tasks.tokenization.chat_template import load_tokenizer
 
-        if architecture_in(folder) is not DECODER:
-            raise BadModel(
-                "is an encoder-decoder, which this server does not run",
-                where=str(folder),
-                fix="use `mlflow models serve`",
-            )
+        self.encodes = architecture_in(folder) is ENCODER_DECODER
+        """Whether it reads an input and writes a target, and knows nothing of turns."""
+        if self.encodes and settings.engine:
+            raise BadModel("is an encoder-decoder, which temper's own engine alone runs", where=str(folder))
         self.fingerprint, self.adapters = fingerprint, tuple(adapters)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder)
         self.end_ids = frozenset([int(self.tokenizer.eos_token_id)])
-        self.tools: Tools = tools_of(self.tokenizer)
+        self.tools = NO_TOOLS if self.encodes else tools_of(self.tokenizer)
         self.made_by = OWN
         """The engine that writes, with what was found of its tokens, for people."""
         self.engine: Engine

@@ -20,12 +20,10 @@ from flows.serve.record import Record
 from flows.serve.recorded import SERVED
 from flows.serve.routing import Chosen, Models, Plan
 from flows.serve.server import Options, Server, listen, make_service
-from flows.serve.tool_calls import Tools
+from flows.serve.tool_calls import NO_TOOLS, Tools
 from flows.serve.versions import Reference, Settings
 from tasks.inference.continuous_batching import Busy, State
 from tasks.inference.decoding import Asked, Ended, Written
-
-NO_TOOLS = Tools(False, None, {})
 
 
 @contextmanager
@@ -90,6 +88,7 @@ def scripted(
     engine = Engine()
     version: Any = SimpleNamespace(
         fingerprint="scripted/1",
+        encodes=False,
         tokenizer=tokenizer,
         tools=tools,
         vocabulary=len(tokenizer),
