@@ -1,6 +1,10 @@
 """Times `temper serve` under 1, 8 and 32 clients, side by side with `transformers serve` on the same model folder.
 
     .venv/bin/python -m bench.serve [--model models/tiny] [--requests 64] [--tokens 64] [--out serve.json]
+                                    [--registered models:/temper-tiny/1]
+
+With `--registered` a version of the registry that MLflow finds (MLFLOW_TRACKING_URI) is asked through `mlflow models
+serve`, too, which gives an answer as a whole.
 
 Every client asks again as soon as it is answered, by /v1/chat/completions as a stream, greedily, each time another
 question. transformers serves with continuous batching and without, its cache of keys and values bounded, since it takes
@@ -32,6 +36,8 @@ import psutil
 from bench.clock import machine
 
 CLIENTS = (1, 8, 32)
+MLFLOW = "mlflow"
+SIDES = ("temper", "transformers, batching", "transformers", MLFLOW)
 STARTS_S = 180.0
 
 
@@ -50,29 +56,35 @@ class Load(NamedTuple):
     answers: list[Answer]
 
 
-def command_of(side: str, model: Path, port: int) -> list[str]:
+def command_of(side: str, model: str, port: int) -> list[str]:
     """Return the command line of a server."""
     if side == "temper":
-        return [sys.executable, "-m", "flows.cli", "serve", str(model), "--port", str(port)]
+        return [sys.executable, "-m", "flows.cli", "serve", model, "--port", str(port)]
+    if side == MLFLOW:
+        mlflow = str(Path(sys.executable).with_name("mlflow"))
+        return [mlflow, "models", "serve", "-m", model, "--env-manager", "local", "-h", "127.0.0.1", "-p", str(port)]
     batching = ["--continuous-batching", "--cb-num-blocks", "256", "--cb-max-batch-tokens", "2048"]
     return [
         str(Path(sys.executable).with_name("transformers")),
         "serve",
-        str(model),
+        model,
         *("--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"),
         *(batching if side.endswith("batching") else ["--no-continuous-batching"]),
     ]
 
 
 @contextmanager
-def served(side: str, model: Path, *words: str) -> Iterator[tuple[str, psutil.Process]]:
+def served(side: str, model: str | Path, *words: str) -> Iterator[tuple[str, psutil.Process]]:
     """Run a server within this block, with further words of its command line; gives its address and process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [*command_of(side, model, port), *words], stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+            [*command_of(side, str(model), port), *words],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )
         try:
             address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + STARTS_S
@@ -117,12 +129,23 @@ async def ask(client: httpx.AsyncClient, model: str, question: str, tokens: int)
     return Answer(first, time.perf_counter() - begun, text)
 
 
+async def ask_mlflow(client: httpx.AsyncClient, model: str, question: str, tokens: int) -> Answer:
+    """Ask one question of MLflow's server, which knows no streams: there is no first text."""
+    begun = time.perf_counter()
+    asked = {"messages": [{"role": "user", "content": question}], "max_tokens": tokens}
+    response = await client.post("/invocations", json=asked)
+    response.raise_for_status()
+    (answer,) = response.json()
+    return Answer(0.0, time.perf_counter() - begun, answer["choices"][0]["message"]["content"])
+
+
 async def load(address: str, model: str, questions: Sequence[str], clients: int, tokens: int) -> Load:
     """Let clients ask questions, each its own after one another."""
     async with httpx.AsyncClient(base_url=address, timeout=600, limits=httpx.Limits(max_connections=clients)) as client:
 
         async def one(number: int) -> list[Answer]:
-            return [await ask(client, model, question, tokens) for question in questions[number::clients]]
+            put = ask_mlflow if model == MLFLOW else ask
+            return [await put(client, model, question, tokens) for question in questions[number::clients]]
 
         begun = time.perf_counter()
         answers = await asyncio.gather(*(one(number) for number in range(clients)))
@@ -131,13 +154,15 @@ async def load(address: str, model: str, questions: Sequence[str], clients: int,
     return Load(seconds, in_order)
 
 
-def measured(side: str, model: Path, questions: Sequence[str], tokens: int) -> Iterator[dict[str, Any]]:
+def measured(
+    side: str, model: Path, registered: str, questions: Sequence[str], tokens: int
+) -> Iterator[dict[str, Any]]:
     """Yield a server's figures for each number of clients."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    with served(side, model) as (address, process):
-        name = model.name if side == "temper" else str(model)
+    with served(side, registered if side == MLFLOW else str(model)) as (address, process):
+        name = {"temper": model.name, MLFLOW: MLFLOW}.get(side, str(model))
         asyncio.run(load(address, name, questions[: max(CLIENTS)], max(CLIENTS), 4))  # warm
         alone: list[str] = []
         for clients in CLIENTS:
@@ -152,7 +177,7 @@ def measured(side: str, model: Path, questions: Sequence[str], tokens: int) -> I
                 "tokens_per_s": round(written / found.seconds, 1),
                 "first_s": round(statistics.median(firsts), 3) if firsts else None,
                 "first_p95_s": round(firsts[int(0.95 * (len(firsts) - 1))], 3) if firsts else None,
-                "memory_mib": process.memory_info().rss >> 20,
+                "memory_mib": sum(each.memory_info().rss for each in (process, *process.children(True))) >> 20,
                 "texts_that_differ": sum(one != other for one, other in zip(texts, alone, strict=True)),
             }
 
@@ -163,7 +188,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("models/tiny"))
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--side", action="append", choices=["temper", "transformers, batching", "transformers"])
+    parser.add_argument("--registered", default="")
+    parser.add_argument("--side", action="append", choices=SIDES)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     print(machine())
@@ -171,8 +197,8 @@ def main() -> None:
         f"Count the animals: {'cat, ' * (1 + n % 7)}pig, table {n}. Then sort {n} 8 3." for n in range(given.requests)
     ]
     rows: list[dict[str, Any]] = []
-    for side in given.side or ["temper", "transformers, batching", "transformers"]:
-        for row in measured(side, given.model.resolve(), questions, given.tokens):
+    for side in given.side or [each for each in SIDES if each != MLFLOW or given.registered]:
+        for row in measured(side, given.model.resolve(), given.registered, questions, given.tokens):
             if not rows:
                 print("\n| " + " | ".join(row) + " |\n" + "|---" * len(row) + "|")
             print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
