@@ -79,12 +79,13 @@ def served(side: str, model: str | Path, *words: str) -> Iterator[tuple[str, psu
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where MLflow looks for uvicorn
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [*command_of(side, str(model), port), *words],
             stdout=log,
             stderr=log,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "PATH": path},
         )
         try:
             address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + STARTS_S
