@@ -16,6 +16,18 @@ DRIFTED = 3
 """The exit code of `temper drift` where something drifted; 1 is a fault, and 2 a wrong command line."""
 
 
+Host = Annotated[str, typer.Option(help="The address to listen on; others than 127.0.0.1 need keys.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on; 0: one that is free.")]
+Keys = Annotated[
+    Path | None,
+    typer.Option(help="A file of keys, a line each: NAME:SHA256[:REQUESTS_PER_MINUTE][:ROLE]; also TEMPER_KEYS."),
+]
+NewKey = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Make a key, print it once with its line for --keys, and end.")
+]
+AnyBase = Annotated[bool, typer.Option("--any-base", help="Also adapters that name another base.")]
+
+
 @app.command()
 def serve(
     models: Annotated[
@@ -34,15 +46,10 @@ def serve(
             "models:/NAME/VERSION or models:/NAME@ALIAS. May be repeated.",
         ),
     ] = None,
-    host: Annotated[str, typer.Option(help="The address to listen on; others than 127.0.0.1 need keys.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on; 0: one that is free.")] = 8000,
-    keys: Annotated[
-        Path | None,
-        typer.Option(help="A file of keys, a line each: NAME:SHA256[:REQUESTS_PER_MINUTE][:ROLE]; also TEMPER_KEYS."),
-    ] = None,
-    new_key: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Make a key, print it once with its line for --keys, and end.")
-    ] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    keys: Keys = None,
+    new_key: NewKey = None,
     canary: Annotated[
         str | None,
         typer.Option(
@@ -88,7 +95,7 @@ def serve(
         typer.Option(metavar="WORD", help="A further word of the engine's command line. May be repeated."),
     ] = None,
     time_limit: Annotated[float, typer.Option(min=1.0, help="An answer is given up after so many seconds.")] = 600.0,
-    any_base: Annotated[bool, typer.Option("--any-base", help="Also adapters that name another base.")] = False,
+    any_base: AnyBase = False,
     workspace: WorkspaceOption = None,
 ) -> None:
     """Serve models over HTTP with OpenAI's API, for as long as this command runs.

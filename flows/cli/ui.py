@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from flows.cli.format import print_table
+from flows.cli.serving import AnyBase, Host, Keys, NewKey, Port
 from flows.run.ending import on_stopping
 from flows.run.locate import REGISTRY_SCHEME, WorkspaceOption, enter, ready, seen_from_here
 from tasks.core.errors import BadParams
@@ -39,15 +40,10 @@ def ui(
         list[str] | None,
         typer.Option(metavar="NAME=REF", help="Put an adapter on the first model, as `temper serve` does."),
     ] = None,
-    host: Annotated[str, typer.Option(help="The address to listen on; others than 127.0.0.1 need keys.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on; 0: one that is free.")] = 8000,
-    keys: Annotated[
-        Path | None,
-        typer.Option(help="A file of keys, a line each: NAME:SHA256[:REQUESTS_PER_MINUTE][:ROLE]; also TEMPER_KEYS."),
-    ] = None,
-    new_key: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Make a key, print it once with its line for --keys, and end.")
-    ] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    keys: Keys = None,
+    new_key: NewKey = None,
     role: Annotated[
         str, typer.Option(help="Of the new key: viewer looks, labeller votes and releases rows, approver promotes.")
     ] = "viewer",
@@ -59,7 +55,7 @@ def ui(
             ".temper/record.db without either.",
         ),
     ] = None,
-    any_base: Annotated[bool, typer.Option("--any-base", help="Also adapters that name another base.")] = False,
+    any_base: AnyBase = False,
     workspace: WorkspaceOption = None,
 ) -> None:
     """Show a team what runs, what differs, and what waits for a word, on pages beside the API of `temper serve`.
