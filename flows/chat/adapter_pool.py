@@ -196,7 +196,6 @@ class AdapterPool:
             BadParams: there is no such adapter.
         """
         self.unmerge()
-        self._together = frozenset()
         tuned = self._put(name)
         if tuned.active_adapter != self._held[name].inside:
             tuned.set_adapter(self._held[name].inside, inference_mode=True)

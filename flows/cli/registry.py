@@ -42,9 +42,11 @@ def promote(
     """Make a version champion, if the gate lets it: better than the base, and not worse than the present champion."""
     if refuse and version is None:
         raise BadParams("needs a version", where="temper promote --refuse", expected="--version N")
-    from flows.serve.record_database import url_named
+    place = None
+    if record:
+        from flows.serve.record_database import url_named
 
-    place = url_named(record).render_as_string() if record else None  # from here, and it has no password
+        place = url_named(record).render_as_string()  # from here, and it has no password
     root = ready(workspace)
     from flows.run.lock import held
     from flows.run.prefect_server import kept_up

@@ -106,8 +106,7 @@ def serve(
     from flows.serve import keys as access
 
     if new_key:
-        key, line = access.new_key(new_key)
-        typer.echo(f"key, shown this once: {key}\nline for --keys:       {line}")
+        show_new_key(new_key)
         return
     from tasks.core.stage import quiet_libraries
 
@@ -123,7 +122,7 @@ def serve(
     access.check_host(host, clients)
     named = dict(adapter_of(each) for each in adapter or [])
     places = {name: seen_from_here(reference) for name, reference in named.items()}
-    given = [each if each.startswith(REGISTRY_SCHEME) else str(Path(each).resolve()) for each in models or []]
+    given = addresses(models)
     kept = url_given(record)
 
     in_registry = not given or any(each.startswith(REGISTRY_SCHEME) for each in [*given, *places.values()])
@@ -145,6 +144,19 @@ def serve(
     )
     with on_stopping("what was being answered is answered", exit_code=0):
         serve(plan, root, Options(host, port, clients, kept, time_limit))
+
+
+def show_new_key(name: str, role: str | None = None) -> None:
+    """Make a key, and print it with its line for --keys."""
+    from flows.serve.keys import new_key
+
+    key, line = new_key(name, role)
+    typer.echo(f"key, shown this once: {key}\nline for --keys:       {line}")
+
+
+def addresses(models: list[str] | None) -> list[str]:
+    """Return what a command line names to be served: of folders the paths from the root."""
+    return [each if each.startswith(REGISTRY_SCHEME) else str(Path(each).resolve()) for each in models or []]
 
 
 @app.command()

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from flows.cli.format import print_table
-from flows.cli.serving import AnyBase, Host, Keys, NewKey, Port
+from flows.cli.serving import AnyBase, Host, Keys, NewKey, Port, addresses, show_new_key
 from flows.run.ending import on_stopping
-from flows.run.locate import REGISTRY_SCHEME, WorkspaceOption, enter, ready, seen_from_here
+from flows.run.locate import WorkspaceOption, enter, ready, seen_from_here
 from tasks.core.errors import BadParams
 
 RECORD = Path(".temper", "record.db")
@@ -65,8 +65,7 @@ def ui(
     from flows.serve import keys as access
 
     if new_key:
-        key, line = access.new_key(new_key, role)
-        typer.echo(f"key, shown this once: {key}\nline for --keys:       {line}")
+        show_new_key(new_key, role)
         return
     if no_model and (models or adapter):
         raise BadParams("nothing is loaded, so there is nothing to name", where="--no-model")
@@ -80,7 +79,7 @@ def ui(
     clients = access.read_keys(keys)
     access.check_host(host, clients)
     named = {name: seen_from_here(reference) for name, reference in map(adapter_of, adapter or [])}
-    given = [each if each.startswith(REGISTRY_SCHEME) else str(Path(each).resolve()) for each in models or []]
+    given = addresses(models)
     kept = url_given(record)
     root = ready(workspace)
     if not given and not no_model:

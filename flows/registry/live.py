@@ -8,17 +8,14 @@ import statistics
 import time
 from collections.abc import Iterable
 from contextlib import closing
-from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from sqlalchemy import URL
 
 from flows.serve.record import Conversation, Vote, open_record
-from flows.serve.recorded import SHADOW, content_of, unit_of
+from flows.serve.recorded import DAY_S, EVALUATION, SHADOW, content_of, date_of, last_votes, unit_of
 from tasks.gate.live import LiveEvidence, LiveFigures
 from tasks.gate.tallies import tallied
-
-_DAY_S = 86_400.0
 
 
 def read_live_evidence(place: URL, version: str, champion: str, days: float) -> LiveEvidence:
@@ -36,8 +33,8 @@ def read_live_evidence(place: URL, version: str, champion: str, days: float) -> 
     """
     now = time.time()
     with closing(open_record(place)) as record:
-        votes = list(record.votes(since=now - days * _DAY_S))  # first: by now what they are of is there
-        conversations = record.conversations(since=now - days * _DAY_S)
+        votes = list(record.votes(since=now - days * DAY_S))  # first: by now what they are of is there
+        conversations = record.conversations(since=now - days * DAY_S)
         return live_evidence(conversations, votes, version, champion, source=record.place, until=now)
 
 
@@ -66,13 +63,15 @@ def live_evidence(
     since = ""
     answers: dict[str, _Answer] = {}
     for each in conversations:
-        if each.adapter is not None or each.endpoint == "evaluation" or each.version not in (version, champion):
+        if each.adapter is not None or each.endpoint == EVALUATION or each.version not in (version, champion):
             continue
         if each.version == version:
-            since = since or _date(each.time)
+            since = since or date_of(each.time)
         if since:
             answers[each.id] = _answer(each)
-    thumbs, preferred = _last_votes(votes)
+    counted = last_votes(votes)
+    thumbs = [(vote.id, vote.value == "up") for vote in counted if vote.kind == "thumb"]
+    preferred = [(vote.id, vote.value) for vote in counted if vote.kind == "preferred_over"]
     seen = [(answers[name], up) for name, up in thumbs if name in answers and answers[name].route != SHADOW]
     compared = [(answers[one], answers[other]) for one, other in preferred if one in answers and other in answers]
     shadows = [
@@ -95,7 +94,7 @@ def live_evidence(
     return LiveEvidence(
         source=source,
         since=since,
-        until=_date(until),
+        until=date_of(until),
         version=figures(version),
         champion=figures(champion),
         preferences=tallied(
@@ -141,18 +140,6 @@ def _answer(said: Conversation) -> _Answer:
     )
 
 
-def _last_votes(votes: Iterable[Vote]) -> tuple[list[tuple[str, bool]], list[tuple[str, str]]]:
-    """Return thumbs by answer, and pairs with the preferred answer first: the last vote of each client on each."""
-    thumbs: dict[tuple[str, str], bool] = {}
-    preferred: dict[tuple[str, frozenset[str]], tuple[str, str]] = {}
-    for vote in votes:
-        if vote.kind == "thumb":
-            thumbs[vote.key_name, vote.id] = vote.value == "up"
-        elif vote.kind == "preferred_over":
-            preferred[vote.key_name, frozenset((vote.id, vote.value))] = vote.id, vote.value
-    return [(name, up) for (_, name), up in thumbs.items()], list(preferred.values())
-
-
 def _median(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
@@ -160,7 +147,3 @@ def _median(values: Iterable[float | None]) -> float | None:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _date(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

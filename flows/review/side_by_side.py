@@ -16,6 +16,7 @@ from typing import NamedTuple
 from flows.registry.evidence import evaluated_items
 from flows.serve.errors import ApiError
 from flows.serve.record import Conversation, Record, Vote
+from flows.serve.recorded import EVALUATION
 from flows.serve.requests import FeedbackRequest
 from tasks.core import pipeline
 from tasks.core.errors import BadParams
@@ -25,9 +26,6 @@ from tasks.registry import names as tag
 from tasks.registry.client import answering, connect_to_read
 from tasks.registry.versions import version_of
 from tasks.reports.items import Item
-
-EVALUATION = "evaluation"
-"""The endpoint that the record says such answers came from; no request of a client has it."""
 
 
 class Pair(NamedTuple):

@@ -58,8 +58,9 @@ class DriftWatch:
     def rest(self) -> None:
         """Say nothing for as many days as are looked at: until then what drifted is seen with what a run made of it."""
         from flows.serve.drift import DAYS
+        from flows.serve.recorded import DAY_S
 
-        self._reasons, self._rests_until = (), self.clock() + DAYS * 86_400
+        self._reasons, self._rests_until = (), self.clock() + DAYS * DAY_S
 
 
 @dataclass

@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
-from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,7 +23,7 @@ from sqlalchemy import URL
 
 from flows.run.data_page import NUMBERS
 from flows.serve.record import Conversation, open_record
-from flows.serve.recorded import SHADOW, content_of, unit_of
+from flows.serve.recorded import DAY_S, SHADOW, content_of, date_of, unit_of
 from tasks.core.errors import BadParams, TemperError
 from tasks.gate.tallies import Tally, share_difference, tallied
 from tasks.reports.statistics import Difference, Resampling
@@ -45,7 +44,6 @@ DAYS = 7.0
 EVERY_S = 1800.0
 """How often a server looks."""
 
-_DAY_S = 86_400.0
 _AT_ONCE = 1024
 _RESAMPLING = Resampling(2000, 1, 0.95)
 
@@ -109,8 +107,8 @@ class Drift(NamedTuple):
         told = self.answers
         return {
             **self._asdict(),
-            "since": _date(self.since),
-            "until": _date(self.until),
+            "since": date_of(self.since),
+            "until": date_of(self.until),
             "columns": {name: each._asdict() for name, each in self.columns.items()},
             "answers": told
             and {
@@ -212,7 +210,7 @@ def read_drift(place: URL, profile: Mapping[str, Any], days: float, now: float |
         Transient: its database does not answer.
     """
     until = time.time() if now is None else now
-    since = until - days * _DAY_S
+    since = until - days * DAY_S
     with closing(open_record(place)) as record:
         columns, left_out, versions = prompts_of(record.conversations(since=since, until=until))
         trained = columns_of(profile)
@@ -223,8 +221,8 @@ def read_drift(place: URL, profile: Mapping[str, Any], days: float, now: float |
         if versions:
             version = max(versions, key=lambda each: versions[each])
             first = next(_chats_of(record.conversations(), version)).time
-            if first + days * _DAY_S <= since:
-                windows = [(since, until), (first, first + days * _DAY_S)]
+            if first + days * DAY_S <= since:
+                windows = [(since, until), (first, first + days * DAY_S)]
                 answers = answer_drift(
                     version, *(answers_of(record.conversations(*each), version, *each) for each in windows)
                 )
@@ -313,13 +311,9 @@ def _role(turn: Mapping[str, Any]) -> str:
 
 def _figures(answers: Answers) -> dict[str, Any]:
     return {
-        "since": _date(answers.since),
-        "until": _date(answers.until),
+        "since": date_of(answers.since),
+        "until": date_of(answers.until),
         "answers": answers.total,
         "seconds": answers.seconds,
         "shares": {name: tally.as_dict() for name, tally in answers.shares.items()},
     }
-
-
-def _date(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

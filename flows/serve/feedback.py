@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 from sqlalchemy import URL
 
 from flows.serve.record import Conversation, Record, Vote, open_record
+from flows.serve.recorded import DAY_S, EVALUATION, last_votes
 from tasks.core.artifacts import MANIFEST, atomic_folder
 from tasks.core.errors import BadData
 from tasks.ingest.feedback import FILES
 
-_DAY_S = 86_400.0
 _TURN = ("role", "content", "tool_calls", "tool_call_id", "name")
 """What a turn of a row has; the rest of a message, such as why it ended, is of the response."""
 
@@ -71,7 +71,7 @@ def find(record: Record, choice: Choice | None = None) -> Found:
     """
     choice, left_out = choice or Choice(), Counter[str]()
     files: dict[str, dict[str, None]] = {}
-    votes = _counted(record.votes())  # first: what they are of is there by now
+    votes = last_votes(record.votes())  # first: what they are of is there by now
     conversations = dict(_chosen(record, choice, left_out))
     wanted = {FILES[kind] for kind in choice.rows}
     for name, row in _rows(conversations, votes, left_out):
@@ -141,7 +141,7 @@ def forget(place: str | Path | URL, days: float) -> int:
     with closing(open_record(place)):
         pass  # what is no record is not made one
     with closing(open_record(place, write=True)) as record:
-        return record.forget(time.time() - days * _DAY_S)
+        return record.forget(time.time() - days * DAY_S)
 
 
 class _Answered(NamedTuple):
@@ -154,13 +154,13 @@ class _Answered(NamedTuple):
 
 def _chosen(record: Record, choice: Choice, left_out: Counter[str]) -> Iterator[tuple[str, _Answered]]:
     """Yield the conversations that may be taken with their ids, the oldest first."""
-    after = 0.0 if choice.days is None else time.time() - choice.days * _DAY_S
+    after = 0.0 if choice.days is None else time.time() - choice.days * DAY_S
     for each in record.conversations(voted=True):
         if each.time < after:
             left_out["older than is wanted"] += 1
         elif any(each.metadata.get(key) != value for key, value in choice.consent.items()):
             left_out["without consent"] += 1
-        elif each.endpoint == "evaluation":
+        elif each.endpoint == EVALUATION:
             left_out["an item that models are evaluated with"] += 1
         elif each.endpoint != "chat":
             left_out["no chat"] += 1
@@ -178,17 +178,6 @@ def _answered(said: Conversation) -> _Answered:
 
 def _turn(message: Mapping[str, Any]) -> dict[str, Any]:
     return {name: message[name] for name in _TURN if message.get(name) is not None}
-
-
-def _counted(votes: Iterable[Vote]) -> list[Vote]:
-    """List the last vote of each client on each answer, of each kind and of each pair, in their order."""
-    last: dict[tuple[str, ...], Vote] = {}
-    for vote in votes:
-        of = sorted((vote.id, vote.value)) if vote.kind == "preferred_over" else [vote.id]  # whichever was preferred
-        about = (vote.key_name, vote.kind, *of)
-        last.pop(about, None)
-        last[about] = vote
-    return list(last.values())
 
 
 def _rows(

@@ -1,15 +1,20 @@
-"""Parts of a recorded conversation that its readers count by: its route, whose it is, and what an answer says."""
+"""What the readers of a record have in common: routes, whose a conversation is, which votes count, times."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
-from flows.serve.record import Conversation
+from flows.serve.record import Conversation, Vote
+
+DAY_S = 86_400.0
 
 SERVED, CANARY, SHADOW = "served", "canary", "shadow"
 """Routes: an answer of the last was seen by nobody."""
+EVALUATION = "evaluation"
+"""The endpoint of answers to items that models are evaluated with, which people compare; no request has it."""
 
 
 def unit_of(said: Conversation) -> str:
@@ -30,3 +35,19 @@ def content_of(turn: Mapping[str, Any]) -> tuple[str, list[Any]]:
     if not isinstance(text, str):
         text = "".join(part.get("text", "") for part in text)
     return text, [call.get("function") for call in turn.get("tool_calls") or ()]
+
+
+def last_votes(votes: Iterable[Vote]) -> list[Vote]:
+    """List the last vote of each client on each answer, of each kind and of each pair, in their order."""
+    last: dict[tuple[str, ...], Vote] = {}
+    for vote in votes:
+        of = sorted((vote.id, vote.value)) if vote.kind == "preferred_over" else [vote.id]  # whichever was preferred
+        about = (vote.key_name, vote.kind, *of)
+        last.pop(about, None)
+        last[about] = vote
+    return list(last.values())
+
+
+def date_of(seconds: float) -> str:
+    """Return a time, in seconds since 1970, as ISO 8601 in UTC."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
